@@ -1,0 +1,103 @@
+"""Joint augmentation of a photograph and its score maps (4.2 Data Augmentation), from an explicit generator."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.ops import roi_align
+from torchvision.transforms.v2 import functional as transforms
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities and ranges; see `config.AugmentConfig`."""
+
+    crop_scale: tuple[float, float]
+    flip_prob: float
+    jitter_prob: float
+    grey_prob: float
+    blur_prob: float
+
+
+def augment(
+    image: UInt8[Tensor, "3 y x"],
+    scores: Float[Tensor, "k h w"],
+    crop_hw: tuple[int, int],
+    grid_hw: tuple[int, int],
+    how: Augmentation,
+    rng: np.random.Generator,
+) -> tuple[UInt8[Tensor, "3 crop_y crop_x"], Float[Tensor, "k grid_h grid_w"]]:
+    """A random resized crop of the image and the same region of its scores, flipped and coloured at random.
+
+    Args:
+        image: working image, RGB 0-255.
+        scores: score maps on any grid that covers the same image.
+        crop_hw: size of the crop in px.
+        grid_hw: patch grid of the crop; RoIAlign resamples the scores to it.
+        how: probabilities and ranges.
+        rng: the only source of randomness.
+    """
+    top, left, height, width = random_crop_box(image.shape[1], image.shape[2], how.crop_scale, rng)
+    crop = transforms.resized_crop(image, top, left, height, width, list(crop_hw), antialias=True)
+    cropped = crop_scores(scores, (left, top, left + width, top + height), tuple(image.shape[1:]), grid_hw)
+    if rng.random() < how.flip_prob:
+        crop, cropped = crop.flip(-1), cropped.flip(-1)
+    if rng.random() < how.jitter_prob:
+        crop = _jitter(crop, rng)
+    if rng.random() < how.grey_prob:
+        crop = transforms.rgb_to_grayscale(crop, num_output_channels=3)
+    if rng.random() < how.blur_prob:
+        sigma = rng.uniform(1.0, 2.0)
+        crop = transforms.gaussian_blur(crop, kernel_size=[9, 9], sigma=[sigma, sigma])
+    return crop, cropped
+
+
+def random_crop_box(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) in px of a crop with an area share in `scale` and an aspect ratio of 3/4 to 4/3.
+
+    Reference: Szegedy et al. (2015), as in torchvision's RandomResizedCrop; the whole image after ten misses.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return 0, 0, height, width
+
+
+def crop_scores(
+    scores: Float[Tensor, "k h w"],
+    box_xyxy: tuple[int, int, int, int],
+    image_hw: tuple[int, int],
+    grid_hw: tuple[int, int],
+) -> Float[Tensor, "k grid_h grid_w"]:
+    """The scores inside a box of the image, resampled to a patch grid by RoIAlign (He et al., 2017)."""
+    scale_y, scale_x = scores.shape[1] / image_hw[0], scores.shape[2] / image_hw[1]
+    x0, y0, x1, y1 = box_xyxy
+    box = torch.tensor([[0, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]], dtype=scores.dtype)
+    return roi_align(scores.unsqueeze(0), box, output_size=grid_hw, aligned=True)[0]
+
+
+def _jitter(image: UInt8[Tensor, "3 y x"], rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
+    # Strengths 0.8 / 0.8 / 0.8 / 0.2 in random order (released code).
+    def brightness(x: Tensor) -> Tensor:
+        return transforms.adjust_brightness(x, rng.uniform(0.2, 1.8))
+
+    def contrast(x: Tensor) -> Tensor:
+        return transforms.adjust_contrast(x, rng.uniform(0.2, 1.8))
+
+    def saturation(x: Tensor) -> Tensor:
+        return transforms.adjust_saturation(x, rng.uniform(0.2, 1.8))
+
+    def hue(x: Tensor) -> Tensor:
+        return transforms.adjust_hue(x, rng.uniform(-0.2, 0.2))
+
+    steps = [brightness, contrast, saturation, hue]
+    for i in rng.permutation(4):
+        image = steps[i](image)
+    return image

@@ -1,0 +1,105 @@
+"""k-means over class tokens: the semantic concepts S_k (3.2)."""
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from transfgu_ray.errors import DataError
+
+# Attempts at giving every concept its crops before the data are declared too few.
+_MAX_RESEEDS = 5
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """The concepts of one group.
+
+    Attributes:
+        centroids: one row a concept.
+        num_crops: crops assigned to each concept, over all points.
+        points_used: points that k-means saw.
+        points_total: points of the group.
+        num_reseeded: starved concepts that were seeded anew.
+        used_gpu: whether a CUDA index did the work.
+    """
+
+    centroids: Float32[np.ndarray, "k d"]
+    num_crops: Int64[np.ndarray, " k"]
+    points_used: int
+    points_total: int
+    num_reseeded: int
+    used_gpu: bool
+
+
+def fit_concepts(
+    points: Float32[np.ndarray, "n d"],
+    num_concepts: int,
+    seed: int,
+    num_iterations: int,
+    num_redos: int,
+    min_crops: int,
+    max_points: int | None,
+    use_gpu: bool,
+    group: str,
+) -> Clustering:
+    """Euclidean k-means over all points, or over `max_points` drawn from the seed.
+
+    Fixed seed and points give bit-identical centroids. A concept with fewer than `min_crops` crops is moved to
+    the point that its centroid serves worst and k-means is run on from there.
+
+    Raises:
+        DataError: fewer (distinct) points than concepts need, non-finite points, or starved concepts that remain.
+    """
+    if not np.isfinite(points).all():
+        raise DataError(f"the {group} class tokens hold NaN or infinity; check encoder.weights and encoder.precision")
+    if len(points) < num_concepts * min_crops:
+        raise DataError(
+            f"{num_concepts} {group} concepts were asked of {len(points)} {group} crops; lower concepts.num_concepts, "
+            "or give more photographs or more extract.window_fracs"
+        )
+    sample = points
+    if max_points is not None and len(points) > max_points:
+        kept = np.random.default_rng(seed).choice(len(points), max(max_points, num_concepts), replace=False)
+        sample = points[np.sort(kept)]
+    use_gpu = use_gpu and hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
+    centroids = _train(sample, num_concepts, seed, num_iterations, num_redos, use_gpu, start=None)
+    num_reseeded = 0
+    for attempt in range(_MAX_RESEEDS + 1):
+        distance, assigned = nearest(points, centroids)
+        num_crops = np.bincount(assigned, minlength=num_concepts)
+        starved = np.flatnonzero(num_crops < min_crops)
+        if not len(starved):
+            break
+        if attempt == _MAX_RESEEDS or len(np.unique(sample, axis=0)) < num_concepts:
+            raise DataError(
+                f"{len(starved)} of {num_concepts} {group} concepts have fewer than concepts.min_crops={min_crops} "
+                f"crops among {len(points)}; lower concepts.num_concepts or concepts.min_crops"
+            )
+        centroids[starved] = points[np.argsort(-distance, kind="stable")[: len(starved)]]
+        centroids = _train(sample, num_concepts, seed, num_iterations, 1, use_gpu, start=centroids)
+        num_reseeded += len(starved)
+    return Clustering(centroids, num_crops, len(sample), len(points), num_reseeded, use_gpu)
+
+
+def nearest(
+    points: Float32[np.ndarray, "n d"], centroids: Float32[np.ndarray, "k d"]
+) -> tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Squared distance to, and index of, each point's nearest centroid."""
+    index = faiss.IndexFlatL2(centroids.shape[1])
+    index.add(centroids)
+    distance, assigned = index.search(points, 1)
+    return distance[:, 0], assigned[:, 0]
+
+
+def _train(
+    points: np.ndarray, k: int, seed: int, niter: int, nredo: int, use_gpu: bool, start: np.ndarray | None
+) -> np.ndarray:
+    # FAISS samples 256 points a centroid unless told otherwise.
+    kmeans = faiss.Kmeans(
+        points.shape[1], k, niter=niter, nredo=nredo, seed=seed, gpu=use_gpu,
+        min_points_per_centroid=1, max_points_per_centroid=len(points) + 1,
+    )  # fmt: skip
+    kmeans.train(np.ascontiguousarray(points), init_centroids=start)
+    return kmeans.centroids.reshape(k, -1).copy()

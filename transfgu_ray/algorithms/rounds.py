@@ -1,0 +1,57 @@
+"""The schedule of bootstrapping rounds (3.3) and the order of samples, as pure functions of the configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of the schedule.
+
+    Attributes:
+        index: epoch since the start of training, from 0.
+        round: bootstrapping round; 0 has no teacher.
+        starts_round: the teacher becomes a copy of the student and the student starts again before this epoch.
+        alpha: weight of the peer loss.
+    """
+
+    index: int
+    round: int
+    starts_round: bool
+    alpha: float
+
+
+def schedule(round_epochs: Sequence[int], alpha: tuple[float, float]) -> list[Epoch]:
+    """All epochs in order; alpha rises linearly from the first to the last (supplement, Training Details)."""
+    total = sum(round_epochs)
+    epochs: list[Epoch] = []
+    for number, length in enumerate(round_epochs):
+        for i in range(length):
+            index = len(epochs)
+            share = index / (total - 1) if total > 1 else 0.0
+            epochs.append(Epoch(index, number, number > 0 and i == 0, alpha[0] + (alpha[1] - alpha[0]) * share))
+    return epochs
+
+
+def steps_per_epoch(num_images: int, batch_size: int, world_size: int) -> tuple[int, int]:
+    """(steps, images a worker a step) of an epoch over all images at least once.
+
+    The batch is cut to the images there are and rounded down to whole images a worker (at least one).
+    """
+    per_worker = max(1, min(batch_size, num_images) // world_size)
+    return -(-num_images // (per_worker * world_size)), per_worker
+
+
+def sample_order(
+    seed: int, epoch: int, num_images: int, repeats: int, steps: int, per_worker: int, world_size: int
+) -> Int64[np.ndarray, "world steps batch"]:
+    """Image indices of every worker and step: fresh permutations, the last step filled from the epoch's start.
+
+    A function of its arguments alone, so that a resumed epoch sees the same images.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = np.concatenate([rng.permutation(num_images) for _ in range(repeats)])
+    return np.resize(order, (steps, world_size, per_worker)).transpose(1, 0, 2).astype(np.int64)

@@ -1,0 +1,61 @@
+"""The decoder: Segmenter's mask transformer (Strudel et al., ICCV 2021), Eq. 2 of the paper.
+
+Letters: b images, k classes, d width, (h, w) patch grid.
+"""
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class MaskTransformer(nn.Module):
+    """Class embeddings attend to patch tokens; masks are their normalised products.
+
+    Args:
+        num_classes: K, plus one where there is a background channel.
+        d_encoder: width of the encoder's patch tokens, also the decoder's own.
+        num_layers: transformer blocks (released: 2).
+        num_heads: attention heads (released: 6); must divide d_encoder.
+        dropout: dropout in MLP and projections (released: 0.1).
+    """
+
+    def __init__(
+        self, num_classes: int, d_encoder: int, num_layers: int = 2, num_heads: int = 6, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        d = d_encoder
+        self.cls_emb = nn.Parameter(torch.empty(1, num_classes, d))
+        self.proj_dec = nn.Linear(d, d)
+        self.blocks = nn.ModuleList(
+            Block(d, num_heads, qkv_bias=True, proj_drop=dropout) for _ in range(num_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(d)
+        self.proj_patch = nn.Parameter(d**-0.5 * torch.randn(d, d))
+        self.proj_classes = nn.Parameter(d**-0.5 * torch.randn(d, d))
+        self.mask_norm = nn.LayerNorm(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        # Orthogonal rows keep classes apart from the first step; beyond d classes they cannot all be.
+        nn.init.orthogonal_(self.cls_emb[0])
+
+    def forward(
+        self, patch_tokens: Float[Tensor, "b hw d"], grid_hw: tuple[int, int]
+    ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
+        """Class logits on the patch grid, and the unit-length class embeddings C of Eq. 2 and 15.
+
+        Eq. 2 up to the norm: patch and class embeddings are projected, L2-normalised and multiplied, then
+        LayerNorm over classes takes the place of the division by sqrt(d) (released code).
+        """
+        num_classes = self.cls_emb.shape[1]
+        tokens = torch.cat([self.proj_dec(patch_tokens), self.cls_emb.expand(len(patch_tokens), -1, -1)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.decoder_norm(tokens)
+        patches = functional.normalize(tokens[:, :-num_classes] @ self.proj_patch, dim=-1)
+        classes = functional.normalize(tokens[:, -num_classes:] @ self.proj_classes, dim=-1)
+        masks = self.mask_norm(patches @ classes.transpose(1, 2))
+        return masks.transpose(1, 2).unflatten(-1, grid_hw), classes

@@ -1,0 +1,160 @@
+"""Encoder weights: read from the formats people have, written as safetensors that carry their architecture."""
+
+import hashlib
+import io
+import json
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.errors import WeightsError
+
+FORMAT = "transfgu-encoder-1"
+
+
+def build_vit(name: str, overrides: dict[str, int], pretrained: bool = False) -> nn.Module:
+    """An untrained (or hub-trained) timm model without a head, usable at any size divisible by its patch.
+
+    Raises:
+        WeightsError: timm does not know the name, or the overrides do not fit together.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **overrides)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        raise WeightsError(f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')") from None
+    except (TypeError, AssertionError) as error:
+        raise WeightsError(f"encoder.name={name} with overrides {overrides} is not a usable vision transformer: {error}") from None
+
+
+def random_vit(name: str, overrides: dict[str, int], seed: int) -> nn.Module:
+    """A timm model with weights drawn from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_vit(name, overrides)
+
+
+def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> nn.Module:
+    """A timm model with weights from the bytes of a file.
+
+    Accepts our own safetensors (the architecture in the file wins over `name`), any other safetensors, and
+    PyTorch checkpoints in the original DINO layouts: a bare state dict, or one under `teacher` / `student` /
+    `state_dict` / `model`, with `module.` and `backbone.` prefixes. Never unpickles objects.
+
+    Args:
+        data: the file's content.
+        source: its name, for messages.
+        name: timm model.
+        overrides: changes to its architecture.
+
+    Raises:
+        WeightsError: the file cannot be read or its tensors do not fit the architecture.
+    """
+    if _is_safetensors(data):
+        state, metadata = read_safetensors(data, source)
+        if metadata.get("format") == FORMAT:
+            name, overrides = metadata["name"], json.loads(metadata["overrides"])
+    else:
+        state = _unwrap(_read_checkpoint(data, source), source)
+    vit = build_vit(name, overrides)
+    wanted = vit.state_dict()
+    missing = [key for key in wanted if key not in state]
+    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if missing or wrong:
+        problem = f"lacks {missing[0]} ({len(missing)} tensors in all)" if missing else (
+            f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)} where {tuple(wanted[wrong[0]].shape)} is needed"
+        )
+        raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
+    # A classification or projection head beside the backbone is not needed.
+    vit.load_state_dict({key: state[key].float() for key in wanted})
+    return vit
+
+
+def dump_encoder(vit: nn.Module, name: str, overrides: dict[str, int]) -> bytes:
+    """Safetensors bytes with architecture, normalisation and the weights' SHA-256 in the metadata."""
+    state = {key: value.detach().cpu().contiguous() for key, value in vit.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "name": name,
+        "overrides": json.dumps(overrides, sort_keys=True),
+        "mean": json.dumps(list(vit.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))),
+        "std": json.dumps(list(vit.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))),
+        "weights_sha256": hash_weights(state),
+    }
+    return safetensors.torch.save(state, metadata)
+
+
+def load_encoder(data: bytes, source: str, precision: str = "float32", device: str = "cpu") -> Encoder:
+    """The frozen encoder from what `dump_encoder` made.
+
+    Raises:
+        WeightsError: the bytes are of another format.
+    """
+    _, metadata = read_safetensors(data, source)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{source} is not an encoder written by this package")
+    vit = load_vit(data, source, metadata["name"], json.loads(metadata["overrides"]))
+    mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
+    return Encoder(vit, mean, std, precision).to(device)
+
+
+def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        WeightsError: the bytes are not such a file.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return safetensors.torch.load(data), header.get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{source} is not a readable safetensors file: {error}") from None
+
+
+def hash_weights(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, in order of name."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_safetensors(data: bytes) -> bool:
+    # A little-endian header length, then JSON; PyTorch files begin with a zip or pickle mark.
+    return data[8:9] == b"{"
+
+
+def _read_checkpoint(data: bytes, source: str) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises many kinds for a file that is not a plain checkpoint
+        reason = str(error).splitlines()[0][:160] if str(error) else "no reason given"
+        raise WeightsError(
+            f"{source} is not a checkpoint of plain tensors ({type(error).__name__}: {reason}); pickled objects are "
+            "never loaded, so save its state_dict alone"
+        ) from None
+
+
+def _unwrap(checkpoint: Any, source: str) -> dict[str, Tensor]:
+    # DINO publishes the teacher as its result; the student is the noisier of the two.
+    for key in ("teacher", "student", "state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")
+    state = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, Tensor):
+            for prefix in ("module.", "backbone."):
+                key = key.removeprefix(prefix)
+            state[key] = value
+    return state

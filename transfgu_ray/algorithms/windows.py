@@ -1,0 +1,104 @@
+"""Sliding windows over an image, and which of them are foreground (3.2, 4.2 of the paper)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+FOREGROUND, BACKGROUND, ANY, DROPPED = "foreground", "background", "any", "dropped"
+
+
+def enumerate_windows(
+    height: int, width: int, window_fracs: Sequence[float]
+) -> tuple[Int32[np.ndarray, "n 4"], Float[np.ndarray, " n"]]:
+    """Square windows of side beta * min(height, width) at half-side steps, row by row, largest beta first as given.
+
+    The last window of a row or column is flush with the edge, so the image is covered. The counts do not
+    depend on the size: a square image has 9, 16, 36 and 81 windows for beta 0.5, 0.4, 0.3 and 0.2.
+
+    Args:
+        height: image height in px.
+        width: image width in px.
+        window_fracs: values of beta in (0, 1].
+
+    Returns:
+        boxes (x0, y0, x1, y1) in px, half-open, and the beta of each. A row's index is its crop_id.
+
+    Reference: 3.2 and 4.2. Departures: corners and sides are rounded to whole pixels.
+    """
+    boxes, fracs = [], []
+    for frac in window_fracs:
+        side = frac * min(height, width)
+        side_px = max(1, round(side))
+        for top in _starts(height, side, side_px):
+            for left in _starts(width, side, side_px):
+                boxes.append((left, top, left + side_px, top + side_px))
+                fracs.append(frac)
+    return np.array(boxes, dtype=np.int32).reshape(-1, 4), np.array(fracs, dtype=np.float64)
+
+
+def _starts(length: int, side: float, side_px: int) -> list[int]:
+    # Counted on real numbers: rounding the side first would lose or add a window at small sizes.
+    steps = math.ceil((length - side) / (side / 2) - 1e-9)
+    return [min(round(i * side / 2), length - side_px) for i in range(steps)] + [length - side_px]
+
+
+def foreground_fracs(
+    boxes: Int32[np.ndarray, "n 4"], foreground: Bool[np.ndarray, "h w"], patch_size: int
+) -> Float[np.ndarray, " n"]:
+    """Share of each window's pixels that lie on foreground patches, in [0, 1].
+
+    Args:
+        boxes: (x0, y0, x1, y1) in px of an image of (h * patch_size, w * patch_size) px.
+        foreground: mask on the patch grid.
+        patch_size: side of a patch in px.
+    """
+    pixels = foreground.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+    area = np.zeros((pixels.shape[0] + 1, pixels.shape[1] + 1), dtype=np.int64)
+    area[1:, 1:] = pixels.cumsum(0, dtype=np.int64).cumsum(1)
+    x0, y0, x1, y1 = boxes.T
+    inside = area[y1, x1] - area[y0, x1] - area[y1, x0] + area[y0, x0]
+    return inside / ((x1 - x0) * (y1 - y0)).astype(np.float64)
+
+
+def classify_windows(
+    fracs: Float[np.ndarray, " n"], region_mode: str, foreground_min_frac: float, background_min_frac: float
+) -> list[str]:
+    """Kind of each window: `foreground`, `background`, `any`, or `dropped`.
+
+    Args:
+        fracs: foreground share of each window, in [0, 1].
+        region_mode: things_and_stuff keeps both groups; things_only keeps the foreground; all_foreground and
+            no_prior keep every window, as `foreground` and `any`.
+        foreground_min_frac: a window is foreground if more of it than this is (paper: 0.5).
+        background_min_frac: a window is background if at least this much of it is (paper: 0.8).
+
+    Reference: 4.2, Foreground prior.
+    """
+    if region_mode == "all_foreground":
+        return [FOREGROUND] * len(fracs)
+    if region_mode == "no_prior":
+        return [ANY] * len(fracs)
+    keep_background = region_mode == "things_and_stuff"
+    kinds = []
+    for frac in fracs:
+        if frac > foreground_min_frac:
+            kinds.append(FOREGROUND)
+        elif keep_background and 1 - frac >= background_min_frac:
+            kinds.append(BACKGROUND)
+        else:
+            kinds.append(DROPPED)
+    return kinds
+
+
+def to_original(
+    boxes: Int32[np.ndarray, "n 4"], working_hw: tuple[int, int], original_hw: tuple[int, int]
+) -> Int32[np.ndarray, "n 4"]:
+    """Boxes of the working image in px of the original image, rounded, never empty."""
+    scale = np.array([original_hw[1] / working_hw[1], original_hw[0] / working_hw[0]] * 2)
+    scaled = np.rint(boxes * scale).astype(np.int32)
+    limit = np.array([original_hw[1], original_hw[0]], dtype=np.int32)
+    scaled[:, :2] = np.minimum(scaled[:, :2], limit - 1)
+    scaled[:, 2:] = np.maximum(scaled[:, 2:], scaled[:, :2] + 1)
+    return scaled

@@ -1,0 +1,143 @@
+"""The run folder: configuration first, manifests last, and what may be reused on a rerun."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import yaml
+
+from transfgu_ray import __version__
+from transfgu_ray.config import NOT_IDENTITY, RunConfig, difference, dump_yaml, parse_config
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.storage import Folder
+
+STAGES = ("extract", "concepts", "labels", "train", "evaluate", "report", "register")
+# Sections that each stage reads beside those of the stages before it.
+_SECTIONS = {
+    "extract": ("seed", "data", "encoder", "extract"),
+    "concepts": ("concepts",),
+    "labels": ("cam",),
+    "train": ("train",),
+    "evaluate": ("evaluate",),
+    "report": (),
+    "register": (),
+}
+# What each stage leaves beside its manifest.
+OUTPUTS = {
+    "extract": ("features", "model/encoder.safetensors"),
+    "concepts": ("concepts.parquet",),
+    "labels": ("labels",),
+    "train": ("train", "model/config.json", "model/decoder.safetensors"),
+    "evaluate": ("metrics.json", "samples"),
+    "report": ("report.html",),
+    "register": (),
+}
+_PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow", "pillow", "faiss-cpu")
+
+
+class Run:
+    """A run folder and the configuration it was made with."""
+
+    def __init__(self, folder: Folder, config: RunConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def open(cls, uri: str, config: RunConfig | None, overwrite: bool = False) -> "Run":
+        """Opens a run folder, or makes one; its configuration is written before anything else.
+
+        Args:
+            uri: local path or URI.
+            config: the configuration asked for; None to take the run's own.
+            overwrite: accept another configuration; stages that it touches are computed again.
+
+        Raises:
+            ArtifactError: there is no run, it was made with another configuration, or it cannot be written.
+        """
+        folder = Folder(uri)
+        try:
+            stored = cls._read_config(folder)
+        except OSError as error:
+            raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
+        if config is None:
+            if stored is None:
+                raise ArtifactError(f"{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`")
+            return cls(folder, stored)
+        changes = [] if stored is None else difference(_identity(stored), _identity(config))
+        if changes and not overwrite:
+            raise ArtifactError(
+                f"{uri} was made with another configuration ({'; '.join(changes)}); use another run folder, or "
+                "--overwrite to compute again what this changes"
+            )
+        if stored != config:
+            folder.write_bytes("config.yaml", dump_yaml(config).encode())
+        return cls(folder, config)
+
+    @staticmethod
+    def _read_config(folder: Folder) -> RunConfig | None:
+        if not folder.exists("config.yaml"):
+            return None
+        try:
+            return parse_config(yaml.safe_load(folder.read_bytes("config.yaml")))
+        except yaml.YAMLError:
+            raise ArtifactError(f"{folder.uri}/config.yaml is damaged; use another run folder") from None
+
+    def fingerprint(self, stage: str, inputs: str) -> str:
+        """Hash of every setting and input that the stage's output depends on."""
+        values = _identity(self.config)
+        upto = STAGES[: STAGES.index(stage) + 1]
+        sections = {name: values[name] for step in upto for name in _SECTIONS[step]}
+        text = json.dumps([sections, inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """A finished stage's manifest, or None."""
+        if not self.folder.exists(f"{stage}.json"):
+            return None
+        try:
+            return json.loads(self.folder.read_bytes(f"{stage}.json"))
+        except ValueError:
+            return None
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The manifest of a stage that another needs.
+
+        Raises:
+            ArtifactError: the stage has not finished.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise ArtifactError(f"{self.folder.uri} has no finished stage {stage}; run `transfgu {stage} {self.folder.uri}` first")
+        return manifest
+
+    def clear(self, stage: str) -> None:
+        """Removes the stage's manifest first, then its outputs."""
+        self.folder.delete(f"{stage}.json")
+        for name in OUTPUTS[stage]:
+            self.folder.delete(name)
+
+    def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
+        """Marks a stage as complete; call it last."""
+        manifest = {"stage": stage, "fingerprint": fingerprint, **content, "versions": library_versions()}
+        self.folder.write_bytes(f"{stage}.json", json.dumps(manifest, indent=1).encode())
+        return manifest
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that decide results."""
+    versions = {"transfgu_ray": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    # Where the photographs lie does not matter; the input fingerprint says which they are.
+    del values["data"]["root"]
+    return values

@@ -1,0 +1,362 @@
+"""The configuration of a run: one strict section a stage, every field with unit, range and source.
+
+"paper" cites TransFGU (Yin et al., ECCV 2022), "suppl." its supplement, "released" the published code,
+"ours" a choice of this project. The defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from transfgu_ray.benchmarks import BENCHMARKS
+from transfgu_ray.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+def _tuple(description: str, default: tuple) -> Any:
+    # YAML has lists only, so tuples alone are exempt from strict typing.
+    return Field(default=default, strict=False, min_length=1, description=description)
+
+
+class DataConfig(Section):
+    """Which photographs, and the size they are worked on at."""
+
+    dataset: str = Field("folder", description="layout of `root`; see `transfgu datasets`")
+    root: str = Field("", description="folder or URI that holds the photographs")
+    image_size: tuple[Positive, Positive] = _tuple(
+        "working (height, width) in px; photographs are squashed to it (released: 640 x 640)", (640, 640)
+    )
+    region_mode: RegionMode | None = Field(
+        None, description="which regions get concepts (4.2); null = the dataset's own (folder: things_and_stuff)"
+    )
+    min_side_px: Positive = Field(32, description="photographs with a shorter side below this are refused (ours)")
+    max_pixels: Positive = Field(
+        120_000_000, description="photographs with more pixels are refused before decoding (ours)"
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, name: str) -> str:
+        if name not in BENCHMARKS:
+            raise ValueError(f"unknown dataset; allowed: {', '.join(BENCHMARKS)}")
+        return name
+
+
+class EncoderConfig(Section):
+    """The frozen self-supervised vision transformer (3.1)."""
+
+    name: str = Field("vit_small_patch8_224.dino", description="timm model with a class token (paper: ViT-S/8, DINO)")
+    weights: str = Field(
+        "hub", description="'hub' = timm's published weights, 'random' = initialised from the seed, else a file"
+    )
+    overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] = Field(
+        default_factory=dict, description="changes to the timm architecture, for small encoders (ours)"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
+
+
+class ExtractConfig(Section):
+    """Sliding windows and their class tokens (3.2, 4.2)."""
+
+    window_fracs: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = _tuple(
+        "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2)", (0.5, 0.4, 0.3, 0.2)
+    )
+    crop_size: Positive | None = Field(
+        None, description="side in px a crop is resized to; null = half the shorter working side (paper)"
+    )
+    foreground_prior: Literal["attention", "patch_contrast"] = Field(
+        "attention", description="attention: class-token attention above its mean (paper); patch_contrast: ours"
+    )
+    foreground_min_frac: Fraction = Field(0.5, description="crop is foreground if more of it than this is (paper)")
+    background_min_frac: Fraction = Field(0.8, description="crop is background if at least this much is (paper)")
+    batch_size: Positive = Field(32, description="crops an encoder forward; part of the run's identity (last bits)")
+    images_per_part: Positive = Field(16, description="photographs a Parquet part: the unit of work and of resume")
+
+
+class ConceptsConfig(Section):
+    """k-means on class tokens, Euclidean (3.2)."""
+
+    num_concepts: Positive = Field(27, description="K, all groups together")
+    num_background: Positive | None = Field(
+        None, description="K of the background group in things_and_stuff; null = K // 2 (ours)"
+    )
+    num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
+    num_redos: Positive = Field(3, description="restarts, the lowest objective wins (ours)")
+    min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded anew (ours)")
+    max_points: Positive | None = Field(None, description="cap on the crops used per group; null = all (paper)")
+
+
+class CamConfig(Section):
+    """Response maps of all K concepts from one encoder forward (Eq. 4-8)."""
+
+    image_size: tuple[Positive, Positive] | None = Field(
+        None, strict=False, description="(height, width) in px of the labelled image; null = data.image_size"
+    )
+    gradient_scale: float = Field(
+        1.0, gt=0.0, description="factor on the gradient (Eq. 5-7: 1; released: 1/8, its batch mean)"
+    )
+    keep_mass: float | None = Field(
+        None, gt=0.0, le=1.0, description="share of a CAM's mass that is kept, top first; null = all (paper)"
+    )
+    background_threshold: Fraction = Field(0.1, description="T_bg of Eq. 8 (paper: 0.1)")
+    exclusion: bool = Field(
+        True, description="foreground patches score 0 on background concepts and the reverse (paper; released: off)"
+    )
+    batch_size: Positive = Field(4, description="photographs an encoder forward; part of the run's identity")
+
+
+class AugmentConfig(Section):
+    """Training augmentation (4.2 Data Augmentation; values of the released code)."""
+
+    crop_scale: tuple[Fraction, Fraction] = _tuple("area range of the random resized crop", (0.4, 1.0))
+    flip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
+    jitter_prob: Fraction = Field(0.3, description="probability of colour jitter 0.8 / 0.8 / 0.8 / 0.2")
+    grey_prob: Fraction = Field(0.2, description="probability of dropping colour")
+    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, sigma 1-2 px")
+
+
+class TrainConfig(Section):
+    """Segmenter decoder, bootstrapped in rounds (3.3)."""
+
+    crop_size: tuple[Positive, Positive] | None = Field(
+        None, strict=False, description="(height, width) in px of a training crop; null = half of data.image_size"
+    )
+    batch_size: Positive = Field(256, description="images a step over all workers (suppl.: 256; VOC 512)")
+    learning_rate: float = Field(1e-4, gt=0.0, description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5)")
+    weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term (released)")
+    gradient_clamp: float = Field(1.0, gt=0.0, description="each gradient entry is clamped to +- this (released)")
+    round_epochs: tuple[Positive, ...] = _tuple(
+        "epochs of each round; round 0 has no teacher (released COCO: 3, then 2)", (3, 2, 2, 2)
+    )
+    epoch_repeats: Positive = Field(1, description="times an epoch goes over the photographs (released VOC: 20)")
+    decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
+    decoder_heads: Positive = Field(6, description="attention heads of the decoder")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
+    alpha: tuple[Fraction, Fraction] = _tuple("peer weight, from first to last epoch (suppl.: 0.03 to 0.1)", (0.03, 0.1))
+    omega_1: float = Field(1.0, ge=0.0, description="weight of the diversity loss (paper: 1)")
+    omega_2: float = Field(0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3)")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+
+
+class EvaluateConfig(Section):
+    """Scores on labelled photographs (4.1)."""
+
+    split: str | None = Field(None, description="split to score; null = the dataset's own (voc: val)")
+    image_size: tuple[Positive, Positive] | None = Field(
+        None, strict=False, description="(height, width) in px scored at; null = the training crop's (released: 320)"
+    )
+    batch_size: Positive = Field(8, description="photographs a forward")
+    num_samples: int = Field(6, ge=0, description="photographs shown in the report, chosen by the seed")
+
+
+class TrackingConfig(Section):
+    """MLflow. Not part of a run's identity."""
+
+    uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite beside the run")
+    experiment: str = Field("transfgu", description="MLflow experiment")
+    model_name: str = Field("transfgu", description="registered model; each run adds a version")
+
+
+class RuntimeConfig(Section):
+    """Where and how wide to run. Not part of a run's identity: tables do not depend on it."""
+
+    num_workers: Positive | None = Field(None, description="actors a stage; null = one a GPU, else one a core")
+    train_workers: Positive | None = Field(None, description="Ray Train workers; null = one a GPU, else 1")
+    num_blocks: Positive | None = Field(None, description="Ray Data blocks; null = one a part, at most 1000")
+    threads: Positive = Field(1, description="torch and FAISS threads a worker (two on a busy core are slower)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where Ray grants a GPU")
+    object_store_mb: Positive = Field(500, description="object store of a local Ray, MB")
+
+
+class RunConfig(Section):
+    """Everything that fixes a run."""
+
+    preset: str = Field("paper", description="the recipe the other values started from")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds clustering, initial weights, order and augmentation")
+    data: DataConfig = Field(default_factory=DataConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    extract: ExtractConfig = Field(default_factory=ExtractConfig)
+    concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
+    cam: CamConfig = Field(default_factory=CamConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RunConfig:
+        background = self.concepts.num_background
+        if self.region_mode == "things_and_stuff":
+            if self.concepts.num_concepts < 2:
+                raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is things_and_stuff")
+            if background is not None and background >= self.concepts.num_concepts:
+                raise ValueError("concepts.num_background must be below concepts.num_concepts")
+        elif background is not None:
+            raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
+        low, high = self.train.augment.crop_scale
+        if not 0 < low <= high:
+            raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
+        return self
+
+    @property
+    def region_mode(self) -> str:
+        """The region mode in force: the configured one, else the dataset's own."""
+        return self.data.region_mode or BENCHMARKS[self.data.dataset].region_mode
+
+    @property
+    def num_background(self) -> int:
+        """Concepts of the background group; 0 unless things and stuff are clustered apart."""
+        if self.region_mode != "things_and_stuff":
+            return 0
+        return self.concepts.num_background or self.concepts.num_concepts // 2
+
+    @property
+    def extract_crop_size(self) -> int:
+        """Side in px a window is resized to before the encoder (paper: half the working side)."""
+        return self.extract.crop_size or min(self.data.image_size) // 2
+
+    @property
+    def cam_image_size(self) -> tuple[int, int]:
+        """(height, width) in px at which response maps are computed."""
+        return self.cam.image_size or self.data.image_size
+
+    @property
+    def train_crop_size(self) -> tuple[int, int]:
+        """(height, width) in px of a training crop and of inference."""
+        height, width = self.data.image_size
+        return self.train.crop_size or (height // 2, width // 2)
+
+    @property
+    def evaluate_image_size(self) -> tuple[int, int]:
+        """(height, width) in px at which masks are scored."""
+        return self.evaluate.image_size or self.train_crop_size
+
+
+# Sections that say where a run happens, not what it computes.
+NOT_IDENTITY = ("preset", "tracking", "runtime")
+
+
+def build_config(
+    base: RunConfig, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()
+) -> RunConfig:
+    """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, or a value out of its range.
+    """
+    values = base.model_dump(mode="json")
+    if file is not None:
+        _merge(values, _read_yaml(file), where=file)
+    for assignment in assignments:
+        _merge(values, _parse_assignment(assignment), where=f"--set {assignment}")
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """A checked configuration from plain values.
+
+    Raises:
+        ConfigError: every problem in one sentence.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names: {"train": {"omega_1": 1.0}} -> {"train.omega_1": 1.0}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that differ, as `name: old -> new`."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
+    return [
+        f"{name}: {old_flat.get(name)} -> {new_flat.get(name)}"
+        for name in names
+        if old_flat.get(name) != new_flat.get(name)
+    ]
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}; check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold sections such as `train:`, not a {type(values).__name__}")
+    return values
+
+
+def _parse_assignment(assignment: str) -> dict[str, Any]:
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"--set {assignment} must look like section.field=value, e.g. concepts.num_concepts=27")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
+    for key in reversed(name.strip().split(".")):
+        value = {key: value}
+    return value
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: str = "") -> None:
+    for key, change in changes.items():
+        if key not in values and path != "encoder.overrides.":
+            close = difflib.get_close_matches(str(key), list(values), n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"allowed here: {', '.join(values)}"
+            raise ConfigError(f"unknown setting {path}{key} in {where}; {hint}")
+        current = values.get(key)
+        if isinstance(current, dict) and isinstance(change, dict):
+            _merge(current, change, where, f"{path}{key}.")
+        else:
+            values[key] = _number(change) if isinstance(change, str) else change
+
+
+def _number(text: str) -> Any:
+    # YAML 1.1 reads 1e-4 as a string; people write rates that way.
+    try:
+        return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else text
+    except ValueError:
+        return text
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    message = message[0].lower() + message[1:]
+    return f"{name}={problem['input']!r}: {message.replace('input should be', 'must be')}"

@@ -1,0 +1,103 @@
+"""Photographs of every kind as upright RGB, or a reason why not."""
+
+import io
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class ImageRefused(Exception):  # noqa: N818  a verdict on one photograph, not a failure
+    """This photograph cannot be used; the message says why and is counted in the manifest."""
+
+
+def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
+    """The first frame as upright 8-bit RGB.
+
+    EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bit; CMYK, palette and
+    greyscale are converted.
+
+    Raises:
+        ImageRefused: not an image, truncated, too small or too large.
+    """
+    if not data:
+        raise ImageRefused("empty file")
+    try:
+        with warnings.catch_warnings():
+            # Size is checked below, before decoding, with the configured limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageRefused(f"{width} x {height} px is above data.max_pixels={max_pixels}")
+        if min(width, height) < min_side_px:
+            raise ImageRefused(f"{width} x {height} px: the shorter side is below data.min_side_px={min_side_px}")
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ImageRefused("not an image") from None
+    except Image.DecompressionBombError:
+        raise ImageRefused(f"more pixels than data.max_pixels={max_pixels}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError) as error:
+        # Pillow's decoders raise all of these on damaged files.
+        raise ImageRefused(f"damaged: {' '.join(str(error).split())[:120]}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageRefused("pixel values outside 0-65535; save it as 8 or 16 bit")
+    if pixels.dtype.kind == "f" and pixels.max() <= 1:
+        return np.rint(pixels * 255).astype(np.uint8)
+    if pixels.dtype.kind == "f" and pixels.max() <= 255:
+        return np.rint(pixels).astype(np.uint8)
+    return np.rint(pixels / 257).astype(np.uint8)
+
+
+def to_working(image: Image.Image, size_hw: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
+    """The photograph squashed to (height, width), antialiased bicubic, channels first."""
+    resized = image.resize((size_hw[1], size_hw[0]), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def cut_crops(
+    working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int
+) -> UInt8[np.ndarray, "n 3 crop crop"]:
+    """Windows (x0, y0, x1, y1) of the working image, each resized to a square, antialiased bicubic."""
+    image = Image.fromarray(working.transpose(1, 2, 0))
+    size = (crop_size, crop_size)
+    crops = np.empty((len(boxes), 3, crop_size, crop_size), dtype=np.uint8)
+    for crop, box in zip(crops, boxes, strict=True):
+        crop[:] = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=tuple(map(int, box)))).transpose(2, 0, 1)
+    return crops
+
+
+def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
+    """Label ids of a single-channel or palette PNG.
+
+    Raises:
+        ImageRefused: not such an image.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.mode not in ("P", "L"):
+            raise ImageRefused(f"a label must be an 8-bit palette or greyscale PNG, not mode {image.mode}")
+        return np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise ImageRefused(f"label damaged: {error}") from None
+
+
+def resize_label(label: UInt8[np.ndarray, "y x"], size_hw: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+    """Label ids at another size, nearest neighbour."""
+    return np.asarray(Image.fromarray(label).resize((size_hw[1], size_hw[0]), Image.Resampling.NEAREST))

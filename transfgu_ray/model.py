@@ -1,0 +1,132 @@
+"""The finished model: encoder and decoder, saved as config.json + safetensors, loaded without the run that made it."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.weights import load_encoder, read_safetensors
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.images import to_working
+from transfgu_ray.storage import Folder
+
+FORMAT = "transfgu-model-1"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the weights alone do not say; `config.json` of a model folder.
+
+    Attributes:
+        image_size: (height, width) in px that photographs are squashed to.
+        kinds: kind of each class, in order of class id; the last is `none` where Eq. 8 makes a background class.
+        decoder_layers: transformer layers of the decoder.
+        decoder_heads: attention heads of the decoder.
+        precision: arithmetic of the encoder.
+        weights_sha256: hash of the encoder's weights.
+    """
+
+    image_size: tuple[int, int]
+    kinds: tuple[str, ...]
+    decoder_layers: int
+    decoder_heads: int
+    precision: str
+    weights_sha256: str
+
+    @property
+    def background_id(self) -> int | None:
+        """Class id of the Eq. 8 background, the last one; None where there is none."""
+        return len(self.kinds) - 1 if self.kinds[-1] == "none" else None
+
+
+class Segmenter(nn.Module):
+    """Photographs to masks.
+
+    Args:
+        encoder: frozen encoder.
+        decoder: trained decoder.
+        config: the rest.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: MaskTransformer, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder.eval().requires_grad_(False)
+        self.config = config
+
+    @torch.no_grad()
+    def class_maps(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b k h w"]:
+        """Class logits on the patch grid of images that are already at the model's size."""
+        grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
+        return self.decoder(self.encoder.patch_tokens(images), grid_hw)[0]
+
+    def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
+        """Class ids of every pixel at each photograph's own size."""
+        size = self.config.image_size
+        images = torch.from_numpy(np.stack([to_working(photo, size) for photo in photos])).to(self.encoder.device)
+        maps = self.class_maps(images)
+        sizes = [(photo.height, photo.width) for photo in photos]
+        dtype = np.uint8 if len(self.config.kinds) <= 256 else np.uint16
+        return [upsample_argmax(m, s).cpu().numpy().astype(dtype) for m, s in zip(maps, sizes, strict=True)]
+
+
+def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> MaskTransformer:
+    """The decoder that a model configuration describes, untrained."""
+    return MaskTransformer(len(config.kinds), embed_dim, config.decoder_layers, config.decoder_heads, dropout)
+
+
+def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig, name: str = "decoder") -> None:
+    """Writes a decoder beside the encoder, the configuration last."""
+    state = {key: value.detach().cpu().contiguous() for key, value in decoder.items()}
+    folder.write_bytes(f"{name}.safetensors", safetensors.torch.save(state))
+    text = json.dumps({"format": FORMAT, **asdict(config), "background_id": config.background_id}, indent=1)
+    folder.write_bytes("config.json", text.encode())
+
+
+def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") -> Segmenter:
+    """A model from a folder that holds config.json, encoder.safetensors and the decoder's safetensors.
+
+    Raises:
+        ArtifactError: a file is missing or of another format.
+        WeightsError: weights are damaged.
+    """
+    config = load_model_config(folder)
+    encoder = load_encoder(
+        _read(folder, "encoder.safetensors"), folder.uri_of("encoder.safetensors"), config.precision, device
+    )
+    module = build_decoder(config, encoder.embed_dim)
+    state, _ = read_safetensors(_read(folder, f"{decoder}.safetensors"), folder.uri_of(f"{decoder}.safetensors"))
+    module.load_state_dict(state)
+    return Segmenter(encoder, module.to(device), config)
+
+
+def load_model_config(folder: Folder) -> ModelConfig:
+    """config.json of a model folder.
+
+    Raises:
+        ArtifactError: it is missing or of another format.
+    """
+    try:
+        values = json.loads(_read(folder, "config.json"))
+        if values.pop("format") != FORMAT:
+            raise ValueError
+        del values["background_id"]
+        values["image_size"], values["kinds"] = tuple(values["image_size"]), tuple(values["kinds"])
+        return ModelConfig(**values)
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(f"{folder.uri}/config.json is not of format {FORMAT}; was this folder made by transfgu?") from None
+
+
+def _read(folder: Folder, name: str) -> bytes:
+    try:
+        return folder.read_bytes(name)
+    except OSError:
+        raise ArtifactError(f"{folder.uri} is no model folder: it has no {name}; give a finished run or its model/") from None

@@ -1,0 +1,100 @@
+"""Folders, local or at any URI that pyarrow or fsspec opens, with writes that are whole or absent."""
+
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from transfgu_ray.errors import ArtifactError
+
+# A PUT to an object store appears whole at its end; elsewhere a rename makes it so.
+_ATOMIC_PUT = {"s3", "gcs", "abfs"}
+_TMP_SUFFIX = ".tmp"
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or URI, and the path inside it.
+
+    Raises:
+        ArtifactError: the scheme is unknown or its library is missing.
+    """
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid:
+        pass
+    try:
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise ArtifactError(f"cannot open {uri}: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+class Folder:
+    """A folder at a path or URI; names inside it are relative and use `/`.
+
+    Raises:
+        ArtifactError: the scheme is unknown.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+        self.fs, self.path = resolve(uri)
+
+    def join(self, name: str) -> str:
+        """The full path of a name, for use with `fs`."""
+        return posixpath.join(self.path, name) if name else self.path
+
+    def uri_of(self, name: str) -> str:
+        """The path or URI of a name, for use in another process."""
+        return posixpath.join(self.uri, name)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        return self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound
+
+    def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
+        """(relative name, bytes) of the files below a folder, sorted; nothing where there is no folder."""
+        selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
+        found = self.fs.get_file_info(selector)
+        prefix = self.path.rstrip("/") + "/"
+        yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of a file."""
+        with self.fs.open_input_stream(self.join(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Writes a file that is seen whole or not at all.
+
+        Raises:
+            ArtifactError: the target cannot be written.
+        """
+        target = self.join(name)
+        try:
+            self.fs.create_dir(posixpath.dirname(target), recursive=True)
+            direct = self.fs.type_name in _ATOMIC_PUT
+            folder, base = posixpath.split(target)
+            path = target if direct else posixpath.join(folder, f".{base}.{uuid.uuid4().hex[:8]}{_TMP_SUFFIX}")
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(data)
+            if not direct:
+                self.fs.move(path, target)
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise ArtifactError(f"cannot write {target}: {reason}; choose a writable folder with free space") from None
+
+    def delete(self, name: str) -> None:
+        """Removes a file or a whole folder; nothing happens where there is none."""
+        kind = self.fs.get_file_info(self.join(name)).type
+        if kind == pafs.FileType.Directory:
+            self.fs.delete_dir(self.join(name))
+        elif kind == pafs.FileType.File:
+            self.fs.delete_file(self.join(name))
