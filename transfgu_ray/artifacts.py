@@ -63,7 +63,9 @@ class Run:
             raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
         if config is None:
             if stored is None:
-                raise ArtifactError(f"{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`")
+                raise ArtifactError(
+                    f"{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`"
+                )
             return cls(folder, stored)
         changes = [] if stored is None else difference(_identity(stored), _identity(config))
         if changes and not overwrite:
@@ -109,7 +111,9 @@ class Run:
         """
         manifest = self.manifest(stage)
         if manifest is None:
-            raise ArtifactError(f"{self.folder.uri} has no finished stage {stage}; run `transfgu {stage} {self.folder.uri}` first")
+            raise ArtifactError(
+                f"{self.folder.uri} has no finished stage {stage}; run `transfgu {stage} {self.folder.uri}` first"
+            )
         return manifest
 
     def clear(self, stage: str) -> None:

@@ -146,7 +146,9 @@ class TrainConfig(Section):
     decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
     decoder_heads: Positive = Field(6, description="attention heads of the decoder")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
-    alpha: tuple[Fraction, Fraction] = _tuple("peer weight, from first to last epoch (suppl.: 0.03 to 0.1)", (0.03, 0.1))
+    alpha: tuple[Fraction, Fraction] = _tuple(
+        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1)", (0.03, 0.1)
+    )
     omega_1: float = Field(1.0, ge=0.0, description="weight of the diversity loss (paper: 1)")
     omega_2: float = Field(0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3)")
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
@@ -250,9 +252,7 @@ class RunConfig(Section):
 NOT_IDENTITY = ("preset", "tracking", "runtime")
 
 
-def build_config(
-    base: RunConfig, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()
-) -> RunConfig:
+def build_config(base: RunConfig, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
 
     Raises:

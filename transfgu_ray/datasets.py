@@ -87,9 +87,7 @@ def _list_voc(root: Folder, split: str) -> Listing:
     try:
         stems = sorted(set(root.read_bytes(name).decode().split()))
     except (OSError, UnicodeDecodeError):
-        raise DataError(
-            f"{root.uri} has no readable {name}; dataset voc expects {BENCHMARKS['voc'].expects}"
-        ) from None
+        raise DataError(f"{root.uri} has no readable {name}; dataset voc expects {BENCHMARKS['voc'].expects}") from None
     sizes = dict(root.files("JPEGImages"))
     photos = {stem: f"JPEGImages/{stem}.jpg" for stem in stems}
     images = (ImageRef(p, f"SegmentationClass/{s}.png", sizes.get(p, -1)) for s, p in photos.items())

@@ -1,10 +1,10 @@
 """What the user can get wrong. Every message is one sentence: what, where, what is allowed, what to do.
 
-    TransfguError          exit code 2
-    +-- ConfigError        a setting is unknown, out of range, or differs from the run's
-    +-- DataError          photographs, labels or lists are missing or unusable
-    +-- WeightsError       encoder weights are missing or do not fit
-    +-- ArtifactError      a run folder or model cannot be read or written
+TransfguError          exit code 2
++-- ConfigError        a setting is unknown, out of range, or differs from the run's
++-- DataError          photographs, labels or lists are missing or unusable
++-- WeightsError       encoder weights are missing or do not fit
++-- ArtifactError      a run folder or model cannot be read or written
 """
 
 

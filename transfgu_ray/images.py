@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class ImageRefused(Exception):  # noqa: N818  a verdict on one photograph, not a failure
+class ImageRefused(Exception):
     """This photograph cannot be used; the message says why and is counted in the manifest."""
 
 

@@ -65,8 +65,12 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def class_maps(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b k h w"]:
         """Class logits on the patch grid of images that are already at the model's size."""
-        grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
-        return self.decoder(self.encoder.patch_tokens(images), grid_hw)[0]
+        return self.decode(self.encoder.patch_tokens(images), (images.shape[2], images.shape[3]))
+
+    @torch.no_grad()
+    def decode(self, patch_tokens: Float[Tensor, "b hw d"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
+        """Class logits from patch tokens of images of (height, width) px."""
+        return self.decoder(patch_tokens, self.encoder.grid_hw(image_hw))[0]
 
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
         """Class ids of every pixel at each photograph's own size."""
@@ -122,11 +126,15 @@ def load_model_config(folder: Folder) -> ModelConfig:
         values["image_size"], values["kinds"] = tuple(values["image_size"]), tuple(values["kinds"])
         return ModelConfig(**values)
     except (ValueError, KeyError, TypeError):
-        raise ArtifactError(f"{folder.uri}/config.json is not of format {FORMAT}; was this folder made by transfgu?") from None
+        raise ArtifactError(
+            f"{folder.uri}/config.json is not of format {FORMAT}; was this folder made by transfgu?"
+        ) from None
 
 
 def _read(folder: Folder, name: str) -> bytes:
     try:
         return folder.read_bytes(name)
     except OSError:
-        raise ArtifactError(f"{folder.uri} is no model folder: it has no {name}; give a finished run or its model/") from None
+        raise ArtifactError(
+            f"{folder.uri} is no model folder: it has no {name}; give a finished run or its model/"
+        ) from None

@@ -120,3 +120,8 @@ class Bootstrap:
             self.teacher.load_state_dict(state["teacher"])
         self.trained, self.initial = state["trained"], state["initial"]
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def mean_terms(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each loss term over an epoch's steps."""
+    return {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}

@@ -59,9 +59,10 @@ class Encoder(nn.Module):
                 "use one such as vit_small_patch8_224.dino"
             )
         last = vit.blocks[-1]
-        if type(last) is not Block or type(last.attn) is not Attention or last.attn.gate is not None:
+        attn = getattr(last, "attn", None)
+        if type(last) is not Block or type(attn) is not Attention or attn.gate is not None:
             raise WeightsError(
-                f"the last block of this encoder is a {type(last).__name__} with {type(last.attn).__name__}, "
+                f"the last block of this encoder is a {type(last).__name__} with {type(attn).__name__}, "
                 "whose class-token gradient is not implemented; use a plain pre-norm ViT"
             )
         self.vit = vit.eval().requires_grad_(False)

@@ -32,9 +32,7 @@ class Labeller:
     keep_mass: float | None
 
     @torch.no_grad()
-    def __call__(
-        self, images: UInt8[Tensor, "b 3 y x"]
-    ) -> tuple[Float[Tensor, "b k h w"], Bool[Tensor, "b h w"]]:
+    def __call__(self, images: UInt8[Tensor, "b 3 y x"]) -> tuple[Float[Tensor, "b k h w"], Bool[Tensor, "b h w"]]:
         """Scores in [0, 1] of all K concepts and the foreground mask, on the patch grid."""
         grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
         tokens = self.encoder.prefix(images)

@@ -1,6 +1,5 @@
 """Bootstrapping losses (Eq. 9, 13-16). Letters: b images, k classes, d width, (h, w) patch grid."""
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
@@ -9,7 +8,7 @@ from torch.nn import functional
 def bootstrap_targets(
     scores: Float[Tensor, "b k h w"], teacher_logits: Float[Tensor, "b k h w"] | None
 ) -> Int64[Tensor, "b h w"]:
-    """argmax over classes of the bank's scores (round 0), or of 0.5 * (scores + softmax(teacher)) (Eq. 11, 12)."""
+    """Argmax over classes of the bank's scores (round 0), or of 0.5 * (scores + softmax(teacher)) (Eq. 11, 12)."""
     if teacher_logits is None:
         return scores.argmax(1)
     return (0.5 * (scores + teacher_logits.softmax(1))).argmax(1)

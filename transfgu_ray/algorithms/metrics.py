@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 from scipy.optimize import linear_sum_assignment
 
 IGNORE = 255
@@ -29,7 +29,7 @@ class Score:
 
 
 def confusion_matrix(
-    target: Int[np.ndarray, "*hw"], pred: Int[np.ndarray, "*hw"], num_classes: int, num_concepts: int
+    target: Integer[np.ndarray, "*hw"], pred: Integer[np.ndarray, "*hw"], num_classes: int, num_concepts: int
 ) -> Int64[np.ndarray, "c k"]:
     """Pixel counts, rows = ground truth, columns = predicted concept; target 255 never counts."""
     valid = target != IGNORE
@@ -74,3 +74,10 @@ def score(confusion: Int64[np.ndarray, "c k"]) -> Score:
         class_iou=iou,
         class_of_concept=matched,
     )
+
+
+def add_confusions(
+    total: Int64[np.ndarray, "*shape"] | None, more: Int64[np.ndarray, "*shape"]
+) -> Int64[np.ndarray, "*shape"]:
+    """Running sum of confusion matrices; None starts it."""
+    return more.copy() if total is None else total + more

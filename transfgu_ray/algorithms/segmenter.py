@@ -28,9 +28,7 @@ class MaskTransformer(nn.Module):
         d = d_encoder
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, d))
         self.proj_dec = nn.Linear(d, d)
-        self.blocks = nn.ModuleList(
-            Block(d, num_heads, qkv_bias=True, proj_drop=dropout) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(d, num_heads, qkv_bias=True, proj_drop=dropout) for _ in range(num_layers))
         self.decoder_norm = nn.LayerNorm(d)
         self.proj_patch = nn.Parameter(d**-0.5 * torch.randn(d, d))
         self.proj_classes = nn.Parameter(d**-0.5 * torch.randn(d, d))

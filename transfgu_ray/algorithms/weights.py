@@ -28,9 +28,13 @@ def build_vit(name: str, overrides: dict[str, int], pretrained: bool = False) ->
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
-        raise WeightsError(f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')") from None
+        raise WeightsError(
+            f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
+        ) from None
     except (TypeError, AssertionError) as error:
-        raise WeightsError(f"encoder.name={name} with overrides {overrides} is not a usable vision transformer: {error}") from None
+        raise WeightsError(
+            f"encoder.name={name} with overrides {overrides} is not a usable vision transformer: {error}"
+        ) from None
 
 
 def random_vit(name: str, overrides: dict[str, int], seed: int) -> nn.Module:
@@ -67,8 +71,12 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> 
     missing = [key for key in wanted if key not in state]
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or wrong:
-        problem = f"lacks {missing[0]} ({len(missing)} tensors in all)" if missing else (
-            f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)} where {tuple(wanted[wrong[0]].shape)} is needed"
+        problem = (
+            f"lacks {missing[0]} ({len(missing)} tensors in all)"
+            if missing
+            else (
+                f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)} where {tuple(wanted[wrong[0]].shape)} is needed"
+            )
         )
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
     # A classification or projection head beside the backbone is not needed.

@@ -1,0 +1,324 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from transfgu_ray.errors import TransfguError
+
+app = typer.Typer(
+    name="transfgu",
+    help="Segments photographs into K classes without a single label (TransFGU), on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URI such as s3://bucket/run.")]
+Preset = Annotated[str | None, typer.Option(help="Recipe to start from; see `transfgu presets`. Default: paper.")]
+Dataset = Annotated[str | None, typer.Option(help="Layout of --data; see `transfgu datasets`. Default: folder.")]
+Data = Annotated[str | None, typer.Option(help="Folder or URI of the photographs.")]
+Config = Annotated[str | None, typer.Option(help="YAML file that changes the preset.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be given often.")
+]
+Weights = Annotated[str | None, typer.Option(help="Encoder weights: a checkpoint file, 'hub' or 'random'.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", envvar="RAY_ADDRESS", help="Ray to use: host:port or auto. Default: start a local Ray."
+    ),
+]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: sqlite beside the run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what another configuration changes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors.")]
+
+
+class Terminal:
+    """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self._quiet = quiet
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._progress = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Shows one stage while it runs."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if self._quiet:
+            yield lambda done: None
+            return
+        if not self._progress.is_terminal:
+            done = 0
+
+            def count(more: int) -> None:
+                nonlocal done
+                done += more
+
+            self._progress.print(f"{name}: {total} {unit}")
+            yield count
+            self._progress.print(f"{name}: done, {done} of {total} {unit}")
+            return
+        columns = (
+            TextColumn(f"{name:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self._progress) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda more: progress.advance(task, more)
+
+    def note(self, text: str) -> None:
+        """Prints one line, unless quiet."""
+        if not self._quiet:
+            self._out.print(text, markup=False)
+
+    def table(self, rows: list[list[str]], header: list[str]) -> None:
+        """Prints a small table, unless quiet."""
+        from rich.table import Table
+
+        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        if not self._quiet:
+            self._out.print(table)
+
+
+@app.command()
+def run(
+    folder: RunFolder,
+    preset: Preset = None,
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    ray_address: Address = None,
+    tracking_uri: TrackingUri = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Photographs to masks: every stage, resumed where an earlier call stopped."""
+    from transfgu_ray.artifacts import STAGES
+
+    _run(
+        STAGES, folder, preset, dataset, data, config, assignments, weights, ray_address, tracking_uri, overwrite, quiet
+    )
+
+
+def _stage_command(stage: str, text: str) -> None:
+    def command(
+        folder: RunFolder,
+        preset: Preset = None,
+        dataset: Dataset = None,
+        data: Data = None,
+        config: Config = None,
+        assignments: Set = [],  # noqa: B006
+        weights: Weights = None,
+        ray_address: Address = None,
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _run((stage,), folder, preset, dataset, data, config, assignments, weights, ray_address, None, overwrite, quiet)
+
+    app.command(name=stage, help=text)(command)
+
+
+_stage_command("extract", "Stage 1: class tokens of sliding windows -> features/.")
+_stage_command("concepts", "Stage 2: k-means of the class tokens -> concepts.parquet.")
+_stage_command("labels", "Stage 3: response maps of all concepts -> labels/, the pseudo-label bank.")
+_stage_command("train", "Stage 4: decoder in teacher-student rounds -> train/, model/.")
+_stage_command("evaluate", "Stage 5: scores of the initial, trained and bootstrapped masks -> metrics.json.")
+_stage_command("report", "Stage 6: one self-contained page -> report.html.")
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or models:/NAME@ALIAS.")],
+    images: Annotated[str, typer.Option(help="Folder or URI of new photographs.")],
+    out: Annotated[str, typer.Option(help="Where masks/ and overlays/ go.")],
+    ray_address: Address = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow tracking URI, for models:/ only.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Masks (palette PNG) and overlays for new photographs, each at its own size."""
+    from transfgu_ray.config import RuntimeConfig
+    from transfgu_ray.pipeline import predict as verb
+    from transfgu_ray.pipeline.session import ray_session
+    from transfgu_ray.storage import Folder
+
+    terminal = Terminal(quiet)
+    if model.startswith("models:/"):
+        from transfgu_ray.pipeline.tracking import fetch_model
+
+        model = fetch_model(model, tracking_uri)
+    source, target = verb.model_folder(model), Folder(out)
+    root, photos = verb.list_photos(images)
+    target.write_bytes(".transfgu", b"")
+    target.delete(".transfgu")
+    with (
+        terminal.stage("predict", len(photos), "photographs") as progress,
+        ray_session(ray_address, RuntimeConfig()) as resources,
+    ):
+        stats = verb.predict(source, root, photos, target, resources, progress)
+    _note_refused(terminal, stats.refused)
+    terminal.note(f"{stats.images} masks in {target.uri_of('masks')}, overlays in {target.uri_of('overlays')}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
+    ray_address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """The whole pipeline on scenes that the package renders itself, on a laptop CPU.
+
+    The encoder is a tiny vision transformer with random weights: the run shows that every stage works, its masks
+    carry no meaning.
+    """
+    from transfgu_ray.scenes import render_scenes
+
+    scenes = os.path.join(os.path.dirname(os.path.abspath(folder)), "scenes")
+    render_scenes(scenes)
+    run(folder, preset="demo", data=scenes, ray_address=ray_address, quiet=quiet)
+
+
+@app.command()
+def datasets() -> None:
+    """Known datasets and what each expects on disk."""
+    from transfgu_ray.benchmarks import BENCHMARKS
+
+    for name, benchmark in BENCHMARKS.items():
+        scored = f"{len(benchmark.class_names)} classes" if benchmark.class_names else "no labels"
+        typer.echo(f"{name:<8} {scored:<11} {benchmark.expects}")
+
+
+@app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Show this preset in full, as YAML.")] = None) -> None:
+    """Named recipes; with a name, every setting of one."""
+    from transfgu_ray.config import dump_yaml
+    from transfgu_ray.presets import PRESETS, get_preset
+
+    if name is not None:
+        typer.echo(dump_yaml(get_preset(name)), nl=False)
+        return
+    for key, preset in PRESETS.items():
+        typer.echo(f"{key:<9} {(preset.__doc__ or '').splitlines()[0]}")
+
+
+def _run(
+    stages: tuple[str, ...],
+    folder: str,
+    preset: str | None,
+    dataset: str | None,
+    data: str | None,
+    config: str | None,
+    assignments: list[str],
+    weights: str | None,
+    ray_address: str | None,
+    tracking_uri: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    from transfgu_ray.artifacts import Run
+    from transfgu_ray.config import build_config
+    from transfgu_ray.pipeline.run import run_stages
+    from transfgu_ray.presets import get_preset
+
+    shorthand = {"data.dataset": dataset, "data.root": _absolute(data), "encoder.weights": _absolute_weights(weights)}
+    shorthand["tracking.uri"] = tracking_uri
+    named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+    resolved = None
+    if preset or config or assignments or named:
+        resolved = build_config(get_preset(preset or "paper"), config, [*named, *assignments])
+    elif len(stages) > 1 and not folder:
+        raise TransfguError("name a run folder")
+    terminal = Terminal(quiet)
+    opened = Run.open(folder, resolved, overwrite)
+    manifests = run_stages(opened, stages, ray_address, terminal, overwrite)
+    _close(terminal, opened, manifests)
+
+
+def _absolute(data: str | None) -> str | None:
+    return data if data is None or "://" in data else os.path.abspath(os.path.expanduser(data))
+
+
+def _absolute_weights(weights: str | None) -> str | None:
+    return weights if weights in (None, "hub", "random") else _absolute(weights)
+
+
+def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]) -> None:
+    """What came out, what was refused, and where to look next."""
+    rows = [
+        [m["stage"], str(m["rows_in"]), str(m["rows_out"]), str(len(m["refused"])), f"{m['seconds']:.1f}"]
+        for m in manifests.values()
+    ]
+    terminal.table(rows, ["stage", "in", "out", "refused", "seconds"])
+    refused = {r["image_id"]: r for m in manifests.values() for r in m["refused"]}
+    _note_refused(terminal, list(refused.values()))
+    if "evaluate" in manifests:
+        _note_scores(terminal, json.loads(opened.folder.read_bytes("metrics.json")))
+    if "report" in manifests:
+        terminal.note(f"report: {opened.folder.uri_of('report.html')}")
+    if "register" in manifests:
+        entry = manifests["register"]
+        terminal.note(
+            f"model: models:/{entry['model_name']}/{entry['model_version']}, seen with "
+            f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
+        )
+        terminal.note(f"next: transfgu predict {opened.folder.uri} --images DIR --out DIR")
+
+
+def _note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int = 20) -> None:
+    if not refused:
+        return
+    terminal.note(f"refused {len(refused)} photographs:")
+    for refusal in refused[:most]:
+        terminal.note(f"  {refusal['image_id']}: {refusal['reason']}")
+    if len(refused) > most:
+        terminal.note(f"  and {len(refused) - most} more, named in the manifests")
+
+
+def _note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
+    if not metrics["scored"]:
+        terminal.note(f"nothing was scored: dataset {metrics['dataset']} has no labels")
+        return
+    rows = [
+        [stage, f"{100 * s['miou']:.2f}", f"{100 * s['pixel_accuracy']:.2f}", f"{100 * s['coverage']:.1f}"]
+        for stage, s in metrics["stages"].items()
+    ]
+    terminal.table(rows, [f"{metrics['dataset']} {metrics['split']}", "mIoU %", "accuracy %", "coverage %"])
+
+
+def main() -> None:
+    """Entry point: user errors are one sentence and exit code 2."""
+    # Third-party deprecations are for us, not for the people who run this.
+    warnings.simplefilter("ignore")
+    try:
+        app()
+    except TransfguError as error:
+        typer.echo(f"transfgu: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""images + concepts -> labels: the pseudo-label bank, one row an image."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from transfgu_ray.algorithms.labelling import Labeller
+from transfgu_ray.algorithms.pseudo_labels import encode_mask, encode_scores
+from transfgu_ray.algorithms.weights import load_encoder
+from transfgu_ray.config import RunConfig
+from transfgu_ray.images import to_working
+from transfgu_ray.pipeline.extract_features import padded_batches
+from transfgu_ray.pipeline.fit_concepts import read_concepts
+from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
+from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.schemas import build_table, labels_schema
+from transfgu_ray.storage import Folder
+
+
+def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
+    """The labeller of a run that has its encoder and concepts."""
+    name = "model/encoder.safetensors"
+    encoder = load_encoder(run.read_bytes(name), run.uri_of(name), config.encoder.precision, device)
+    kinds, centroids = read_concepts(run)
+    excluding = config.cam.exclusion and config.region_mode == "things_and_stuff"
+    return Labeller(
+        encoder=encoder,
+        centroids=torch.from_numpy(centroids).to(device),
+        is_background=torch.tensor([k == "background" for k in kinds], device=device) if excluding else None,
+        foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
+        gradient_scale=config.cam.gradient_scale,
+        keep_mass=config.cam.keep_mass,
+    )
+
+
+class BankBuilder(PartWorker):
+    """One unit of photographs -> one part of the bank. One row a row group, so that training reads single images."""
+
+    def __init__(self, config: dict[str, Any], root_uri: str, **part: Any) -> None:
+        super().__init__(**part)
+        self._config = RunConfig.model_validate(config)
+        self._root = Folder(root_uri)
+        self._labeller = load_labeller(Folder(part["run_uri"]), self._config, self.device)
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes the unit's part."""
+        config, stats = self._config, PartStats()
+        columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
+        working = []
+        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+            columns["image_id"].append(photo.image_id)
+            columns["path"].append(self._root.uri_of(photo.image_id))
+            columns["height_px"].append(image.height)
+            columns["width_px"].append(image.width)
+            working.append(to_working(image, config.cam_image_size))
+        for rows, batch in padded_batches(np.array(working), config.cam.batch_size) if working else []:
+            scores, foreground = self._labeller(torch.from_numpy(batch).to(self.device))
+            for image_scores, mask, _ in zip(
+                scores.cpu().numpy(), foreground.cpu().numpy(), range(*rows.indices(len(working))), strict=False
+            ):
+                columns["scores"].append(encode_scores(image_scores))
+                columns["foreground"].append(encode_mask(mask))
+                columns["grid_h"].append(mask.shape[0])
+                columns["grid_w"].append(mask.shape[1])
+        table: pa.Table = build_table(columns, labels_schema())
+        return self.write(unit, table, stats, row_group_size=1)

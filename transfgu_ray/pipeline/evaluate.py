@@ -1,0 +1,190 @@
+"""model + bank's method -> metrics.json and sample masks: initial, trained and bootstrapped on the same photographs."""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.metrics import IGNORE, Score, add_confusions, confusion_matrix, score
+from transfgu_ray.algorithms.pseudo_labels import add_background
+from transfgu_ray.benchmarks import BENCHMARKS
+from transfgu_ray.config import RunConfig
+from transfgu_ray.datasets import ImageRef
+from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
+from transfgu_ray.model import load_model
+from transfgu_ray.pipeline.build_labels import load_labeller
+from transfgu_ray.pipeline.extract_features import padded_batches
+from transfgu_ray.pipeline.parts import PartStats, decode_photos
+from transfgu_ray.pipeline.samples import has_background
+from transfgu_ray.pipeline.session import Resources
+from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
+from transfgu_ray.storage import Folder
+
+STAGE_NAMES = ("initial", "trained", "bootstrapped")
+_IMAGES_A_UNIT = 16
+# Shown masks and photographs are at most this wide or high.
+_SAMPLE_PX = 480
+
+
+class Evaluator(UnitWorker):
+    """One unit of photographs -> three confusion matrices, and the sample masks among them."""
+
+    def __init__(
+        self, run_uri: str, config: dict[str, Any], num_classes: int, samples: list[str], device: str, threads: int
+    ) -> None:
+        super().__init__(device, threads)
+        self._config = config = RunConfig.model_validate(config)
+        self._run = Folder(run_uri)
+        self._num_classes = num_classes
+        self._samples = {image_id: number for number, image_id in enumerate(samples)}
+        self._labeller = load_labeller(self._run, config, device)
+        model = Folder(self._run.uri_of("model"))
+        self._models = [load_model(model, device, name) for name in ("decoder_round_0", "decoder")]
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Confusion matrices (3, classes, concepts) as .npy bytes, after a JSON line of refusals."""
+        stats = PartStats()
+        limits = self._config.data
+        decoded, targets = [], []
+        for photo, image in decode_photos(photos, limits.min_side_px, limits.max_pixels, stats):
+            try:
+                if self._num_classes and photo.label is None:
+                    raise ImageRefused("its label cannot be read")
+                targets.append(None if photo.label is None else decode_label(photo.label))
+                decoded.append((photo, image))
+            except ImageRefused as refusal:
+                stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
+        total = np.zeros((3, self._num_classes, len(self._models[0].config.kinds)), dtype=np.int64)
+        predictions = self._predict([image for _, image in decoded])
+        for (photo, image), target, masks in zip(decoded, targets, predictions, strict=True):
+            if target is not None and self._num_classes:
+                small = resize_label(target, self._config.evaluate_image_size)
+                for matrix, mask in zip(total, masks, strict=True):
+                    matrix += confusion_matrix(small, mask, *matrix.shape)
+            if photo.image_id in self._samples:
+                self._write_sample(self._samples[photo.image_id], image, masks, target)
+        stats.images = len(decoded)
+        buffer = io.BytesIO()
+        np.save(buffer, total, allow_pickle=False)
+        return json.dumps(vars(stats)).encode() + b"\n" + buffer.getvalue()
+
+    def _predict(self, images: list[Image.Image]) -> list[list[np.ndarray]]:
+        """Masks of each image at the scored size, one a stage."""
+        config = self._config
+        maps: list[list[torch.Tensor]] = [[], [], []]
+        if not images:
+            return []
+        for rows, batch in padded_batches(
+            np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
+        ):
+            scores, _ = self._labeller(torch.from_numpy(batch).to(self.device))
+            if has_background(config):
+                scores = add_background(scores, config.cam.background_threshold)
+            maps[0] += scores[: rows.stop - rows.start]
+        size = self._models[0].config.image_size
+        for rows, batch in padded_batches(np.stack([to_working(i, size) for i in images]), config.evaluate.batch_size):
+            inputs = torch.from_numpy(batch).to(self.device)
+            tokens = self._models[0].encoder.patch_tokens(inputs)
+            for stage, model in enumerate(self._models, start=1):
+                maps[stage] += model.decode(tokens, size)[: rows.stop - rows.start]
+        scored = config.evaluate_image_size
+        return [[upsample_argmax(m, scored).cpu().numpy() for m in stages] for stages in zip(*maps, strict=True)]
+
+    def _write_sample(
+        self, number: int, image: Image.Image, masks: list[np.ndarray], target: np.ndarray | None
+    ) -> None:
+        scale = min(1.0, _SAMPLE_PX / max(image.size))
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        photo = io.BytesIO()
+        image.resize(size).save(photo, "JPEG", quality=88)
+        self._run.write_bytes(f"samples/{number:02d}/photo.jpg", photo.getvalue())
+        labelled = dict(zip(STAGE_NAMES, masks, strict=True)) | ({} if target is None else {"truth": target})
+        for name, mask in labelled.items():
+            png = io.BytesIO()
+            depth = np.uint8 if mask.max() <= IGNORE else np.uint16
+            Image.fromarray(mask.astype(depth)).resize(size, Image.Resampling.NEAREST).save(png, "PNG")
+            self._run.write_bytes(f"samples/{number:02d}/{name}.png", png.getvalue())
+
+
+def choose_samples(image_ids: list[str], count: int, seed: int) -> list[str]:
+    """Photographs to show, drawn by the seed, in order of name."""
+    chosen = np.random.default_rng(seed).permutation(len(image_ids))[:count]
+    return [image_ids[i] for i in sorted(chosen)]
+
+
+def evaluate(
+    run: Folder,
+    config: RunConfig,
+    root: Folder,
+    images: list[ImageRef],
+    scored: bool,
+    resources: Resources,
+    progress: Progress,
+) -> tuple[PartStats, dict[str, Score] | None, int]:
+    """Scores of each stage (None without labels), refusals, and the workers' peak memory in MB."""
+    classes = BENCHMARKS[config.data.dataset].class_names if scored else ()
+    samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
+    if not scored:
+        images = [image for image in images if image.image_id in set(samples)]
+    arguments = {
+        "run_uri": run.uri,
+        "config": config.model_dump(mode="json"),
+        "num_classes": len(classes),
+        "samples": samples,
+    }
+    units = dict(enumerate(split_units(images, _IMAGES_A_UNIT)))
+    stats, total, peak_mb = PartStats(), None, 0
+    for result in stream_units(root, units, Evaluator, arguments, resources):
+        head, _, matrices = result.result.partition(b"\n")
+        part = PartStats(**json.loads(head))
+        stats.images += part.images
+        stats.refused += part.refused
+        total = add_confusions(total, np.load(io.BytesIO(matrices), allow_pickle=False))
+        peak_mb = max(peak_mb, result.peak_mb)
+        progress(len(units[result.unit]))
+    stats.refused.sort(key=lambda refusal: refusal["image_id"])
+    if not scored or total is None or not total.sum():
+        return stats, None, peak_mb
+    return stats, {name: score(matrix) for name, matrix in zip(STAGE_NAMES, total, strict=True)}, peak_mb
+
+
+def metrics_json(
+    config: RunConfig, split: str | None, num_images: int, scores: dict[str, Score] | None, weights_sha256: str
+) -> dict[str, Any]:
+    """The content of metrics.json; `stages` and `per_class` are null where nothing was scored."""
+    names = BENCHMARKS[config.data.dataset].class_names
+    content: dict[str, Any] = {
+        "dataset": config.data.dataset,
+        "split": split,
+        "protocol": "transfgu",
+        "num_images": num_images if scores else 0,
+        "num_classes": len(names),
+        "num_concepts": config.concepts.num_concepts,
+        "scored": scores is not None,
+        "stages": None,
+        "per_class": None,
+    }
+    if scores is not None:
+        content["stages"] = {
+            name: {"miou": s.miou, "pixel_accuracy": s.pixel_accuracy, "coverage": s.coverage}
+            for name, s in scores.items()
+        }
+        last = scores["bootstrapped"]
+        content["per_class"] = [
+            {
+                "name": name,
+                "iou": None if np.isnan(iou) else float(iou),
+                "concepts": np.flatnonzero(last.class_of_concept == class_id).tolist(),
+            }
+            for class_id, (name, iou) in enumerate(zip(names, last.class_iou, strict=True))
+        ]
+    return content | {
+        "recipe": config.preset,
+        "backbone": config.encoder.name,
+        "weights_sha256": weights_sha256,
+        "seed": config.seed,
+    }

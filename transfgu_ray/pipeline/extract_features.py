@@ -1,0 +1,111 @@
+"""images -> features: class tokens of sliding windows, crops batched across the photographs of a unit."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from transfgu_ray.algorithms.encoder import above_mean
+from transfgu_ray.algorithms.weights import load_encoder
+from transfgu_ray.algorithms.windows import (
+    DROPPED,
+    classify_windows,
+    enumerate_windows,
+    foreground_fracs,
+    to_original,
+)
+from transfgu_ray.config import RunConfig
+from transfgu_ray.images import cut_crops, to_working
+from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
+from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.schemas import build_table, features_schema
+from transfgu_ray.storage import Folder
+
+
+def padded_batches(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Batches of exactly `batch_size` rows, the last one padded with its first row.
+
+    A matrix product's last bits depend on its shape, so the shape never changes.
+    """
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        rows = slice(start, start + len(batch))
+        padding = np.repeat(batch[:1], batch_size - len(batch), axis=0)
+        yield rows, np.concatenate([batch, padding])
+
+
+class FeatureExtractor(PartWorker):
+    """One unit of photographs -> one part of the features table."""
+
+    def __init__(self, config: dict[str, Any], **part: Any) -> None:
+        super().__init__(**part)
+        self._config = config = RunConfig.model_validate(config)
+        source = Folder(part["run_uri"])
+        name = "model/encoder.safetensors"
+        self._encoder = load_encoder(
+            source.read_bytes(name), source.uri_of(name), config.encoder.precision, self.device
+        )
+        height, width = config.data.image_size
+        self._crop_size = config.extract_crop_size
+        # Whole images are larger than crops: as many at a time as give about the same number of pixels.
+        self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
+        self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes the unit's part."""
+        config, stats = self._config, PartStats()
+        image_ids, sizes, working = [], [], []
+        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+            image_ids.append(photo.image_id)
+            sizes.append((image.height, image.width))
+            working.append(to_working(image, config.data.image_size))
+        kept: list[tuple[int, int, str, float]] = []
+        for i, fracs in enumerate(self._foreground_fracs(np.array(working)) if working else []):
+            kinds = classify_windows(
+                fracs, config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
+            )
+            stats.drop("neither foreground nor background", kinds.count(DROPPED))
+            kept += [(i, c, kind, fracs[c]) for c, kind in enumerate(kinds) if kind != DROPPED]
+        tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
+        for rows, batch in padded_batches(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size):
+            crops = self._crops(working, batch)
+            tokens[rows] = self._encoder.cls_tokens(crops)[: rows.stop - rows.start].cpu().numpy()
+        index = np.array([k[1] for k in kept], dtype=np.int32)
+        original = [to_original(self._boxes, config.data.image_size, size) for size in sizes]
+        table = build_table(
+            {
+                "image_id": [image_ids[k[0]] for k in kept],
+                "crop_id": index,
+                "box_xyxy": np.array([original[k[0]][k[1]] for k in kept], dtype=np.int32).reshape(-1, 4),
+                "window_frac": self._fracs[index].astype(np.float32),
+                "kind": [k[2] for k in kept],
+                "foreground_frac": np.array([k[3] for k in kept], dtype=np.float32),
+                "cls_token": tokens,
+            },
+            features_schema(self._encoder.embed_dim),
+        )
+        return self.write(unit, table, stats)
+
+    def _foreground_fracs(self, working: np.ndarray) -> Iterator[np.ndarray]:
+        """Foreground share of every window of each working image."""
+        encoder, config = self._encoder, self._config
+        grid_hw = encoder.grid_hw(config.data.image_size)
+        if config.region_mode in ("all_foreground", "no_prior"):
+            yield from np.ones((len(working), len(self._boxes)))
+            return
+        for rows, batch in padded_batches(working, self._image_batch):
+            tokens = encoder.prefix(self._to_device(batch))
+            saliency = encoder.saliency(tokens, encoder.class_row(tokens), grid_hw, config.extract.foreground_prior)
+            for mask in above_mean(saliency)[: rows.stop - rows.start].cpu().numpy():
+                yield foreground_fracs(self._boxes, mask, encoder.patch_size)
+
+    def _crops(self, working: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:
+        crops = [cut_crops(working[i], self._boxes[c : c + 1], self._crop_size)[0] for i, c in pairs]
+        return self._to_device(np.stack(crops))
+
+    def _to_device(self, images: np.ndarray) -> torch.Tensor:
+        batch = torch.from_numpy(images)
+        if self.device == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)

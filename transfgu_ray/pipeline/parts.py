@@ -1,0 +1,158 @@
+"""Tables made of parts, one a unit: which are there, and what their footers say."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transfgu_ray.datasets import ImageRef
+from transfgu_ray.images import ImageRefused, decode_rgb
+from transfgu_ray.pipeline.session import Resources
+from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
+from transfgu_ray.schemas import to_parquet
+from transfgu_ray.storage import Folder
+
+
+def part_name(table: str, unit: int) -> str:
+    """The file of a unit."""
+    return f"{table}/part-{unit:06d}.parquet"
+
+
+@dataclass
+class PartStats:
+    """What became of a unit's photographs; kept in the part's footer, so that a kill loses none of it.
+
+    Attributes:
+        images: photographs that are in the table.
+        refused: those that are not, each with its reason.
+        dropped: crops (or the like) left out, by reason.
+    """
+
+    images: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Counts something left out."""
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def decode_photos(
+    photos: list[Photo], min_side_px: int, max_pixels: int, stats: PartStats
+) -> Iterator[tuple[Photo, Any]]:
+    """Each readable photograph with its decoded RGB image; the others are entered as refused."""
+    for photo in photos:
+        try:
+            if photo.data is None:
+                raise ImageRefused(photo.error)
+            yield photo, decode_rgb(photo.data, min_side_px, max_pixels)
+        except ImageRefused as refusal:
+            stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
+        else:
+            stats.images += 1
+
+
+class PartWorker(UnitWorker):
+    """A worker whose units become Parquet parts of one table."""
+
+    def __init__(self, run_uri: str, table: str, fingerprint: str, device: str, threads: int) -> None:
+        super().__init__(device, threads)
+        self._folder = Folder(run_uri)
+        self._table = table
+        self._fingerprint = fingerprint
+
+    def write(self, unit: int, table: pa.Table, stats: PartStats, row_group_size: int | None = None) -> bytes:
+        """Writes the unit's part whole."""
+        metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
+        self._folder.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
+        return b""
+
+
+@dataclass
+class TableResult:
+    """A finished table.
+
+    Attributes:
+        stats: all parts together.
+        num_rows: rows of all parts.
+        num_parts: parts in all.
+        num_resumed: parts that an earlier, interrupted call had left.
+        peak_mb: highest peak memory of a worker, MB.
+    """
+
+    stats: PartStats
+    num_rows: int
+    num_parts: int
+    num_resumed: int
+    peak_mb: int
+
+
+def build_table_of_parts(
+    run: Folder,
+    table: str,
+    fingerprint: str,
+    root: Folder,
+    images: Sequence[ImageRef],
+    images_per_part: int,
+    worker: type[PartWorker],
+    arguments: dict[str, Any],
+    resources: Resources,
+    progress: Progress,
+) -> TableResult:
+    """Makes the parts that are missing, then reads every footer: the table is complete when this returns."""
+    units = dict(enumerate(split_units(images, images_per_part)))
+    wanted = {part_name(table, unit): unit for unit in units}
+    for name, _ in list(run.files(table)):
+        if name not in wanted or _read_footer(run, name, fingerprint) is None:
+            run.delete(name)
+    present = {wanted[name] for name, _ in run.files(table)}
+    progress(sum(len(units[unit]) for unit in present))
+    missing = {unit: refs for unit, refs in units.items() if unit not in present}
+    arguments = {"run_uri": run.uri, "table": table, "fingerprint": fingerprint, **arguments}
+    peak_mb = 0
+    for result in stream_units(root, missing, worker, arguments, resources):
+        peak_mb = max(peak_mb, result.peak_mb)
+        progress(len(units[result.unit]))
+    total, num_rows = PartStats(), 0
+    for name in wanted:
+        footer = _read_footer(run, name, fingerprint)
+        if footer is None:
+            raise RuntimeError(f"{run.uri_of(name)} was not written")
+        stats, rows = footer
+        num_rows += rows
+        total.images += stats.images
+        total.refused += stats.refused
+        for reason, count in stats.dropped.items():
+            total.drop(reason, count)
+    return TableResult(total, num_rows, len(units), len(present), peak_mb)
+
+
+def part_files(run: Folder, table: str) -> list[str]:
+    """Names of a table's parts, in order of unit."""
+    return [name for name, _ in run.files(table) if name.endswith(".parquet")]
+
+
+def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
+    """Some columns of all parts, in order."""
+    tables = []
+    for name in part_files(run, table):
+        with run.fs.open_input_file(run.join(name)) as file:
+            tables.append(pq.read_table(file, columns=columns).replace_schema_metadata())
+    return pa.concat_tables(tables)
+
+
+def _read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
+    """Stats and rows of a part; None if it is damaged or was made with other settings or input."""
+    try:
+        with run.fs.open_input_file(run.join(name)) as file:
+            parquet = pq.ParquetFile(file)
+            metadata = parquet.schema_arrow.metadata or {}
+            if metadata.get(b"fingerprint") != fingerprint.encode():
+                return None
+            return PartStats(**json.loads(metadata[b"stats"])), parquet.metadata.num_rows
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError):
+        return None

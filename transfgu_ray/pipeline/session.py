@@ -1,0 +1,101 @@
+"""A Ray to run on, and how many workers of which kind it can carry."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transfgu_ray.config import RuntimeConfig
+from transfgu_ray.errors import ConfigError
+
+# A worker and the reading task that feeds it fit on one CPU together, so that one CPU is enough to make progress.
+WORKER_CPUS = 0.75
+READER_CPUS = 0.25
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage may use.
+
+    Attributes:
+        num_workers: actors of a stage.
+        train_workers: Ray Train workers.
+        device: "cpu" or "cuda".
+        threads: torch and FAISS threads a worker.
+        num_blocks: Ray Data blocks; None = one a part, at most 1000.
+    """
+
+    num_workers: int
+    train_workers: int
+    device: str
+    threads: int
+    num_blocks: int | None
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that an actor asks Ray for."""
+        return 1 if self.device == "cuda" else 0
+
+
+@contextmanager
+def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resources]:
+    """Connects to the Ray at `address`, or starts a local one on loopback and stops it afterwards.
+
+    Raises:
+        ConfigError: no cluster answers at `address`, or it has no GPU where cuda was asked for.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray's own switch for single machines: without it every process listens on all interfaces.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Workers must not each take all cores: intra-op threads are set from the configuration.
+    os.environ.setdefault("OMP_NUM_THREADS", str(runtime.threads))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield _resources(runtime)
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address in (None, "local"):
+        # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
+        slots = max(os.cpu_count() or 1, 4)
+        ray.init(
+            num_cpus=slots,
+            include_dashboard=False,
+            object_store_memory=runtime.object_store_mb * 2**20,
+            **quiet,
+        )
+    else:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at --ray-address {address}: {str(error).splitlines()[0]}"
+            ) from None
+    try:
+        yield _resources(runtime)
+    finally:
+        ray.shutdown()
+
+
+def _resources(runtime: RuntimeConfig) -> Resources:
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    if runtime.device == "cuda" and not gpus:
+        raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")
+    device = "cuda" if gpus and runtime.device != "cpu" else "cpu"
+    local_cores = os.cpu_count() or 1
+    cores = local_cores if len(ray.nodes()) == 1 else int(total.get("CPU", 1))
+    wanted = gpus if device == "cuda" else max(1, min(cores, int(total.get("CPU", 1))) // runtime.threads)
+    return Resources(
+        num_workers=runtime.num_workers or wanted,
+        train_workers=runtime.train_workers or (gpus if device == "cuda" else 1),
+        device=device,
+        threads=runtime.threads,
+        num_blocks=runtime.num_blocks,
+    )

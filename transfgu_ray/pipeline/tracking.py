@@ -1,0 +1,222 @@
+"""MLflow: one run per `transfgu run`, its losses, scores and pictures, and a registered model."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfgu_ray.config import RunConfig, flatten
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.model import load_model_config
+from transfgu_ray.storage import Folder
+
+_RECORD = "mlflow.json"
+_MODEL_FILES = ("config.json", "encoder.safetensors", "decoder.safetensors")
+_NOT_TERMS = ("epoch",)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """An MLflow run.
+
+    Attributes:
+        uri: tracking URI.
+        run_id: MLflow's id of the run.
+    """
+
+    uri: str
+    run_id: str
+
+
+def tracking_uri(run: Folder, config: RunConfig) -> str:
+    """The configured URI, else $MLFLOW_TRACKING_URI, else a sqlite store beside a local run folder.
+
+    Raises:
+        ConfigError: the run folder is remote and no URI is given.
+    """
+    configured = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    if "://" in run.uri:
+        raise ConfigError(
+            "a run folder at a URI needs a tracking server: set --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{Path(run.uri).parent / 'mlflow.db'}"
+
+
+def begin(run: Folder, config: RunConfig) -> Tracked:
+    """The MLflow run of a run folder: the one it had, or a new one when the configuration changed."""
+    client, uri = _client(tracking_uri(run, config))
+    identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
+    record = json.loads(run.read_bytes(_RECORD)) if run.exists(_RECORD) else {}
+    if record.get("uri") == uri and record.get("config") == identity and _has_run(client, record["run_id"]):
+        client.set_terminated(record["run_id"], status="RUNNING")
+        client.update_run(record["run_id"], status="RUNNING")
+        return Tracked(uri, record["run_id"])
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        location = (
+            f"file://{Path(uri.removeprefix('sqlite:///')).parent / 'mlartifacts'}"
+            if uri.startswith("sqlite:")
+            else None
+        )
+        experiment_id = client.create_experiment(config.tracking.experiment, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    name = run.uri.rstrip("/").rpartition("/")[2]
+    run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": run.uri}).info.run_id
+    for key, value in flatten(identity).items():
+        client.log_param(run_id, key, value)
+    run.write_bytes(_RECORD, json.dumps({"uri": uri, "run_id": run_id, "config": identity}, indent=1).encode())
+    return Tracked(uri, run_id)
+
+
+def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
+    """Logs the losses of the epochs that the run does not have yet, so that a resumed epoch is there once."""
+    client, _ = _client(tracked.uri)
+    known = {metric.step for metric in client.get_metric_history(tracked.run_id, "train/loss")}
+    for epoch in history:
+        if epoch["epoch"] not in known:
+            for name, value in epoch.items():
+                if name not in _NOT_TERMS:
+                    client.log_metric(tracked.run_id, f"train/{name}", value, step=int(epoch["epoch"]))
+
+
+def register(
+    tracked: Tracked, run: Folder, config: RunConfig, metrics: dict[str, Any], artifacts: list[str]
+) -> dict[str, Any]:
+    """Logs scores and artifacts, logs the model and registers it once; returns name and version.
+
+    Args:
+        tracked: the MLflow run.
+        run: the run folder.
+        config: its configuration.
+        metrics: content of metrics.json.
+        artifacts: names in the run folder to keep with the MLflow run.
+    """
+    import mlflow
+
+    client, uri = _client(tracked.uri)
+    for stage, scores in (metrics["stages"] or {}).items():
+        for name, value in scores.items():
+            client.log_metric(tracked.run_id, f"{stage}/{name}", value)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in artifacts:
+            copy = Path(directory) / Path(name).name
+            copy.write_bytes(run.read_bytes(name))
+            client.log_artifact(tracked.run_id, str(copy), str(Path(name).parent) if "/" in name else None)
+        name = config.tracking.model_name
+        versions = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == tracked.run_id]
+        if versions:
+            version = versions[0].version
+        else:
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
+            with mlflow.start_run(run_id=tracked.run_id):
+                version = _log_model(run, Path(directory) / "model", name)
+    tags = {
+        "recipe": config.preset,
+        "num_concepts": str(config.concepts.num_concepts),
+        "dataset": config.data.dataset,
+        "weights_sha256": metrics["weights_sha256"],
+    }
+    if metrics["stages"]:
+        tags["miou"] = f"{metrics['stages']['bootstrapped']['miou']:.6f}"
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.set_terminated(tracked.run_id, status="FINISHED")
+    return {"model_name": name, "model_version": int(version), "tracking_uri": uri, "mlflow_run_id": tracked.run_id}
+
+
+def end(tracked: Tracked, status: str) -> None:
+    """Closes the MLflow run as FAILED or KILLED."""
+    _client(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
+
+
+def fetch_model(model_uri: str, uri: str | None) -> str:
+    """Local folder with the files of a registered model, e.g. `models:/transfgu@champion`.
+
+    Raises:
+        ArtifactError: there is no such model.
+    """
+    import mlflow
+
+    _, uri = _client(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        return str(Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri)) / "artifacts" / "model")
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
+
+
+def _log_model(run: Folder, folder: Path, name: str) -> str:
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    import transfgu_ray
+
+    package = Path(transfgu_ray.__file__).parent
+    folder.mkdir()
+    model = Folder(run.uri_of("model"))
+    for file in _MODEL_FILES:
+        (folder / file).write_bytes(model.read_bytes(file))
+    depth = np.uint8 if len(load_model_config(model).kinds) <= 256 else np.uint16
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), name=None)]),
+        outputs=Schema([TensorSpec(np.dtype(depth), (-1, -1, -1))]),
+    )
+    info = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(package / "pyfunc_model.py"),
+        artifacts={"model": str(folder)},
+        code_paths=[str(package)],
+        signature=signature,
+        pip_requirements=[
+            "torch",
+            "timm",
+            "safetensors",
+            "numpy",
+            "pillow",
+            "pyarrow",
+            "fsspec",
+            "jaxtyping",
+            "faiss-cpu",
+            "scipy",
+            "torchvision",
+            "huggingface-hub",
+            "pydantic",
+            "pyyaml",
+        ],
+        registered_model_name=name,
+    )
+    return str(info.registered_model_version)
+
+
+def _has_run(client: Any, run_id: str) -> bool:
+    import mlflow
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException:
+        return False
+
+
+def _client(uri: str) -> tuple[Any, str]:
+    import logging
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+    except mlflow.exceptions.MlflowException as error:
+        raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None

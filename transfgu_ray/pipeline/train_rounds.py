@@ -1,0 +1,229 @@
+"""labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
+from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
+from transfgu_ray.algorithms.weights import load_encoder
+from transfgu_ray.config import RunConfig
+from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
+from transfgu_ray.pipeline import tracking
+from transfgu_ray.pipeline.samples import bank_index, has_background, load_samples
+from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
+from transfgu_ray.pipeline.stream import Progress, unwrapped_errors
+from transfgu_ray.storage import Folder
+
+HISTORY = "train/history.json"
+_STATE = "state.pt"
+_MAX_WORKER_FAILURES = 2
+# Samples a reading task; keeps a task's output to tens of MB at K = 171.
+_SAMPLES_A_TASK = 32
+
+
+def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
+    """What the finished model says of itself."""
+    return ModelConfig(
+        image_size=config.train_crop_size,
+        kinds=(*kinds, "none") if has_background(config) else tuple(kinds),
+        decoder_layers=config.train.decoder_layers,
+        decoder_heads=config.train.decoder_heads,
+        precision=config.encoder.precision,
+        weights_sha256=weights_sha256,
+    )
+
+
+def train(
+    run: Folder,
+    config: RunConfig,
+    model_config: ModelConfig,
+    fingerprint: str,
+    resources: Resources,
+    tracked: tracking.Tracked | None,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    """Trains, or continues an interrupted training, and writes the model; returns the losses of every epoch."""
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
+    name = f"rounds-{fingerprint[:16]}"
+    for path, _ in list(run.files("train", recursive=True)):
+        if not path.startswith((f"train/{name}/", HISTORY)):
+            run.delete(path)
+    cuda = resources.device == "cuda"
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "run_uri": run.uri,
+            "config": config.model_dump(mode="json"),
+            "model": asdict(model_config),
+            "threads": resources.threads,
+            "tracked": None if tracked is None else asdict(tracked),
+        },
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.train_workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if cuda else {})},
+        ),
+        run_config=TrainRunConfig(
+            name=name,
+            storage_path=run.join("train"),
+            storage_filesystem=run.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
+        ),
+    )
+    with unwrapped_errors(), _watched_epochs(run, progress):
+        result = trainer.fit()
+    with result.checkpoint.as_directory() as directory:
+        state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
+    model = Folder(run.uri_of("model"))
+    trained = state["bootstrap"]["trained"]
+    # A single round has no teacher: what round 0 learned is the result.
+    save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
+    save_decoder(model, state["bootstrap"]["student"], model_config)
+    run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
+    return state["history"]
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    torch.set_num_threads(settings["threads"])
+    config = RunConfig.model_validate(settings["config"])
+    run = Folder(settings["run_uri"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    bootstrap = _new_bootstrap(run, config, ModelConfig(**settings["model"]), device)
+    grid_hw = bootstrap.encoder.grid_hw(config.train_crop_size)
+    history: list[dict[str, float]] = []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            state = torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
+        bootstrap.load_state_dict(state["bootstrap"])
+        history = state["history"]
+    index = bank_index(run)
+    tracked = None if settings["tracked"] is None else tracking.Tracked(**settings["tracked"])
+    for epoch in schedule(config.train.round_epochs, config.train.alpha)[len(history) :]:
+        bootstrap.begin_epoch(epoch, rank)
+        batches = _epoch_batches(index, run.uri, config, epoch, rank, world_size, grid_hw, device)
+        terms = [bootstrap.step(batch["image"], batch["scores"], epoch, step) for step, batch in enumerate(batches)]
+        history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
+        with tempfile.TemporaryDirectory() as directory:
+            saved = None
+            if rank == 0:
+                torch.save({"bootstrap": bootstrap.state_dict(), "history": history}, Path(directory) / _STATE)
+                saved = ray.train.Checkpoint.from_directory(directory)
+            ray.train.report(history[-1], checkpoint=saved)
+        if rank == 0:
+            run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+            if tracked is not None:
+                tracking.log_epochs(tracked, history)
+
+
+def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, device: torch.device) -> Bootstrap:
+    from ray.train.torch import prepare_model
+
+    name = "model/encoder.safetensors"
+    encoder = load_encoder(run.read_bytes(name), run.uri_of(name), config.encoder.precision, str(device))
+    torch.manual_seed(config.seed)
+    student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(device)
+    return Bootstrap(
+        encoder,
+        student,
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        gradient_clamp=config.train.gradient_clamp,
+        omega_1=config.train.omega_1,
+        omega_2=config.train.omega_2,
+        seed=config.seed,
+        wrap=prepare_model,
+    )
+
+
+def _epoch_batches(
+    index: pa.Table,
+    run_uri: str,
+    config: RunConfig,
+    epoch: Epoch,
+    rank: int,
+    world_size: int,
+    grid_hw: tuple[int, int],
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This worker's batches of one epoch, in the order that seed and epoch fix."""
+    import ray.data
+
+    repeats = config.train.epoch_repeats
+    steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
+    order = sample_order(config.seed, epoch.index, len(index), repeats, steps, per_worker, world_size)[rank]
+    samples = index.take(pa.array(order.reshape(-1)))
+    # The position tells apart the visits of an image that an epoch repeats.
+    position = np.arange(len(samples)) * world_size + rank
+    samples = samples.append_column("position", pa.array(position, pa.int64()))
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = False
+    data.print_on_execution_start = False
+    data.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    size = min(per_worker, _SAMPLES_A_TASK)
+    blocks = [samples.slice(start, size).combine_chunks() for start in range(0, len(samples), size)]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        load_samples,
+        fn_kwargs={
+            "run_uri": run_uri,
+            "config": config.model_dump(mode="json"),
+            "epoch": epoch.index,
+            "grid_hw": grid_hw,
+        },
+        batch_size=size,
+        num_cpus=READER_CPUS,
+    )
+    return iter(
+        dataset.iter_torch_batches(
+            batch_size=per_worker, prefetch_batches=2, device=str(device), pin_memory=device.type == "cuda"
+        )
+    )
+
+
+@contextmanager
+def _watched_epochs(run: Folder, progress: Progress) -> Iterator[None]:
+    """Reports finished epochs while the driver waits for Ray Train."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while not done.wait(1.0):
+            if run.exists(HISTORY):
+                epochs = len(json.loads(run.read_bytes(HISTORY)))
+                progress(epochs - seen)
+                seen = epochs
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,110 @@
+"""Where an encoder's weights come from: timm's hub, a file, or the seed."""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+
+from transfgu_ray.config import EncoderConfig, RunConfig
+from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
+from transfgu_ray.storage import Folder
+
+_PROBE_SECONDS = 5
+
+
+def resolve_encoder(config: RunConfig) -> bytes:
+    """Safetensors bytes of the encoder that the configuration names.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or do not fit.
+        ConfigError: a size in the configuration is not a multiple of the encoder's patch.
+    """
+    source = config.encoder.weights
+    if source == "hub":
+        _require_hub(config.encoder)
+    from transfgu_ray.algorithms.encoder import Encoder
+    from transfgu_ray.algorithms.weights import FORMAT, build_vit, dump_encoder, load_vit, random_vit, read_safetensors
+
+    name, overrides = config.encoder.name, dict(config.encoder.overrides)
+    if source == "hub":
+        vit = build_vit(name, overrides, pretrained=True)
+    elif source == "random":
+        vit = random_vit(name, overrides, config.seed)
+    else:
+        data = _read_weights(source)
+        vit = load_vit(data, source, name, overrides)
+        if data[8:9] == b"{":
+            metadata = read_safetensors(data, source)[1]
+            if metadata.get("format") == FORMAT:
+                return data
+    encoder = Encoder(vit)
+    _check_sizes(config, encoder.patch_size, encoder.embed_dim)
+    return dump_encoder(vit, name, overrides)
+
+
+def weights_file_sha256(config: EncoderConfig) -> str | None:
+    """Hash of the weights file's bytes; None where the weights are no file or it is gone."""
+    if config.weights in ("hub", "random"):
+        return None
+    try:
+        return hashlib.sha256(_read_weights(config.weights)).hexdigest()
+    except WeightsError:
+        return None
+
+
+def _read_weights(source: str) -> bytes:
+    folder, _, name = source.rpartition("/")
+    try:
+        return Folder(folder or ".").read_bytes(name)
+    except (OSError, ArtifactError):
+        raise WeightsError(
+            f"encoder.weights={source} cannot be read; give 'hub', 'random' or the path of a checkpoint"
+        ) from None
+
+
+def _check_sizes(config: RunConfig, patch: int, embed_dim: int) -> None:
+    sizes = {
+        "data.image_size": config.data.image_size,
+        "extract.crop_size": (config.extract_crop_size,),
+        "cam.image_size": config.cam_image_size,
+        "train.crop_size": config.train_crop_size,
+    }
+    for name, size in sizes.items():
+        if any(side % patch for side in size):
+            raise ConfigError(
+                f"{name} is {' x '.join(map(str, size))} px, which the encoder's patch of {patch} px does not divide; "
+                f"choose multiples of {patch}"
+            )
+    if embed_dim % config.train.decoder_heads:
+        raise ConfigError(
+            f"train.decoder_heads={config.train.decoder_heads} must divide the encoder's width of {embed_dim}"
+        )
+
+
+def _require_hub(config: EncoderConfig) -> None:
+    """Tells at once what timm would find out after a minute of retries: no network and nothing cached."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    if not offline:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_PROBE_SECONDS)
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            # Read by huggingface_hub when it is first imported, which is below.
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=False) if timm.is_model(config.name) else None
+    if cfg is None:
+        raise WeightsError(
+            f"encoder.name={config.name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
+        )
+    cached = [try_to_load_from_cache(cfg.hf_hub_id, file) for file in ("model.safetensors", "pytorch_model.bin")]
+    if not any(isinstance(path, str) for path in cached):
+        raise WeightsError(
+            f"the weights of {config.name} are neither cached nor reachable at {endpoint}; connect to the network once, "
+            "or give a checkpoint file with --weights FILE (encoder.weights)"
+        )

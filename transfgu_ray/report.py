@@ -1,0 +1,113 @@
+"""report.html: one self-contained page made from a run's artifacts alone."""
+
+import base64
+import io
+import json
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from transfgu_ray.artifacts import STAGES, Run
+from transfgu_ray.config import flatten
+from transfgu_ray.model import ModelConfig, load_model_config
+from transfgu_ray.palette import class_colours, overlay
+from transfgu_ray.storage import Folder
+
+_COLUMNS = ("photo", "initial", "trained", "bootstrapped", "truth")
+_STRIP_HEIGHT_PX = 180
+_MAX_REFUSALS_SHOWN = 50
+
+
+def write_report(run: Run) -> int:
+    """Writes the sample strips and report.html; returns the number of strips."""
+    metrics = json.loads(run.folder.read_bytes("metrics.json"))
+    model = load_model_config(Folder(run.folder.uri_of("model")))
+    colours = matched_colours(model, metrics)
+    numbers = sorted(
+        {name.split("/")[1] for name, _ in run.folder.files("samples", recursive=True) if name.count("/") == 2}
+    )
+    strips = []
+    for number in numbers:
+        data, titles = _strip(run.folder, number, colours, metrics)
+        run.folder.write_bytes(f"samples/strip_{number}.jpg", data)
+        strips.append({"jpeg": base64.b64encode(data).decode(), "titles": titles})
+    history = json.loads(run.folder.read_bytes("train/history.json"))
+    manifests = [m for m in (run.manifest(stage) for stage in STAGES) if m is not None]
+    refusals = {r["image_id"]: r["reason"] for m in manifests for r in m["refused"]}
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("transfgu_ray"), autoescape=True)
+    page = environment.get_template("report.html").render(
+        name=run.folder.uri.rstrip("/").rpartition("/")[2],
+        config=run.config,
+        settings=flatten(run.config.model_dump(mode="json")),
+        metrics=metrics,
+        manifests=manifests,
+        refusals=list(refusals.items())[:_MAX_REFUSALS_SHOWN],
+        num_refused=len(refusals),
+        strips=strips,
+        legend=_legend(model, metrics, colours["pred"]),
+        loss_figure=_loss_figure(history),
+    )
+    run.folder.write_bytes("report.html", page.encode())
+    return len(strips)
+
+
+def matched_colours(model: ModelConfig, metrics: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Colour tables of predictions and of the truth; a matched concept has its class's colour."""
+    pred = class_colours(len(model.kinds), model.background_id)
+    if not metrics["per_class"]:
+        return {"pred": pred, "truth": pred}
+    truth = class_colours(len(metrics["per_class"]), 0 if metrics["per_class"][0]["name"] == "background" else None)
+    for class_id, row in enumerate(metrics["per_class"]):
+        pred[row["concepts"]] = truth[class_id]
+    return {"pred": pred, "truth": truth}
+
+
+def _strip(
+    folder: Folder, number: str, colours: dict[str, np.ndarray], metrics: dict[str, Any]
+) -> tuple[bytes, list[str]]:
+    photo = Image.open(io.BytesIO(folder.read_bytes(f"samples/{number}/photo.jpg"))).convert("RGB")
+    panels, titles = [photo], ["photograph"]
+    for name in _COLUMNS[1:]:
+        if folder.exists(f"samples/{number}/{name}.png"):
+            mask = np.asarray(Image.open(io.BytesIO(folder.read_bytes(f"samples/{number}/{name}.png"))))
+            panels.append(overlay(photo, mask, colours["truth" if name == "truth" else "pred"], opacity=0.7))
+            titles.append(name)
+    width = round(photo.width * _STRIP_HEIGHT_PX / photo.height)
+    strip = Image.new("RGB", (len(panels) * (width + 4) - 4, _STRIP_HEIGHT_PX), "white")
+    for i, panel in enumerate(panels):
+        strip.paste(panel.resize((width, _STRIP_HEIGHT_PX)), (i * (width + 4), 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue(), titles
+
+
+def _legend(model: ModelConfig, metrics: dict[str, Any], colours: np.ndarray) -> list[dict[str, str]]:
+    names = {c: row["name"] for row in metrics["per_class"] or [] for c in row["concepts"]}
+    entries = []
+    for class_id, kind in enumerate(model.kinds):
+        name = "background" if kind == "none" else f"concept {class_id}"
+        matched = f" → {names[class_id]}" if class_id in names else ""
+        red, green, blue = colours[class_id]
+        entries.append({"label": name + matched, "colour": f"#{red:02x}{green:02x}{blue:02x}"})
+    return entries
+
+
+def _loss_figure(history: list[dict[str, float]]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    epochs = [row["epoch"] for row in history]
+    for name in ("cross_entropy", "peer", "diversity", "uncertainty"):
+        axes.plot(epochs, [row[name] for row in history], marker=".", label=name.replace("_", " "))
+    for before, row in zip(history, history[1:], strict=False):
+        if row["round"] != before["round"]:
+            axes.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("epoch (dotted: a new round)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return base64.b64encode(buffer.getvalue()).decode()
