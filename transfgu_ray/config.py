@@ -207,7 +207,9 @@ class RunConfig(Section):
                 raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is things_and_stuff")
             if background is not None and background >= self.concepts.num_concepts:
                 raise ValueError("concepts.num_background must be below concepts.num_concepts")
-        elif background is not None:
+        elif self.region_mode == "no_prior" and self.concepts.num_concepts < 2:
+            raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is no_prior")
+        if self.region_mode != "things_and_stuff" and background is not None:
             raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
@@ -342,15 +344,19 @@ def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: st
         if isinstance(current, dict) and isinstance(change, dict):
             _merge(current, change, where, f"{path}{key}.")
         else:
-            values[key] = _number(change) if isinstance(change, str) else change
+            values[key] = _number(change)
 
 
-def _number(text: str) -> Any:
+def _number(value: Any) -> Any:
     # YAML 1.1 reads 1e-4 as a string; people write rates that way.
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if not isinstance(value, str) or "e" not in value.lower() or value[0] not in "+-.0123456789":
+        return value
     try:
-        return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else text
+        return float(value)
     except ValueError:
-        return text
+        return value
 
 
 def _explain(problem: Any) -> str:

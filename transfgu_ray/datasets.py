@@ -54,6 +54,8 @@ def open_root(config: DataConfig) -> Folder:
         raise DataError(f"data.root={config.root} cannot be opened: {error}") from None
     if not found:
         raise DataError(f"data.root={config.root} does not exist; give the folder of photographs with --data")
+    if root.is_file():
+        raise DataError(f"data.root={config.root} is a file; give the folder of photographs with --data")
     return root
 
 
@@ -64,7 +66,12 @@ def list_images(config: DataConfig, split: str) -> Listing:
         DataError: the root or a list is missing, or there is no photograph.
     """
     root = open_root(config)
-    listing = _list_voc(root, split) if config.dataset == "voc" else _list_folder(root)
+    try:
+        listing = _list_voc(root, split) if config.dataset == "voc" else _list_folder(root)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.root={config.root} holds a name that is not UTF-8, {error.object!r}; rename it"
+        ) from None
     if not listing.images:
         raise DataError(
             f"no photograph in {config.root} (dataset {config.dataset}): expected {BENCHMARKS[config.dataset].expects}"

@@ -1,6 +1,7 @@
 """Photographs of every kind as upright RGB, or a reason why not."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -8,6 +9,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# What Pillow's decoders and metadata readers raise on damaged files.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    struct.error,
+)  # fmt: skip
 
 
 class ImageRefused(Exception):
@@ -40,8 +46,7 @@ def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
         raise ImageRefused("not an image") from None
     except Image.DecompressionBombError:
         raise ImageRefused(f"more pixels than data.max_pixels={max_pixels}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, MemoryError) as error:
-        # Pillow's decoders raise all of these on damaged files.
+    except _DAMAGED as error:
         raise ImageRefused(f"damaged: {' '.join(str(error).split())[:120]}") from None
 
 
@@ -94,7 +99,7 @@ def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
         if image.mode not in ("P", "L"):
             raise ImageRefused(f"a label must be an 8-bit palette or greyscale PNG, not mode {image.mode}")
         return np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise ImageRefused(f"label damaged: {error}") from None
 
 

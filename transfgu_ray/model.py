@@ -14,7 +14,7 @@ from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.segmenter import MaskTransformer
 from transfgu_ray.algorithms.weights import load_encoder, read_safetensors
-from transfgu_ray.errors import ArtifactError
+from transfgu_ray.errors import ArtifactError, WeightsError
 from transfgu_ray.images import to_working
 from transfgu_ray.storage import Folder
 
@@ -108,7 +108,12 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
     )
     module = build_decoder(config, encoder.embed_dim)
     state, _ = read_safetensors(_read(folder, f"{decoder}.safetensors"), folder.uri_of(f"{decoder}.safetensors"))
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError:
+        raise WeightsError(
+            f"{folder.uri_of(decoder)}.safetensors does not fit the config.json beside it; take both from one run"
+        ) from None
     return Segmenter(encoder, module.to(device), config)
 
 
@@ -125,7 +130,7 @@ def load_model_config(folder: Folder) -> ModelConfig:
         del values["background_id"]
         values["image_size"], values["kinds"] = tuple(values["image_size"]), tuple(values["kinds"])
         return ModelConfig(**values)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(
             f"{folder.uri}/config.json is not of format {FORMAT}; was this folder made by transfgu?"
         ) from None

@@ -23,9 +23,9 @@ def resolve_encoder(config: RunConfig) -> bytes:
     if source == "hub":
         _require_hub(config.encoder)
     from transfgu_ray.algorithms.encoder import Encoder
-    from transfgu_ray.algorithms.weights import FORMAT, build_vit, dump_encoder, load_vit, random_vit, read_safetensors
+    from transfgu_ray.algorithms.weights import build_vit, dump_encoder, is_encoder_file, load_vit, random_vit
 
-    name, overrides = config.encoder.name, dict(config.encoder.overrides)
+    name, overrides, data = config.encoder.name, dict(config.encoder.overrides), b""
     if source == "hub":
         vit = build_vit(name, overrides, pretrained=True)
     elif source == "random":
@@ -33,13 +33,10 @@ def resolve_encoder(config: RunConfig) -> bytes:
     else:
         data = _read_weights(source)
         vit = load_vit(data, source, name, overrides)
-        if data[8:9] == b"{":
-            metadata = read_safetensors(data, source)[1]
-            if metadata.get("format") == FORMAT:
-                return data
     encoder = Encoder(vit)
     _check_sizes(config, encoder.patch_size, encoder.embed_dim)
-    return dump_encoder(vit, name, overrides)
+    # Our own files carry their architecture and are kept as they are.
+    return data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:
@@ -105,6 +102,6 @@ def _require_hub(config: EncoderConfig) -> None:
     cached = [try_to_load_from_cache(cfg.hf_hub_id, file) for file in ("model.safetensors", "pytorch_model.bin")]
     if not any(isinstance(path, str) for path in cached):
         raise WeightsError(
-            f"the weights of {config.name} are neither cached nor reachable at {endpoint}; connect to the network once, "
-            "or give a checkpoint file with --weights FILE (encoder.weights)"
+            f"the weights of {config.name} are neither cached nor reachable at {endpoint}; connect to the network "
+            "once, or give a checkpoint file with --weights FILE (encoder.weights)"
         )

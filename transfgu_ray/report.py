@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 from typing import Any
 
@@ -102,7 +103,7 @@ def _loss_figure(history: list[dict[str, float]]) -> str:
     epochs = [row["epoch"] for row in history]
     for name in ("cross_entropy", "peer", "diversity", "uncertainty"):
         axes.plot(epochs, [row[name] for row in history], marker=".", label=name.replace("_", " "))
-    for before, row in zip(history, history[1:], strict=False):
+    for before, row in itertools.pairwise(history):
         if row["round"] != before["round"]:
             axes.axvline(row["epoch"] - 0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("epoch (dotted: a new round)")

@@ -1,5 +1,6 @@
 """Folders, local or at any URI that pyarrow or fsspec opens, with writes that are whole or absent."""
 
+import contextlib
 import os
 import posixpath
 import uuid
@@ -27,6 +28,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid:
         pass
+    except (OSError, ImportError, ValueError) as error:
+        # A library or a network that is not there.
+        raise ArtifactError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
     try:
         import fsspec
 
@@ -59,6 +63,10 @@ class Folder:
         """Whether a file or folder of that name is there."""
         return self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound
 
+    def is_file(self, name: str = "") -> bool:
+        """Whether a file, not a folder, of that name is there."""
+        return self.fs.get_file_info(self.join(name)).type == pafs.FileType.File
+
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """(relative name, bytes) of the files below a folder, sorted; nothing where there is no folder."""
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
@@ -78,16 +86,19 @@ class Folder:
             ArtifactError: the target cannot be written.
         """
         target = self.join(name)
+        direct = self.fs.type_name in _ATOMIC_PUT
+        folder, base = posixpath.split(target)
+        path = target if direct else posixpath.join(folder, f".{base}.{uuid.uuid4().hex[:8]}{_TMP_SUFFIX}")
         try:
-            self.fs.create_dir(posixpath.dirname(target), recursive=True)
-            direct = self.fs.type_name in _ATOMIC_PUT
-            folder, base = posixpath.split(target)
-            path = target if direct else posixpath.join(folder, f".{base}.{uuid.uuid4().hex[:8]}{_TMP_SUFFIX}")
+            self.fs.create_dir(folder, recursive=True)
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)
             if not direct:
                 self.fs.move(path, target)
         except OSError as error:
+            if not direct:
+                with contextlib.suppress(OSError):
+                    self.fs.delete_file(path)
             reason = error.strerror or str(error).splitlines()[0]
             raise ArtifactError(f"cannot write {target}: {reason}; choose a writable folder with free space") from None
 

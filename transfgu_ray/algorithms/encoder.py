@@ -55,8 +55,8 @@ class Encoder(nn.Module):
         super().__init__()
         if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
             raise WeightsError(
-                f"encoder.name gives a {type(vit).__name__}, which is not a timm vision transformer with a class token; "
-                "use one such as vit_small_patch8_224.dino"
+                f"encoder.name gives a {type(vit).__name__}, which is not a timm vision transformer with a class "
+                "token; use one such as vit_small_patch8_224.dino"
             )
         last = vit.blocks[-1]
         attn = getattr(last, "attn", None)
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         """
         block = self.vit.blocks[-1]
         attn = block.attn
-        b, n, d = tokens.shape
+        b, n, _ = tokens.shape
         m, e = attn.num_heads, attn.head_dim
         normed = block.norm1(tokens)
         weight_q, weight_kv = attn.qkv.weight.split([m * e, 2 * m * e])

@@ -26,7 +26,7 @@ def build_vit(name: str, overrides: dict[str, int], pretrained: bool = False) ->
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **overrides)
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
         raise WeightsError(
             f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
@@ -75,7 +75,7 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> 
             f"lacks {missing[0]} ({len(missing)} tensors in all)"
             if missing
             else (
-                f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)} where {tuple(wanted[wrong[0]].shape)} is needed"
+                f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}"
             )
         )
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
@@ -119,8 +119,7 @@ def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
         WeightsError: the bytes are not such a file.
     """
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return safetensors.torch.load(data), header.get("__metadata__", {})
+        return safetensors.torch.load(data), _metadata(data)
     except (SafetensorError, ValueError) as error:
         raise WeightsError(f"{source} is not a readable safetensors file: {error}") from None
 
@@ -133,6 +132,16 @@ def hash_weights(state: dict[str, Tensor]) -> str:
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_encoder_file(data: bytes) -> bool:
+    """Whether the bytes of a file are what `dump_encoder` makes."""
+    return _is_safetensors(data) and _metadata(data).get("format") == FORMAT
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})
 
 
 def _is_safetensors(data: bytes) -> bool:

@@ -2,12 +2,11 @@
 
 import contextlib
 import json
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from transfgu_ray.artifacts import STAGES, Run
@@ -16,6 +15,7 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError, DataError
 from transfgu_ray.pipeline.session import Resources, ray_session
+from transfgu_ray.pipeline.stream import Progress, peak_memory_mb
 from transfgu_ray.prior import resolve_encoder, weights_file_sha256
 from transfgu_ray.storage import Folder
 
@@ -42,6 +42,7 @@ class Context:
         listing: photographs of the training split.
         resources: workers and devices.
         fingerprint: of the stage.
+        encoder: safetensors bytes of the encoder; None where extract is not pending.
         tracked: the MLflow run; None outside `transfgu run`.
         progress: takes items done.
     """
@@ -51,8 +52,9 @@ class Context:
     listing: Listing
     resources: Resources
     fingerprint: str
+    encoder: bytes | None
     tracked: Any
-    progress: Callable[[int], None]
+    progress: Progress
 
 
 def run_stages(
@@ -71,6 +73,7 @@ def run_stages(
         TransfguError: settings, data, weights or run folder are unusable.
     """
     config = run.config
+    root = open_root(config.data)
     listing = list_images(config.data, BENCHMARKS[config.data.dataset].train_split)
     _check_early(config, listing)
     inputs = f"{listing.fingerprint} {_weights_identity(run)}"
@@ -83,9 +86,14 @@ def run_stages(
                 f"`transfgu {stage} {run.folder.uri} --overwrite` first"
             )
     if pending:
+        # Before anything is started: bad weights and sizes are told at once.
+        encoder = resolve_encoder(config) if "extract" in pending else None
         with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
-                _run_stage(run, stage, listing, inputs, fingerprints[stage], resources, tracked, reporter)
+                context = Context(
+                    run, root, listing, resources, fingerprints[stage], encoder, tracked, progress=lambda done: None
+                )
+                _run_stage(context, stage, inputs, reporter)
     return {stage: run.require(stage) for stage in stages}
 
 
@@ -140,34 +148,22 @@ def _tracking(run: Run, pending: Sequence[str]) -> Iterator[Any]:
         raise
 
 
-def _run_stage(
-    run: Run,
-    stage: str,
-    listing: Listing,
-    inputs: str,
-    fingerprint: str,
-    resources: Resources,
-    tracked: Any,
-    reporter: Reporter,
-) -> None:
+def _run_stage(context: Context, stage: str, inputs: str, reporter: Reporter) -> None:
     started = time.perf_counter()
-    root = open_root(run.config.data)
-    total, unit = _progress_total(run, stage, listing)
+    total, unit = _progress_total(context.run, stage, context.listing)
     with reporter.stage(stage, total, unit) as progress:
-        context = Context(run, root, listing, resources, fingerprint, tracked, progress)
-        content = _STAGES[stage](context)
+        content = _STAGES[stage](replace(context, progress=progress))
     seconds = time.perf_counter() - started
-    driver_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    run.write_manifest(
+    context.run.write_manifest(
         stage,
-        fingerprint,
+        context.fingerprint,
         {
             **content,
             "seconds": round(seconds, 3),
             "items_per_second": round(content["rows_in"] / seconds, 3),
-            "peak_memory_mb": max(driver_mb, content.get("peak_memory_mb", 0)),
-            "num_workers": resources.num_workers,
-            "device": resources.device,
+            "peak_memory_mb": max(peak_memory_mb(), content.get("peak_memory_mb", 0)),
+            "num_workers": context.resources.num_workers,
+            "device": context.resources.device,
             "input_fingerprint": inputs,
         },
     )
@@ -192,8 +188,8 @@ def _extract(context: Context) -> dict[str, Any]:
 
     run, config = context.run, context.run.config
     # Resolved here once: workers and the finished model all use this very file.
-    encoder = resolve_encoder(config)
-    run.folder.write_bytes(ENCODER, encoder)
+    assert context.encoder is not None
+    run.folder.write_bytes(ENCODER, context.encoder)
     result = build_table_of_parts(
         run.folder,
         "features",
@@ -208,7 +204,7 @@ def _extract(context: Context) -> dict[str, Any]:
     )
     _require_some(result.stats, len(context.listing.images))
     return _table_content(context, result) | {
-        "weights_sha256": read_safetensors(encoder, ENCODER)[1]["weights_sha256"],
+        "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
         "other_files_passed_over": context.listing.num_other_files,
     }
@@ -263,7 +259,7 @@ def _train(context: Context) -> dict[str, Any]:
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     kinds, _ = read_concepts(run.folder)
-    history = train(
+    history, peak_mb = train(
         run.folder,
         config,
         model_config(config, kinds, weights_sha256),
@@ -279,6 +275,7 @@ def _train(context: Context) -> dict[str, Any]:
         "rows_in": images,
         "rows_out": images,
         "refused": [],
+        "peak_memory_mb": peak_mb,
         "epochs": len(history),
         "steps_per_epoch": steps,
         "images_per_step": per_worker * resources.train_workers,

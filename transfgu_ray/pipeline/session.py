@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ class Resources:
     """What a stage may use.
 
     Attributes:
+        num_cores: CPUs of the machine or cluster.
         num_workers: actors of a stage.
         train_workers: Ray Train workers.
         device: "cpu" or "cuda".
@@ -27,6 +29,7 @@ class Resources:
         num_blocks: Ray Data blocks; None = one a part, at most 1000.
     """
 
+    num_cores: int
     num_workers: int
     train_workers: int
     device: str
@@ -62,15 +65,17 @@ def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resourc
     if address in (None, "local"):
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
-        ray.init(
-            num_cpus=slots,
-            include_dashboard=False,
-            object_store_memory=runtime.object_store_mb * 2**20,
-            **quiet,
-        )
+        where = {
+            "num_cpus": slots,
+            "include_dashboard": False,
+            "object_store_memory": runtime.object_store_mb * 2**20,
+        }
+        with _silenced_stderr():
+            ray.init(**where, **quiet)
     else:
         try:
-            ray.init(address=address, **quiet)
+            with _silenced_stderr():
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at --ray-address {address}: {str(error).splitlines()[0]}"
@@ -81,6 +86,21 @@ def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resourc
         ray.shutdown()
 
 
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Drops what Ray's C++ core prints while it starts (its own log level); errors still come as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def _resources(runtime: RuntimeConfig) -> Resources:
     import ray
 
@@ -89,10 +109,12 @@ def _resources(runtime: RuntimeConfig) -> Resources:
     if runtime.device == "cuda" and not gpus:
         raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")
     device = "cuda" if gpus and runtime.device != "cpu" else "cpu"
-    local_cores = os.cpu_count() or 1
-    cores = local_cores if len(ray.nodes()) == 1 else int(total.get("CPU", 1))
-    wanted = gpus if device == "cuda" else max(1, min(cores, int(total.get("CPU", 1))) // runtime.threads)
+    slots = int(total.get("CPU", 1))
+    # On one machine slots may outnumber cores, see `ray_session`.
+    cores = max(1, min(slots, os.cpu_count() or 1) if len(ray.nodes()) == 1 else slots)
+    wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
     return Resources(
+        num_cores=cores,
         num_workers=runtime.num_workers or wanted,
         train_workers=runtime.train_workers or (gpus if device == "cuda" else 1),
         device=device,

@@ -5,6 +5,7 @@ unit and written whole; so results do not depend on the number of workers or blo
 done again, and a rerun skips the units whose artifact is there.
 """
 
+import itertools
 import logging
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,15 @@ from transfgu_ray.errors import TransfguError
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
 from transfgu_ray.storage import Folder
 
+# Takes the number of items that were done since the last call.
+Progress = Callable[[int], None]
 _MAX_BLOCKS = 1000
 _READ_ATTEMPTS = 3
+
+
+def peak_memory_mb() -> int:
+    """Peak resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,9 @@ class UnitWorker:
             Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
         ]
         result = self.process(row["unit"], photos)
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        return pa.table({"unit": [row["unit"]], "result": pa.array([result], pa.binary()), "peak_mb": [peak_mb]})
+        return pa.table(
+            {"unit": [row["unit"]], "result": pa.array([result], pa.binary()), "peak_mb": [peak_memory_mb()]}
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def stream_units(
     if not units:
         return
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -111,6 +120,8 @@ def stream_units(
             fn_kwargs={"root_uri": root.uri},
             batch_format="pyarrow",
             batch_size=1,
+            # Without a limit Ray starts as many processes as fractions of a CPU fit.
+            compute=TaskPoolStrategy(size=resources.num_workers),
             num_cpus=READER_CPUS,
         )
         .map_batches(
@@ -156,7 +167,7 @@ def _unit_blocks(units: dict[int, Sequence[ImageRef]], num_blocks: int | None) -
     )
     blocks = min(num_blocks or _MAX_BLOCKS, len(numbers))
     edges = [len(numbers) * i // blocks for i in range(blocks + 1)]
-    return [table.slice(a, b - a).combine_chunks() for a, b in zip(edges, edges[1:], strict=False)]
+    return [table.slice(a, b - a).combine_chunks() for a, b in itertools.pairwise(edges)]
 
 
 def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
@@ -187,6 +198,3 @@ def _read(root: Folder, name: str) -> tuple[bytes | None, str | None]:
             if attempt == _READ_ATTEMPTS - 1:
                 return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
     raise AssertionError("unreachable")
-
-
-Progress = Callable[[int], None]

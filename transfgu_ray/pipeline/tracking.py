@@ -1,6 +1,8 @@
 """MLflow: one run per `transfgu run`, its losses, scores and pictures, and a registered model."""
 
+import contextlib
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -54,7 +56,6 @@ def begin(run: Folder, config: RunConfig) -> Tracked:
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
     record = json.loads(run.read_bytes(_RECORD)) if run.exists(_RECORD) else {}
     if record.get("uri") == uri and record.get("config") == identity and _has_run(client, record["run_id"]):
-        client.set_terminated(record["run_id"], status="RUNNING")
         client.update_run(record["run_id"], status="RUNNING")
         return Tracked(uri, record["run_id"])
     experiment = client.get_experiment_by_name(config.tracking.experiment)
@@ -117,7 +118,7 @@ def register(
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
             with mlflow.start_run(run_id=tracked.run_id):
-                version = _log_model(run, Path(directory) / "model", name)
+                version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
     tags = {
         "recipe": config.preset,
         "num_concepts": str(config.concepts.num_concepts),
@@ -155,7 +156,7 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
         raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
 
 
-def _log_model(run: Folder, folder: Path, name: str) -> str:
+def _log_model(run: Folder, folder: Path, name: str, run_id: str) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -194,9 +195,12 @@ def _log_model(run: Folder, folder: Path, name: str) -> str:
             "pydantic",
             "pyyaml",
         ],
-        registered_model_name=name,
     )
-    return str(info.registered_model_version)
+    client = mlflow.MlflowClient()
+    with contextlib.suppress(mlflow.exceptions.MlflowException):
+        # Raised where the name is known already.
+        client.create_registered_model(name)
+    return str(client.create_model_version(name, info.model_uri, run_id=run_id, model_id=info.model_id).version)
 
 
 def _has_run(client: Any, run_id: str) -> bool:
@@ -209,13 +213,11 @@ def _has_run(client: Any, run_id: str) -> bool:
 
 
 def _client(uri: str) -> tuple[Any, str]:
-    import logging
-
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
     except mlflow.exceptions.MlflowException as error:

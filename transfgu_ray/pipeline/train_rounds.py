@@ -23,7 +23,7 @@ from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.samples import bank_index, has_background, load_samples
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
-from transfgu_ray.pipeline.stream import Progress, unwrapped_errors
+from transfgu_ray.pipeline.stream import Progress, peak_memory_mb, unwrapped_errors
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
@@ -53,8 +53,12 @@ def train(
     resources: Resources,
     tracked: tracking.Tracked | None,
     progress: Progress,
-) -> list[dict[str, float]]:
-    """Trains, or continues an interrupted training, and writes the model; returns the losses of every epoch."""
+) -> tuple[list[dict[str, float]], int]:
+    """Trains, or continues an interrupted training, and writes the model.
+
+    Returns:
+        the losses of every epoch, and the peak memory of worker 0 in MB.
+    """
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -63,8 +67,10 @@ def train(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
     name = f"rounds-{fingerprint[:16]}"
-    for path, _ in list(run.files("train", recursive=True)):
-        if not path.startswith((f"train/{name}/", HISTORY)):
+    files = [path for path, _ in run.files("train", recursive=True)]
+    ours = {path for path in files if path.startswith(f"train/{name}/")}
+    for path in files:
+        if path not in ours and not (ours and path == HISTORY):
             run.delete(path)
     cuda = resources.device == "cuda"
     trainer = TorchTrainer(
@@ -74,6 +80,7 @@ def train(
             "config": config.model_dump(mode="json"),
             "model": asdict(model_config),
             "threads": resources.threads,
+            "num_readers": max(1, resources.num_cores // resources.train_workers),
             "tracked": None if tracked is None else asdict(tracked),
         },
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
@@ -100,7 +107,7 @@ def train(
     save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
     save_decoder(model, state["bootstrap"]["student"], model_config)
     run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
-    return state["history"]
+    return state["history"], state["peak_memory_mb"]
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -127,13 +134,16 @@ def train_loop(settings: dict[str, Any]) -> None:
     tracked = None if settings["tracked"] is None else tracking.Tracked(**settings["tracked"])
     for epoch in schedule(config.train.round_epochs, config.train.alpha)[len(history) :]:
         bootstrap.begin_epoch(epoch, rank)
-        batches = _epoch_batches(index, run.uri, config, epoch, rank, world_size, grid_hw, device)
+        batches = _epoch_batches(
+            index, run.uri, config, epoch, rank, world_size, grid_hw, settings["num_readers"], device
+        )
         terms = [bootstrap.step(batch["image"], batch["scores"], epoch, step) for step, batch in enumerate(batches)]
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
         with tempfile.TemporaryDirectory() as directory:
             saved = None
             if rank == 0:
-                torch.save({"bootstrap": bootstrap.state_dict(), "history": history}, Path(directory) / _STATE)
+                state = {"bootstrap": bootstrap.state_dict(), "history": history, "peak_memory_mb": peak_memory_mb()}
+                torch.save(state, Path(directory) / _STATE)
                 saved = ray.train.Checkpoint.from_directory(directory)
             ray.train.report(history[-1], checkpoint=saved)
         if rank == 0:
@@ -170,6 +180,7 @@ def _epoch_batches(
     rank: int,
     world_size: int,
     grid_hw: tuple[int, int],
+    num_readers: int,
     device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This worker's batches of one epoch, in the order that seed and epoch fix."""
@@ -198,6 +209,8 @@ def _epoch_batches(
             "grid_hw": grid_hw,
         },
         batch_size=size,
+        # Each process of these imports torch; they are as many as the machine has cores and live on between epochs.
+        compute=ray.data.TaskPoolStrategy(size=num_readers),
         num_cpus=READER_CPUS,
     )
     return iter(
@@ -213,8 +226,9 @@ def _watched_epochs(run: Folder, progress: Progress) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        seen = 0
-        while not done.wait(1.0):
+        seen, last = 0, False
+        while not last:
+            last = done.wait(1.0)
             if run.exists(HISTORY):
                 epochs = len(json.loads(run.read_bytes(HISTORY)))
                 progress(epochs - seen)

@@ -1,0 +1,8 @@
+"""`transfgu train` under `ray job submit --working-dir . -- python jobs/train.py ...`, on the job's own cluster."""
+
+import sys
+
+from transfgu_ray.cli import main
+
+sys.argv.insert(1, "train")
+main()

@@ -1,0 +1,87 @@
+"""One local Ray for all pipeline tests, and runs small enough to make in seconds."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from transfgu_ray.artifacts import STAGES, Run
+from transfgu_ray.config import RuntimeConfig, build_config
+from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.presets import get_preset
+
+TINY = (
+    "encoder.overrides={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}",
+    "data.image_size=[64, 64]",
+    "extract.window_fracs=[0.5, 0.3]",
+    "extract.images_per_part=2",
+    "concepts.num_concepts=4",
+    "train.batch_size=4",
+    "train.round_epochs=[1, 1]",
+    "evaluate.num_samples=2",
+    "runtime.num_workers=1",
+)
+
+
+class Silent:
+    """A reporter that only remembers how far each stage came."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        self.done[name] = 0
+
+        def count(more: int) -> None:
+            self.done[name] += more
+
+        yield count
+
+    def note(self, text: str) -> None:
+        raise AssertionError("the pipeline itself prints nothing")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    # Ray's socket paths must stay short, which pytest's own folders are not; the token stays out of HOME.
+    folder = tempfile.mkdtemp(prefix="r")
+    token = Path(folder) / "token"
+    token.touch(mode=0o600)
+    token.write_text("a" * 64)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=folder)
+    with ray_session(None, RuntimeConfig(object_store_mb=200)):
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", overwrite: bool = False) -> Run:
+    named = (f"data.root={data}", f"data.dataset={dataset}")
+    return Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*named, *TINY, *settings]), overwrite)
+
+
+def make_run(
+    folder: Path, data: Path, *settings: str, stages: tuple[str, ...] = STAGES, dataset: str = "folder"
+) -> Run:
+    run = open_run(folder, data, *settings, dataset=dataset)
+    run_stages(run, stages, None, Silent())
+    return run
+
+
+def transfgu(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """The real command, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "transfgu_ray.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        start_new_session=True,
+    )

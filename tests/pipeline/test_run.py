@@ -1,0 +1,183 @@
+"""A whole run on a small labelled set, and what can be done with it afterwards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders import make_folder, make_hostile_folder, make_voc
+from tests.pipeline.conftest import Silent, make_run, open_run
+from transfgu_ray.artifacts import STAGES, Run
+from transfgu_ray.cli import Terminal
+from transfgu_ray.config import RuntimeConfig
+from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.model import load_model
+from transfgu_ray.pipeline import predict as prediction
+from transfgu_ray.pipeline import tracking
+from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_voc(tmp_path_factory.mktemp("voc"), num_train=6, num_val=3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: None) -> Run:
+    return make_run(tmp_path_factory.mktemp("whole") / "run", voc, dataset="voc")
+
+
+def test_run__leaves_the_documented_files(finished: Run) -> None:
+    folder = Path(finished.folder.path)
+    for name in ("config.yaml", "concepts.parquet", "metrics.json", "report.html", "model/config.json"):
+        assert (folder / name).is_file(), name
+    for stage in STAGES:
+        manifest = json.loads((folder / f"{stage}.json").read_bytes())
+        assert {"rows_in", "rows_out", "refused", "seconds", "items_per_second", "peak_memory_mb"} <= set(manifest)
+        assert {"fingerprint", "input_fingerprint", "versions"} <= set(manifest)
+    assert finished.require("labels")["rows_out"] == 6
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle") or path.name.endswith(".tmp")]
+
+
+def test_run__metrics_hold_three_stages(finished: Run) -> None:
+    metrics = json.loads(finished.folder.read_bytes("metrics.json"))
+    assert metrics["dataset"] == "voc"
+    assert metrics["split"] == "val"
+    assert metrics["num_images"] == 3
+    assert list(metrics["stages"]) == ["initial", "trained", "bootstrapped"]
+    for scores in metrics["stages"].values():
+        assert 0 < scores["pixel_accuracy"] <= 1
+        assert 0 < scores["miou"] <= 1
+    assert [row["name"] for row in metrics["per_class"]][:2] == ["background", "aeroplane"]
+
+
+def test_run__again_recomputes_nothing(finished: Run) -> None:
+    folder = Path(finished.folder.path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    reporter = Silent()
+    run_stages(finished, STAGES, None, reporter)
+    assert reporter.done == {}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_run__another_configuration_is_refused_until_overwritten(finished: Run, voc: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"train.omega_2: 0.3 -> 0.5.*--overwrite"):
+        open_run(Path(finished.folder.path), voc, "train.omega_2=0.5", dataset="voc")
+    # Where a run happens is no part of what it is.
+    open_run(Path(finished.folder.path), voc, "runtime.num_workers=2", dataset="voc")
+
+
+def test_run__other_photographs_are_refused_until_overwritten(tmp_path: Path, local_ray: None) -> None:
+    data = make_folder(tmp_path / "data", num_images=4)
+    run = make_run(tmp_path / "run", data, stages=("extract",))
+    Image.new("RGB", (80, 80), "red").save(data / "one_more.png")
+    with pytest.raises(ArtifactError, match=r"stage extract .* other settings or photographs"):
+        run_stages(run, ("extract",), None, Silent())
+    manifests = run_stages(run, ("extract",), None, Silent(), overwrite=True)
+    assert manifests["extract"]["images"] == 5
+
+
+def test_run__stage_without_its_predecessor_is_refused(tmp_path: Path, voc: Path) -> None:
+    run = open_run(tmp_path / "run", voc, dataset="voc")
+    with pytest.raises(ArtifactError, match="no finished stage extract"):
+        run_stages(run, ("labels",), None, Silent())
+
+
+def test_run__hostile_folder(tmp_path: Path, local_ray: None) -> None:
+    good, bad = make_hostile_folder(tmp_path / "data")
+    run = make_run(tmp_path / "run", tmp_path / "data", stages=("extract", "concepts", "labels"))
+    for stage in ("extract", "labels"):
+        manifest = run.require(stage)
+        assert {refusal["image_id"] for refusal in manifest["refused"]} == bad
+        assert manifest["images"] == len(good)
+        assert sum(manifest["refused_by_reason"].values()) == len(bad)
+
+
+def test_run__nothing_readable(tmp_path: Path, local_ray: None) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").write_text("no picture")
+    with pytest.raises(DataError, match=r"none of 1 photographs can be used.*a\.jpg: not an image"):
+        make_run(tmp_path / "run", tmp_path / "data", stages=("extract",))
+    assert not (tmp_path / "run" / "extract.json").exists()
+
+
+def test_run__more_concepts_than_foreground_crops(tmp_path: Path, local_ray: None) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    with pytest.raises(DataError, match=r"concepts were asked of \d+ .* crops"):
+        # Below the bound that is known before extraction, above what the foreground prior leaves.
+        make_run(
+            tmp_path / "run",
+            data,
+            "concepts.num_concepts=89",
+            "extract.window_fracs=[0.5, 0.3]",
+            stages=("extract", "concepts"),
+        )
+
+
+def test_predict__masks_of_the_photographs_own_size(finished: Run, tmp_path: Path) -> None:
+    data = tmp_path / "new"
+    (data / "deep er").mkdir(parents=True)
+    sizes = {"a.jpg": (97, 61), "a.png": (40, 80), "deep er/é.webp": (120, 33)}
+    for name, size in sizes.items():
+        Image.effect_noise(size, 80).convert("RGB").save(data / name)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.effect_noise((50, 70), 80).convert("RGB").save(data / "turned.jpg", exif=rotated)
+    model = prediction.model_folder(finished.folder.uri)
+    root, photos = prediction.list_photos(str(data))
+    with ray_session(None, RuntimeConfig()) as resources:
+        stats = prediction.predict(model, root, photos, Folder(str(tmp_path / "out")), resources, lambda done: None)
+    assert stats.images == 4
+    expected = {"a.jpg": (97, 61), "a.png": (40, 80), "deep er/é": (120, 33), "turned": (70, 50)}
+    for stem, size in expected.items():
+        mask = Image.open(tmp_path / "out" / "masks" / f"{stem}.png")
+        assert mask.mode == "P"
+        assert mask.size == size
+        assert np.asarray(mask).max() <= 4
+        assert Image.open(tmp_path / "out" / "overlays" / f"{stem}.jpg").size == size
+
+
+def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path) -> None:
+    import mlflow
+
+    registered = finished.require("register")
+    client = mlflow.MlflowClient(registered["tracking_uri"], registered["tracking_uri"])
+    logged = client.get_run(registered["mlflow_run_id"])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["concepts.num_concepts"] == "4"
+    metrics = json.loads(finished.folder.read_bytes("metrics.json"))
+    assert logged.data.metrics["bootstrapped/miou"] == pytest.approx(metrics["stages"]["bootstrapped"]["miou"])
+    losses = client.get_metric_history(registered["mlflow_run_id"], "train/loss")
+    assert sorted(metric.step for metric in losses) == [0, 1]
+    version = client.get_model_version(registered["model_name"], registered["model_version"])
+    assert version.run_id == registered["mlflow_run_id"]
+    artifacts = {item.path for item in client.list_artifacts(registered["mlflow_run_id"])}
+    assert {"report.html", "metrics.json", "config.yaml", "samples"} <= artifacts
+    # Registering again finds the version that is there.
+    tracked = tracking.Tracked(registered["tracking_uri"], registered["mlflow_run_id"])
+    again = tracking.register(tracked, finished.folder, finished.config, metrics, ["metrics.json"])
+    assert again["model_version"] == registered["model_version"]
+
+    mlflow.set_tracking_uri(registered["tracking_uri"])
+    loaded = mlflow.pyfunc.load_model(f"models:/{registered['model_name']}/{registered['model_version']}")
+    photos = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
+    direct = load_model(Folder(finished.folder.uri_of("model"))).segment([Image.fromarray(photo) for photo in photos])
+    np.testing.assert_array_equal(loaded.predict(photos), np.stack(direct))
+
+    fetched = tracking.fetch_model(f"models:/{registered['model_name']}/1", registered["tracking_uri"])
+    assert load_model(Folder(fetched)).config == load_model(Folder(finished.folder.uri_of("model"))).config
+
+
+def test_terminal__quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(quiet=True)
+    with terminal.stage("extract", 3, "photographs") as progress:
+        progress(3)
+    terminal.note("done")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""

@@ -1,0 +1,139 @@
+"""The feature and label tables do not depend on workers, blocks, kills or (but for rounding) batches."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.builders import make_folder
+from tests.pipeline.conftest import TINY, make_run, transfgu
+from transfgu_ray.artifacts import Run
+
+TABLES = ("extract", "concepts", "labels")
+
+
+def table(run_folder: Path, name: str) -> pa.Table:
+    return pq.read_table(run_folder / name).replace_schema_metadata()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("photographs"), num_images=9)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, photographs: Path, local_ray: None) -> Run:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return make_run(folder, photographs, "runtime.num_workers=1", "runtime.num_blocks=1", stages=TABLES)
+
+
+@pytest.mark.ray
+def test_tables__two_workers_and_many_blocks(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", photographs, "runtime.num_workers=2", "runtime.num_blocks=5", stages=TABLES)
+    for name in ("features", "concepts.parquet", "labels"):
+        expected = table(Path(undisturbed.folder.path), name)
+        assert expected.num_rows > 0
+        assert table(tmp_path / "run", name).equals(expected)
+
+
+@pytest.mark.ray
+def test_tables__batch_of_one_against_seven(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+    tables = {}
+    for size in (1, 7):
+        # The same centroids for both, so that the label tables can be compared.
+        folder = tmp_path / str(size)
+        run = make_run(
+            folder, photographs, f"extract.batch_size={size}", f"cam.batch_size={size}", stages=("extract", "concepts")
+        )
+        (folder / "concepts.parquet").write_bytes((Path(undisturbed.folder.path) / "concepts.parquet").read_bytes())
+        make_run(folder, photographs, *(f"{s}.batch_size={size}" for s in ("extract", "cam")), stages=("labels",))
+        tables[size] = {name: table(Path(run.folder.path), name) for name in ("features", "labels")}
+    one, seven = tables[1], tables[7]
+    assert one["features"].drop_columns("cls_token").equals(seven["features"].drop_columns("cls_token"))
+    assert_within_a_step(*(np.stack(t["features"]["cls_token"].to_numpy()) for t in (one, seven)))
+    for a, b in zip(one["labels"]["scores"].to_pylist(), seven["labels"]["scores"].to_pylist(), strict=True):
+        assert_within_a_step(np.frombuffer(a, "<f2"), np.frombuffer(b, "<f2"))
+
+
+def assert_within_a_step(one: np.ndarray, seven: np.ndarray) -> None:
+    # Near zero a float16 step is finer than the float32 rounding of the sums behind the value, which are of order 1.
+    step = np.maximum(np.spacing(np.maximum(np.abs(one), np.abs(seven))).astype(np.float64), 2.0**-20)
+    assert (np.abs(one.astype(np.float64) - seven.astype(np.float64)) <= step).all()
+
+
+@pytest.mark.ray
+def test_tables__readable_without_this_package(undisturbed: Run) -> None:
+    folder = Path(undisturbed.folder.path)
+    features = table(folder, "features").to_pandas()
+    assert features.groupby("image_id")["crop_id"].is_unique.all()
+    assert set(features["kind"]) == {"foreground", "background"}
+    assert features["foreground_frac"].between(0, 1).all()
+    boxes = np.stack(features["box_xyxy"])
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (boxes >= 0).all()
+    labels = table(folder, "labels").to_pylist()
+    assert len({row["image_id"] for row in labels}) == 9
+    for row in labels:
+        scores = np.frombuffer(row["scores"], "<f2").reshape(4, row["grid_h"], row["grid_w"])
+        foreground = np.frombuffer(row["foreground"], np.uint8).reshape(row["grid_h"], row["grid_w"])
+        assert scores.min() >= 0
+        assert scores.max() <= 1
+        # Exclusion (4.2): concepts 0-1 are foreground, 2-3 background.
+        assert (scores[:2, foreground == 0] == 0).all()
+        assert (scores[2:, foreground == 1] == 0).all()
+
+
+@pytest.mark.ray
+def test_tables__damaged_part_is_made_again(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", photographs, stages=("extract",))
+    part = tmp_path / "run" / "features" / "part-000002.parquet"
+    part.write_bytes(part.read_bytes()[:-40])
+    (tmp_path / "run" / "features" / ".part-000001.parquet.0badcafe.tmp").write_bytes(b"half")
+    (tmp_path / "run" / "extract.json").unlink()
+    run = make_run(tmp_path / "run", photographs, stages=("extract",))
+    assert run.require("extract")["parts_resumed"] == 4
+    assert table(tmp_path / "run", "features").equals(table(Path(undisturbed.folder.path), "features"))
+    assert not list((tmp_path / "run" / "features").glob(".*"))
+
+
+@pytest.mark.ray
+def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = [word for setting in (*TINY, "train.round_epochs=[2, 2]") for word in ("--set", setting)]
+    arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
+    for sign in ("features/part-*.parquet", "labels/part-*.parquet", "train/history.json"):
+        process = transfgu(*arguments)
+        wait_for(folder, sign, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (folder / "train.json").exists()
+    epochs_before = len(json.loads((folder / "train/history.json").read_bytes()))
+    process = transfgu(*arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for name in ("features", "concepts.parquet", "labels"):
+        assert table(folder, name).equals(table(Path(undisturbed.folder.path), name))
+    history = json.loads((folder / "train/history.json").read_bytes())
+    assert [row["epoch"] for row in history] == [0, 1, 2, 3]
+    assert epochs_before < 4, "training was not interrupted"
+    assert "nothing was scored" in output
+    metrics = json.loads((folder / "metrics.json").read_bytes())
+    assert metrics["stages"] is None
+    assert "Nothing was scored" in (folder / "report.html").read_text()
+    assert {"config.yaml", "concepts.parquet", "metrics.json", "report.html", "register.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+def wait_for(folder: Path, pattern: str, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{pattern} did not appear"
+        time.sleep(0.05)

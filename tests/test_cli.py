@@ -1,0 +1,94 @@
+"""What the command line refuses, in one sentence and with exit code 2; and how fast it answers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders import make_folder
+from transfgu_ray.cli import main
+
+
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["transfgu", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, "one sentence, no traceback"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--set", "concepts.num_concept=3"), "did you mean concepts.num_concepts?"),
+        (("--set", "colour=3"), "unknown setting colour"),
+        (("--set", "concepts.num_concepts=0"), "concepts.num_concepts=0"),
+        (("--set", "concepts.num_concepts=100000"), "more than the"),
+        (("--set", "data.image_size=[100, 100]"), "patch of 8 px does not divide"),
+        (("--preset", "huge"), "unknown preset 'huge'"),
+        (("--dataset", "imagenet"), "unknown dataset"),
+        (("--config", "no.yaml"), "cannot read the configuration file no.yaml"),
+        (("--data", "no/such/folder"), "does not exist"),
+        (("--weights", "no/such.pth"), "cannot be read"),
+    ],
+)
+def test_run__bad_input(
+    extra: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    base = ("run", str(tmp_path / "run"), "--preset", "tiny_cpu", "--data", str(data))
+    assert words in refusal(capsys, monkeypatch, *base, *extra)
+
+
+def test_run__unwritable_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    # A file where a folder must be: root may write anywhere else.
+    (tmp_path / "file").write_text("")
+    message = refusal(
+        capsys, monkeypatch, "run", str(tmp_path / "file" / "run"), "--preset", "tiny_cpu", "--data", str(data)
+    )
+    assert "run folder" in message or "cannot write" in message
+
+
+def test_run__no_photographs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("")
+    message = refusal(
+        capsys, monkeypatch, "run", str(tmp_path / "run"), "--preset", "tiny_cpu", "--data", str(tmp_path / "data")
+    )
+    assert "no photograph in" in message
+
+
+def test_stage__no_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is no run folder" in refusal(capsys, monkeypatch, "train", str(tmp_path / "nothing"))
+
+
+def test_predict__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_folder(tmp_path / "data", num_images=1)
+    message = refusal(
+        capsys, monkeypatch, "predict", str(tmp_path), "--images", str(data), "--out", str(tmp_path / "out")
+    )
+    assert "neither a finished run nor a model folder" in message
+
+
+def test_help__imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from transfgu_ray.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'pyarrow', 'numpy', 'faiss', 'timm') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.rstrip().endswith("[]")
