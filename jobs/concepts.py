@@ -1,4 +1,4 @@
-"""`transfgu concepts` under `ray job submit --working-dir . -- python jobs/concepts.py ...`, on the job's own cluster."""
+"""`transfgu concepts` under `ray job submit --working-dir . -- python jobs/concepts.py ...`, on its own cluster."""
 
 import sys
 

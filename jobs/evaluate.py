@@ -1,4 +1,4 @@
-"""`transfgu evaluate` under `ray job submit --working-dir . -- python jobs/evaluate.py ...`, on the job's own cluster."""
+"""`transfgu evaluate` under `ray job submit --working-dir . -- python jobs/evaluate.py ...`, on its own cluster."""
 
 import sys
 

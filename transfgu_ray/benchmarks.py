@@ -30,7 +30,8 @@ _VOC_CLASSES = (
 BENCHMARKS = {
     "folder": Benchmark(
         expects="any tree of JPEG, PNG, WebP, BMP or TIFF files; no labels, nothing is scored",
-        region_mode="things_and_stuff",
+        # Nothing is known of a stranger's photographs, so every window counts and all concepts are one group.
+        region_mode="no_prior",
     ),
     "voc": Benchmark(
         expects="VOC devkit: JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val}.txt",

@@ -41,7 +41,7 @@ class DataConfig(Section):
         "working (height, width) in px; photographs are squashed to it (released: 640 x 640)", (640, 640)
     )
     region_mode: RegionMode | None = Field(
-        None, description="which regions get concepts (4.2); null = the dataset's own (folder: things_and_stuff)"
+        None, description="which regions get concepts (4.2); null = the dataset's own (folder: no_prior)"
     )
     min_side_px: Positive = Field(32, description="photographs with a shorter side below this are refused (ours)")
     max_pixels: Positive = Field(
@@ -277,7 +277,10 @@ def parse_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+        problems = error.errors()
+        # A list with a bad element is also called too short, which says nothing.
+        telling = [problem for problem in problems if problem["type"] != "too_short"] or problems
+        raise ConfigError("; ".join(map(_explain, telling))) from None
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -92,10 +92,9 @@ def _list_folder(root: Folder) -> Listing:
 def _list_voc(root: Folder, split: str) -> Listing:
     name = f"ImageSets/Segmentation/{split}.txt"
     try:
-        stems = sorted(set(root.read_bytes(name).decode().split()))
+        stems = set(root.read_bytes(name).decode().split())
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{root.uri} has no readable {name}; dataset voc expects {BENCHMARKS['voc'].expects}") from None
     sizes = dict(root.files("JPEGImages"))
-    photos = {stem: f"JPEGImages/{stem}.jpg" for stem in stems}
-    images = (ImageRef(p, f"SegmentationClass/{s}.png", sizes.get(p, -1)) for s, p in photos.items())
-    return Listing(tuple(images), 0)
+    photos = sorted((f"JPEGImages/{stem}.jpg", f"SegmentationClass/{stem}.png") for stem in stems)
+    return Listing(tuple(ImageRef(photo, label, sizes.get(photo, -1)) for photo, label in photos), 0)

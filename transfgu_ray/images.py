@@ -84,7 +84,9 @@ def cut_crops(
     size = (crop_size, crop_size)
     crops = np.empty((len(boxes), 3, crop_size, crop_size), dtype=np.uint8)
     for crop, box in zip(crops, boxes, strict=True):
-        crop[:] = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=tuple(map(int, box)))).transpose(2, 0, 1)
+        # Cut before resizing: with resize(box=...) the filter would see pixels beside the window.
+        window = image.crop(tuple(map(int, box)))
+        crop[:] = np.asarray(window.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     return crops
 
 

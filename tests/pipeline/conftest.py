@@ -63,7 +63,9 @@ def local_ray() -> Iterator[None]:
 
 
 def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", overwrite: bool = False) -> Run:
-    named = (f"data.root={data}", f"data.dataset={dataset}")
+    named = [f"data.root={data}", f"data.dataset={dataset}"]
+    if dataset == "folder":
+        named.append("data.region_mode=things_and_stuff")
     return Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*named, *TINY, *settings]), overwrite)
 
 

@@ -109,7 +109,7 @@ def test_run__nothing_readable(tmp_path: Path, local_ray: None) -> None:
 
 def test_run__more_concepts_than_foreground_crops(tmp_path: Path, local_ray: None) -> None:
     data = make_folder(tmp_path / "data", num_images=2)
-    with pytest.raises(DataError, match=r"concepts were asked of \d+ .* crops"):
+    with pytest.raises(DataError, match=r"^\d+ \w+ concepts were asked of \d+ \w+ crops"):
         # Below the bound that is known before extraction, above what the foreground prior leaves.
         make_run(
             tmp_path / "run",

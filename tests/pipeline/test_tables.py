@@ -105,7 +105,11 @@ def test_tables__damaged_part_is_made_again(undisturbed: Run, photographs: Path,
 @pytest.mark.ray
 def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings = [word for setting in (*TINY, "train.round_epochs=[2, 2]") for word in ("--set", setting)]
+    settings = [
+        word
+        for setting in (*TINY, "data.region_mode=things_and_stuff", "train.round_epochs=[2, 2]")
+        for word in ("--set", setting)
+    ]
     arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
     for sign in ("features/part-*.parquet", "labels/part-*.parquet", "train/history.json"):
         process = transfgu(*arguments)

@@ -46,8 +46,8 @@ def fit_concepts(
 ) -> Clustering:
     """Euclidean k-means over all points, or over `max_points` drawn from the seed.
 
-    Fixed seed and points give bit-identical centroids. A concept with fewer than `min_crops` crops is moved to
-    the point that its centroid serves worst and k-means is run on from there.
+    Fixed seed and points give bit-identical centroids. Concepts with fewer than `min_crops` crops are moved to the
+    points that the largest concept serves worst, and k-means is run on from there.
 
     Raises:
         DataError: fewer (distinct) points than concepts need, non-finite points, or starved concepts that remain.
@@ -77,7 +77,9 @@ def fit_concepts(
                 f"{len(starved)} of {num_concepts} {group} concepts have fewer than concepts.min_crops={min_crops} "
                 f"crops among {len(points)}; lower concepts.num_concepts or concepts.min_crops"
             )
-        centroids[starved] = points[np.argsort(-distance, kind="stable")[: len(starved)]]
+        largest = np.flatnonzero(assigned == num_crops.argmax())
+        worst = largest[np.argsort(-distance[largest], kind="stable")]
+        centroids[starved[: len(worst)]] = points[worst[: len(starved)]]
         centroids = _train(sample, num_concepts, seed, num_iterations, 1, use_gpu, start=centroids)
         num_reseeded += len(starved)
     return Clustering(centroids, num_crops, len(sample), len(points), num_reseeded, use_gpu)

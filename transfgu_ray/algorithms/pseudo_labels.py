@@ -31,13 +31,18 @@ def encode_scores(scores: Float[np.ndarray, "k h w"]) -> bytes:
     """The stored form of one image's scores: little-endian float16, concept by concept, row by row.
 
     Rounding to float16 can tie two concepts of a patch. Where that would change the patch's winner (the first
-    concept of maximal score), the winner is raised by one float16 step, so the argmax of every patch is exact.
+    concept of maximal score), the tied others go down by one float16 step (from 0, the winner up), so the argmax of
+    every patch is exact and scores stay in [0, 1].
     """
     stored = scores.astype("<f2")
-    winner = scores.argmax(0)
-    rows, columns = np.nonzero(stored.argmax(0) != winner)
-    winners = winner[rows, columns]
-    stored[winners, rows, columns] = np.nextafter(stored[winners, rows, columns], np.float16(np.inf))
+    winners = scores.argmax(0)
+    for row, column in zip(*np.nonzero(stored.argmax(0) != winners), strict=True):
+        patch, winner = stored[:, row, column], winners[row, column]
+        if patch[winner] == 0:
+            patch[winner] = np.finfo(np.float16).smallest_subnormal
+        else:
+            tied = (patch == patch[winner]) & (np.arange(len(patch)) != winner)
+            patch[tied] = np.nextafter(patch[winner], np.float16(0))
     return stored.tobytes()
 
 

@@ -74,9 +74,7 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> 
         problem = (
             f"lacks {missing[0]} ({len(missing)} tensors in all)"
             if missing
-            else (
-                f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}"
-            )
+            else (f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}")
         )
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
     # A classification or projection head beside the backbone is not needed.

@@ -11,7 +11,7 @@ from transfgu_ray.algorithms.pseudo_labels import encode_mask, encode_scores
 from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import to_working
-from transfgu_ray.pipeline.extract_features import padded_batches
+from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.fit_concepts import read_concepts
 from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
 from transfgu_ray.pipeline.stream import Photo
@@ -55,11 +55,9 @@ class BankBuilder(PartWorker):
             columns["height_px"].append(image.height)
             columns["width_px"].append(image.width)
             working.append(to_working(image, config.cam_image_size))
-        for rows, batch in padded_batches(np.array(working), config.cam.batch_size) if working else []:
+        for _, batch in batched_rows(np.array(working), config.cam.batch_size):
             scores, foreground = self._labeller(torch.from_numpy(batch).to(self.device))
-            for image_scores, mask, _ in zip(
-                scores.cpu().numpy(), foreground.cpu().numpy(), range(*rows.indices(len(working))), strict=False
-            ):
+            for image_scores, mask in zip(scores.cpu().numpy(), foreground.cpu().numpy(), strict=True):
                 columns["scores"].append(encode_scores(image_scores))
                 columns["foreground"].append(encode_mask(mask))
                 columns["grid_h"].append(mask.shape[0])

@@ -17,7 +17,7 @@ from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
 from transfgu_ray.model import load_model
 from transfgu_ray.pipeline.build_labels import load_labeller
-from transfgu_ray.pipeline.extract_features import padded_batches
+from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import PartStats, decode_photos
 from transfgu_ray.pipeline.samples import has_background
 from transfgu_ray.pipeline.session import Resources
@@ -78,19 +78,19 @@ class Evaluator(UnitWorker):
         maps: list[list[torch.Tensor]] = [[], [], []]
         if not images:
             return []
-        for rows, batch in padded_batches(
+        for _, batch in batched_rows(
             np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
         ):
             scores, _ = self._labeller(torch.from_numpy(batch).to(self.device))
             if has_background(config):
                 scores = add_background(scores, config.cam.background_threshold)
-            maps[0] += scores[: rows.stop - rows.start]
+            maps[0] += scores
         size = self._models[0].config.image_size
-        for rows, batch in padded_batches(np.stack([to_working(i, size) for i in images]), config.evaluate.batch_size):
+        for _, batch in batched_rows(np.stack([to_working(i, size) for i in images]), config.evaluate.batch_size):
             inputs = torch.from_numpy(batch).to(self.device)
             tokens = self._models[0].encoder.patch_tokens(inputs)
             for stage, model in enumerate(self._models, start=1):
-                maps[stage] += model.decode(tokens, size)[: rows.stop - rows.start]
+                maps[stage] += model.decode(tokens, size)
         scored = config.evaluate_image_size
         return [[upsample_argmax(m, scored).cpu().numpy() for m in stages] for stages in zip(*maps, strict=True)]
 

@@ -23,16 +23,14 @@ from transfgu_ray.schemas import build_table, features_schema
 from transfgu_ray.storage import Folder
 
 
-def padded_batches(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Batches of exactly `batch_size` rows, the last one padded with its first row.
+def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Batches of `batch_size` rows and which rows they are.
 
-    A matrix product's last bits depend on its shape, so the shape never changes.
+    A matrix product's last bits depend on its shape, but what a unit's batches hold depends on the unit alone.
     """
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        rows = slice(start, start + len(batch))
-        padding = np.repeat(batch[:1], batch_size - len(batch), axis=0)
-        yield rows, np.concatenate([batch, padding])
+        yield slice(start, start + len(batch)), batch
 
 
 class FeatureExtractor(PartWorker):
@@ -68,9 +66,9 @@ class FeatureExtractor(PartWorker):
             stats.drop("neither foreground nor background", kinds.count(DROPPED))
             kept += [(i, c, kind, fracs[c]) for c, kind in enumerate(kinds) if kind != DROPPED]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
-        for rows, batch in padded_batches(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size):
+        for rows, batch in batched_rows(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size):
             crops = self._crops(working, batch)
-            tokens[rows] = self._encoder.cls_tokens(crops)[: rows.stop - rows.start].cpu().numpy()
+            tokens[rows] = self._encoder.cls_tokens(crops).cpu().numpy()
         index = np.array([k[1] for k in kept], dtype=np.int32)
         original = [to_original(self._boxes, config.data.image_size, size) for size in sizes]
         table = build_table(
@@ -94,10 +92,10 @@ class FeatureExtractor(PartWorker):
         if config.region_mode in ("all_foreground", "no_prior"):
             yield from np.ones((len(working), len(self._boxes)))
             return
-        for rows, batch in padded_batches(working, self._image_batch):
+        for _, batch in batched_rows(working, self._image_batch):
             tokens = encoder.prefix(self._to_device(batch))
             saliency = encoder.saliency(tokens, encoder.class_row(tokens), grid_hw, config.extract.foreground_prior)
-            for mask in above_mean(saliency)[: rows.stop - rows.start].cpu().numpy():
+            for mask in above_mean(saliency).cpu().numpy():
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)
 
     def _crops(self, working: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import resource
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,20 +141,19 @@ def stream_units(
                 yield UnitResult(row["unit"], row["result"], row["peak_mb"])
 
 
-class unwrapped_errors:
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
     """Raises the `TransfguError` that a Ray error carries, in place of the Ray error."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        seen = error
+    try:
+        yield
+    except Exception as error:
+        seen: BaseException | None = error
         while seen is not None:
-            if isinstance(seen, TransfguError):
-                if seen is not error:
-                    raise type(seen)(*seen.args) from None
-                return
+            # Ray's own error pretends to be of its cause's type, with a remote traceback for a message.
+            if isinstance(seen, TransfguError) and not hasattr(seen, "cause"):
+                raise seen from None
             seen = getattr(seen, "cause", None) or seen.__cause__
+        raise
 
 
 def _unit_blocks(units: dict[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:

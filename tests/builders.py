@@ -1,0 +1,117 @@
+"""Small things that tests need: photographs, labelled datasets, damaged files, a tiny encoder. No network."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
+
+TINY_VIT = "vit_tiny_patch16_224"
+TINY_OVERRIDES = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
+VOID = 255
+# VOC label id -> colour of its rectangles: cat, dog, horse.
+_CLASS_COLOURS = {8: (210, 60, 50), 12: (60, 180, 75), 13: (50, 80, 200)}
+
+
+def tiny_encoder(seed: int = 0, **overrides: int) -> Encoder:
+    """A frozen two-block ViT with weights from `seed`, through the same bytes that a run stores."""
+    overrides = TINY_OVERRIDES | overrides
+    vit = shake(random_vit(TINY_VIT, overrides, seed), seed)
+    return load_encoder(dump_encoder(vit, TINY_VIT, overrides), "tiny")
+
+
+def shake(vit: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> torch.nn.Module:
+    """The model with noise on every weight: as initialised, biases and layer scales are too plain to show a slip."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in vit.parameters():
+            weight.add_(scale * torch.randn(weight.shape, generator=rng))
+    return vit
+
+
+def random_images(num: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """RGB noise, uint8, (num, 3, height, width)."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, 3, height, width), generator=rng, dtype=torch.uint8)
+
+
+def scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """A photograph of two coloured rectangles on a graded ground, and its VOC palette mask with void borders."""
+    width, height = size
+    ramp = np.linspace(90, 160, width)[None, :, None] + rng.normal(0, 6, (height, width, 3))
+    photo = Image.fromarray(ramp.clip(0, 255).astype(np.uint8))
+    mask = Image.new("P", size, 0)
+    mask.putpalette(_voc_palette())
+    for label in rng.choice(list(_CLASS_COLOURS), 2, replace=False):
+        w, h = (int(side * rng.uniform(0.3, 0.5)) for side in size)
+        left, top = int(rng.integers(width - w)), int(rng.integers(height - h))
+        box = (left, top, left + w, top + h)
+        ImageDraw.Draw(photo).rectangle(box, fill=_CLASS_COLOURS[int(label)])
+        ImageDraw.Draw(mask).rectangle(box, fill=int(label), outline=VOID, width=2)
+    return photo, mask
+
+
+def make_folder(path: Path | str, num_images: int = 6, size: tuple[int, int] = (96, 72), seed: int = 0) -> Path:
+    """A folder of photographs `photo_000.jpg` ... of (width, height) px."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(num_images):
+        scene(size, rng)[0].save(path / f"photo_{i:03}.jpg", quality=92)
+    return path
+
+
+def make_voc(
+    path: Path | str, num_train: int = 6, num_val: int = 3, size: tuple[int, int] = (96, 72), seed: int = 0
+) -> Path:
+    """A VOC devkit of photographs of (width, height) px with masks of labels 0, 8, 12, 13 and 255."""
+    path = Path(path)
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    stems = [f"2007_{i:06}" for i in range(num_train + num_val)]
+    for stem in stems:
+        photo, mask = scene(size, rng)
+        photo.save(path / "JPEGImages" / f"{stem}.jpg", quality=92)
+        mask.save(path / "SegmentationClass" / f"{stem}.png")
+    lists = path / "ImageSets/Segmentation"
+    (lists / "train.txt").write_text("".join(f"{stem}\n" for stem in stems[:num_train]))
+    (lists / "val.txt").write_text("".join(f"{stem}\n" for stem in stems[num_train:]))
+    return path
+
+
+def make_hostile_folder(path: Path | str) -> tuple[set[str], set[str]]:
+    """A folder with what real folders hold; returns the image_ids that are good and those that must be refused."""
+    path = make_folder(path, num_images=3)
+    photo = scene((96, 72), np.random.default_rng(7))[0]
+    photo.convert("CMYK").save(path / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(path / "rotated.jpg", exif=exif)
+    grey = np.asarray(photo.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(path / "sixteen_bit.png")
+    (path / "sub folder").mkdir(exist_ok=True)
+    photo.save(path / "sub folder" / "été à la plage.jpg")
+    good = {f"photo_{i:03}.jpg" for i in range(3)}
+    good |= {"cmyk.jpg", "rotated.jpg", "sixteen_bit.png", "sub folder/été à la plage.jpg"}
+
+    whole = (path / "photo_000.jpg").read_bytes()
+    (path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (path / "text.jpg").write_text("this is not a photograph\n")
+    (path / "empty.jpg").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(path / "dot.png")
+    Image.new("RGB", (20000, 20)).save(path / "strip.png")
+    return good, {"truncated.jpg", "text.jpg", "empty.jpg", "dot.png", "strip.png"}
+
+
+def _voc_palette() -> list[int]:
+    # The devkit's colour map: bits of the label spread over the high bits of R, G and B.
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for label in range(256):
+        for bit in range(8):
+            for channel in range(3):
+                palette[label, channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
+    return palette.reshape(-1).tolist()

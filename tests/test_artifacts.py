@@ -1,0 +1,117 @@
+import json
+import os
+
+import pytest
+import yaml
+
+from transfgu_ray.artifacts import OUTPUTS, STAGES, Run
+from transfgu_ray.config import RunConfig, build_config
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.presets import tiny_cpu
+from transfgu_ray.storage import Folder
+
+
+def _config(*assignments):
+    return build_config(tiny_cpu(), None, assignments)
+
+
+def _fingerprints(*assignments, inputs="photographs"):
+    run = Run(Folder("unused"), _config(*assignments))
+    return {stage: run.fingerprint(stage, inputs) for stage in STAGES}
+
+
+def _changed(*assignments):
+    before, after = _fingerprints(), _fingerprints(*assignments)
+    return [stage for stage in STAGES if before[stage] != after[stage]]
+
+
+def test_run_open__writes_the_configuration_first_and_reads_it_back(tmp_path):
+    uri = str(tmp_path / "run")
+    Run.open(uri, _config("seed=3"))
+    assert os.listdir(uri) == ["config.yaml"]
+    assert Run.open(uri, None).config == _config("seed=3")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 3
+
+
+def test_run_open__refuses_another_configuration_and_says_what_differs(tmp_path):
+    uri = str(tmp_path)
+    Run.open(uri, _config())
+    with pytest.raises(ArtifactError, match=r"another configuration \(seed: 0 -> 1; train\.omega_1: 1\.0 -> 2\.0\)"):
+        Run.open(uri, _config("seed=1", "train.omega_1=2"))
+    assert Run.open(uri, None).config == _config()
+    Run.open(uri, _config("seed=1"), overwrite=True)
+    assert Run.open(uri, None).config.seed == 1
+
+
+@pytest.mark.parametrize("change", ["data.root=/elsewhere", "runtime.num_workers=3", "tracking.experiment=other"])
+def test_run_open__where_it_runs_is_no_other_configuration(tmp_path, change):
+    Run.open(str(tmp_path), _config())
+    Run.open(str(tmp_path), _config(change))
+    # The newer answer is the one that later stages need.
+    assert Run.open(str(tmp_path), None).config == _config(change)
+    assert _changed(change) == []
+
+
+def test_run_open__refuses_what_is_no_run(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is no run folder \(it has no config\.yaml\)"):
+        Run.open(str(tmp_path), None)
+    (tmp_path / "config.yaml").write_text("train: [")
+    with pytest.raises(ArtifactError, match=r"config\.yaml is damaged"):
+        Run.open(str(tmp_path), None)
+    with pytest.raises(ArtifactError, match="cannot open nosuch://run"):
+        Run.open("nosuch://run", _config())
+    with pytest.raises(ArtifactError, match="cannot write"):
+        Run.open(str(tmp_path / "config.yaml" / "run"), RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ("seed=1", "extract"),
+        ("data.min_side_px=16", "extract"),
+        ("extract.window_fracs=[0.5]", "extract"),
+        ("concepts.num_concepts=9", "concepts"),
+        ("cam.exclusion=false", "labels"),
+        ("train.omega_1=0.5", "train"),
+        ("evaluate.batch_size=2", "evaluate"),
+    ],
+)
+def test_run_fingerprint__a_setting_touches_its_stage_and_those_after_it(change, first):
+    assert _changed(change) == list(STAGES[STAGES.index(first) :])
+
+
+def test_run_fingerprint__follows_the_input():
+    before, after = _fingerprints(), _fingerprints(inputs="other photographs")
+    assert all(before[stage] != after[stage] for stage in STAGES)
+
+
+def test_run_manifest__is_what_marks_a_stage_as_complete(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    assert run.manifest("extract") is None
+    with pytest.raises(ArtifactError, match="has no finished stage extract; run `transfgu extract"):
+        run.require("extract")
+    run.write_manifest("extract", "f" * 64, {"rows": 12})
+    manifest = run.require("extract")
+    assert manifest == json.loads((tmp_path / "extract.json").read_text())
+    assert (manifest["stage"], manifest["fingerprint"], manifest["rows"]) == ("extract", "f" * 64, 12)
+    assert {"python", "torch", "timm", "transfgu_ray"} <= manifest["versions"].keys()
+
+
+def test_run_manifest__half_written_counts_as_none(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    (tmp_path / "labels.json").write_text('{"stage": "lab')
+    assert run.manifest("labels") is None
+
+
+def test_run_clear__removes_the_manifest_first_then_the_outputs(tmp_path, monkeypatch):
+    run = Run.open(str(tmp_path), _config())
+    run.write_manifest("extract", "f", {})
+    run.write_manifest("concepts", "f", {})
+    for name in ("features/part-0.parquet", "model/encoder.safetensors", "concepts.parquet"):
+        run.folder.write_bytes(name, b"x")
+    removed, delete = [], run.folder.delete
+    monkeypatch.setattr(run.folder, "delete", lambda name: (removed.append(name), delete(name)))
+    run.clear("extract")
+    assert removed == ["extract.json", *OUTPUTS["extract"]]
+    left = [name for name, _ in run.folder.files(recursive=True)]
+    assert left == ["concepts.json", "concepts.parquet", "config.yaml"]

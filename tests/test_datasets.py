@@ -1,0 +1,113 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders import make_folder, make_hostile_folder, make_voc
+from transfgu_ray.config import DataConfig
+from transfgu_ray.datasets import list_images, open_root
+from transfgu_ray.errors import DataError
+from transfgu_ray.images import decode_label
+
+
+def _ids(path, dataset="folder", split=""):
+    return [image.image_id for image in list_images(DataConfig(dataset=dataset, root=str(path)), split).images]
+
+
+def test_list_images__folder_in_order_with_others_counted(tmp_path):
+    make_folder(tmp_path / "b", num_images=2)
+    make_folder(tmp_path / "a" / "deep", num_images=1)
+    (tmp_path / "SHOUT.JPG").write_bytes(b"x")
+    for name in ("notes.txt", ".hidden.jpg", "b/.photo_000.jpg.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    listing = list_images(DataConfig(root=str(tmp_path)), "")
+    want = ["SHOUT.JPG", "a/deep/photo_000.jpg", "b/photo_000.jpg", "b/photo_001.jpg"]
+    assert [image.image_id for image in listing.images] == want
+    assert [image.num_bytes for image in listing.images] == [os.path.getsize(tmp_path / name) for name in want]
+    assert {image.label_id for image in listing.images} == {None}
+    assert listing.num_other_files == 3
+
+
+def test_list_images__hostile_names_are_listed(tmp_path):
+    good, bad = make_hostile_folder(tmp_path)
+    assert set(_ids(tmp_path)) == good | bad
+
+
+def test_list_images__same_ids_and_fingerprint_under_another_root(tmp_path):
+    listings = []
+    for name in ("one", "two"):
+        make_folder(tmp_path / name)
+        listings.append(list_images(DataConfig(root=f"{tmp_path / name}/"), ""))
+    assert listings[0].images == listings[1].images
+    assert listings[0].fingerprint == listings[1].fingerprint
+
+
+def test_listing__fingerprint_sees_names_and_sizes(tmp_path):
+    make_folder(tmp_path)
+    config = DataConfig(root=str(tmp_path))
+    seen = {list_images(config, "").fingerprint}
+    with open(tmp_path / "photo_002.jpg", "ab") as file:
+        file.write(b"\0")
+    seen.add(list_images(config, "").fingerprint)
+    (tmp_path / "photo_002.jpg").rename(tmp_path / "photo_2.jpg")
+    seen.add(list_images(config, "").fingerprint)
+    assert len(seen) == 3
+
+
+def test_list_images__voc_splits_with_labels(tmp_path):
+    make_voc(tmp_path, num_train=3, num_val=2)
+    assert _ids(tmp_path, "voc", "train") == [f"JPEGImages/2007_{i:06}.jpg" for i in range(3)]
+    images = list_images(DataConfig(dataset="voc", root=str(tmp_path)), "val").images
+    assert [image.label_id for image in images] == [f"SegmentationClass/2007_{i:06}.png" for i in (3, 4)]
+    label = decode_label((tmp_path / images[0].label_id).read_bytes())
+    with Image.open(tmp_path / images[0].image_id) as photo:
+        assert label.shape == (photo.height, photo.width)
+    assert {0, 255} < set(np.unique(label)) <= {0, 8, 12, 13, 255}
+
+
+def test_list_images__voc_lists_may_repeat_and_be_unordered(tmp_path):
+    make_voc(tmp_path, num_train=3)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000002\r\n2007_000000\n2007_000002\n")
+    assert _ids(tmp_path, "voc", "train") == ["JPEGImages/2007_000000.jpg", "JPEGImages/2007_000002.jpg"]
+
+
+def test_list_images__voc_of_real_photographs(shared_data):
+    root = shared_data / "voc2012_animals" / "VOCdevkit" / "VOC2012"
+    images = list_images(DataConfig(dataset="voc", root=str(root)), "val").images
+    assert len(images) == 100
+    assert min(image.num_bytes for image in images) > 1000
+
+
+def test_open_root__refuses_what_is_not_a_folder(tmp_path):
+    with pytest.raises(DataError, match=r"no photographs were named; give --data DIR or set data\.root"):
+        open_root(DataConfig())
+    with pytest.raises(DataError, match=r"data\.root=.*gone does not exist"):
+        open_root(DataConfig(root=str(tmp_path / "gone")))
+    with pytest.raises(DataError, match=r"data\.root=nosuch://x cannot be opened"):
+        open_root(DataConfig(root="nosuch://x"))
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"data\.root=.*photo\.jpg is a file"):
+        open_root(DataConfig(root=str(tmp_path / "photo.jpg")))
+
+
+def test_list_images__refuses_a_folder_without_photographs(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no photograph in .* \(dataset folder\): expected any tree of JPEG"):
+        _ids(tmp_path)
+
+
+def test_list_images__refuses_a_voc_without_its_lists(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(DataError, match=r"has no readable ImageSets/Segmentation/train\.txt; dataset voc expects VOC"):
+        _ids(tmp_path, "voc", "train")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_list_images__refuses_a_name_that_is_not_utf8(tmp_path):
+    make_folder(tmp_path)
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb"):
+        pass
+    with pytest.raises(DataError, match=r"not UTF-8, .*caf\\xe9\.jpg.*rename it"):
+        _ids(tmp_path)

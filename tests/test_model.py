@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images, scene, tiny_encoder
+from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.weights import dump_encoder
+from transfgu_ray.errors import ArtifactError, WeightsError
+from transfgu_ray.images import to_working
+from transfgu_ray.model import ModelConfig, Segmenter, build_decoder, load_model, load_model_config, save_decoder
+from transfgu_ray.storage import Folder
+
+KINDS = ("foreground", "foreground", "background", "none")
+CONFIG = ModelConfig((32, 48), KINDS, decoder_layers=1, decoder_heads=3, precision="float32", weights_sha256="ab")
+
+
+def _segmenter(config=CONFIG):
+    torch.manual_seed(0)
+    return Segmenter(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config)
+
+
+def _saved(path):
+    model, folder = _segmenter(), Folder(str(path))
+    folder.write_bytes("encoder.safetensors", dump_encoder(model.encoder.vit, TINY_VIT, TINY_OVERRIDES))
+    save_decoder(folder, model.decoder.state_dict(), CONFIG)
+    return model, folder
+
+
+def test_load_model__same_maps_without_the_run(tmp_path):
+    model, folder = _saved(tmp_path)
+    loaded = load_model(folder)
+    assert loaded.config == CONFIG
+    images = random_images(2, 32, 48)
+    assert torch.equal(loaded.class_maps(images), model.class_maps(images))
+    # Dropout is for training only.
+    assert torch.equal(loaded.class_maps(images), loaded.class_maps(images))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "decoder.safetensors", "encoder.safetensors"]
+
+
+def test_load_model__another_decoder_beside_the_last(tmp_path):
+    _, folder = _saved(tmp_path)
+    torch.manual_seed(1)
+    other = build_decoder(CONFIG, 24)
+    save_decoder(folder, other.state_dict(), CONFIG, name="decoder_round0")
+    assert torch.equal(load_model(folder, decoder="decoder_round0").decoder.proj_patch, other.proj_patch)
+    assert not torch.equal(load_model(folder).decoder.proj_patch, other.proj_patch)
+
+
+def test_segment__each_photograph_at_its_own_size():
+    model = _segmenter()
+    rng = np.random.default_rng(0)
+    photos = [scene(size, rng)[0] for size in ((96, 72), (50, 131), (32, 32))]
+    masks = model.segment(photos)
+    assert [mask.shape for mask in masks] == [(72, 96), (131, 50), (32, 32)]
+    assert {mask.dtype for mask in masks} == {np.dtype(np.uint8)}
+    working = torch.from_numpy(to_working(photos[1], (32, 48)))[None]
+    assert np.array_equal(masks[1], upsample_argmax(model.class_maps(working)[0], (131, 50)).numpy())
+
+
+def test_segment__more_classes_than_a_byte_holds():
+    config = ModelConfig((16, 16), ("any",) * 300, 1, 3, "float32", "ab")
+    assert _segmenter(config).segment([Image.new("RGB", (20, 20))])[0].dtype == np.uint16
+
+
+def test_model_config__background_is_the_last_class_of_kind_none():
+    assert CONFIG.background_id == 3
+    assert ModelConfig((8, 8), ("any", "any"), 1, 1, "float32", "").background_id is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "encoder.safetensors", "decoder.safetensors"])
+def test_load_model__refuses_a_folder_that_lacks_a_file(tmp_path, name):
+    _, folder = _saved(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"is no model folder: it has no {name}; give a finished run"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", '{"format": "transfgu-model-0"}', '{"format": "transfgu-model-1"}']
+)
+def test_load_model_config__refuses_another_format(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"config\.json is not of format transfgu-model-1"):
+        load_model_config(Folder(str(tmp_path)))
+
+
+def test_load_model__refuses_damaged_weights(tmp_path):
+    _, folder = _saved(tmp_path)
+    whole = (tmp_path / "decoder.safetensors").read_bytes()
+    (tmp_path / "decoder.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(WeightsError, match=r"decoder\.safetensors is not a readable safetensors file"):
+        load_model(folder)
+
+
+def test_load_model__refuses_a_decoder_of_another_run(tmp_path):
+    _, folder = _saved(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    values = json.loads(text)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"kinds": ["any", "any"]}))
+    with pytest.raises(WeightsError, match=r"decoder\.safetensors does not fit the config\.json beside it"):
+        load_model(folder)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "decoder.safetensors").write_bytes(safetensors.torch.save({"x": torch.zeros(1)}))
+    with pytest.raises(WeightsError, match="does not fit"):
+        load_model(folder)
