@@ -80,7 +80,10 @@ def test_build_config__tells_every_problem_at_once():
     [
         (["concepts.num_concepts=1", "data.region_mode=things_and_stuff"], "must be at least 2 .* is things_and_stuff"),
         (["concepts.num_concepts=1", "data.region_mode=no_prior"], "must be at least 2 .* is no_prior"),
-        (["concepts.num_background=27", "data.region_mode=things_and_stuff"], "num_background must be below concepts.num_concepts"),
+        (
+            ["concepts.num_background=27", "data.region_mode=things_and_stuff"],
+            "num_background must be below concepts.num_concepts",
+        ),
         (["concepts.num_background=3", "data.dataset=voc"], "no use when data.region_mode is things_only"),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),
         (["train.augment.crop_scale=[0,1]"], r"crop_scale must be \(low, high\)"),

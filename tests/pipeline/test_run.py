@@ -1,6 +1,7 @@
 """A whole run on a small labelled set, and what can be done with it afterwards."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,20 +68,26 @@ def test_run__again_recomputes_nothing(finished: Run) -> None:
 
 
 def test_run__another_configuration_is_refused_until_overwritten(finished: Run, voc: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"train.omega_2: 0.3 -> 0.5.*--overwrite"):
-        open_run(Path(finished.folder.path), voc, "train.omega_2=0.5", dataset="voc")
+    folder = shutil.copytree(finished.folder.path, tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"evaluate.num_samples: 2 -> 1.*--overwrite"):
+        open_run(folder, voc, "evaluate.num_samples=1", dataset="voc")
     # Where a run happens is no part of what it is.
-    open_run(Path(finished.folder.path), voc, "runtime.num_workers=2", dataset="voc")
+    open_run(folder, voc, "runtime.num_workers=2", dataset="voc")
+    reporter = Silent()
+    run = open_run(folder, voc, "evaluate.num_samples=1", dataset="voc", overwrite=True)
+    run_stages(run, STAGES[: STAGES.index("report") + 1], None, reporter, overwrite=True)
+    assert list(reporter.done) == ["evaluate", "report"], "nothing before the changed stage is computed again"
+    assert [path.name for path in (folder / "samples").glob("strip_*")] == ["strip_00.jpg"]
 
 
-def test_run__other_photographs_are_refused_until_overwritten(tmp_path: Path, local_ray: None) -> None:
-    data = make_folder(tmp_path / "data", num_images=4)
-    run = make_run(tmp_path / "run", data, stages=("extract",))
-    Image.new("RGB", (80, 80), "red").save(data / "one_more.png")
+def test_run__other_photographs_are_refused(finished: Run, voc: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(voc, tmp_path / "data")
+    moved = open_run(Path(finished.folder.path), data, dataset="voc")
+    run_stages(moved, STAGES, None, Silent())
+    (photo, *_) = sorted((data / "JPEGImages").iterdir())
+    Image.new("RGB", (80, 80), "red").save(photo)
     with pytest.raises(ArtifactError, match=r"stage extract .* other settings or photographs"):
-        run_stages(run, ("extract",), None, Silent())
-    manifests = run_stages(run, ("extract",), None, Silent(), overwrite=True)
-    assert manifests["extract"]["images"] == 5
+        run_stages(moved, STAGES, None, Silent())
 
 
 def test_run__stage_without_its_predecessor_is_refused(tmp_path: Path, voc: Path) -> None:

@@ -253,20 +253,24 @@ def _labels(context: Context) -> dict[str, Any]:
 
 def _train(context: Context) -> dict[str, Any]:
     from transfgu_ray.algorithms.rounds import steps_per_epoch
+    from transfgu_ray.pipeline import tracking
     from transfgu_ray.pipeline.fit_concepts import read_concepts
     from transfgu_ray.pipeline.train_rounds import model_config, train
 
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     kinds, _ = read_concepts(run.folder)
+    reported = 0
+
+    def on_epoch(history: list[dict[str, float]]) -> None:
+        nonlocal reported
+        context.progress(len(history) - reported)
+        reported = len(history)
+        if context.tracked is not None:
+            tracking.log_epochs(context.tracked, history)
+
     history, peak_mb = train(
-        run.folder,
-        config,
-        model_config(config, kinds, weights_sha256),
-        context.fingerprint,
-        resources,
-        context.tracked,
-        context.progress,
+        run.folder, config, model_config(config, kinds, weights_sha256), context.fingerprint, resources, on_epoch
     )
     images = run.require("labels")["images"]
     visits = images * config.train.epoch_repeats
@@ -329,7 +333,9 @@ def _register(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline import tracking
 
     run = context.run
-    tracked = context.tracked or tracking.begin(run.folder, run.config)
+    tracked = context.tracked
+    # Epochs that an interrupted call had trained but not logged.
+    tracking.log_epochs(tracked, json.loads(run.folder.read_bytes("train/history.json")))
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
     artifacts = ["config.yaml", "metrics.json", "report.html", *strips]

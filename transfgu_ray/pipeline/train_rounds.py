@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +20,9 @@ from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_
 from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
-from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.samples import bank_index, has_background, load_samples
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
-from transfgu_ray.pipeline.stream import Progress, peak_memory_mb, unwrapped_errors
+from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
@@ -51,10 +50,17 @@ def train(
     model_config: ModelConfig,
     fingerprint: str,
     resources: Resources,
-    tracked: tracking.Tracked | None,
-    progress: Progress,
+    on_epoch: Callable[[list[dict[str, float]]], None],
 ) -> tuple[list[dict[str, float]], int]:
     """Trains, or continues an interrupted training, and writes the model.
+
+    Args:
+        run: the run folder.
+        config: its configuration.
+        model_config: goes into the model folder.
+        fingerprint: of the stage.
+        resources: workers and device.
+        on_epoch: called in this process with the losses of all epochs so far, whenever there are more.
 
     Returns:
         the losses of every epoch, and the peak memory of worker 0 in MB.
@@ -81,7 +87,6 @@ def train(
             "model": asdict(model_config),
             "threads": resources.threads,
             "num_readers": max(1, resources.num_cores // resources.train_workers),
-            "tracked": None if tracked is None else asdict(tracked),
         },
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(
@@ -97,7 +102,7 @@ def train(
             failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
         ),
     )
-    with unwrapped_errors(), _watched_epochs(run, progress):
+    with unwrapped_errors(), _watched_history(run, on_epoch):
         result = trainer.fit()
     with result.checkpoint.as_directory() as directory:
         state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
@@ -131,7 +136,6 @@ def train_loop(settings: dict[str, Any]) -> None:
         bootstrap.load_state_dict(state["bootstrap"])
         history = state["history"]
     index = bank_index(run)
-    tracked = None if settings["tracked"] is None else tracking.Tracked(**settings["tracked"])
     for epoch in schedule(config.train.round_epochs, config.train.alpha)[len(history) :]:
         bootstrap.begin_epoch(epoch, rank)
         batches = _epoch_batches(
@@ -148,8 +152,6 @@ def train_loop(settings: dict[str, Any]) -> None:
             ray.train.report(history[-1], checkpoint=saved)
         if rank == 0:
             run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
-            if tracked is not None:
-                tracking.log_epochs(tracked, history)
 
 
 def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, device: torch.device) -> Bootstrap:
@@ -221,7 +223,7 @@ def _epoch_batches(
 
 
 @contextmanager
-def _watched_epochs(run: Folder, progress: Progress) -> Iterator[None]:
+def _watched_history(run: Folder, on_epoch: Callable[[list[dict[str, float]]], None]) -> Iterator[None]:
     """Reports finished epochs while the driver waits for Ray Train."""
     done = threading.Event()
 
@@ -229,10 +231,10 @@ def _watched_epochs(run: Folder, progress: Progress) -> Iterator[None]:
         seen, last = 0, False
         while not last:
             last = done.wait(1.0)
-            if run.exists(HISTORY):
-                epochs = len(json.loads(run.read_bytes(HISTORY)))
-                progress(epochs - seen)
-                seen = epochs
+            history = json.loads(run.read_bytes(HISTORY)) if run.exists(HISTORY) else []
+            if len(history) > seen:
+                on_epoch(history)
+                seen = len(history)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
