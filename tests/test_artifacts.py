@@ -35,7 +35,10 @@ def test_run_open__writes_the_configuration_first_and_reads_it_back(tmp_path):
 
 def test_run_open__refuses_another_configuration_and_says_what_differs(tmp_path):
     uri = str(tmp_path)
-    Run.open(uri, _config())
+    Run.open(uri, _config("seed=5"))
+    # Nothing was computed yet, so nothing speaks against another try.
+    run = Run.open(uri, _config())
+    run.folder.write_bytes("features/part-000000.parquet", b"")
     with pytest.raises(ArtifactError, match=r"another configuration \(seed: 0 -> 1; train\.omega_1: 1\.0 -> 2\.0\)"):
         Run.open(uri, _config("seed=1", "train.omega_1=2"))
     assert Run.open(uri, None).config == _config()

@@ -68,7 +68,7 @@ class Run:
                 )
             return cls(folder, stored)
         changes = [] if stored is None else difference(_identity(stored), _identity(config))
-        if changes and not overwrite:
+        if changes and not overwrite and cls._has_results(folder):
             raise ArtifactError(
                 f"{uri} was made with another configuration ({'; '.join(changes)}); use another run folder, or "
                 "--overwrite to compute again what this changes"
@@ -76,6 +76,11 @@ class Run:
         if stored != config:
             folder.write_bytes("config.yaml", dump_yaml(config).encode())
         return cls(folder, config)
+
+    @staticmethod
+    def _has_results(folder: Folder) -> bool:
+        # A call that was refused before it computed anything leaves the configuration only.
+        return any(folder.exists(f"{stage}.json") for stage in STAGES) or any(True for _ in folder.files("features"))
 
     @staticmethod
     def _read_config(folder: Folder) -> RunConfig | None:

@@ -55,10 +55,11 @@ def write_report(run: Run) -> int:
 
 
 def matched_colours(model: ModelConfig, metrics: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Colour tables of predictions and of the truth; a matched concept has its class's colour."""
-    pred = class_colours(len(model.kinds), model.background_id)
+    """Colour tables of predictions and of the truth: a matched concept has its class's colour, others are grey."""
     if not metrics["per_class"]:
+        pred = class_colours(len(model.kinds), model.background_id)
         return {"pred": pred, "truth": pred}
+    pred = np.repeat(np.linspace(90, 220, len(model.kinds)).astype(np.uint8)[:, None], 3, axis=1)
     truth = class_colours(len(metrics["per_class"]), 0 if metrics["per_class"][0]["name"] == "background" else None)
     for class_id, row in enumerate(metrics["per_class"]):
         pred[row["concepts"]] = truth[class_id]

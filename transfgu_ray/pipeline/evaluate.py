@@ -178,7 +178,8 @@ def metrics_json(
             {
                 "name": name,
                 "iou": None if np.isnan(iou) else float(iou),
-                "concepts": np.flatnonzero(last.class_of_concept == class_id).tolist(),
+                # A match without a single right pixel is an accident of the matching, not a finding.
+                "concepts": np.flatnonzero(last.class_of_concept == class_id).tolist() if iou > 0 else [],
             }
             for class_id, (name, iou) in enumerate(zip(names, last.class_iou, strict=True))
         ]

@@ -300,13 +300,18 @@ def _evaluate_split(config: RunConfig) -> tuple[str, bool]:
 
 def _evaluate(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline.evaluate import evaluate, metrics_json
+    from transfgu_ray.pipeline.samples import bank_image_ids
 
     run, config = context.run, context.run.config
     split, has_labels = _evaluate_split(config)
-    listing = list_images(config.data, split)
+    images = list(list_images(config.data, split).images)
+    if not has_labels:
+        # Only to be looked at: take those that are known to be readable.
+        readable = set(bank_image_ids(run.folder))
+        images = [image for image in images if image.image_id in readable]
     weights_sha256 = run.require("extract")["weights_sha256"]
     stats, scores, peak_mb = evaluate(
-        run.folder, config, context.root, list(listing.images), has_labels, context.resources, context.progress
+        run.folder, config, context.root, images, has_labels, context.resources, context.progress
     )
     metrics = metrics_json(config, split if has_labels else None, stats.images, scores, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
