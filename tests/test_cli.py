@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders import make_folder
+from transfgu_ray.artifacts import Run
 from transfgu_ray.cli import main
 
 
@@ -92,3 +93,18 @@ def test_help__imports_nothing_heavy() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.rstrip().endswith("[]")
+
+
+def test_run__settings_of_an_existing_run_are_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    folder = str(tmp_path / "run")
+    base = ("run", folder, "--preset", "tiny_cpu", "--data", str(data))
+    refusal(capsys, monkeypatch, *base, "--set", "concepts.num_concepts=100000")
+    # Without --preset the stored configuration is the base, not the default preset.
+    refusal(capsys, monkeypatch, "run", folder, "--set", "concepts.num_concepts=200000")
+    stored = Run.stored_config(folder)
+    assert stored is not None
+    assert stored.preset == "tiny_cpu"
+    assert stored.concepts.num_concepts == 200000

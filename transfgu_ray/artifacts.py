@@ -56,11 +56,7 @@ class Run:
         Raises:
             ArtifactError: there is no run, it was made with another configuration, or it cannot be written.
         """
-        folder = Folder(uri)
-        try:
-            stored = cls._read_config(folder)
-        except OSError as error:
-            raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
+        folder, stored = Folder(uri), cls.stored_config(uri)
         if config is None:
             if stored is None:
                 raise ArtifactError(
@@ -83,13 +79,21 @@ class Run:
         return any(folder.exists(f"{stage}.json") for stage in STAGES) or any(True for _ in folder.files("features"))
 
     @staticmethod
-    def _read_config(folder: Folder) -> RunConfig | None:
-        if not folder.exists("config.yaml"):
-            return None
+    def stored_config(uri: str) -> RunConfig | None:
+        """The configuration of a run folder; None where there is no run.
+
+        Raises:
+            ArtifactError: the folder cannot be opened or its configuration is damaged.
+        """
+        folder = Folder(uri)
         try:
-            return parse_config(yaml.safe_load(folder.read_bytes("config.yaml")))
+            return (
+                parse_config(yaml.safe_load(folder.read_bytes("config.yaml"))) if folder.exists("config.yaml") else None
+            )
+        except OSError as error:
+            raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
         except yaml.YAMLError:
-            raise ArtifactError(f"{folder.uri}/config.yaml is damaged; use another run folder") from None
+            raise ArtifactError(f"{uri}/config.yaml is damaged; use another run folder") from None
 
     def fingerprint(self, stage: str, inputs: str) -> str:
         """Hash of every setting and input that the stage's output depends on."""

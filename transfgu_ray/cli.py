@@ -22,7 +22,10 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URI such as s3://bucket/run.")]
-Preset = Annotated[str | None, typer.Option(help="Recipe to start from; see `transfgu presets`. Default: paper.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Recipe to start from; see `transfgu presets`. Default: the run's own settings, else paper."),
+]
 Dataset = Annotated[str | None, typer.Option(help="Layout of --data; see `transfgu datasets`. Default: folder.")]
 Data = Annotated[str | None, typer.Option(help="Folder or URI of the photographs.")]
 Config = Annotated[str | None, typer.Option(help="YAML file that changes the preset.")]
@@ -103,29 +106,9 @@ class Terminal:
             self._out.print(table)
 
 
-@app.command()
-def run(
-    folder: RunFolder,
-    preset: Preset = None,
-    dataset: Dataset = None,
-    data: Data = None,
-    config: Config = None,
-    assignments: Set = [],  # noqa: B006
-    weights: Weights = None,
-    ray_address: Address = None,
-    tracking_uri: TrackingUri = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
-    """Photographs to masks: every stage, resumed where an earlier call stopped."""
-    from transfgu_ray.artifacts import STAGES
+def _verb(name: str, text: str) -> Callable[..., None]:
+    """Adds a command that brings one stage of a run, or for `run` all of them, up to date."""
 
-    _run(
-        STAGES, folder, preset, dataset, data, config, assignments, weights, ray_address, tracking_uri, overwrite, quiet
-    )
-
-
-def _stage_command(stage: str, text: str) -> None:
     def command(
         folder: RunFolder,
         preset: Preset = None,
@@ -135,20 +118,42 @@ def _stage_command(stage: str, text: str) -> None:
         assignments: Set = [],  # noqa: B006
         weights: Weights = None,
         ray_address: Address = None,
+        tracking_uri: TrackingUri = None,
         overwrite: Overwrite = False,
         quiet: Quiet = False,
     ) -> None:
-        _run((stage,), folder, preset, dataset, data, config, assignments, weights, ray_address, None, overwrite, quiet)
+        from transfgu_ray.artifacts import STAGES, Run
+        from transfgu_ray.config import build_config
+        from transfgu_ray.pipeline.run import run_stages
+        from transfgu_ray.presets import get_preset
 
-    app.command(name=stage, help=text)(command)
+        shorthand = {
+            "data.dataset": dataset,
+            "data.root": _absolute(data),
+            "encoder.weights": weights if weights in ("hub", "random") else _absolute(weights),
+            "tracking.uri": tracking_uri,
+        }
+        named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+        resolved = None
+        if preset or config or assignments or named:
+            base = None if preset else Run.stored_config(folder)
+            resolved = build_config(base or get_preset(preset or "paper"), config, [*named, *assignments])
+        terminal = Terminal(quiet)
+        opened = Run.open(folder, resolved, overwrite)
+        stages = STAGES if name == "run" else (name,)
+        _close(terminal, opened, run_stages(opened, stages, ray_address, terminal, overwrite))
+
+    app.command(name=name, help=text)(command)
+    return command
 
 
-_stage_command("extract", "Stage 1: class tokens of sliding windows -> features/.")
-_stage_command("concepts", "Stage 2: k-means of the class tokens -> concepts.parquet.")
-_stage_command("labels", "Stage 3: response maps of all concepts -> labels/, the pseudo-label bank.")
-_stage_command("train", "Stage 4: decoder in teacher-student rounds -> train/, model/.")
-_stage_command("evaluate", "Stage 5: scores of the initial, trained and bootstrapped masks -> metrics.json.")
-_stage_command("report", "Stage 6: one self-contained page -> report.html.")
+run = _verb("run", "Photographs to masks: every stage, resumed where it stopped.")
+_verb("extract", "Stage 1: class tokens of sliding windows -> features/.")
+_verb("concepts", "Stage 2: k-means of the class tokens -> concepts.parquet.")
+_verb("labels", "Stage 3: response maps of all concepts -> labels/.")
+_verb("train", "Stage 4: decoder in teacher-student rounds -> model/.")
+_verb("evaluate", "Stage 5: scores, where there are labels -> metrics.json.")
+_verb("report", "Stage 6: one self-contained page -> report.html.")
 
 
 @app.command()
@@ -160,7 +165,7 @@ def predict(
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow tracking URI, for models:/ only.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Masks (palette PNG) and overlays for new photographs, each at its own size."""
+    """Palette masks and overlays of new photographs."""
     from transfgu_ray.config import RuntimeConfig
     from transfgu_ray.pipeline import predict as verb
     from transfgu_ray.pipeline.session import ray_session
@@ -190,7 +195,7 @@ def demo(
     ray_address: Address = None,
     quiet: Quiet = False,
 ) -> None:
-    """The whole pipeline on scenes that the package renders itself, on a laptop CPU.
+    """The whole pipeline on scenes that the package renders.
 
     The encoder is a tiny vision transformer with random weights: the run shows that every stage works, its masks
     carry no meaning.
@@ -225,45 +230,9 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this preset in
         typer.echo(f"{key:<9} {(preset.__doc__ or '').splitlines()[0]}")
 
 
-def _run(
-    stages: tuple[str, ...],
-    folder: str,
-    preset: str | None,
-    dataset: str | None,
-    data: str | None,
-    config: str | None,
-    assignments: list[str],
-    weights: str | None,
-    ray_address: str | None,
-    tracking_uri: str | None,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    from transfgu_ray.artifacts import Run
-    from transfgu_ray.config import build_config
-    from transfgu_ray.pipeline.run import run_stages
-    from transfgu_ray.presets import get_preset
-
-    shorthand = {"data.dataset": dataset, "data.root": _absolute(data), "encoder.weights": _absolute_weights(weights)}
-    shorthand["tracking.uri"] = tracking_uri
-    named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
-    resolved = None
-    if preset or config or assignments or named:
-        resolved = build_config(get_preset(preset or "paper"), config, [*named, *assignments])
-    elif len(stages) > 1 and not folder:
-        raise TransfguError("name a run folder")
-    terminal = Terminal(quiet)
-    opened = Run.open(folder, resolved, overwrite)
-    manifests = run_stages(opened, stages, ray_address, terminal, overwrite)
-    _close(terminal, opened, manifests)
-
-
-def _absolute(data: str | None) -> str | None:
-    return data if data is None or "://" in data else os.path.abspath(os.path.expanduser(data))
-
-
-def _absolute_weights(weights: str | None) -> str | None:
-    return weights if weights in (None, "hub", "random") else _absolute(weights)
+def _absolute(path: str | None) -> str | None:
+    """Workers and jobs run in other folders: local paths are made absolute, URIs are left."""
+    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]) -> None:
