@@ -4,11 +4,17 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
+from typing import TYPE_CHECKING
 
 from transfgu_ray.config import EncoderConfig, RunConfig
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
 from transfgu_ray.storage import Folder
 
+if TYPE_CHECKING:
+    from transfgu_ray.algorithms.encoder import Encoder
+
+# Where a run keeps its encoder: resolved once, then used by every worker and by the finished model.
+ENCODER = "model/encoder.safetensors"
 _PROBE_SECONDS = 5
 
 
@@ -37,6 +43,13 @@ def resolve_encoder(config: RunConfig) -> bytes:
     _check_sizes(config, encoder.patch_size, encoder.embed_dim)
     # Our own files carry their architecture and are kept as they are.
     return data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+
+
+def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
+    """The encoder that a run folder holds, on a device."""
+    from transfgu_ray.algorithms.weights import load_encoder
+
+    return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision, device)
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:

@@ -129,7 +129,7 @@ def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: 
     folder = tmp_path / "run"
     settings = [
         word
-        for setting in (*TINY, "data.region_mode=things_and_stuff", "train.round_epochs=[2, 2]")
+        for setting in (*TINY, "data.region_mode=things_and_stuff", "train.round_epochs=[2, 8]")
         for word in ("--set", setting)
     ]
     arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
@@ -145,8 +145,10 @@ def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: 
     for name in ("features", "concepts.parquet", "labels"):
         assert table(folder, name).equals(table(Path(undisturbed.folder.path), name))
     history = json.loads((folder / "train/history.json").read_bytes())
-    assert [row["epoch"] for row in history] == [0, 1, 2, 3]
-    assert epochs_before < 4, "training was not interrupted"
+    assert [row["epoch"] for row in history] == list(range(10))
+    assert 1 <= epochs_before < 10, "training was not interrupted"
+    # Ray Train may hold a checkpoint that the history does not show yet.
+    assert run.require("train")["resumed_at_epoch"] >= epochs_before
     metrics = json.loads((folder / "metrics.json").read_bytes())
     assert metrics["stages"] is None
     assert "Nothing was scored" in (folder / "report.html").read_text()
@@ -155,7 +157,7 @@ def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: 
     }
 
 
-def wait_for(folder: Path, pattern: str, process, seconds: float = 120) -> None:
+def wait_for(folder: Path, pattern: str, process, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()[0]

@@ -8,21 +8,20 @@ import torch
 
 from transfgu_ray.algorithms.labelling import Labeller
 from transfgu_ray.algorithms.pseudo_labels import encode_mask, encode_scores
-from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import to_working
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.fit_concepts import read_concepts
 from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
 from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.schemas import build_table, labels_schema
 from transfgu_ray.storage import Folder
 
 
 def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
     """The labeller of a run that has its encoder and concepts."""
-    name = "model/encoder.safetensors"
-    encoder = load_encoder(run.read_bytes(name), run.uri_of(name), config.encoder.precision, device)
+    encoder = load_run_encoder(run, config.encoder.precision, device)
     kinds, centroids = read_concepts(run)
     excluding = config.cam.exclusion and config.region_mode == "things_and_stuff"
     return Labeller(

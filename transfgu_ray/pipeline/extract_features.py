@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from transfgu_ray.algorithms.encoder import above_mean
-from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.algorithms.windows import (
     DROPPED,
     classify_windows,
@@ -19,6 +18,7 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.images import cut_crops, to_working
 from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
 from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.schemas import build_table, features_schema
 from transfgu_ray.storage import Folder
 
@@ -39,11 +39,7 @@ class FeatureExtractor(PartWorker):
     def __init__(self, config: dict[str, Any], **part: Any) -> None:
         super().__init__(**part)
         self._config = config = RunConfig.model_validate(config)
-        source = Folder(part["run_uri"])
-        name = "model/encoder.safetensors"
-        self._encoder = load_encoder(
-            source.read_bytes(name), source.uri_of(name), config.encoder.precision, self.device
-        )
+        self._encoder = load_run_encoder(Folder(part["run_uri"]), config.encoder.precision, self.device)
         height, width = config.data.image_size
         self._crop_size = config.extract_crop_size
         # Whole images are larger than crops: as many at a time as give about the same number of pixels.

@@ -1,25 +1,21 @@
 """The stages in order: what is finished is kept, what is missing is made, and each manifest is written last."""
 
 import contextlib
-import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
-from transfgu_ray.errors import ArtifactError, ConfigError, DataError
-from transfgu_ray.pipeline.session import Resources, ray_session
-from transfgu_ray.pipeline.stream import Progress, peak_memory_mb
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, progress_total
+from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.prior import resolve_encoder, weights_file_sha256
-from transfgu_ray.storage import Folder
-
-ENCODER = "model/encoder.safetensors"
 
 
 class Reporter(Protocol):
@@ -27,34 +23,6 @@ class Reporter(Protocol):
 
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         """Progress of one stage: the context gives a function that takes items done."""
-
-    def note(self, text: str) -> None:
-        """One line."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every stage gets.
-
-    Attributes:
-        run: run folder and configuration.
-        root: the dataset.
-        listing: photographs of the training split.
-        resources: workers and devices.
-        fingerprint: of the stage.
-        encoder: safetensors bytes of the encoder; None where extract is not pending.
-        tracked: the MLflow run; None outside `transfgu run`.
-        progress: takes items done.
-    """
-
-    run: Run
-    root: Folder
-    listing: Listing
-    resources: Resources
-    fingerprint: str
-    encoder: bytes | None
-    tracked: Any
-    progress: Progress
 
 
 def run_stages(
@@ -150,9 +118,9 @@ def _tracking(run: Run, pending: Sequence[str]) -> Iterator[Any]:
 
 def _run_stage(context: Context, stage: str, inputs: str, reporter: Reporter) -> None:
     started = time.perf_counter()
-    total, unit = _progress_total(context.run, stage, context.listing)
+    total, unit = progress_total(context.run, stage, context.listing)
     with reporter.stage(stage, total, unit) as progress:
-        content = _STAGES[stage](replace(context, progress=progress))
+        content = STAGE_FUNCTIONS[stage](replace(context, progress=progress))
     seconds = time.perf_counter() - started
     context.run.write_manifest(
         stage,
@@ -167,222 +135,3 @@ def _run_stage(context: Context, stage: str, inputs: str, reporter: Reporter) ->
             "input_fingerprint": inputs,
         },
     )
-
-
-def _progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
-    if stage in ("extract", "labels"):
-        return len(listing.images), "photographs"
-    if stage == "train":
-        return sum(run.config.train.round_epochs), "epochs"
-    if stage == "evaluate":
-        split, scored = _evaluate_split(run.config)
-        shown = min(run.config.evaluate.num_samples, len(listing.images))
-        return (len(list_images(run.config.data, split).images) if scored else shown), "photographs"
-    return 1, "step"
-
-
-def _extract(context: Context) -> dict[str, Any]:
-    from transfgu_ray.algorithms.weights import read_safetensors
-    from transfgu_ray.pipeline.extract_features import FeatureExtractor
-    from transfgu_ray.pipeline.parts import build_table_of_parts
-
-    run, config = context.run, context.run.config
-    # Resolved here once: workers and the finished model all use this very file.
-    assert context.encoder is not None
-    run.folder.write_bytes(ENCODER, context.encoder)
-    result = build_table_of_parts(
-        run.folder,
-        "features",
-        context.fingerprint,
-        context.root,
-        context.listing.images,
-        config.extract.images_per_part,
-        FeatureExtractor,
-        {"config": config.model_dump(mode="json")},
-        context.resources,
-        context.progress,
-    )
-    _require_some(result.stats, len(context.listing.images))
-    return _table_content(context, result) | {
-        "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
-        "weights_file_sha256": weights_file_sha256(config.encoder),
-        "other_files_passed_over": context.listing.num_other_files,
-    }
-
-
-def _concepts(context: Context) -> dict[str, Any]:
-    import ray
-
-    from transfgu_ray.pipeline.fit_concepts import cluster
-    from transfgu_ray.pipeline.stream import unwrapped_errors
-
-    run, resources = context.run, context.resources
-    task = ray.remote(cluster).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
-    with unwrapped_errors():
-        groups = ray.get(task.remote(run.folder.uri, run.config, resources.threads, resources.device == "cuda"))
-    context.progress(1)
-    return {
-        "rows_in": sum(group["points_total"] for group in groups.values()),
-        "rows_out": sum(group["concepts"] for group in groups.values()),
-        "refused": [],
-        "groups": groups,
-        "weights_sha256": run.require("extract")["weights_sha256"],
-    }
-
-
-def _labels(context: Context) -> dict[str, Any]:
-    from transfgu_ray.pipeline.build_labels import BankBuilder
-    from transfgu_ray.pipeline.parts import build_table_of_parts
-
-    run, config = context.run, context.run.config
-    result = build_table_of_parts(
-        run.folder,
-        "labels",
-        context.fingerprint,
-        context.root,
-        context.listing.images,
-        config.extract.images_per_part,
-        BankBuilder,
-        {"config": config.model_dump(mode="json"), "root_uri": context.root.uri},
-        context.resources,
-        context.progress,
-    )
-    _require_some(result.stats, len(context.listing.images))
-    return _table_content(context, result) | {"weights_sha256": run.require("extract")["weights_sha256"]}
-
-
-def _train(context: Context) -> dict[str, Any]:
-    from transfgu_ray.algorithms.rounds import steps_per_epoch
-    from transfgu_ray.pipeline import tracking
-    from transfgu_ray.pipeline.fit_concepts import read_concepts
-    from transfgu_ray.pipeline.train_rounds import model_config, train
-
-    run, config, resources = context.run, context.run.config, context.resources
-    weights_sha256 = run.require("extract")["weights_sha256"]
-    kinds, _ = read_concepts(run.folder)
-    reported = 0
-
-    def on_epoch(history: list[dict[str, float]]) -> None:
-        nonlocal reported
-        context.progress(len(history) - reported)
-        reported = len(history)
-        if context.tracked is not None:
-            tracking.log_epochs(context.tracked, history)
-
-    history, peak_mb = train(
-        run.folder, config, model_config(config, kinds, weights_sha256), context.fingerprint, resources, on_epoch
-    )
-    images = run.require("labels")["images"]
-    visits = images * config.train.epoch_repeats
-    steps, per_worker = steps_per_epoch(visits, config.train.batch_size, resources.train_workers)
-    return {
-        "rows_in": images,
-        "rows_out": images,
-        "refused": [],
-        "peak_memory_mb": peak_mb,
-        "epochs": len(history),
-        "steps_per_epoch": steps,
-        "images_per_step": per_worker * resources.train_workers,
-        "images_repeated_to_fill_an_epoch": steps * per_worker * resources.train_workers - visits,
-        "train_workers": resources.train_workers,
-        "last_losses": history[-1],
-        "weights_sha256": weights_sha256,
-    }
-
-
-def _evaluate_split(config: RunConfig) -> tuple[str, bool]:
-    """The split to look at, and whether it has labels."""
-    benchmark = BENCHMARKS[config.data.dataset]
-    if benchmark.evaluate_split is None:
-        return benchmark.train_split, False
-    return config.evaluate.split or benchmark.evaluate_split, True
-
-
-def _evaluate(context: Context) -> dict[str, Any]:
-    from transfgu_ray.pipeline.evaluate import evaluate, metrics_json
-    from transfgu_ray.pipeline.samples import bank_image_ids
-
-    run, config = context.run, context.run.config
-    split, has_labels = _evaluate_split(config)
-    images = list(list_images(config.data, split).images)
-    if not has_labels:
-        # Only to be looked at: take those that are known to be readable.
-        readable = set(bank_image_ids(run.folder))
-        images = [image for image in images if image.image_id in readable]
-    weights_sha256 = run.require("extract")["weights_sha256"]
-    stats, scores, peak_mb = evaluate(
-        run.folder, config, context.root, images, has_labels, context.resources, context.progress
-    )
-    metrics = metrics_json(config, split if has_labels else None, stats.images, scores, weights_sha256)
-    run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
-    return {
-        "rows_in": stats.images + len(stats.refused),
-        "rows_out": stats.images,
-        "refused": stats.refused,
-        "refused_by_reason": count_reasons(stats.refused),
-        "scored": scores is not None,
-        "peak_memory_mb": peak_mb,
-        "weights_sha256": weights_sha256,
-    }
-
-
-def _report(context: Context) -> dict[str, Any]:
-    from transfgu_ray.report import write_report
-
-    strips = write_report(context.run)
-    context.progress(1)
-    return {"rows_in": strips, "rows_out": strips, "refused": []}
-
-
-def _register(context: Context) -> dict[str, Any]:
-    from transfgu_ray.pipeline import tracking
-
-    run = context.run
-    tracked = context.tracked
-    # Epochs that an interrupted call had trained but not logged.
-    tracking.log_epochs(tracked, json.loads(run.folder.read_bytes("train/history.json")))
-    metrics = json.loads(run.folder.read_bytes("metrics.json"))
-    strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
-    artifacts = ["config.yaml", "metrics.json", "report.html", *strips]
-    registered = tracking.register(tracked, run.folder, run.config, metrics, artifacts)
-    context.progress(1)
-    return {"rows_in": 1, "rows_out": 1, "refused": [], **registered}
-
-
-def _require_some(stats: Any, num_images: int) -> None:
-    if not stats.images:
-        first = stats.refused[0]
-        raise DataError(
-            f"none of {num_images} photographs can be used; the first, {first['image_id']}: {first['reason']}"
-        )
-
-
-def _table_content(context: Context, result: Any) -> dict[str, Any]:
-    stats = result.stats
-    return {
-        "rows_in": stats.images + len(stats.refused),
-        "rows_out": result.num_rows,
-        "images": stats.images,
-        "refused": stats.refused,
-        "refused_by_reason": count_reasons(stats.refused),
-        "dropped": stats.dropped,
-        "parts": result.num_parts,
-        "parts_resumed": result.num_resumed,
-        "peak_memory_mb": result.peak_mb,
-    }
-
-
-def count_reasons(refused: list[dict[str, str]]) -> dict[str, int]:
-    """How often each reason for a refusal occurs."""
-    return dict(Counter(refusal["reason"] for refusal in refused))
-
-
-_STAGES: dict[str, Callable[[Context], dict[str, Any]]] = {
-    "extract": _extract,
-    "concepts": _concepts,
-    "labels": _labels,
-    "train": _train,
-    "evaluate": _evaluate,
-    "report": _report,
-    "register": _register,
-}

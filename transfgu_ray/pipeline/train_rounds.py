@@ -7,9 +7,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,16 @@ import torch
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
-from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.samples import bank_index, has_background, load_samples
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
+from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 HISTORY = "train/history.json"
 _STATE = "state.pt"
@@ -44,6 +47,21 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
     )
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """What training left beside the model.
+
+    Attributes:
+        history: losses of every epoch.
+        peak_memory_mb: peak resident memory of worker 0, MB.
+        resumed_at_epoch: epoch that the last start of the workers began with; 0 if it was the first.
+    """
+
+    history: list[dict[str, float]]
+    peak_memory_mb: int
+    resumed_at_epoch: int
+
+
 def train(
     run: Folder,
     config: RunConfig,
@@ -51,7 +69,7 @@ def train(
     fingerprint: str,
     resources: Resources,
     on_epoch: Callable[[list[dict[str, float]]], None],
-) -> tuple[list[dict[str, float]], int]:
+) -> TrainResult:
     """Trains, or continues an interrupted training, and writes the model.
 
     Args:
@@ -61,16 +79,7 @@ def train(
         fingerprint: of the stage.
         resources: workers and device.
         on_epoch: called in this process with the losses of all epochs so far, whenever there are more.
-
-    Returns:
-        the losses of every epoch, and the peak memory of worker 0 in MB.
     """
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
     name = f"rounds-{fingerprint[:16]}"
     files = [path for path, _ in run.files("train", recursive=True)]
@@ -78,8 +87,31 @@ def train(
     for path in files:
         if path not in ours and not (ours and path == HISTORY):
             run.delete(path)
+    trainer = _new_trainer(run, config, model_config, name, resources)
+    with unwrapped_errors(), _watched_history(run, on_epoch):
+        result = trainer.fit()
+    with result.checkpoint.as_directory() as directory:
+        state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
+    model = Folder(run.uri_of("model"))
+    trained = state["bootstrap"]["trained"]
+    # A single round has no teacher: what round 0 learned is the result.
+    save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
+    save_decoder(model, state["bootstrap"]["student"], model_config)
+    run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
+    return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
+
+
+def _new_trainer(
+    run: Folder, config: RunConfig, model_config: ModelConfig, name: str, resources: Resources
+) -> "TorchTrainer":
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     cuda = resources.device == "cuda"
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
         train_loop_config={
             "run_uri": run.uri,
@@ -102,17 +134,6 @@ def train(
             failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
         ),
     )
-    with unwrapped_errors(), _watched_history(run, on_epoch):
-        result = trainer.fit()
-    with result.checkpoint.as_directory() as directory:
-        state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
-    model = Folder(run.uri_of("model"))
-    trained = state["bootstrap"]["trained"]
-    # A single round has no teacher: what round 0 learned is the result.
-    save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
-    save_decoder(model, state["bootstrap"]["student"], model_config)
-    run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
-    return state["history"], state["peak_memory_mb"]
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -136,7 +157,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         bootstrap.load_state_dict(state["bootstrap"])
         history = state["history"]
     index = bank_index(run)
-    for epoch in schedule(config.train.round_epochs, config.train.alpha)[len(history) :]:
+    resumed_at_epoch = len(history)
+    for epoch in schedule(config.train.round_epochs, config.train.alpha)[resumed_at_epoch:]:
         bootstrap.begin_epoch(epoch, rank)
         batches = _epoch_batches(
             index, run.uri, config, epoch, rank, world_size, grid_hw, settings["num_readers"], device
@@ -146,7 +168,12 @@ def train_loop(settings: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             saved = None
             if rank == 0:
-                state = {"bootstrap": bootstrap.state_dict(), "history": history, "peak_memory_mb": peak_memory_mb()}
+                state = {
+                    "bootstrap": bootstrap.state_dict(),
+                    "history": history,
+                    "peak_memory_mb": peak_memory_mb(),
+                    "resumed_at_epoch": resumed_at_epoch,
+                }
                 torch.save(state, Path(directory) / _STATE)
                 saved = ray.train.Checkpoint.from_directory(directory)
             ray.train.report(history[-1], checkpoint=saved)
@@ -157,8 +184,7 @@ def train_loop(settings: dict[str, Any]) -> None:
 def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, device: torch.device) -> Bootstrap:
     from ray.train.torch import prepare_model
 
-    name = "model/encoder.safetensors"
-    encoder = load_encoder(run.read_bytes(name), run.uri_of(name), config.encoder.precision, str(device))
+    encoder = load_run_encoder(run, config.encoder.precision, str(device))
     torch.manual_seed(config.seed)
     student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(device)
     return Bootstrap(
