@@ -18,6 +18,7 @@ from transfgu_ray.pipeline.build_labels import BankBuilder
 from transfgu_ray.pipeline.extract_features import FeatureExtractor
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.schemas import to_parquet
 from transfgu_ray.storage import Folder
 
 TABLES = ("extract", "concepts", "labels")
@@ -112,14 +113,18 @@ def test_tables__readable_without_this_package(undisturbed: Run) -> None:
 
 
 @pytest.mark.ray
-def test_tables__damaged_part_is_made_again(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+def test_tables__damaged_and_foreign_parts_are_made_again(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", photographs, stages=("extract",))
     part = tmp_path / "run" / "features" / "part-000002.parquet"
     part.write_bytes(part.read_bytes()[:-40])
+    # A part of the right name that was made with other settings.
+    foreign = tmp_path / "run" / "features" / "part-000003.parquet"
+    metadata = {"fingerprint": "another", "stats": "{}"}
+    foreign.write_bytes(to_parquet(pq.read_table(foreign).slice(0, 1), metadata))
     (tmp_path / "run" / "features" / ".part-000001.parquet.0badcafe.tmp").write_bytes(b"half")
     (tmp_path / "run" / "extract.json").unlink()
     run = make_run(tmp_path / "run", photographs, stages=("extract",))
-    assert run.require("extract")["parts_resumed"] == 4
+    assert run.require("extract")["parts_resumed"] == 3
     assert table(tmp_path / "run", "features").equals(table(Path(undisturbed.folder.path), "features"))
     assert not list((tmp_path / "run" / "features").glob(".*"))
 
