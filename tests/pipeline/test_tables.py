@@ -138,22 +138,19 @@ def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: 
         for word in ("--set", setting)
     ]
     arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
-    for sign in ("features/part-*.parquet", "labels/part-*.parquet", "train/history.json"):
+    for sign in ("features/part-*.parquet", "labels/part-*.parquet", "train/rounds-*/checkpoint_manager_snapshot.json"):
         process = transfgu(*arguments)
         wait_for(folder, sign, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert not (folder / "train.json").exists()
-    epochs_before = len(json.loads((folder / "train/history.json").read_bytes()))
     run = Run.open(str(folder), None)
     run_stages(run, STAGES, None, Silent())
     for name in ("features", "concepts.parquet", "labels"):
         assert table(folder, name).equals(table(Path(undisturbed.folder.path), name))
     history = json.loads((folder / "train/history.json").read_bytes())
     assert [row["epoch"] for row in history] == list(range(10))
-    assert 1 <= epochs_before < 10, "training was not interrupted"
-    # Ray Train may hold a checkpoint that the history does not show yet.
-    assert run.require("train")["resumed_at_epoch"] >= epochs_before
+    assert 1 <= run.require("train")["resumed_at_epoch"] < 10, "training was not interrupted, or began anew"
     metrics = json.loads((folder / "metrics.json").read_bytes())
     assert metrics["stages"] is None
     assert "Nothing was scored" in (folder / "report.html").read_text()

@@ -51,8 +51,11 @@ def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resourc
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray's own switch for single machines: without it every process listens on all interfaces.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    is_local = address in (None, "local")
+    if is_local:
+        # Ray's own switch for single machines, read on import: without it every process listens on all interfaces.
+        # A driver of a cluster must not have it, or other nodes cannot reach it.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # Workers must not each take all cores: intra-op threads are set from the configuration.
     os.environ.setdefault("OMP_NUM_THREADS", str(runtime.threads))
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
@@ -62,7 +65,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resourc
         yield _resources(runtime)
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address in (None, "local"):
+    if is_local:
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
         where = {
