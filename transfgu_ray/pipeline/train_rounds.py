@@ -87,6 +87,7 @@ def train(
     for path in files:
         if path not in ours and not (ours and path == HISTORY):
             run.delete(path)
+    drop_torn_record(run, f"train/{name}")
     trainer = _new_trainer(run, config, model_config, name, resources)
     with unwrapped_errors(), _watched_history(run, on_epoch):
         result = trainer.fit()
@@ -99,6 +100,19 @@ def train(
     save_decoder(model, state["bootstrap"]["student"], model_config)
     run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
+
+
+def drop_torn_record(run: Folder, name: str) -> None:
+    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
+
+    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
+    """
+    record = f"{name}/checkpoint_manager_snapshot.json"
+    if run.exists(record):
+        try:
+            json.loads(run.read_bytes(record))
+        except ValueError:
+            run.delete(name)
 
 
 def _new_trainer(
