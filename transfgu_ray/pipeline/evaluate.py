@@ -140,9 +140,7 @@ def evaluate(
     stats, total, peak_mb = PartStats(), None, 0
     for result in stream_units(root, units, Evaluator, arguments, resources):
         head, _, matrices = result.result.partition(b"\n")
-        part = PartStats(**json.loads(head))
-        stats.images += part.images
-        stats.refused += part.refused
+        stats.add(PartStats(**json.loads(head)))
         total = add_confusions(total, np.load(io.BytesIO(matrices), allow_pickle=False))
         peak_mb = max(peak_mb, result.peak_mb)
         progress(len(units[result.unit]))

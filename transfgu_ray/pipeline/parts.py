@@ -40,6 +40,13 @@ class PartStats:
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
+    def add(self, other: "PartStats") -> None:
+        """Counts another unit's photographs too."""
+        self.images += other.images
+        self.refused += other.refused
+        for reason, count in other.dropped.items():
+            self.drop(reason, count)
+
 
 def decode_photos(
     photos: list[Photo], min_side_px: int, max_pixels: int, stats: PartStats
@@ -124,10 +131,7 @@ def build_table_of_parts(
             raise RuntimeError(f"{run.uri_of(name)} was not written")
         stats, rows = footer
         num_rows += rows
-        total.images += stats.images
-        total.refused += stats.refused
-        for reason, count in stats.dropped.items():
-            total.drop(reason, count)
+        total.add(stats)
     return TableResult(total, num_rows, len(units), len(present), peak_mb)
 
 

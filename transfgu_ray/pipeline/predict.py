@@ -93,9 +93,7 @@ def predict(
     arguments: dict[str, Any] = {"model_uri": model.uri, "out_uri": out.uri, "stems": stems}
     total = PartStats()
     for result in stream_units(root, units, Predictor, arguments, resources):
-        part = PartStats(**json.loads(result.result))
-        total.images += part.images
-        total.refused += part.refused
+        total.add(PartStats(**json.loads(result.result)))
         progress(len(units[result.unit]))
     if not total.images:
         first = total.refused[0]
