@@ -1,0 +1,228 @@
+"""Pictures: a window around one object, or a scene of several, with exact masks."""
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from transfgu_ray.scenes.classes import STUFF_IDS, THING_IDS
+from transfgu_ray.scenes.frame import Frame
+from transfgu_ray.scenes.textures import CLUTTER, STUFF, SURFACES, paint, random_pair
+from transfgu_ray.scenes.things import Layer, draw_thing
+
+SCENE_UNITS = 256
+OBJECT_UNITS = 128
+_MAX_HIDDEN = 0.25
+_MIN_VISIBLE = 0.7
+# Share of an object image that shows the object.
+_MIN_FILLED = 0.25
+
+
+def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) -> tuple[np.ndarray, np.ndarray]:
+    """A window of half a scene's side around one object.
+
+    Args:
+        rng: source of all that is random.
+        class_id: 0-11.
+        size_px: side of the picture.
+
+    Returns:
+        The picture, uint8 (size, size, 3), and where the object is seen, uint8 (size, size) of 0 and 1.
+    """
+    scale = size_px / OBJECT_UNITS
+    plain = rng.random() < 0.5
+    canvas = _stuff_ground(rng, size_px, scale, (0.5, 0.5, 0))[0] if plain else _patchwork(rng, size_px, scale)
+    thing = _main_thing(rng, class_id, size_px)
+    layers = [thing]
+    if rng.random() < 0.25:
+        layers.insert(int(rng.integers(2)), _neighbour(rng, thing, size_px, class_id))
+    label = np.zeros((size_px, size_px), dtype=np.uint8)
+    for layer in layers:
+        lay(canvas, label, layer, int(layer is thing), rng.uniform(0, 0.5))
+    return _photograph(rng, canvas), label
+
+
+def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[np.ndarray, np.ndarray]:
+    """A scene of two to four objects of different classes on one to three surfaces.
+
+    Args:
+        rng: source of all that is random.
+        size_px: side of the picture.
+
+    Returns:
+        The picture, uint8 (size, size, 3), and the class id of each pixel, uint8 (size, size).
+    """
+    scale = size_px / SCENE_UNITS
+    canvas, label = _stuff_ground(rng, size_px, scale, (0.4, 0.5, 0.1))
+    count = int(rng.integers(2, 5))
+    class_ids = rng.permutation(THING_IDS)[:count].tolist()
+    for layer, class_id in zip(_place(rng, class_ids, size_px), class_ids, strict=True):
+        lay(canvas, label, layer, class_id, rng.uniform(0, 0.5))
+    return _photograph(rng, canvas), label
+
+
+def lay(canvas: np.ndarray, label: np.ndarray, layer: Layer, value: int, shadow: float) -> None:
+    """Lays a layer and its soft shadow over a picture, and its value over the label where it covers half a pixel.
+
+    Args:
+        canvas: (h, w, 3) float32, changed in place.
+        label: (h, w) uint8, changed in place.
+        layer: what is laid.
+        value: written to the label.
+        shadow: how dark the shadow is, in [0, 1).
+    """
+    height, width = label.shape
+    if shadow > 0:
+        canvas *= 1 - np.float32(shadow) * _soft_shadow(layer, width, height)[..., None]
+    rows, columns, inside = _overlap(layer, width, height)
+    cover = layer.cover[inside]
+    window = canvas[rows, columns]
+    window *= 1 - cover[..., None]
+    window += layer.colour[inside]
+    label[rows, columns][cover >= 0.5] = value
+
+
+def _overlap(layer: Layer, width: int, height: int) -> tuple[slice, slice, tuple[slice, slice]]:
+    """Rows and columns of the picture that the layer meets, and the same window inside the layer."""
+    h, w = layer.cover.shape
+    x0, x1 = min(max(layer.left, 0), width), max(min(layer.left + w, width), 0)
+    y0, y1 = min(max(layer.top, 0), height), max(min(layer.top + h, height), 0)
+    inside = (slice(y0 - layer.top, max(y1, y0) - layer.top), slice(x0 - layer.left, max(x1, x0) - layer.left))
+    return slice(y0, max(y1, y0)), slice(x0, max(x1, x0)), inside
+
+
+def _soft_shadow(layer: Layer, width: int, height: int) -> np.ndarray:
+    """The layer's blurred shape below it, (height, width) float32 in [0, 1]."""
+    h, w = layer.cover.shape
+    reach = max(1, round(0.04 * max(h, w)))
+    shape = Image.fromarray((layer.cover * 255).astype(np.uint8))
+    picture = Image.new("L", (width, height))
+    picture.paste(shape, (layer.left + reach // 2, layer.top + reach))
+    return np.asarray(picture.filter(ImageFilter.BoxBlur(reach)), dtype=np.float32) / np.float32(255)
+
+
+def _on_picture(layer: Layer, size_px: int) -> np.ndarray:
+    """Where the layer covers at least half a pixel, (size, size) bool."""
+    seen = np.zeros((size_px, size_px), dtype=bool)
+    rows, columns, inside = _overlap(layer, size_px, size_px)
+    seen[rows, columns] = layer.cover[inside] >= 0.5
+    return seen
+
+
+def _main_thing(rng: np.random.Generator, class_id: int, size_px: int) -> Layer:
+    """The object that the picture is about, drawn again where it would fill too little of it."""
+    while True:
+        x, y = size_px * (0.5 + rng.uniform(-0.07, 0.07, 2))
+        thing = draw_thing(rng, class_id, size_px * rng.uniform(0.75, 1.15), (float(x), float(y)))
+        if _on_picture(thing, size_px).mean() >= _MIN_FILLED:
+            return thing
+
+
+def _neighbour(rng: np.random.Generator, thing: Layer, size_px: int, class_id: int) -> Layer:
+    """Another object at the rim, pushed out until it hides no more than a quarter of the thing, nor too much."""
+    other = int(rng.choice([i for i in THING_IDS if i != class_id]))
+    direction = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)][int(rng.integers(8))])
+    side = size_px * rng.uniform(0.7, 1.0)
+    middle = size_px * 0.5 + direction * size_px * rng.uniform(0.45, 0.7) + size_px * rng.uniform(-0.1, 0.1, 2)
+    layer = draw_thing(rng, other, side, (float(middle[0]), float(middle[1])))
+    seen = _on_picture(thing, size_px)
+    step = direction * max(1, size_px // 24)
+    may_hide = min(_MAX_HIDDEN * seen.sum(), seen.sum() - _MIN_FILLED * seen.size)
+    while (seen & _on_picture(layer, size_px)).sum() > may_hide:
+        layer = layer.moved(int(step[0]), int(step[1]))
+    return layer
+
+
+def _place(rng: np.random.Generator, class_ids: list[int], size_px: int) -> list[Layer]:
+    """Objects mostly inside the picture, each of them seen to at least 70 %, the first one at the back."""
+    while True:
+        layers: list[Layer] = []
+        for class_id in class_ids:
+            side = size_px * rng.uniform(0.33, 0.55)
+            margin = 0.4 * side
+            x, y = rng.uniform(margin, size_px - margin, 2)
+            layers.append(draw_thing(rng, class_id, side, (float(x), float(y))))
+        if _all_visible(layers, size_px):
+            return layers
+
+
+def _all_visible(layers: list[Layer], size_px: int) -> bool:
+    hidden = np.zeros((size_px, size_px), dtype=bool)
+    for layer in reversed(layers):
+        seen = _on_picture(layer, size_px)
+        if (seen & ~hidden).sum() < _MIN_VISIBLE * (layer.cover >= 0.5).sum():
+            return False
+        hidden |= seen
+    return True
+
+
+def _regions(
+    rng: np.random.Generator, size_px: int, scale: float, odds: tuple[float, ...]
+) -> tuple[np.ndarray, list[int]]:
+    """Which surface each pixel shows, (size, size) uint8, and the class id of each surface."""
+    count = 1 + int(rng.choice(len(odds), p=odds))
+    kinds = sorted(rng.permutation(STUFF_IDS)[:count].tolist(), reverse=True)
+    frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
+    region = np.zeros((size_px, size_px), dtype=np.uint8)
+    _, v = frame.turned(rng.uniform(-8, 8)).coordinates()
+    border = v / np.float32(size_px / scale) + (frame.noise(rng, 45, 45) - 0.5) * rng.uniform(0.05, 0.16)
+    # Walls have the higher ids, so they come first and the ground lies below.
+    for i, level in enumerate(np.sort(rng.uniform(0.25, 0.75, count - 1))):
+        region[border > level] = i + 1
+    return region, kinds
+
+
+def _stuff_ground(
+    rng: np.random.Generator, size_px: int, scale: float, odds: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One to three surfaces with wavy borders: (size, size, 3) float32, and class ids (size, size) uint8."""
+    region, kinds = _regions(rng, size_px, scale, odds)
+    canvas = np.empty((size_px, size_px, 3), dtype=np.float32)
+    label = np.empty((size_px, size_px), dtype=np.uint8)
+    for i, kind in enumerate(kinds):
+        here = region == i
+        texture = STUFF[kind - STUFF_IDS[0]]
+        frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
+        frame = frame.turned(rng.uniform(-10, 10), rng.uniform(0.8, 1.25), *rng.uniform(0, 500, 2))
+        canvas[here] = paint(texture(rng, frame), random_pair(rng, 0.22))[here]
+        label[here] = kind
+    return canvas, label
+
+
+def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarray:
+    """5 to 11 cells, each with a surface of any kind; (size, size, 3) float32."""
+    count = int(rng.integers(5, 12))
+    seeds = rng.uniform(0, size_px, (count, 2)).astype(np.float32)
+    x = np.arange(size_px, dtype=np.float32)
+    distance = np.square(x - seeds[:, :1])[:, None, :] + np.square(x - seeds[:, 1:])[:, :, None]
+    region = distance.argmin(0)
+    canvas = np.empty((size_px, size_px, 3), dtype=np.float32)
+    surfaces = list(SURFACES.values())
+    for i in range(count):
+        here = region == i
+        rows, columns = np.flatnonzero(here.any(1)), np.flatnonzero(here.any(0))
+        if not len(rows):
+            continue
+        window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+        height, width = here[window].shape
+        degrees, zoom = rng.uniform(0, 360), rng.uniform(0.8, 1.25)
+        family = int(rng.integers(3))
+        if family == 0:
+            # As large as on an object of a middling size.
+            texture, zoom = surfaces[int(rng.integers(len(surfaces)))], zoom * 55
+        elif family == 1:
+            texture, degrees = STUFF[int(rng.integers(len(STUFF)))], rng.uniform(-10, 10)
+        else:
+            texture = CLUTTER[int(rng.integers(len(CLUTTER)))]
+        frame = Frame(width, height, 1 / scale, 0, -width / scale / 2, 0, 1 / scale, -height / scale / 2)
+        pattern = texture(rng, frame.turned(degrees, zoom, *rng.uniform(-1, 1, 2)))
+        canvas[window][here[window]] = paint(pattern, random_pair(rng, 0.15))[here[window]]
+    return canvas
+
+
+def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Exposure, contrast curve and sensor noise; (h, w, 3) uint8."""
+    gain, bend, noise = rng.uniform(0.8, 1.15), rng.uniform(-0.35, 0.35), rng.uniform(0, 0.03)
+    light = np.clip(canvas * np.float32(gain), 0, 1)
+    # A parabola through 0 and 1 stands in for gamma; powers are not the same on every processor.
+    light += np.float32(bend) * light * (1 - light)
+    light += np.float32(noise) * rng.standard_normal(light.shape, dtype=np.float32)
+    return (np.clip(light, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)

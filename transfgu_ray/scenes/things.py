@@ -1,0 +1,123 @@
+"""One thing as a layer: coloured pixels with the share of each pixel that it covers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from transfgu_ray.scenes.builders import BUILDERS
+from transfgu_ray.scenes.frame import Frame, turn
+from transfgu_ray.scenes.shapes import Material
+from transfgu_ray.scenes.textures import SURFACES, luminance, paint, random_colour, random_pair
+
+# Silhouettes are drawn this many times larger and reduced.
+_SUPERSAMPLE = 2
+_TYPICAL_SURFACE = 0.7
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A window of pixels to be laid over a picture.
+
+    Attributes:
+        left: first column, may be negative.
+        top: first row, may be negative.
+        colour: (h, w, 3) float32, already multiplied by the cover.
+        cover: (h, w) float32 in [0, 1].
+    """
+
+    left: int
+    top: int
+    colour: np.ndarray
+    cover: np.ndarray
+
+    def moved(self, right: int, down: int) -> "Layer":
+        """The same window elsewhere."""
+        return Layer(self.left + right, self.top + down, self.colour, self.cover)
+
+
+def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_px: tuple[float, float]) -> Layer:
+    """Draws one thing with random proportions, pose, colours and light.
+
+    Args:
+        rng: source of all that is random.
+        class_id: 0-11.
+        side_px: the longer side of its bounding box.
+        centre_px: (x, y), the middle of that box.
+    """
+    builder, typical, middle = BUILDERS[class_id]
+    parts = builder(rng)
+    matrix = _pose(rng)
+    outlines = [points @ matrix.T for _, points in parts]
+    low = np.min([points.min(0) for points in outlines], 0)
+    high = np.max([points.max(0) for points in outlines], 0)
+    scale = side_px / float((high - low).max())
+    corner = np.array(centre_px) - scale * (high + low) / 2
+    origin = np.floor(corner + scale * low).astype(int) - 1
+    width, height = (np.ceil(corner + scale * high).astype(int) + 1 - origin).tolist()
+
+    thickness = max(1, round(_SUPERSAMPLE * side_px / 75))
+    index = Image.new("P", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    draw = ImageDraw.Draw(index)
+    for (material, _), points in zip(parts, outlines, strict=True):
+        # Half-pixel centres: Pillow's polygons run through the middle of pixels.
+        path = ((points * scale + corner - origin) * _SUPERSAMPLE - 0.5).ravel().tolist()
+        draw.polygon(path, fill=int(material))
+        if material != Material.HOLE:
+            draw.line(path + path[:2], fill=int(Material.EDGE), width=thickness)
+
+    pair = random_pair(rng, 0.33)
+    index.putpalette(_palette(rng, pair))
+    flat = np.asarray(index.convert("RGB").reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
+    kinds = np.asarray(index)
+    body, cover = _share(kinds == Material.BODY), _share(kinds != Material.HOLE)
+    inverse = np.linalg.inv(matrix) / scale
+    shift = inverse @ (origin - corner)
+    frame = Frame(
+        width, height,
+        float(inverse[0, 0]), float(inverse[0, 1]), float(shift[0] - middle[0]),
+        float(inverse[1, 0]), float(inverse[1, 1]), float(shift[1] - middle[1]),
+    )  # fmt: skip
+    surface = typical if rng.random() < _TYPICAL_SURFACE else str(rng.choice([s for s in SURFACES if s != typical]))
+    colour = flat + body[..., None] * paint(SURFACES[surface](rng, frame), pair)
+    return Layer(int(origin[0]), int(origin[1]), colour * _light(rng, width, height)[..., None], cover)
+
+
+def _pose(rng: np.random.Generator) -> np.ndarray:
+    """(2, 2): flip, aspect and shear of up to 15 %, then a turn of up to 20 degrees."""
+    cos, sin = turn(rng.uniform(-20, 20))
+    aspect, shear = rng.uniform(0.86, 1.15), rng.uniform(-0.15, 0.15)
+    flip = 1 if rng.random() < 0.5 else -1
+    return np.array([[cos, -sin], [sin, cos]]) @ np.array([[flip * aspect, shear], [0, 1]])
+
+
+def _palette(rng: np.random.Generator, pair: np.ndarray) -> list[int]:
+    """RGB of each material; body and hole stay black, since the one is painted later and the other is nothing."""
+    mean = pair.mean(0)
+    colours = np.zeros((len(Material), 3), dtype=np.float32)
+    for material in (Material.SECOND, Material.TRIM, Material.GLASS, Material.DARK, Material.LIGHT, Material.EDGE):
+        colour = random_colour(rng)
+        # Parts must stand out from the body, or there is nothing to see of them.
+        while np.abs(colour - mean).max() < 0.25:
+            colour = random_colour(rng)
+        colours[material] = colour
+    # Eyes and wheels: a dark and a light part, or the other way round.
+    while abs(luminance(colours[Material.DARK]) - luminance(colours[Material.LIGHT])) < 0.25:
+        colours[Material.DARK], colours[Material.LIGHT] = random_colour(rng), random_colour(rng)
+    return np.rint(colours * 255).astype(int).ravel().tolist()
+
+
+def _share(large: np.ndarray) -> np.ndarray:
+    """The share of each pixel that is set, (h, w) float32, from (h s, w s) bool."""
+    s = _SUPERSAMPLE
+    counts = sum(large[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s))
+    return counts / np.float32(s * s)
+
+
+def _light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Brighter towards one side; (height, width) float32 around 0.95."""
+    cos, sin = turn(rng.uniform(0, 360))
+    strength = rng.uniform(0.1, 0.3)
+    x = np.linspace(-1, 1, width, dtype=np.float32)
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    return np.float32(0.95) + x * (strength * cos) + y * (strength * sin)
