@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
+from transfgu_ray.scenes.classes import CLASSES, SUPER_NAMES
 
 TINY_VIT = "vit_tiny_patch16_224"
 TINY_OVERRIDES = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
@@ -80,6 +81,31 @@ def make_voc(
     lists = path / "ImageSets/Segmentation"
     (lists / "train.txt").write_text("".join(f"{stem}\n" for stem in stems[:num_train]))
     (lists / "val.txt").write_text("".join(f"{stem}\n" for stem in stems[num_train:]))
+    return path
+
+
+def make_scenes(
+    path: Path | str, num_train: int = 6, num_val: int = 3, size: tuple[int, int] = (96, 72), seed: int = 0
+) -> Path:
+    """The layout of dataset `scenes`: a coloured rectangle of a thing on a ground of stuff, void borders between."""
+    path = Path(path)
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(40, 216, (len(CLASSES), 3))
+    super_ids = np.array([*(SUPER_NAMES.index(each.super_name) for each in CLASSES), *[VOID] * (256 - len(CLASSES))])
+    for split, count in (("train", num_train), ("val", num_val)):
+        folders = [path / name / split for name in ("images", "masks/fine", "masks/super")]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            thing, stuff = int(rng.integers(12)), int(rng.integers(12, 16))
+            mask = Image.new("L", size, stuff)
+            width, height = size
+            box = (width // 4, height // 4, width * 3 // 4, height * 3 // 4)
+            ImageDraw.Draw(mask).rectangle(box, fill=thing, outline=VOID)
+            fine = np.asarray(mask)
+            pixels = colours[np.where(fine == VOID, stuff, fine)] + rng.normal(0, 6, (height, width, 3))
+            for folder, picture in zip(folders, (pixels.clip(0, 255), fine, super_ids[fine]), strict=True):
+                Image.fromarray(picture.astype(np.uint8)).save(folder / f"scene_{i:03}.png")
     return path
 
 

@@ -60,7 +60,7 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("train=3", r"train=3: must be a valid dictionary"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("data.region_mode=everything", r"data\.region_mode='everything': must be 'things_and_stuff', 'things_only'"),
-        ("data.dataset=imagenet", r"data\.dataset='imagenet': unknown dataset; allowed: folder, voc"),
+        ("data.dataset=imagenet", r"data\.dataset='imagenet': unknown dataset; allowed: folder, voc, scenes"),
         ("train.omega_1", r"--set train\.omega_1 must look like section\.field=value"),
         ("train.omega_1=[", r"--set train\.omega_1=\[: the value is not valid YAML"),
     ],
@@ -85,6 +85,12 @@ def test_build_config__tells_every_problem_at_once():
             "num_background must be below concepts.num_concepts",
         ),
         (["concepts.num_background=3", "data.dataset=voc"], "no use when data.region_mode is things_only"),
+        (
+            ["concepts.num_concepts=null"],
+            "takes K from the dataset's classes, but dataset folder has none; give a number",
+        ),
+        (["concepts.granularity=super"], "dataset folder has no super-categories; use fine"),
+        (["concepts.granularity=super", "data.dataset=voc"], "dataset voc has no super-categories; use fine"),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),
         (["train.augment.crop_scale=[0,1]"], r"crop_scale must be \(low, high\)"),
     ],
@@ -136,6 +142,32 @@ def test_run_config__background_concepts_of_each_region_mode():
     assert _set("data.dataset=voc").region_mode == "things_only"
     assert _set("data.dataset=voc").num_background == 0
     assert _set("data.dataset=voc", "data.region_mode=no_prior").region_mode == "no_prior"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "num_concepts", "num_background"),
+    [
+        ((), 16, 4),
+        (("concepts.granularity=super",), 6, 2),
+        (("concepts.num_background=5",), 16, 5),
+        (("concepts.num_concepts=9",), 9, 4),
+        (("data.region_mode=no_prior",), 16, 0),
+        # Eq. 8 makes the background: it is none of the K.
+        (("data.region_mode=things_only",), 12, 0),
+        (("data.dataset=voc",), 20, 0),
+        (("data.dataset=voc", "data.region_mode=things_and_stuff"), 21, 1),
+    ],
+)
+def test_run_config__concepts_follow_the_classes(assignments, num_concepts, num_background):
+    config = _set("data.dataset=scenes", "concepts.num_concepts=null", *assignments)
+    assert (config.num_concepts, config.num_background) == (num_concepts, num_background)
+
+
+def test_run_config__classes_follow_the_granularity():
+    fine, coarse = (_set("data.dataset=scenes", f"concepts.granularity={name}") for name in ("fine", "super"))
+    assert (len(fine.class_names), fine.class_kinds.count("thing")) == (16, 12)
+    assert (len(coarse.class_names), coarse.class_kinds.count("thing")) == (6, 4)
+    assert (fine.region_mode, fine.num_concepts) == ("things_and_stuff", 27)
 
 
 def test_difference__names_what_changed():

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import make_folder, make_hostile_folder, make_voc
+from tests.builders import make_folder, make_hostile_folder, make_scenes, make_voc
+from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import DataConfig
 from transfgu_ray.datasets import list_images, open_root
 from transfgu_ray.errors import DataError
@@ -59,7 +60,9 @@ def test_listing__fingerprint_sees_names_and_sizes(tmp_path):
 def test_list_images__voc_splits_with_labels(tmp_path):
     make_voc(tmp_path, num_train=3, num_val=2)
     assert _ids(tmp_path, "voc", "train") == [f"JPEGImages/2007_{i:06}.jpg" for i in range(3)]
-    images = list_images(DataConfig(dataset="voc", root=str(tmp_path)), "val").images
+    config = DataConfig(dataset="voc", root=str(tmp_path))
+    assert {image.label_id for image in list_images(config, "train").images} == {None}, "learning reads no label"
+    images = list_images(config, "val", "fine").images
     assert [image.label_id for image in images] == [f"SegmentationClass/2007_{i:06}.png" for i in (3, 4)]
     label = decode_label((tmp_path / images[0].label_id).read_bytes())
     with Image.open(tmp_path / images[0].image_id) as photo:
@@ -71,6 +74,46 @@ def test_list_images__voc_lists_may_repeat_and_be_unordered(tmp_path):
     make_voc(tmp_path, num_train=3)
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000002\r\n2007_000000\n2007_000002\n")
     assert _ids(tmp_path, "voc", "train") == ["JPEGImages/2007_000000.jpg", "JPEGImages/2007_000002.jpg"]
+
+
+def test_list_images__scenes_with_the_masks_of_a_granularity(tmp_path):
+    make_scenes(tmp_path, num_train=2, num_val=3)
+    (tmp_path / "images/val/notes.txt").write_text("x")
+    config = DataConfig(dataset="scenes", root=str(tmp_path))
+    assert _ids(tmp_path, "scenes", "train") == [f"images/train/scene_{i:03}.png" for i in range(2)]
+    fine, coarse = (list_images(config, "val", granularity) for granularity in ("fine", "super"))
+    assert [image.label_id for image in fine.images] == [f"masks/fine/val/scene_{i:03}.png" for i in range(3)]
+    assert fine.num_other_files == 1
+    super_of = np.array(BENCHMARKS["scenes"].super_of)
+    for one, other in zip(fine.images, coarse.images, strict=True):
+        label, merged = (decode_label((tmp_path / image.label_id).read_bytes()) for image in (one, other))
+        known = label != 255
+        assert np.array_equal(super_of[label[known]], merged[known])
+
+
+def test_list_images__refuses_scenes_without_photographs_or_masks(tmp_path):
+    with pytest.raises(
+        DataError, match=r"\(dataset scenes, split train\): expected images/.*plain tree .* dataset folder"
+    ):
+        _ids(make_folder(tmp_path / "plain"), "scenes", "train")
+    make_scenes(tmp_path)
+    (tmp_path / "masks/super/val").rename(tmp_path / "elsewhere")
+    config = DataConfig(dataset="scenes", root=str(tmp_path))
+    assert len(list_images(config, "val", "fine").images) == len(list_images(config, "val").images) == 3
+    with pytest.raises(DataError, match=r"no labels in .*/masks/super/val \(dataset scenes\): expected images/"):
+        list_images(config, "val", "super")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks__every_class_has_its_kind_and_coarser_class(name):
+    benchmark = BENCHMARKS[name]
+    assert len(benchmark.class_kinds) == len(benchmark.class_names)
+    assert {*benchmark.class_kinds} <= {"thing", "stuff"}
+    if benchmark.super_names:
+        # What is merged is of one kind, or a coarser class would have none.
+        kinds = benchmark.kinds("super")
+        assert [kinds[super_id] for super_id in benchmark.super_of] == list(benchmark.class_kinds)
+        assert {*benchmark.super_of} == {*range(len(benchmark.super_names))}
 
 
 def test_list_images__voc_of_real_photographs(shared_data):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transfgu_ray.scenes.classes import CLASSES, SUPER_NAMES
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -12,14 +14,32 @@ class Benchmark:
         region_mode: default of `data.region_mode`.
         train_split: split the pipeline learns from; "" where there are no lists.
         evaluate_split: split that is scored; None without labels.
+        masks: folder of the label PNGs, named as their photographs; {split} and {granularity} are filled in.
         class_names: label id -> name; id 255 is void and never scored.
+        class_kinds: label id -> `thing` (an object) or `stuff` (a surface, or what is no object).
+        super_names: id -> name of the coarser classes; empty where the dataset has one granularity.
+        super_of: label id -> id of the coarser class it belongs to.
     """
 
     expects: str
     region_mode: str
     train_split: str = ""
     evaluate_split: str | None = None
+    masks: str | None = None
     class_names: tuple[str, ...] = ()
+    class_kinds: tuple[str, ...] = ()
+    super_names: tuple[str, ...] = ()
+    super_of: tuple[int, ...] = ()
+
+    def names(self, granularity: str) -> tuple[str, ...]:
+        """Label id -> name, of the classes themselves (`fine`) or of the coarser ones (`super`)."""
+        return self.super_names if granularity == "super" else self.class_names
+
+    def kinds(self, granularity: str) -> tuple[str, ...]:
+        """Label id -> kind; a coarser class is of its classes' kind."""
+        if granularity != "super":
+            return self.class_kinds
+        return tuple(self.class_kinds[self.super_of.index(super_id)] for super_id in range(len(self.super_names)))
 
 
 _VOC_CLASSES = (
@@ -38,6 +58,19 @@ BENCHMARKS = {
         region_mode="things_only",
         train_split="train",
         evaluate_split="val",
+        masks="SegmentationClass",
         class_names=_VOC_CLASSES,
+        class_kinds=("stuff", *["thing"] * 20),
+    ),
+    "scenes": Benchmark(
+        expects="images/{train,val}/*.png, masks/fine/{train,val}/*.png, masks/super/{train,val}/*.png",
+        region_mode="things_and_stuff",
+        train_split="train",
+        evaluate_split="val",
+        masks="masks/{granularity}/{split}",
+        class_names=tuple(each.name for each in CLASSES),
+        class_kinds=tuple(each.kind for each in CLASSES),
+        super_names=SUPER_NAMES,
+        super_of=tuple(SUPER_NAMES.index(each.super_name) for each in CLASSES),
     ),
 }

@@ -90,9 +90,16 @@ class ExtractConfig(Section):
 class ConceptsConfig(Section):
     """k-means on class tokens, Euclidean (3.2)."""
 
-    num_concepts: Positive = Field(27, description="K, all groups together")
+    num_concepts: Positive | None = Field(
+        27, description="K, all groups together; null = one a class at `granularity` (a class of things beside Eq. 8)"
+    )
     num_background: Positive | None = Field(
-        None, description="K of the background group in things_and_stuff; null = K // 2 (ours)"
+        None,
+        description="K of the background group in things_and_stuff; null = K // 2 (ours), or one a class of stuff "
+        "where num_concepts is null",
+    )
+    granularity: Literal["fine", "super"] = Field(
+        "fine", description="the dataset's classes that are scored: its own, or the coarser ones that group them (ours)"
     )
     num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
     num_redos: Positive = Field(3, description="restarts, the lowest objective wins (ours)")
@@ -201,13 +208,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        background = self.concepts.num_background
+        dataset, background = self.data.dataset, self.concepts.num_background
+        if not self.class_names and self.concepts.granularity == "super":
+            raise ValueError(f"concepts.granularity=super, but dataset {dataset} has no super-categories; use fine")
+        if not self.class_names and self.concepts.num_concepts is None:
+            raise ValueError(
+                f"concepts.num_concepts=null takes K from the dataset's classes, but dataset {dataset} has none; "
+                "give a number"
+            )
         if self.region_mode == "things_and_stuff":
-            if self.concepts.num_concepts < 2:
+            if self.num_concepts < 2:
                 raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is things_and_stuff")
-            if background is not None and background >= self.concepts.num_concepts:
+            if background is not None and background >= self.num_concepts:
                 raise ValueError("concepts.num_background must be below concepts.num_concepts")
-        elif self.region_mode == "no_prior" and self.concepts.num_concepts < 2:
+        elif self.region_mode == "no_prior" and self.num_concepts < 2:
             raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is no_prior")
         if self.region_mode != "things_and_stuff" and background is not None:
             raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
@@ -222,11 +236,38 @@ class RunConfig(Section):
         return self.data.region_mode or BENCHMARKS[self.data.dataset].region_mode
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Label id -> name at the granularity in force; empty where the dataset has no such labels."""
+        return BENCHMARKS[self.data.dataset].names(self.concepts.granularity)
+
+    @property
+    def class_kinds(self) -> tuple[str, ...]:
+        """Label id -> `thing` or `stuff` at the granularity in force."""
+        return BENCHMARKS[self.data.dataset].kinds(self.concepts.granularity)
+
+    @property
+    def has_background(self) -> bool:
+        """Whether Eq. 8 adds a background class to the K concepts."""
+        return self.region_mode in ("things_only", "all_foreground")
+
+    @property
+    def num_concepts(self) -> int:
+        """K, without the background class of Eq. 8."""
+        if self.concepts.num_concepts is not None:
+            return self.concepts.num_concepts
+        # The background of Eq. 8 stands for all stuff (suppl.: K = 20 for the 20 things of VOC).
+        return self.class_kinds.count("thing") if self.has_background else len(self.class_names)
+
+    @property
     def num_background(self) -> int:
         """Concepts of the background group; 0 unless things and stuff are clustered apart."""
         if self.region_mode != "things_and_stuff":
             return 0
-        return self.concepts.num_background or self.concepts.num_concepts // 2
+        if self.concepts.num_background is not None:
+            return self.concepts.num_background
+        if self.concepts.num_concepts is None:
+            return self.class_kinds.count("stuff")
+        return self.concepts.num_concepts // 2
 
     @property
     def extract_crop_size(self) -> int:

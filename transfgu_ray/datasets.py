@@ -1,7 +1,8 @@
 """Which photographs a dataset holds, and where its labels are."""
 
 import hashlib
-from dataclasses import dataclass
+import posixpath
+from dataclasses import dataclass, replace
 
 from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import DataConfig
@@ -16,7 +17,7 @@ class ImageRef:
 
     Attributes:
         image_id: path relative to the dataset root; stable on every machine.
-        label_id: path of its label relative to the root; None without one.
+        label_id: path of its label relative to the root; None without one, or where labels were not asked for.
         num_bytes: size of the file; -1 where the listing does not tell.
     """
 
@@ -59,34 +60,47 @@ def open_root(config: DataConfig) -> Folder:
     return root
 
 
-def list_images(config: DataConfig, split: str) -> Listing:
+def list_images(config: DataConfig, split: str, granularity: str | None = None) -> Listing:
     """The photographs of a split, in order of image_id.
 
+    Args:
+        config: dataset and root.
+        split: its split.
+        granularity: which labels go with the photographs, `fine` or `super`; None where none are wanted.
+
     Raises:
-        DataError: the root or a list is missing, or there is no photograph.
+        DataError: the root, a list or the folder of labels is missing, or there is no photograph.
     """
-    root = open_root(config)
+    root, benchmark = open_root(config), BENCHMARKS[config.dataset]
     try:
-        listing = _list_voc(root, split) if config.dataset == "voc" else _list_folder(root)
+        listing = _LISTERS[config.dataset](root, split)
     except UnicodeDecodeError as error:
         raise DataError(
             f"data.root={config.root} holds a name that is not UTF-8, {error.object!r}; rename it"
         ) from None
     if not listing.images:
-        raise DataError(
-            f"no photograph in {config.root} (dataset {config.dataset}): expected {BENCHMARKS[config.dataset].expects}"
-        )
-    return listing
+        of_split = f"dataset {config.dataset}, split {split}" if split else f"dataset {config.dataset}"
+        hint = "" if config.dataset == "folder" else "; a plain tree of photographs is dataset folder"
+        raise DataError(f"no photograph in {config.root} ({of_split}): expected {benchmark.expects}{hint}")
+    if granularity is None or benchmark.masks is None:
+        return listing
+    masks = benchmark.masks.format(granularity=granularity, split=split)
+    if not root.exists(masks):
+        raise DataError(f"no labels in {config.root}/{masks} (dataset {config.dataset}): expected {benchmark.expects}")
+    return replace(listing, images=tuple(_with_mask(image, masks) for image in listing.images))
 
 
-def _list_folder(root: Folder) -> Listing:
-    images, others = [], 0
-    for name, num_bytes in root.files(recursive=True):
-        if name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith("."):
-            images.append(ImageRef(name, None, num_bytes))
-        else:
-            others += 1
-    return Listing(tuple(images), others)
+def _with_mask(image: ImageRef, folder: str) -> ImageRef:
+    stem, _ = posixpath.splitext(posixpath.basename(image.image_id))
+    return replace(image, label_id=f"{folder}/{stem}.png")
+
+
+def _list_folder(root: Folder, split: str) -> Listing:
+    return _photos_of(root, "", recursive=True)
+
+
+def _list_scenes(root: Folder, split: str) -> Listing:
+    return _photos_of(root, f"images/{split}")
 
 
 def _list_voc(root: Folder, split: str) -> Listing:
@@ -96,5 +110,18 @@ def _list_voc(root: Folder, split: str) -> Listing:
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{root.uri} has no readable {name}; dataset voc expects {BENCHMARKS['voc'].expects}") from None
     sizes = dict(root.files("JPEGImages"))
-    photos = sorted((f"JPEGImages/{stem}.jpg", f"SegmentationClass/{stem}.png") for stem in stems)
-    return Listing(tuple(ImageRef(photo, label, sizes.get(photo, -1)) for photo, label in photos), 0)
+    photos = sorted(f"JPEGImages/{stem}.jpg" for stem in stems)
+    return Listing(tuple(ImageRef(photo, None, sizes.get(photo, -1)) for photo in photos), 0)
+
+
+def _photos_of(root: Folder, name: str, recursive: bool = False) -> Listing:
+    images, others = [], 0
+    for path, num_bytes in root.files(name, recursive):
+        if path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith("."):
+            images.append(ImageRef(path, None, num_bytes))
+        else:
+            others += 1
+    return Listing(tuple(images), others)
+
+
+_LISTERS = {"folder": _list_folder, "voc": _list_voc, "scenes": _list_scenes}

@@ -11,7 +11,6 @@ from PIL import Image
 from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.metrics import IGNORE, Score, add_confusions, confusion_matrix, score
 from transfgu_ray.algorithms.pseudo_labels import add_background
-from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
@@ -19,7 +18,6 @@ from transfgu_ray.model import load_model
 from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import PartStats, decode_photos
-from transfgu_ray.pipeline.samples import has_background
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
 from transfgu_ray.storage import Folder
@@ -52,9 +50,7 @@ class Evaluator(UnitWorker):
         decoded, targets = [], []
         for photo, image in decode_photos(photos, limits.min_side_px, limits.max_pixels, stats):
             try:
-                if self._num_classes and photo.label is None:
-                    raise ImageRefused("its label cannot be read")
-                targets.append(None if photo.label is None else decode_label(photo.label))
+                targets.append(self._read_target(photo))
                 decoded.append((photo, image))
             except ImageRefused as refusal:
                 stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
@@ -72,6 +68,20 @@ class Evaluator(UnitWorker):
         np.save(buffer, total, allow_pickle=False)
         return json.dumps(vars(stats)).encode() + b"\n" + buffer.getvalue()
 
+    def _read_target(self, photo: Photo) -> np.ndarray | None:
+        """Label ids; None where nothing is scored."""
+        if not self._num_classes:
+            return None
+        if photo.label is None:
+            raise ImageRefused("its label cannot be read")
+        target = decode_label(photo.label)
+        unknown = np.setdiff1d(target, [*range(self._num_classes), IGNORE])
+        if len(unknown):
+            raise ImageRefused(
+                f"its label holds the unknown id {unknown[0]}; known are 0 to {self._num_classes - 1}, 255"
+            )
+        return target
+
     def _predict(self, images: list[Image.Image]) -> list[list[np.ndarray]]:
         """Masks of each image at the scored size, one a stage."""
         config = self._config
@@ -82,7 +92,7 @@ class Evaluator(UnitWorker):
             np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
         ):
             scores, _ = self._labeller(torch.from_numpy(batch).to(self.device))
-            if has_background(config):
+            if config.has_background:
                 scores = add_background(scores, config.cam.background_threshold)
             maps[0] += scores
         size = self._models[0].config.image_size
@@ -126,7 +136,7 @@ def evaluate(
     progress: Progress,
 ) -> tuple[PartStats, dict[str, Score] | None, int]:
     """Scores of each stage (None without labels), refusals, and the workers' peak memory in MB."""
-    classes = BENCHMARKS[config.data.dataset].class_names if scored else ()
+    classes = config.class_names if scored else ()
     samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
     if not scored:
         images = [image for image in images if image.image_id in set(samples)]
@@ -154,14 +164,14 @@ def metrics_json(
     config: RunConfig, split: str | None, num_images: int, scores: dict[str, Score] | None, weights_sha256: str
 ) -> dict[str, Any]:
     """The content of metrics.json; `stages` and `per_class` are null where nothing was scored."""
-    names = BENCHMARKS[config.data.dataset].class_names
+    names = config.class_names
     content: dict[str, Any] = {
         "dataset": config.data.dataset,
         "split": split,
         "protocol": "transfgu",
         "num_images": num_images if scores else 0,
         "num_classes": len(names),
-        "num_concepts": config.concepts.num_concepts,
+        "num_concepts": config.num_concepts,
         "scored": scores is not None,
         "stages": None,
         "per_class": None,

@@ -15,7 +15,7 @@ from transfgu_ray.storage import Folder
 
 def concept_groups(config: RunConfig) -> dict[str, int]:
     """Concepts of each kind of crop."""
-    total, background = config.concepts.num_concepts, config.num_background
+    total, background = config.num_concepts, config.num_background
     if config.region_mode == "no_prior":
         return {"any": total}
     groups = {"foreground": total - background, "background": background}

@@ -13,7 +13,7 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, progress_total
+from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, list_scored, progress_total
 from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.prior import resolve_encoder, weights_file_sha256
 
@@ -54,7 +54,9 @@ def run_stages(
                 f"`transfgu {stage} {run.folder.uri} --overwrite` first"
             )
     if pending:
-        # Before anything is started: bad weights and sizes are told at once.
+        # Before anything is started: bad weights and sizes, and missing labels, are told at once.
+        if "evaluate" in pending:
+            list_scored(config)
         encoder = resolve_encoder(config) if "extract" in pending else None
         with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
@@ -94,9 +96,9 @@ def _check_early(config: RunConfig, listing: Listing) -> None:
 
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
     most = windows * len(listing.images)
-    if config.concepts.num_concepts * config.concepts.min_crops > most:
+    if config.num_concepts * config.concepts.min_crops > most:
         raise ConfigError(
-            f"concepts.num_concepts={config.concepts.num_concepts} is more than the {most} crops that "
+            f"concepts.num_concepts={config.num_concepts} is more than the {most} crops that "
             f"{len(listing.images)} photographs give at most; lower it or give more photographs"
         )
 

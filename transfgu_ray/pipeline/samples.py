@@ -32,11 +32,6 @@ def bank_image_ids(run: Folder) -> list[str]:
     return read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
 
 
-def has_background(config: RunConfig) -> bool:
-    """Whether Eq. 8 adds a background class."""
-    return config.region_mode in ("things_only", "all_foreground")
-
-
 def load_samples(
     batch: dict[str, np.ndarray], run_uri: str, config: dict[str, Any], epoch: int, grid_hw: tuple[int, int]
 ) -> dict[str, np.ndarray]:
@@ -76,6 +71,6 @@ def _read_sample(run: Folder, part: str, row: int, config: RunConfig) -> tuple[t
     with fs.open_input_stream(path) as stream:
         photo = decode_rgb(stream.read(), config.data.min_side_px, config.data.max_pixels)
     maps = torch.from_numpy(decode_scores(record["scores"], (record["grid_h"], record["grid_w"])))
-    if has_background(config):
+    if config.has_background:
         maps = add_background(maps, config.cam.background_threshold)
     return torch.from_numpy(to_working(photo, config.data.image_size)), maps

@@ -49,9 +49,9 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
     if stage == "train":
         return sum(run.config.train.round_epochs), "epochs"
     if stage == "evaluate":
-        split, scored = _evaluate_split(run.config)
+        scored = list_scored(run.config)
         shown = min(run.config.evaluate.num_samples, len(listing.images))
-        return (len(list_images(run.config.data, split).images) if scored else shown), "photographs"
+        return (shown if scored is None else len(scored.images)), "photographs"
     return 1, "step"
 
 
@@ -165,12 +165,20 @@ def _train(context: Context) -> dict[str, Any]:
     }
 
 
-def _evaluate_split(config: RunConfig) -> tuple[str, bool]:
-    """The split to look at, and whether it has labels."""
-    benchmark = BENCHMARKS[config.data.dataset]
-    if benchmark.evaluate_split is None:
-        return benchmark.train_split, False
-    return config.evaluate.split or benchmark.evaluate_split, True
+def _scored_split(config: RunConfig) -> str | None:
+    """The split that is scored; None for a dataset without labels."""
+    split = BENCHMARKS[config.data.dataset].evaluate_split
+    return split and (config.evaluate.split or split)
+
+
+def list_scored(config: RunConfig) -> Listing | None:
+    """The photographs that are scored, with their labels; None for a dataset without labels.
+
+    Raises:
+        DataError: the split or its labels are missing.
+    """
+    split = _scored_split(config)
+    return None if split is None else list_images(config.data, split, config.concepts.granularity)
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
@@ -178,17 +186,20 @@ def _evaluate(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline.samples import bank_image_ids
 
     run, config = context.run, context.run.config
-    split, has_labels = _evaluate_split(config)
-    images = list(list_images(config.data, split).images)
-    if not has_labels:
+    scored = list_scored(config)
+    if scored is None:
         # Only to be looked at: take those that are known to be readable.
         readable = set(bank_image_ids(run.folder))
-        images = [image for image in images if image.image_id in readable]
+        images = [image for image in context.listing.images if image.image_id in readable]
+    else:
+        images = list(scored.images)
     weights_sha256 = run.require("extract")["weights_sha256"]
     stats, scores, peak_mb = evaluate(
-        run.folder, config, context.root, images, has_labels, context.resources, context.progress
+        run.folder, config, context.root, images, scored is not None, context.resources, context.progress
     )
-    metrics = metrics_json(config, split if has_labels else None, stats.images, scores, weights_sha256)
+    if scored is not None:
+        _require_some(stats, len(images))
+    metrics = metrics_json(config, _scored_split(config), stats.images, scores, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
     return {
         "rows_in": stats.images + len(stats.refused),

@@ -121,7 +121,7 @@ def register(
                 version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
     tags = {
         "recipe": config.preset,
-        "num_concepts": str(config.concepts.num_concepts),
+        "num_concepts": str(config.num_concepts),
         "dataset": config.data.dataset,
         "weights_sha256": metrics["weights_sha256"],
     }

@@ -19,7 +19,7 @@ from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
-from transfgu_ray.pipeline.samples import bank_index, has_background, load_samples
+from transfgu_ray.pipeline.samples import bank_index, load_samples
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.prior import load_run_encoder
@@ -39,7 +39,7 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
     """What the finished model says of itself."""
     return ModelConfig(
         image_size=config.train_crop_size,
-        kinds=(*kinds, "none") if has_background(config) else tuple(kinds),
+        kinds=(*kinds, "none") if config.has_background else tuple(kinds),
         decoder_layers=config.train.decoder_layers,
         decoder_heads=config.train.decoder_heads,
         precision=config.encoder.precision,
