@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from transfgu_ray.algorithms.metrics import confusion_matrix, match_concepts, score
+from transfgu_ray.algorithms.metrics import confusion_matrix, foreground_iou, match_concepts, score, score_merged
 
 # Concepts 0, 1, 2 are classes 0, 1, 2: IoU 4/6, 3/6, 5/8.
 CONFUSION = np.array([[4, 1, 0], [0, 3, 2], [1, 0, 5]])
@@ -80,3 +80,38 @@ def test_score__absent_class_leaves_the_mean():
 def test_score__refuses_a_split_without_labels():
     with pytest.raises(ValueError, match="no labelled pixel"):
         score(np.zeros((3, 3), dtype=np.int64))
+
+
+# Classes 0 and 1 are of the coarser class 0, class 2 of class 1; concept 3 is left over.
+MERGING = np.array([[5, 2, 1, 1], [3, 6, 0, 0], [0, 2, 7, 3]])
+
+
+def test_score_merged__worked_by_hand():
+    fine = score(MERGING)
+    assert fine.class_of_concept.tolist() == [0, 1, 2, -1]
+    got = score_merged(MERGING, fine.class_of_concept, np.array([0, 0, 1]))
+    # Of the 17 scored pixels of class 0, 16 are right and 1 is taken for class 1; of the 9 of class 1, 7 and 2.
+    assert got.class_iou.tolist() == [16 / 19, 7 / 10]
+    assert got.miou == pytest.approx((16 / 19 + 7 / 10) / 2, abs=1e-15)
+    assert got.pixel_accuracy == 23 / 26
+    assert got.coverage == fine.coverage == 26 / 30
+    assert got.class_of_concept.tolist() == [0, 0, 1, -1]
+
+
+def test_score_merged__classes_that_stay_apart_change_nothing():
+    fine = score(MERGING)
+    got = score_merged(MERGING, fine.class_of_concept, np.arange(3))
+    assert (got.miou, got.pixel_accuracy, got.coverage) == (fine.miou, fine.pixel_accuracy, fine.coverage)
+
+
+def test_foreground_iou__worked_by_hand():
+    is_thing, is_background = np.array([True, True, False]), np.array([False, False, True, True])
+    # 18 pixels of things, 16 of them found, and 2 of the background taken for things.
+    assert foreground_iou(MERGING, is_thing, is_background) == 16 / 20
+    assert foreground_iou(MERGING[:, [1, 0, 3, 2]], is_thing, is_background) == 16 / 20
+
+
+def test_foreground_iou__is_none_where_it_has_no_meaning():
+    is_thing = np.array([True, True, False])
+    assert foreground_iou(MERGING, is_thing, np.zeros(4, dtype=bool)) is None
+    assert foreground_iou(np.array([[0, 0], [0, 0], [0, 5]]), is_thing, np.array([False, True])) is None

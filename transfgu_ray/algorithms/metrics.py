@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Bool, Int64, Integer
 from scipy.optimize import linear_sum_assignment
 
 IGNORE = 255
@@ -54,12 +54,52 @@ def score(confusion: Int64[np.ndarray, "c k"]) -> Score:
     Raises:
         ValueError: no labelled pixel at all.
     """
+    return _score_matched(confusion, match_concepts(confusion))
+
+
+def score_merged(
+    confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], super_of: Int64[np.ndarray, " c"]
+) -> Score:
+    """Scores of the same prediction at a coarser granularity: each concept stands for its class's coarser class.
+
+    Args:
+        confusion: pixel counts of the classes.
+        class_of_concept: class matched to each concept; -1 for a left-over one, which leaves the score.
+        super_of: coarser class of each class.
+
+    Raises:
+        ValueError: no labelled pixel at all.
+    """
+    merged = np.zeros((super_of.max() + 1, confusion.shape[1]), dtype=np.int64)
+    np.add.at(merged, super_of, confusion)
+    return _score_matched(merged, np.where(class_of_concept >= 0, super_of[class_of_concept], -1))
+
+
+def foreground_iou(
+    confusion: Int64[np.ndarray, "c k"], is_thing: Bool[np.ndarray, " c"], is_background: Bool[np.ndarray, " k"]
+) -> float | None:
+    """IoU of objects against all else: every concept but the background's merged, every class of things merged.
+
+    Needs no match of concepts to classes. None where no concept is background, so that nothing was told apart, or
+    where there is neither a thing nor a pixel taken for one.
+
+    Args:
+        confusion: pixel counts.
+        is_thing: whether a class is of objects.
+        is_background: whether a concept is of the background.
+    """
+    things, taken = confusion[is_thing].sum(), confusion[:, ~is_background].sum()
+    hits = confusion[is_thing][:, ~is_background].sum()
+    union = things + taken - hits
+    return float(hits / union) if is_background.any() and union else None
+
+
+def _score_matched(confusion: np.ndarray, class_of_concept: np.ndarray) -> Score:
     if confusion.sum() == 0:
         raise ValueError("no labelled pixel to score")
-    matched = match_concepts(confusion)
     num_classes = len(confusion)
     square = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for concept, class_id in enumerate(matched):
+    for concept, class_id in enumerate(class_of_concept):
         if class_id >= 0:
             square[:, class_id] += confusion[:, concept]
     hits = np.diag(square)
@@ -72,7 +112,7 @@ def score(confusion: Int64[np.ndarray, "c k"]) -> Score:
         pixel_accuracy=float(hits.sum() / max(scored, 1)),
         coverage=float(scored / confusion.sum()),
         class_iou=iou,
-        class_of_concept=matched,
+        class_of_concept=class_of_concept,
     )
 
 
