@@ -1,0 +1,65 @@
+"""Bottom-up segmentation to compare with: k-means of patch features, without concepts, response maps or a decoder.
+
+The features of some patches of the training photographs are clustered; a pixel of another photograph is of the cluster
+whose centroid is nearest to its features.
+"""
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from transfgu_ray.algorithms.concepts import fit_concepts
+from transfgu_ray.errors import DataError
+
+
+def patch_colours(images: UInt8[Tensor, "b 3 y x"], patch_size: int) -> Float[Tensor, "b hw 3"]:
+    """Mean RGB in [0, 1] of each square patch, row by row."""
+    return functional.avg_pool2d(images.float() / 255, patch_size).flatten(2).transpose(1, 2)
+
+
+def draw_photos(num_photos: int, most: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """Indices of at most `most` photographs, drawn by the seed, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(num_photos)[:most])
+
+
+def draw_patches(num_patches: int, most: int, seed: int, photo: int) -> Int64[np.ndarray, " n"]:
+    """Indices of at most `most` patches of one photograph, drawn by the seed and the photograph's number, ascending."""
+    return np.sort(np.random.default_rng([seed, photo]).permutation(num_patches)[:most])
+
+
+def fit_centroids(
+    points: Float32[np.ndarray, "n d"],
+    num_clusters: int,
+    seed: int,
+    num_iterations: int,
+    num_redos: int,
+    use_gpu: bool,
+    name: str,
+) -> Float32[np.ndarray, "k d"]:
+    """k-means over all points, as for concepts, but that a cluster may stay without any.
+
+    Raises:
+        DataError: fewer points than clusters, or points that are no numbers.
+    """
+    if len(points) < num_clusters:
+        raise DataError(
+            f"the baseline {name} cannot make {num_clusters} clusters of {len(points)} patches; lower "
+            "concepts.num_concepts or leave it out of evaluate.baselines"
+        )
+    fitted = fit_concepts(
+        points, num_clusters, seed, num_iterations, num_redos, 0, max_points=None, use_gpu=use_gpu, group=name
+    )
+    return fitted.centroids
+
+
+def centroid_maps(
+    features: Float[Tensor, "b hw d"], centroids: Float[Tensor, "k d"], grid_hw: tuple[int, int]
+) -> Float[Tensor, "b k h w"]:
+    """Maps whose argmax over K is the nearest centroid.
+
+    They are the negated squared distances without the features' own norm, which all K share, and so linear in the
+    features: upsampled bilinearly, their argmax is the centroid nearest to the bilinearly upsampled features.
+    """
+    maps = 2 * features @ centroids.T - centroids.square().sum(1)
+    return maps.transpose(1, 2).unflatten(2, grid_hw)
