@@ -1,0 +1,52 @@
+"""What a self-supervised encoder has learned, measured without training anything."""
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def knn_accuracy(
+    bank: Float[Tensor, "n d"],
+    bank_labels: Integer[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    query_labels: Integer[Tensor, " m"],
+    num_neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy in [0, 1] of the weighted nearest-neighbour vote (Wu et al. 2018, as in DINO).
+
+    Args:
+        bank: class tokens of labelled images; at least one.
+        bank_labels: their classes, from 0.
+        queries: class tokens of other images.
+        query_labels: their classes.
+        num_neighbours: voters; the whole bank where it is smaller.
+        temperature: votes weigh exp(cosine / temperature).
+    """
+    bank, queries = F.normalize(bank, dim=-1), F.normalize(queries, dim=-1)
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    hits = 0
+    # Queries in blocks: memory does not grow with their number.
+    for some, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
+        cosines, rows = (some @ bank.T).topk(min(num_neighbours, len(bank)))
+        votes = torch.zeros(len(some), num_classes, device=some.device)
+        votes.scatter_add_(1, bank_labels[rows].long(), (cosines / temperature).exp())
+        hits += int((votes.argmax(1) == labels).sum())
+    return hits / len(queries)
+
+
+def rank_me(tokens: Float[Tensor, "n d"]) -> float:
+    """Effective rank of a set of embeddings, 1 to min(n, d) (RankMe, Garrido et al. 2023, Eq. 1).
+
+    The exponential of the entropy of the normalised singular values: 1 where all embeddings lie on one line.
+    """
+    values = torch.linalg.svdvals(tokens.double())
+    shares = values / values.sum() + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def mask_iou(found: Bool[Tensor, "b h w"], truth: Bool[Tensor, "b h w"]) -> Float[Tensor, " b"]:
+    """Intersection over union of each pair of masks, in [0, 1]; 0 where both are empty."""
+    both, either = (found & truth).sum((1, 2)), (found | truth).sum((1, 2))
+    return both / either.clamp(min=1)
