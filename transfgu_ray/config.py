@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -291,11 +291,13 @@ class RunConfig(Section):
         return self.evaluate.image_size or self.train_crop_size
 
 
+# What a verb is configured by: a run, or a pretraining.
+C = TypeVar("C", bound=Section)
 # Sections that say where a run happens, not what it computes.
 NOT_IDENTITY = ("preset", "tracking", "runtime")
 
 
-def build_config(base: RunConfig, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def build_config(base: C, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()) -> C:
     """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
 
     Raises:
@@ -306,17 +308,17 @@ def build_config(base: RunConfig, file: str | None = None, assignments: list[str
         _merge(values, _read_yaml(file), where=file)
     for assignment in assignments:
         _merge(values, _parse_assignment(assignment), where=f"--set {assignment}")
-    return parse_config(values)
+    return parse_config(values, type(base))
 
 
-def parse_config(values: dict[str, Any]) -> RunConfig:
+def parse_config(values: dict[str, Any], kind: type[C] = RunConfig) -> C:
     """A checked configuration from plain values.
 
     Raises:
         ConfigError: every problem in one sentence.
     """
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
         # A list with a bad element is also called too short, which says nothing.
@@ -324,7 +326,7 @@ def parse_config(values: dict[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(map(_explain, telling))) from None
 
 
-def dump_yaml(config: RunConfig) -> str:
+def dump_yaml(config: Section) -> str:
     """The resolved configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
