@@ -182,7 +182,7 @@ def _stuff_ground(
         texture = STUFF[kind - STUFF_IDS[0]]
         frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
         frame = frame.turned(rng.uniform(-10, 10), rng.uniform(0.8, 1.25), *rng.uniform(0, 500, 2))
-        canvas[here] = paint(texture(rng, frame), random_pair(rng, 0.22))[here]
+        canvas[here] = paint(texture(rng, frame)[here], random_pair(rng, 0.22))
         label[here] = kind
     return canvas, label
 
@@ -214,7 +214,7 @@ def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarr
             texture = CLUTTER[int(rng.integers(len(CLUTTER)))]
         frame = Frame(width, height, 1 / scale, 0, -width / scale / 2, 0, 1 / scale, -height / scale / 2)
         pattern = texture(rng, frame.turned(degrees, zoom, *rng.uniform(-1, 1, 2)))
-        canvas[window][here[window]] = paint(pattern, random_pair(rng, 0.15))[here[window]]
+        canvas[window][here[window]] = paint(pattern[here[window]], random_pair(rng, 0.15))
     return canvas
 
 

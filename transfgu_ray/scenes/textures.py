@@ -217,5 +217,5 @@ def random_pair(rng: np.random.Generator, contrast: float) -> np.ndarray:
 
 
 def paint(pattern: np.ndarray, pair: np.ndarray) -> np.ndarray:
-    """Lays a pattern between two colours; (height, width, 3) float32."""
+    """Lays a pattern (...) between two colours (2, 3); (..., 3) float32."""
     return pair[0] + pattern[..., None] * (pair[1] - pair[0])

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from transfgu_ray.scenes.builders import BUILDERS
 from transfgu_ray.scenes.frame import Frame, turn
-from transfgu_ray.scenes.shapes import Material
+from transfgu_ray.scenes.shapes import Material, Part
 from transfgu_ray.scenes.textures import SURFACES, luminance, paint, random_colour, random_pair
 
 # Silhouettes are drawn this many times larger and reduced.
@@ -47,8 +47,9 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
     """
     builder, typical, middle = BUILDERS[class_id]
     parts = builder(rng)
-    matrix = _pose(rng)
-    outlines = [points @ matrix.T for _, points in parts]
+    a, b, c, d = _pose(rng)
+    # Products written out: those of a linear algebra library differ between processors in the last bit.
+    outlines = [np.stack([a * x + b * y, c * x + d * y], 1) for x, y in (points.T for _, points in parts)]
     low = np.min([points.min(0) for points in outlines], 0)
     high = np.max([points.max(0) for points in outlines], 0)
     scale = side_px / float((high - low).max())
@@ -56,39 +57,47 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
     origin = np.floor(corner + scale * low).astype(int) - 1
     width, height = (np.ceil(corner + scale * high).astype(int) + 1 - origin).tolist()
 
-    thickness = max(1, round(_SUPERSAMPLE * side_px / 75))
-    index = Image.new("P", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
-    draw = ImageDraw.Draw(index)
-    for (material, _), points in zip(parts, outlines, strict=True):
-        # Half-pixel centres: Pillow's polygons run through the middle of pixels.
-        path = ((points * scale + corner - origin) * _SUPERSAMPLE - 0.5).ravel().tolist()
-        draw.polygon(path, fill=int(material))
-        if material != Material.HOLE:
-            draw.line(path + path[:2], fill=int(Material.EDGE), width=thickness)
-
+    placed = [
+        (material, points * scale + corner - origin) for (material, _), points in zip(parts, outlines, strict=True)
+    ]
+    index = _materials(placed, width, height, side_px)
     pair = random_pair(rng, 0.33)
     index.putpalette(_palette(rng, pair))
     flat = np.asarray(index.convert("RGB").reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
     kinds = np.asarray(index)
     body, cover = _share(kinds == Material.BODY), _share(kinds != Material.HOLE)
-    inverse = np.linalg.inv(matrix) / scale
-    shift = inverse @ (origin - corner)
+    scaled = scale * (a * d - b * c)
+    left, top = (origin - corner).tolist()
     frame = Frame(
         width, height,
-        float(inverse[0, 0]), float(inverse[0, 1]), float(shift[0] - middle[0]),
-        float(inverse[1, 0]), float(inverse[1, 1]), float(shift[1] - middle[1]),
+        d / scaled, -b / scaled, (d * left - b * top) / scaled - middle[0],
+        -c / scaled, a / scaled, (a * top - c * left) / scaled - middle[1],
     )  # fmt: skip
     surface = typical if rng.random() < _TYPICAL_SURFACE else str(rng.choice([s for s in SURFACES if s != typical]))
     colour = flat + body[..., None] * paint(SURFACES[surface](rng, frame), pair)
     return Layer(int(origin[0]), int(origin[1]), colour * _light(rng, width, height)[..., None], cover)
 
 
-def _pose(rng: np.random.Generator) -> np.ndarray:
-    """(2, 2): flip, aspect and shear of up to 15 %, then a turn of up to 20 degrees."""
+def _materials(parts: list[Part], width: int, height: int, side_px: float) -> Image.Image:
+    """Parts in pixels, painted over one another with an outline each; a palette image, enlarged."""
+    thickness = max(1, round(_SUPERSAMPLE * side_px / 75))
+    index = Image.new("P", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    draw = ImageDraw.Draw(index)
+    for material, points in parts:
+        # Pillow counts from the middle of the first pixel, the parts from its corner.
+        path = (points * _SUPERSAMPLE - 0.5).ravel().tolist()
+        draw.polygon(path, fill=int(material))
+        if material != Material.HOLE:
+            draw.line(path + path[:2], fill=int(Material.EDGE), width=thickness)
+    return index
+
+
+def _pose(rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 15 %, then a turn of up to 20 degrees."""
     cos, sin = turn(rng.uniform(-20, 20))
     aspect, shear = rng.uniform(0.86, 1.15), rng.uniform(-0.15, 0.15)
-    flip = 1 if rng.random() < 0.5 else -1
-    return np.array([[cos, -sin], [sin, cos]]) @ np.array([[flip * aspect, shear], [0, 1]])
+    aspect *= 1 if rng.random() < 0.5 else -1
+    return cos * aspect, cos * shear - sin, sin * aspect, sin * shear + cos
 
 
 def _palette(rng: np.random.Generator, pair: np.ndarray) -> list[int]:

@@ -55,8 +55,10 @@ def write_objects(
         num_processes: 1 renders in this process, None takes one per core; the files are the same.
 
     Raises:
-        DataError: the folder holds images that were rendered with other arguments.
+        DataError: an argument is out of range, or the folder holds images that were rendered with others.
     """
+    if count < 1 or ("objects", split) not in _STREAMS:
+        raise DataError(f"count={count} must be >= 1 and split={split!r} must be 'train' or 'val'")
     target = Folder(folder)
     arguments = {"count": count, "seed": seed, "size_px": size_px}
     shards = -(-count // _IMAGES_PER_SHARD)
@@ -159,7 +161,7 @@ def _record(arguments: dict[str, int], complete: bool) -> bytes:
 
 def _spread(work: Callable[[Any], Any], items: list[Any], num_processes: int | None) -> Iterator[Any]:
     """What the work gives for each item, in order; done in this process or spread over several."""
-    processes = min(num_processes or len(os.sched_getaffinity(0)), len(items))
+    processes = min(num_processes or os.cpu_count() or 1, len(items))
     if processes <= 1:
         yield from map(work, items)
         return
