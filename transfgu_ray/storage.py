@@ -14,6 +14,7 @@ from transfgu_ray.errors import ArtifactError
 # A PUT to an object store appears whole at its end; elsewhere a rename makes it so.
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
+_READ_ATTEMPTS = 3
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -78,6 +79,19 @@ class Folder:
         """The content of a file."""
         with self.fs.open_input_stream(self.join(name)) as stream:
             return stream.read()
+
+    def try_read(self, name: str) -> tuple[bytes | None, str | None]:
+        """The content of a file, or why it cannot be read."""
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                return self.read_bytes(name), None
+            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                return None, f"cannot be read: {error.strerror or 'not found'}"
+            except OSError as error:
+                # Object stores fail in passing; a lasting failure is the file's own.
+                if attempt == _READ_ATTEMPTS - 1:
+                    return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
+        raise AssertionError("unreachable")
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Writes a file that is seen whole or not at all.

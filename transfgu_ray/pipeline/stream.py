@@ -23,7 +23,6 @@ from transfgu_ray.storage import Folder
 # Takes the number of items that were done since the last call.
 Progress = Callable[[int], None]
 _MAX_BLOCKS = 1000
-_READ_ATTEMPTS = 3
 
 
 def peak_memory_mb() -> int:
@@ -174,8 +173,8 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
     """Adds the encoded bytes of every photograph, and of its label where it has one."""
     root = Folder(root_uri)
     (row,) = table.to_pylist()
-    photos = [_read(root, image_id) for image_id in row["image_ids"]]
-    labels = [None if label_id is None else _read(root, label_id)[0] for label_id in row["label_ids"]]
+    photos = [root.try_read(image_id) for image_id in row["image_ids"]]
+    labels = [None if label_id is None else root.try_read(label_id)[0] for label_id in row["label_ids"]]
     return pa.table(
         {
             "unit": [row["unit"]],
@@ -185,16 +184,3 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
             "errors": pa.array([[error for _, error in photos]], pa.list_(pa.string())),
         }
     )
-
-
-def _read(root: Folder, name: str) -> tuple[bytes | None, str | None]:
-    for attempt in range(_READ_ATTEMPTS):
-        try:
-            return root.read_bytes(name), None
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            return None, f"cannot be read: {error.strerror or 'not found'}"
-        except OSError as error:
-            # Object stores fail in passing; a lasting failure is the photograph's own.
-            if attempt == _READ_ATTEMPTS - 1:
-                return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
-    raise AssertionError("unreachable")
