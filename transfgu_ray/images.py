@@ -76,6 +76,13 @@ def to_working(image: Image.Image, size_hw: tuple[int, int]) -> UInt8[np.ndarray
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
+def to_square(image: Image.Image, size_px: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+    """The centre square, as wide as the shorter side, resized to `size_px`."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size_px, size_px), resample)
+
+
 def cut_crops(
     working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int
 ) -> UInt8[np.ndarray, "n 3 crop crop"]:
