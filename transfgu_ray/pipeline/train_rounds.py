@@ -2,14 +2,11 @@
 
 import json
 import logging
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,17 +17,14 @@ from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.samples import bank_index, load_samples
-from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
+from transfgu_ray.pipeline.session import READER_CPUS, Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
+from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.storage import Folder
 
-if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
-
 HISTORY = "train/history.json"
 _STATE = "state.pt"
-_MAX_WORKER_FAILURES = 2
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
 _SAMPLES_A_TASK = 32
 
@@ -88,8 +82,24 @@ def train(
         if path not in ours and not (ours and path == HISTORY):
             run.delete(path)
     drop_torn_record(run, f"train/{name}")
-    trainer = _new_trainer(run, config, model_config, name, resources)
-    with unwrapped_errors(), _watched_history(run, on_epoch):
+    settings = {
+        "run_uri": run.uri,
+        "config": config.model_dump(mode="json"),
+        "model": asdict(model_config),
+        "threads": resources.threads,
+        "num_readers": max(1, resources.num_cores // resources.train_workers),
+    }
+    trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources)
+    seen = 0
+
+    def on_change(history: list[dict[str, float]]) -> None:
+        # After a failure the history starts again at a checkpoint.
+        nonlocal seen
+        if len(history) > seen:
+            on_epoch(history)
+            seen = len(history)
+
+    with unwrapped_errors(), watched_json(run, HISTORY, on_change):
         result = trainer.fit()
     with result.checkpoint.as_directory() as directory:
         state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
@@ -100,54 +110,6 @@ def train(
     save_decoder(model, state["bootstrap"]["student"], model_config)
     run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
-
-
-def drop_torn_record(run: Folder, name: str) -> None:
-    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
-
-    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
-    """
-    record = f"{name}/checkpoint_manager_snapshot.json"
-    if run.exists(record):
-        try:
-            json.loads(run.read_bytes(record))
-        except ValueError:
-            run.delete(name)
-
-
-def _new_trainer(
-    run: Folder, config: RunConfig, model_config: ModelConfig, name: str, resources: Resources
-) -> "TorchTrainer":
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    cuda = resources.device == "cuda"
-    return TorchTrainer(
-        train_loop,
-        train_loop_config={
-            "run_uri": run.uri,
-            "config": config.model_dump(mode="json"),
-            "model": asdict(model_config),
-            "threads": resources.threads,
-            "num_readers": max(1, resources.num_cores // resources.train_workers),
-        },
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=resources.train_workers,
-            use_gpu=cuda,
-            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if cuda else {})},
-        ),
-        run_config=TrainRunConfig(
-            name=name,
-            storage_path=run.join("train"),
-            storage_filesystem=run.fs,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
-        ),
-    )
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -260,26 +222,3 @@ def _epoch_batches(
             batch_size=per_worker, prefetch_batches=2, device=str(device), pin_memory=device.type == "cuda"
         )
     )
-
-
-@contextmanager
-def _watched_history(run: Folder, on_epoch: Callable[[list[dict[str, float]]], None]) -> Iterator[None]:
-    """Reports finished epochs while the driver waits for Ray Train."""
-    done = threading.Event()
-
-    def watch() -> None:
-        seen, last = 0, False
-        while not last:
-            last = done.wait(1.0)
-            history = json.loads(run.read_bytes(HISTORY)) if run.exists(HISTORY) else []
-            if len(history) > seen:
-                on_epoch(history)
-                seen = len(history)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

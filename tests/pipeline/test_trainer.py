@@ -1,8 +1,8 @@
-"""What training does before it hands over to Ray Train."""
+"""What trainings share before and beside Ray Train."""
 
 import pytest
 
-from transfgu_ray.pipeline.train_rounds import drop_torn_record
+from transfgu_ray.pipeline.trainer import drop_torn_record
 from transfgu_ray.storage import Folder
 
 

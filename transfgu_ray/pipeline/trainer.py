@@ -1,0 +1,90 @@
+"""What trainings under Ray Train share: how they are started, continued and watched."""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transfgu_ray.pipeline.session import WORKER_CPUS, Resources
+from transfgu_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+_MAX_WORKER_FAILURES = 2
+
+
+def new_trainer(
+    loop: Callable[[dict[str, Any]], Any], settings: dict[str, Any], storage: Folder, name: str, resources: Resources
+) -> "TorchTrainer":
+    """A data-parallel trainer that continues what `storage` holds under `name`, also when it had finished.
+
+    Args:
+        loop: what each worker runs.
+        settings: its argument.
+        storage: where the checkpoints go.
+        name: says what is trained, so that nothing else is continued.
+        resources: workers and device.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    cuda = resources.device == "cuda"
+    return TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.train_workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if cuda else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=storage.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
+        ),
+    )
+
+
+def drop_torn_record(run: Folder, name: str) -> None:
+    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
+
+    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
+    """
+    record = f"{name}/checkpoint_manager_snapshot.json"
+    if run.exists(record):
+        try:
+            json.loads(run.read_bytes(record))
+        except ValueError:
+            run.delete(name)
+
+
+@contextmanager
+def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
+    """Reports the content of a file that workers write, whenever it is another, while the driver waits for them."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen, last = None, False
+        while not last:
+            last = done.wait(1.0)
+            content = run.read_bytes(name) if run.exists(name) else None
+            if content is not None and content != seen:
+                on_change(json.loads(content))
+                seen = content
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
