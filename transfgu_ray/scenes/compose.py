@@ -83,10 +83,10 @@ def lay(canvas: np.ndarray, label: np.ndarray, layer: Layer, value: int, shadow:
 def _overlap(layer: Layer, width: int, height: int) -> tuple[slice, slice, tuple[slice, slice]]:
     """Rows and columns of the picture that the layer meets, and the same window inside the layer."""
     h, w = layer.cover.shape
-    x0, x1 = min(max(layer.left, 0), width), max(min(layer.left + w, width), 0)
-    y0, y1 = min(max(layer.top, 0), height), max(min(layer.top + h, height), 0)
-    inside = (slice(y0 - layer.top, max(y1, y0) - layer.top), slice(x0 - layer.left, max(x1, x0) - layer.left))
-    return slice(y0, max(y1, y0)), slice(x0, max(x1, x0)), inside
+    x0, y0 = max(layer.left, 0), max(layer.top, 0)
+    x1, y1 = max(min(layer.left + w, width), x0), max(min(layer.top + h, height), y0)
+    inside = slice(y0 - layer.top, y1 - layer.top), slice(x0 - layer.left, x1 - layer.left)
+    return slice(y0, y1), slice(x0, x1), inside
 
 
 def _soft_shadow(layer: Layer, width: int, height: int) -> np.ndarray:
