@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
-from transfgu_ray.scenes.classes import CLASSES, SUPER_NAMES
+from transfgu_ray.scenes.classes import CLASSES, SUPER_IDS
 
 TINY_VIT = "vit_tiny_patch16_224"
 TINY_OVERRIDES = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
@@ -91,7 +91,7 @@ def make_scenes(
     path = Path(path)
     rng = np.random.default_rng(seed)
     colours = rng.integers(40, 216, (len(CLASSES), 3))
-    super_ids = np.array([*(SUPER_NAMES.index(each.super_name) for each in CLASSES), *[VOID] * (256 - len(CLASSES))])
+    super_ids = np.array([*SUPER_IDS, *[VOID] * (256 - len(CLASSES))])
     for split, count in (("train", num_train), ("val", num_val)):
         folders = [path / name / split for name in ("images", "masks/fine", "masks/super")]
         for folder in folders:

@@ -6,6 +6,7 @@ import pytest
 from transfgu_ray.algorithms.pseudo_labels import encode_scores
 from transfgu_ray.schemas import (
     SCHEMA_VERSION,
+    baseline_schema,
     build_table,
     concepts_schema,
     features_schema,
@@ -37,7 +38,9 @@ def test_build_table__rows_keep_their_vectors_through_parquet():
         assert got["cls_token"] == columns["cls_token"][row].tolist()
 
 
-@pytest.mark.parametrize("schema", [features_schema(5), concepts_schema(5), labels_schema()])
+@pytest.mark.parametrize(
+    "schema", [features_schema(5), concepts_schema(5), labels_schema(), baseline_schema({"raw_colour": 3})]
+)
 def test_schemas__no_column_may_be_null(schema):
     assert not any(field.nullable for field in schema)
 

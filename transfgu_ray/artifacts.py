@@ -30,7 +30,7 @@ OUTPUTS = {
     "concepts": ("concepts.parquet",),
     "labels": ("labels",),
     "train": ("train", "model/config.json", "model/decoder.safetensors"),
-    "evaluate": ("metrics.json", "samples"),
+    "evaluate": ("metrics.json", "samples", "baselines"),
     "report": ("report.html",),
     "register": (),
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from transfgu_ray.scenes.classes import CLASSES, SUPER_NAMES
+from transfgu_ray.scenes.classes import CLASSES, SUPER_IDS, SUPER_NAMES
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ BENCHMARKS = {
         class_names=tuple(each.name for each in CLASSES),
         class_kinds=tuple(each.kind for each in CLASSES),
         super_names=SUPER_NAMES,
-        super_of=tuple(SUPER_NAMES.index(each.super_name) for each in CLASSES),
+        super_of=SUPER_IDS,
     ),
 }

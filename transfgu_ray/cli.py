@@ -271,11 +271,12 @@ def _note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
     if not metrics["scored"]:
         terminal.note(f"nothing was scored: dataset {metrics['dataset']} has no labels")
         return
-    rows = [
-        [stage, f"{100 * s['miou']:.2f}", f"{100 * s['pixel_accuracy']:.2f}", f"{100 * s['coverage']:.1f}"]
-        for stage, s in metrics["stages"].items()
-    ]
-    terminal.table(rows, [f"{metrics['dataset']} {metrics['split']}", "mIoU %", "accuracy %", "coverage %"])
+    from transfgu_ray.scores import score_lines, score_table
+
+    header, rows = score_table(metrics)
+    terminal.table(rows, header)
+    for line in score_lines(metrics):
+        terminal.note(line)
 
 
 def main() -> None:

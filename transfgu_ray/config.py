@@ -18,6 +18,7 @@ from transfgu_ray.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Baseline = Literal["patch_tokens", "random_vit", "raw_colour"]
 RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
 
 
@@ -169,6 +170,12 @@ class EvaluateConfig(Section):
         None, strict=False, description="(height, width) in px scored at; null = the training crop's (released: 320)"
     )
     batch_size: Positive = Field(8, description="photographs a forward")
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        strict=False,
+        description="k-means of patch features, scored beside the stages (ours): patch_tokens = "
+        "the encoder's, random_vit = of the same architecture untrained, raw_colour = mean RGB",
+    )
     num_samples: int = Field(6, ge=0, description="photographs shown in the report, chosen by the seed")
 
 

@@ -14,6 +14,7 @@ from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.config import flatten
 from transfgu_ray.model import ModelConfig, load_model_config
 from transfgu_ray.palette import class_colours, overlay
+from transfgu_ray.scores import score_lines, score_table
 from transfgu_ray.storage import Folder
 
 _COLUMNS = ("photo", "initial", "trained", "bootstrapped", "truth")
@@ -43,6 +44,8 @@ def write_report(run: Run) -> int:
         config=run.config,
         settings=flatten(run.config.model_dump(mode="json")),
         metrics=metrics,
+        score_table=score_table(metrics) if metrics["scored"] else None,
+        score_lines=score_lines(metrics) if metrics["scored"] else [],
         manifests=manifests,
         refusals=list(refusals.items())[:_MAX_REFUSALS_SHOWN],
         num_refused=len(refusals),

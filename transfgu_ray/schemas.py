@@ -61,6 +61,19 @@ def labels_schema() -> pa.Schema:
     )
 
 
+def baseline_schema(widths: dict[str, int]) -> pa.Schema:
+    """One row a drawn patch of a training photograph: what the bottom-up baselines cluster.
+
+    patch: index on the grid, row by row. Then one column a baseline: the patch's features.
+
+    Args:
+        widths: features of each baseline.
+    """
+    features = [pa.field(name, pa.list_(pa.float16(), width), nullable=False) for name, width in widths.items()]
+    identity = [pa.field("image_id", pa.string(), nullable=False), pa.field("patch", pa.int32(), nullable=False)]
+    return pa.schema([*identity, *features])
+
+
 def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     """A table of exactly the schema's columns; 2-D arrays become fixed-size lists.
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import random_images
+from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images, tiny_encoder
 from transfgu_ray.algorithms.baselines import (
     centroid_maps,
     draw_patches,
@@ -11,6 +11,7 @@ from transfgu_ray.algorithms.baselines import (
     patch_colours,
 )
 from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.weights import dump_encoder, load_untrained, random_vit
 from transfgu_ray.errors import DataError
 
 
@@ -38,6 +39,16 @@ def test_draw__a_subset_fixed_by_seed_and_photograph():
         assert np.array_equal(drawn, draw(1))
         assert not np.array_equal(drawn, draw(2))
     assert not np.array_equal(draw_patches(1000, 20, 1, photo=3), draw_patches(1000, 20, 1, photo=4))
+
+
+def test_load_untrained__same_architecture_with_weights_from_the_seed():
+    trained = tiny_encoder()
+    data = dump_encoder(trained.vit, TINY_VIT, TINY_OVERRIDES)
+    twin = load_untrained(data, "tiny", seed=3)
+    wanted = random_vit(TINY_VIT, TINY_OVERRIDES, seed=3).state_dict()
+    assert twin.vit.state_dict().keys() == trained.vit.state_dict().keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in twin.vit.state_dict().items())
+    assert torch.equal(twin.mean, trained.mean)
 
 
 def test_fit_centroids__finds_separate_groups():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -55,7 +56,25 @@ def test_run__metrics_hold_three_stages(finished: Run) -> None:
     for scores in metrics["stages"].values():
         assert 0 < scores["pixel_accuracy"] <= 1
         assert 0 < scores["miou"] <= 1
+        assert 0 <= scores["foreground_iou"] <= 1
     assert [row["name"] for row in metrics["per_class"]][:2] == ["background", "aeroplane"]
+
+
+def test_run__baselines_are_scored_beside_the_stages(finished: Run) -> None:
+    metrics = json.loads(finished.folder.read_bytes("metrics.json"))
+    assert list(metrics["baselines"]) == ["patch_tokens", "random_vit", "raw_colour"]
+    for scores in metrics["baselines"].values():
+        assert 0 < scores["miou"] < 1
+        assert 0 < scores["pixel_accuracy"] < 1
+    # 6 photographs of 8 x 8 patches.
+    assert finished.require("evaluate")["baselines"] == {"photographs": 6, "patches": 384}
+    drawn = pq.read_table(Path(finished.folder.path) / "baselines").to_pandas()
+    assert not drawn.duplicated(["image_id", "patch"]).any()
+    # The rectangles stand out in colour alone.
+    assert metrics["baselines"]["raw_colour"]["miou"] > metrics["stages"]["bootstrapped"]["miou"]
+    page = finished.folder.read_bytes("report.html").decode()
+    assert "k-means, colours" in page
+    assert "the best baseline" in page
 
 
 def test_run__again_recomputes_nothing(finished: Run) -> None:
@@ -74,10 +93,12 @@ def test_run__another_configuration_is_refused_until_overwritten(finished: Run, 
     # Where a run happens is no part of what it is.
     open_run(folder, voc, "runtime.num_workers=2", dataset="voc")
     reporter = Silent()
-    run = open_run(folder, voc, "evaluate.num_samples=1", dataset="voc", overwrite=True)
+    before = json.loads(finished.folder.read_bytes("metrics.json"))
+    run = open_run(folder, voc, "evaluate.num_samples=1", "runtime.num_workers=2", dataset="voc", overwrite=True)
     run_stages(run, STAGES[: STAGES.index("report") + 1], None, reporter, overwrite=True)
     assert list(reporter.done) == ["evaluate", "report"], "nothing before the changed stage is computed again"
     assert [path.name for path in (folder / "samples").glob("strip_*")] == ["strip_00.jpg"]
+    assert json.loads(run.folder.read_bytes("metrics.json")) == before
 
 
 def test_run__other_photographs_are_refused(finished: Run, voc: Path, tmp_path: Path) -> None:
@@ -159,7 +180,8 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     assert logged.info.status == "FINISHED"
     assert logged.data.params["concepts.num_concepts"] == "4"
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
-    assert logged.data.metrics["bootstrapped/miou"] == pytest.approx(metrics["stages"]["bootstrapped"]["miou"])
+    for name, scores in (metrics["stages"] | metrics["baselines"]).items():
+        assert logged.data.metrics[f"{name}/miou"] == pytest.approx(scores["miou"])
     losses = client.get_metric_history(registered["mlflow_run_id"], "train/loss")
     assert sorted(metric.step for metric in losses) == [0, 1]
     version = client.get_model_version(registered["model_name"], registered["model_version"])

@@ -102,10 +102,30 @@ def load_encoder(data: bytes, source: str, precision: str = "float32", device: s
     Raises:
         WeightsError: the bytes are of another format.
     """
+    metadata = _encoder_metadata(data, source)
+    vit = load_vit(data, source, metadata["name"], json.loads(metadata["overrides"]))
+    return _as_encoder(vit, metadata, precision, device)
+
+
+def load_untrained(data: bytes, source: str, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
+    """An encoder of the architecture and normalisation that `dump_encoder` wrote, with weights drawn from `seed`.
+
+    Raises:
+        WeightsError: the bytes are of another format.
+    """
+    metadata = _encoder_metadata(data, source)
+    vit = random_vit(metadata["name"], json.loads(metadata["overrides"]), seed)
+    return _as_encoder(vit, metadata, precision, device)
+
+
+def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
     _, metadata = read_safetensors(data, source)
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{source} is not an encoder written by this package")
-    vit = load_vit(data, source, metadata["name"], json.loads(metadata["overrides"]))
+    return metadata
+
+
+def _as_encoder(vit: nn.Module, metadata: dict[str, str], precision: str, device: str) -> Encoder:
     mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
     return Encoder(vit, mean, std, precision).to(device)
 

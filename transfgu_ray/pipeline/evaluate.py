@@ -1,4 +1,4 @@
-"""model + bank's method -> metrics.json and sample masks: initial, trained and bootstrapped on the same photographs."""
+"""model + bank's method -> confusion matrices and sample masks: all stages and baselines on the same photographs."""
 
 import io
 import json
@@ -9,30 +9,38 @@ import torch
 from PIL import Image
 
 from transfgu_ray.algorithms.inference import upsample_argmax
-from transfgu_ray.algorithms.metrics import IGNORE, Score, add_confusions, confusion_matrix, score
+from transfgu_ray.algorithms.metrics import IGNORE, add_confusions, confusion_matrix
 from transfgu_ray.algorithms.pseudo_labels import add_background
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
 from transfgu_ray.model import load_model
+from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
 from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import PartStats, decode_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
+from transfgu_ray.scores import STAGE_NAMES
 from transfgu_ray.storage import Folder
 
-STAGE_NAMES = ("initial", "trained", "bootstrapped")
 _IMAGES_A_UNIT = 16
 # Shown masks and photographs are at most this wide or high.
 _SAMPLE_PX = 480
 
 
 class Evaluator(UnitWorker):
-    """One unit of photographs -> three confusion matrices, and the sample masks among them."""
+    """One unit of photographs -> a confusion matrix a stage and a baseline, and the sample masks among them."""
 
     def __init__(
-        self, run_uri: str, config: dict[str, Any], num_classes: int, samples: list[str], device: str, threads: int
+        self,
+        run_uri: str,
+        config: dict[str, Any],
+        num_classes: int,
+        samples: list[str],
+        centroids: dict[str, np.ndarray],
+        device: str,
+        threads: int,
     ) -> None:
         super().__init__(device, threads)
         self._config = config = RunConfig.model_validate(config)
@@ -42,9 +50,11 @@ class Evaluator(UnitWorker):
         self._labeller = load_labeller(self._run, config, device)
         model = Folder(self._run.uri_of("model"))
         self._models = [load_model(model, device, name) for name in ("decoder_round_0", "decoder")]
+        self._baselines = BaselineMapper(PatchFeatures(self._run, config, device), centroids) if centroids else None
+        self._num_matrices = len(STAGE_NAMES) + len(centroids)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Confusion matrices (3, classes, concepts) as .npy bytes, after a JSON line of refusals."""
+        """Confusion matrices (stages and baselines, classes, concepts) as .npy bytes, after a JSON line of refusals."""
         stats = PartStats()
         limits = self._config.data
         decoded, targets = [], []
@@ -54,15 +64,15 @@ class Evaluator(UnitWorker):
                 decoded.append((photo, image))
             except ImageRefused as refusal:
                 stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
-        total = np.zeros((3, self._num_classes, len(self._models[0].config.kinds)), dtype=np.int64)
+        total = np.zeros((self._num_matrices, self._num_classes, len(self._models[0].config.kinds)), dtype=np.int64)
         predictions = self._predict([image for _, image in decoded])
         for (photo, image), target, masks in zip(decoded, targets, predictions, strict=True):
-            if target is not None and self._num_classes:
+            if target is not None:
                 small = resize_label(target, self._config.evaluate_image_size)
                 for matrix, mask in zip(total, masks, strict=True):
                     matrix += confusion_matrix(small, mask, *matrix.shape)
             if photo.image_id in self._samples:
-                self._write_sample(self._samples[photo.image_id], image, masks, target)
+                self._write_sample(self._samples[photo.image_id], image, masks[: len(STAGE_NAMES)], target)
         stats.images = len(decoded)
         buffer = io.BytesIO()
         np.save(buffer, total, allow_pickle=False)
@@ -83,7 +93,7 @@ class Evaluator(UnitWorker):
         return target
 
     def _predict(self, images: list[Image.Image]) -> list[list[np.ndarray]]:
-        """Masks of each image at the scored size, one a stage."""
+        """Masks of each image at the scored size, one a stage, then one a baseline."""
         config = self._config
         maps: list[list[torch.Tensor]] = [[], [], []]
         if not images:
@@ -102,7 +112,10 @@ class Evaluator(UnitWorker):
             for stage, model in enumerate(self._models, start=1):
                 maps[stage] += model.decode(tokens, size)
         scored = config.evaluate_image_size
-        return [[upsample_argmax(m, scored).cpu().numpy() for m in stages] for stages in zip(*maps, strict=True)]
+        masks = [[upsample_argmax(m, scored).cpu().numpy() for m in stages] for stages in zip(*maps, strict=True)]
+        for of_image, of_baselines in zip(masks, self._baselines(images) if self._baselines else [], strict=False):
+            of_image += [upsample_argmax(m, scored).cpu().numpy() for m in of_baselines]
+        return masks
 
     def _write_sample(
         self, number: int, image: Image.Image, masks: list[np.ndarray], target: np.ndarray | None
@@ -132,19 +145,31 @@ def evaluate(
     root: Folder,
     images: list[ImageRef],
     scored: bool,
+    centroids: dict[str, np.ndarray],
     resources: Resources,
     progress: Progress,
-) -> tuple[PartStats, dict[str, Score] | None, int]:
-    """Scores of each stage (None without labels), refusals, and the workers' peak memory in MB."""
-    classes = config.class_names if scored else ()
+) -> tuple[PartStats, dict[str, np.ndarray] | None, int]:
+    """Confusion matrix of each stage and baseline (None without labels), refusals, and the workers' peak memory in MB.
+
+    Args:
+        run: run folder with a finished model.
+        config: its configuration.
+        root: the dataset.
+        images: photographs to score, or to look at.
+        scored: whether they have labels.
+        centroids: of each baseline.
+        resources: workers and devices.
+        progress: takes photographs done.
+    """
     samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
     if not scored:
         images = [image for image in images if image.image_id in set(samples)]
     arguments = {
         "run_uri": run.uri,
         "config": config.model_dump(mode="json"),
-        "num_classes": len(classes),
+        "num_classes": len(config.class_names) if scored else 0,
         "samples": samples,
+        "centroids": centroids,
     }
     units = dict(enumerate(split_units(images, _IMAGES_A_UNIT)))
     stats, total, peak_mb = PartStats(), None, 0
@@ -157,43 +182,4 @@ def evaluate(
     stats.refused.sort(key=lambda refusal: refusal["image_id"])
     if not scored or total is None or not total.sum():
         return stats, None, peak_mb
-    return stats, {name: score(matrix) for name, matrix in zip(STAGE_NAMES, total, strict=True)}, peak_mb
-
-
-def metrics_json(
-    config: RunConfig, split: str | None, num_images: int, scores: dict[str, Score] | None, weights_sha256: str
-) -> dict[str, Any]:
-    """The content of metrics.json; `stages` and `per_class` are null where nothing was scored."""
-    names = config.class_names
-    content: dict[str, Any] = {
-        "dataset": config.data.dataset,
-        "split": split,
-        "protocol": "transfgu",
-        "num_images": num_images if scores else 0,
-        "num_classes": len(names),
-        "num_concepts": config.num_concepts,
-        "scored": scores is not None,
-        "stages": None,
-        "per_class": None,
-    }
-    if scores is not None:
-        content["stages"] = {
-            name: {"miou": s.miou, "pixel_accuracy": s.pixel_accuracy, "coverage": s.coverage}
-            for name, s in scores.items()
-        }
-        last = scores["bootstrapped"]
-        content["per_class"] = [
-            {
-                "name": name,
-                "iou": None if np.isnan(iou) else float(iou),
-                # A match without a single right pixel is an accident of the matching, not a finding.
-                "concepts": np.flatnonzero(last.class_of_concept == class_id).tolist() if iou > 0 else [],
-            }
-            for class_id, (name, iou) in enumerate(zip(names, last.class_iou, strict=True))
-        ]
-    return content | {
-        "recipe": config.preset,
-        "backbone": config.encoder.name,
-        "weights_sha256": weights_sha256,
-        "seed": config.seed,
-    }
+    return stats, dict(zip((*STAGE_NAMES, *centroids), total, strict=True)), peak_mb

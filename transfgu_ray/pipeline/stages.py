@@ -51,7 +51,11 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
     if stage == "evaluate":
         scored = list_scored(run.config)
         shown = min(run.config.evaluate.num_samples, len(listing.images))
-        return (shown if scored is None else len(scored.images)), "photographs"
+        if scored is None:
+            return shown, "photographs"
+        from transfgu_ray.pipeline.baselines import chosen_photos
+
+        return len(scored.images) + len(chosen_photos(run.config, listing.images)), "photographs"
     return 1, "step"
 
 
@@ -182,8 +186,11 @@ def list_scored(config: RunConfig) -> Listing | None:
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
-    from transfgu_ray.pipeline.evaluate import evaluate, metrics_json
+    from transfgu_ray.model import load_model_config
+    from transfgu_ray.pipeline.baselines import fit_baselines
+    from transfgu_ray.pipeline.evaluate import evaluate
     from transfgu_ray.pipeline.samples import bank_image_ids
+    from transfgu_ray.scores import metrics_json
 
     run, config = context.run, context.run.config
     scored = list_scored(config)
@@ -194,19 +201,34 @@ def _evaluate(context: Context) -> dict[str, Any]:
     else:
         images = list(scored.images)
     weights_sha256 = run.require("extract")["weights_sha256"]
-    stats, scores, peak_mb = evaluate(
-        run.folder, config, context.root, images, scored is not None, context.resources, context.progress
+    kinds = load_model_config(Folder(run.folder.uri_of("model"))).kinds
+    centroids, drawn = {}, {}
+    if scored is not None and config.evaluate.baselines:
+        centroids, table = fit_baselines(
+            run.folder,
+            config,
+            context.fingerprint,
+            context.root,
+            context.listing.images,
+            len(kinds),
+            context.resources,
+            context.progress,
+        )
+        drawn = {"baselines": {"photographs": table.stats.images, "patches": table.num_rows}}
+    stats, confusions, peak_mb = evaluate(
+        run.folder, config, context.root, images, scored is not None, centroids, context.resources, context.progress
     )
     if scored is not None:
         _require_some(stats, len(images))
-    metrics = metrics_json(config, _scored_split(config), stats.images, scores, weights_sha256)
+    metrics = metrics_json(config, _scored_split(config), stats.images, confusions, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
     return {
         "rows_in": stats.images + len(stats.refused),
         "rows_out": stats.images,
         "refused": stats.refused,
         "refused_by_reason": count_reasons(stats.refused),
-        "scored": scores is not None,
+        "scored": confusions is not None,
+        **drawn,
         "peak_memory_mb": peak_mb,
         "weights_sha256": weights_sha256,
     }

@@ -102,9 +102,9 @@ def register(
     import mlflow
 
     client, uri = _client(tracked.uri)
-    for stage, scores in (metrics["stages"] or {}).items():
-        for name, value in scores.items():
-            client.log_metric(tracked.run_id, f"{stage}/{name}", value)
+    for name, value in flatten((metrics["stages"] or {}) | (metrics["baselines"] or {})).items():
+        if value is not None:
+            client.log_metric(tracked.run_id, name.replace(".", "/"), value)
     with tempfile.TemporaryDirectory() as directory:
         for name in artifacts:
             copy = Path(directory) / Path(name).name
