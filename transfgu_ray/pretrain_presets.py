@@ -14,12 +14,12 @@ from transfgu_ray.pretrain_config import (
 
 
 def photos() -> PretrainConfig:
-    """DINO's ViT-S/8 at 224 px on the user's own photographs, batch 1024, 100 epochs. Wants GPUs; score: not run."""
+    """DINO's ViT-S/8 at 224 px on the user's own photographs, 100 epochs. Sized for GPUs; score: not run."""
     return PretrainConfig(preset="photos", dino=DinoConfig(precision="bfloat16"))
 
 
 def rendered_prior() -> PretrainConfig:
-    """The prior that the package carries: 1.3 million weights, 64 px, from rendered objects; hours on two cores.
+    """The prior that the package carries: 1.3 million weights, 64 px, from rendered objects; hours on a CPU.
 
     Hue turns all round, so that classes cannot be told by colour; masked patches as in iBOT.
     """
@@ -57,7 +57,7 @@ def rendered_prior() -> PretrainConfig:
 
 
 def small_photos() -> PretrainConfig:
-    """Photographs at 64 px on two CPU cores: the net of `rendered_prior`, with colours kept nearly as they are."""
+    """Photographs at 64 px on a CPU: the net of `rendered_prior`, with colours kept nearly as they are."""
     base = rendered_prior()
     return base.model_copy(
         update={

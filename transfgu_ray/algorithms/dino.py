@@ -167,14 +167,13 @@ class Dino:
             in one prototype; equal to teacher_entropy: all images alike).
 
         Raises:
-            FloatingPointError: loss or gradient is NaN or infinite; student, teacher and centres are left as they
-                were.
+            FloatingPointError: the gradient is NaN or infinite; student, teacher and centres are left as they were.
         """
         recipe = self._recipe
         rng = np.random.default_rng([self._seed, step, self._rank])
         views = multi_crop(images, self._crops, rng)
         wide, narrow = torch.cat(views[:2]), views[2:]
-        with torch.autocast(wide.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        with self._autocast():
             masks = self._draw_masks(wide, rng) if recipe.masked_weight else None
             with torch.no_grad():
                 (teacher_class,), teacher_patch = self.teacher([wide], None, masks)
@@ -194,8 +193,6 @@ class Dino:
         elif masks is not None:
             # Without a masked patch the mask token would have no gradient, for which data-parallel workers wait.
             loss = loss + 0.0 * self.student.mask_token.sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} in step {step}")
         self._update(loss, step)
         self._move_center("class", teacher_class.float())
         if masks is not None and masks.any():
@@ -207,6 +204,18 @@ class Dino:
             "teacher_entropy": _entropy(targets).mean().item(),
             "usage_entropy": _entropy(targets.mean(0)).item(),
         }
+
+    @torch.no_grad()
+    def class_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
+        """The teacher's class tokens of whole images, float32, at the size of a global view."""
+        size = (self._crops.global_size, self._crops.global_size)
+        with self._autocast():
+            whole = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+            return self.teacher.tokens(whole)[:, 0].float()
+
+    def _autocast(self) -> torch.autocast:
+        device = self.student.mean.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self._recipe.precision == "bfloat16")
 
     def _draw_masks(self, wide: Float[Tensor, "b 3 y x"], rng: np.random.Generator) -> Bool[Tensor, "b h w"]:
         """A rectangle-shaped mask for some of the global views: iBOT's prediction ratio, its block shape."""
@@ -239,8 +248,9 @@ class Dino:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), recipe.clip_norm)
+        # Asked of the gradient, which all workers share, and not of the loss, so that they all stop at the same step.
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()} in step {step}")
+            raise FloatingPointError(f"the loss is {loss.item()} and its gradient {norm.item()} in step {step}")
         if done < recipe.freeze_last_layer_frac:
             self.student.head.prototypes.grad = None
         self._optimiser.step()

@@ -1,5 +1,7 @@
 """What a self-supervised encoder has learned, measured without training anything."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
@@ -50,3 +52,27 @@ def mask_iou(found: Bool[Tensor, "b h w"], truth: Bool[Tensor, "b h w"]) -> Floa
     """Intersection over union of each pair of masks, in [0, 1]; 0 where both are empty."""
     both, either = (found & truth).sum((1, 2)), (found | truth).sum((1, 2))
     return both / either.clamp(min=1)
+
+
+def collapse_alarms(
+    teacher_entropy: float, usage_entropy: float, num_prototypes: int, rank: float | None = None
+) -> list[str]:
+    """What says that self-distillation has collapsed, in words; empty where nothing does.
+
+    Args:
+        teacher_entropy: mean entropy of the teacher's assignments, nats.
+        usage_entropy: entropy of their mean, nats.
+        num_prototypes: the logarithm is the most that an entropy can be.
+        rank: `rank_me` of some tokens, where it was computed.
+    """
+    most, alarms = math.log(num_prototypes), []
+    told = f"(entropies: teacher {teacher_entropy:.2f}, usage {usage_entropy:.2f} of at most {most:.2f} nats)"
+    if usage_entropy < 0.05 * most:
+        alarms.append(f"all images fall into one prototype {told}")
+    elif teacher_entropy > 0.95 * most:
+        alarms.append(f"every image is spread over all prototypes {told}")
+    elif usage_entropy - teacher_entropy < 0.02 * most:
+        alarms.append(f"all images are assigned alike {told}")
+    if rank is not None and rank < 3:
+        alarms.append(f"all images have nearly the same embedding (RankMe {rank:.1f})")
+    return alarms

@@ -82,18 +82,40 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> 
     return vit
 
 
-def dump_encoder(vit: nn.Module, name: str, overrides: dict[str, int]) -> bytes:
-    """Safetensors bytes with architecture, normalisation and the weights' SHA-256 in the metadata."""
-    state = {key: value.detach().cpu().contiguous() for key, value in vit.state_dict().items()}
+def dump_encoder(
+    vit: nn.Module,
+    name: str,
+    overrides: dict[str, int],
+    dtype: torch.dtype | None = None,
+    facts: dict[str, str] | None = None,
+) -> bytes:
+    """Safetensors bytes with architecture, normalisation and the stored weights' SHA-256 in the metadata.
+
+    Args:
+        vit: the model.
+        name: its timm name.
+        overrides: changes to that architecture.
+        dtype: floating type that is stored; None = as they are. `load_vit` always gives float32.
+        facts: further metadata, such as how the weights were trained.
+    """
+    state = {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in vit.state_dict().items()}
+    mean, std = normalisation(vit)
     metadata = {
+        **(facts or {}),
         "format": FORMAT,
         "name": name,
         "overrides": json.dumps(overrides, sort_keys=True),
-        "mean": json.dumps(list(vit.pretrained_cfg.get("mean", (0.485, 0.456, 0.406)))),
-        "std": json.dumps(list(vit.pretrained_cfg.get("std", (0.229, 0.224, 0.225)))),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
         "weights_sha256": hash_weights(state),
     }
     return safetensors.torch.save(state, metadata)
+
+
+def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """RGB mean and deviation, in [0, 1], that timm records for a model."""
+    known = vit.pretrained_cfg
+    return tuple(known.get("mean", (0.485, 0.456, 0.406))), tuple(known.get("std", (0.229, 0.224, 0.225)))
 
 
 def load_encoder(data: bytes, source: str, precision: str = "float32", device: str = "cpu") -> Encoder:

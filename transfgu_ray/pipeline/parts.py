@@ -114,7 +114,7 @@ def build_table_of_parts(
     units = dict(enumerate(split_units(images, images_per_part)))
     wanted = {part_name(table, unit): unit for unit in units}
     for name, _ in list(run.files(table)):
-        if name not in wanted or _read_footer(run, name, fingerprint) is None:
+        if name not in wanted or read_footer(run, name, fingerprint) is None:
             run.delete(name)
     present = {wanted[name] for name, _ in run.files(table)}
     progress(sum(len(units[unit]) for unit in present))
@@ -126,7 +126,7 @@ def build_table_of_parts(
         progress(len(units[result.unit]))
     total, num_rows = PartStats(), 0
     for name in wanted:
-        footer = _read_footer(run, name, fingerprint)
+        footer = read_footer(run, name, fingerprint)
         if footer is None:
             raise RuntimeError(f"{run.uri_of(name)} was not written")
         stats, rows = footer
@@ -149,7 +149,7 @@ def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
+def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
     """Stats and rows of a part; None if it is damaged or was made with other settings or input."""
     try:
         with run.fs.open_input_file(run.join(name)) as file:

@@ -1,0 +1,267 @@
+"""What each Ray Train worker of a pretraining runs."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from transfgu_ray.algorithms.dino import Dino, DinoHead, DinoNetwork, DinoRecipe
+from transfgu_ray.algorithms.multicrop import MultiCrop
+from transfgu_ray.algorithms.probe import collapse_alarms, knn_accuracy, rank_me
+from transfgu_ray.algorithms.rounds import sample_order
+from transfgu_ray.algorithms.weights import dump_encoder, normalisation, random_vit
+from transfgu_ray.pipeline.session import READER_CPUS
+from transfgu_ray.pipeline.stream import peak_memory_mb
+from transfgu_ray.pretrain_config import PretrainConfig
+from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
+from transfgu_ray.storage import Folder
+from transfgu_ray.working_copies import NO_LABEL, Copies, open_copies, read_copies
+
+STATE = "state.pt"
+PROGRESS = "train/progress.json"
+_PROGRESS_SECONDS = 2.0
+# Bytes that a reading task gives, and tasks of one Ray Data pipeline: starting one takes about a second.
+_TASK_BYTES = 8 * 2**20
+_TASKS = 1000
+# Images that k-NN and RankMe look at.
+_MAX_BANK, _MAX_QUERIES, _PROBE_BATCH = 5000, 5000, 64
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps between two checkpoints.
+
+    Attributes:
+        epoch: they belong to.
+        first: their first step.
+        last: the step after them.
+        ends_epoch: whether the epoch is then over.
+    """
+
+    epoch: int
+    first: int
+    last: int
+    ends_epoch: bool
+
+
+def stretches(epochs: int, epoch_steps: int, checkpoint_steps: int | None, start: int) -> Iterator[Stretch]:
+    """All stretches from a checkpoint on."""
+    for epoch in range(epochs):
+        end = (epoch + 1) * epoch_steps
+        for first in range(epoch * epoch_steps, end, checkpoint_steps or epoch_steps):
+            last = min(first + (checkpoint_steps or epoch_steps), end)
+            if first >= start:
+                yield Stretch(epoch, first, last, last == end)
+
+
+def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
+    """Trains from the last checkpoint on; returns why it stopped, if it had to."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    torch.set_num_threads(settings["threads"])
+    config, out = PretrainConfig.model_validate(settings["config"]), Folder(settings["out_uri"])
+    context, device = ray.train.get_context(), get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    copies = open_copies(out, config.seed, config.data.num_val)
+    epoch_steps = len(copies.train) // config.schedule.batch_size
+    total_steps = config.schedule.epochs * epoch_steps
+    dino = Dino(
+        build_network(config).to(device),
+        DinoRecipe(**config.dino.model_dump()),
+        MultiCrop(**config.crops.model_dump()),
+        total_steps,
+        config.seed,
+        rank,
+        wrap=prepare_model,
+    )
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            state = torch.load(Path(directory) / STATE, map_location=device, weights_only=True)
+        dino.load_state_dict(state["dino"])
+    history, start = state["history"], state["step"]
+    progress = _Progress(out, state) if rank == 0 else None
+    images = _batches(copies, config, out, (start, total_steps), rank, world_size, settings["num_readers"], device)
+    began = time.perf_counter()
+    for stretch in stretches(config.schedule.epochs, epoch_steps, config.schedule.checkpoint_steps, start):
+        terms = []
+        for step in range(stretch.first, stretch.last):
+            try:
+                terms.append(dino.step(next(images), step))
+            except FloatingPointError as error:
+                return {"diverged": str(error)}
+            if progress is not None:
+                progress(step + 1, terms[-1]["loss"])
+        row = {"step": stretch.last, "epoch": stretch.epoch, **_mean_over_workers(terms, world_size, device)}
+        history["checkpoints"].append(row)
+        if stretch.ends_epoch:
+            probed = _is_probed(stretch.epoch, config) and rank == 0
+            history["epochs"].append(_epoch_row(history, config, _probe(dino, copies, out, config) if probed else {}))
+        with tempfile.TemporaryDirectory() as directory:
+            saved = None
+            if rank == 0:
+                seconds = state["seconds"] + time.perf_counter() - began
+                reached = {"step": stretch.last, "seconds": seconds, "history": history}
+                facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_step": start}
+                torch.save({"dino": dino.state_dict(), **reached, **facts}, Path(directory) / STATE)
+                saved = ray.train.Checkpoint.from_directory(directory)
+            ray.train.report({"step": stretch.last}, checkpoint=saved)
+        if rank == 0:
+            out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
+            out.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+    return None
+
+
+def build_network(config: PretrainConfig) -> DinoNetwork:
+    """Backbone and head with weights from the seed."""
+    vit = random_vit(config.encoder.name, dict(config.encoder.overrides), config.seed)
+    recipe = config.dino
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = DinoHead(vit.embed_dim, recipe.head_hidden_dim, recipe.head_bottleneck_dim, recipe.num_prototypes)
+    return DinoNetwork(vit, head, recipe.masked_weight > 0, *normalisation(vit))
+
+
+def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str, str]) -> bytes:
+    """The backbone as float16 safetensors that say what they were trained by."""
+    facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
+    return dump_encoder(vit, config.encoder.name, dict(config.encoder.overrides), torch.float16, facts)
+
+
+def load_copies(table: pa.Table, out_uri: str) -> dict[str, np.ndarray]:
+    """Reads working copies in a Ray Data task: places in, image: uint8 (b, 3, s, s) out."""
+    return {"image": read_copies(Folder(out_uri), table)}
+
+
+class _Progress:
+    """Leaves the step in a file that the driver shows, at most every few seconds."""
+
+    def __init__(self, out: Folder, state: dict[str, Any]) -> None:
+        self._out = out
+        self._written = 0.0
+        self._first, self._began = state["step"], time.perf_counter()
+
+    def __call__(self, step: int, loss: float) -> None:
+        now = time.perf_counter()
+        if now - self._written >= _PROGRESS_SECONDS:
+            rate = (step - self._first) / (now - self._began)
+            content = {"step": step, "loss": loss, "steps_per_second": rate}
+            self._out.write_bytes(PROGRESS, json.dumps(content).encode())
+            self._written = now
+
+
+def _batches(
+    copies: Copies,
+    config: PretrainConfig,
+    out: Folder,
+    steps: tuple[int, int],
+    rank: int,
+    world_size: int,
+    num_readers: int,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    per_worker = config.schedule.batch_size // world_size
+    size = max(1, _TASK_BYTES // (3 * config.data.source_size**2))
+    # One pipeline over many steps, however short an epoch is.
+    leg = max(1, _TASKS * size // per_worker)
+    for first in range(*steps, leg):
+        rows = _rows(copies, config, (first, min(first + leg, steps[1])), rank, world_size)
+        places = copies.places(rows)
+        blocks = [places.slice(begin, size).combine_chunks() for begin in range(0, len(places), size)]
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            load_copies,
+            fn_kwargs={"out_uri": out.uri},
+            batch_format="pyarrow",
+            batch_size=size,
+            compute=ray.data.TaskPoolStrategy(size=num_readers),
+            num_cpus=READER_CPUS,
+        )
+        for batch in dataset.iter_torch_batches(
+            batch_size=per_worker, prefetch_batches=2, device=str(device), pin_memory=device.type == "cuda"
+        ):
+            yield batch["image"]
+
+
+def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
+    """Rows of the index of this worker's images, step after step; an epoch's last part of a batch is left out."""
+    first, last = steps
+    batch_size = config.schedule.batch_size
+    epoch_steps, per_worker = len(copies.train) // batch_size, batch_size // world_size
+    order = []
+    for epoch in range(first // epoch_steps, -(-last // epoch_steps)):
+        start = epoch * epoch_steps
+        whole = sample_order(config.seed, epoch, len(copies.train), 1, epoch_steps, per_worker, world_size)[rank]
+        order.append(whole[max(0, first - start) : last - start])
+    return copies.train[np.concatenate(order).reshape(-1)]
+
+
+def _mean_over_workers(terms: list[dict[str, float]], world_size: int, device: torch.device) -> dict[str, float]:
+    names = list(terms[0])
+    means = torch.tensor([[row[name] for name in names] for row in terms], dtype=torch.float64, device=device).mean(0)
+    if world_size > 1:
+        torch.distributed.all_reduce(means)
+        means /= world_size
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _epoch_row(history: dict[str, Any], config: PretrainConfig, probed: dict[str, float]) -> dict[str, Any]:
+    """Means over the stretches of the epoch that has just ended, each by its length, and what was found out."""
+    epoch = len(history["epochs"])
+    ends = [row["step"] for row in history["checkpoints"]]
+    rows = [row for row in history["checkpoints"] if row["epoch"] == epoch]
+    before = ends[-len(rows) - 1] if len(ends) > len(rows) else 0
+    weights = np.diff([before, *(row["step"] for row in rows)])
+    names = [name for name in rows[0] if name not in ("step", "epoch")]
+    means = {name: float(np.average([row[name] for row in rows], weights=weights)) for name in names}
+    alarms = collapse_alarms(
+        means["teacher_entropy"], means["usage_entropy"], config.dino.num_prototypes, probed.get("rank_me")
+    )
+    return {"epoch": epoch, "step": ends[-1], **means, **probed, "alarms": alarms}
+
+
+def _is_probed(epoch: int, config: PretrainConfig) -> bool:
+    return (epoch + 1) % config.schedule.probe_epochs == 0 or epoch + 1 == config.schedule.epochs
+
+
+def _probe(dino: Dino, copies: Copies, out: Folder, config: PretrainConfig) -> dict[str, float]:
+    """RankMe of images that are not trained on, and where there are labels how well neighbours tell their classes."""
+    rng = np.random.default_rng([config.seed, 2])
+    val = np.sort(rng.permutation(copies.val)[:_MAX_QUERIES])
+    tokens = _tokens(dino, copies, out, val)
+    found = {"rank_me": rank_me(tokens)}
+    labelled = copies.classes[val] != NO_LABEL
+    bank = copies.train[copies.classes[copies.train] != NO_LABEL]
+    if labelled.any() and len(bank):
+        bank = np.sort(rng.permutation(bank)[:_MAX_BANK])
+        truth = torch.from_numpy(copies.classes[val][labelled])
+        votes = _tokens(dino, copies, out, bank), torch.from_numpy(copies.classes[bank])
+        found["knn_top1"] = knn_accuracy(*votes, tokens[torch.from_numpy(labelled)], truth)
+        found["knn_chance"] = int(truth.bincount().max()) / len(truth)
+    return found
+
+
+def _tokens(dino: Dino, copies: Copies, out: Folder, rows: np.ndarray) -> torch.Tensor:
+    device = dino.student.mean.device
+    parts = []
+    for start in range(0, len(rows), _PROBE_BATCH):
+        images = torch.from_numpy(read_copies(out, copies.places(rows[start : start + _PROBE_BATCH])))
+        parts.append(dino.class_tokens(images.to(device)).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,66 @@
+"""Progress and closing lines in the terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Terminal:
+    """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+
+        self._quiet = quiet
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._progress = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """Shows one stage while it runs; gives a function that takes items done, and words to show beside them."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        if self._quiet:
+            yield lambda more, words="": None
+            return
+        if not self._progress.is_terminal:
+            done = 0
+
+            def count(more: int, words: str = "") -> None:
+                nonlocal done
+                done += more
+
+            self._progress.print(f"{name}: {total} {unit}")
+            yield count
+            self._progress.print(f"{name}: done, {done} of {total} {unit}")
+            return
+        columns = (
+            TextColumn(f"{name:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[words]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self._progress) as progress:
+            task = progress.add_task(name, total=total, words="")
+            yield lambda more, words="": progress.update(task, advance=more, words=words)
+
+    def note(self, text: str) -> None:
+        """Prints one line, unless quiet."""
+        if not self._quiet:
+            self._out.print(text, markup=False)
+
+    def table(self, rows: list[list[str]], header: list[str]) -> None:
+        """Prints a small table, unless quiet."""
+        from rich.table import Table
+
+        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        if not self._quiet:
+            self._out.print(table)
