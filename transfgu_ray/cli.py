@@ -4,13 +4,13 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from transfgu_ray.errors import TransfguError
+from transfgu_ray.terminal import Terminal
 
 app = typer.Typer(
     name="transfgu",
@@ -42,68 +42,6 @@ Address = Annotated[
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: sqlite beside the run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what another configuration changes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors.")]
-
-
-class Terminal:
-    """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-
-        self._quiet = quiet
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._progress = Console(stderr=True, highlight=False)
-
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Shows one stage while it runs."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        if self._quiet:
-            yield lambda done: None
-            return
-        if not self._progress.is_terminal:
-            done = 0
-
-            def count(more: int) -> None:
-                nonlocal done
-                done += more
-
-            self._progress.print(f"{name}: {total} {unit}")
-            yield count
-            self._progress.print(f"{name}: done, {done} of {total} {unit}")
-            return
-        columns = (
-            TextColumn(f"{name:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=self._progress) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda more: progress.advance(task, more)
-
-    def note(self, text: str) -> None:
-        """Prints one line, unless quiet."""
-        if not self._quiet:
-            self._out.print(text, markup=False)
-
-    def table(self, rows: list[list[str]], header: list[str]) -> None:
-        """Prints a small table, unless quiet."""
-        from rich.table import Table
-
-        table = Table(*header, box=None, pad_edge=False, header_style="bold")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        if not self._quiet:
-            self._out.print(table)
 
 
 def _verb(name: str, text: str) -> Callable[..., None]:
@@ -190,6 +128,43 @@ def predict(
 
 
 @app.command()
+def pretrain(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Where the encoder goes: a path or a URI.")],
+    data: Annotated[
+        str | None, typer.Option(help="Images without labels: a folder, or Parquet with encoded images in `bytes`.")
+    ] = None,
+    val: Annotated[
+        str | None,
+        typer.Option(help="Images that only measure. Default: the table's val-*.parquet, else some of --data."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Recipe to start from; see `transfgu presets`. Default: the folder's own, else photos."),
+    ] = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    ray_address: Address = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what another configuration made.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Images to an encoder, where no public prior fits: DINO without labels, resumed where it stopped."""
+    from transfgu_ray.config import build_config
+    from transfgu_ray.pipeline.pretrain import pretrain as verb
+    from transfgu_ray.pretrain_folder import PretrainFolder
+    from transfgu_ray.pretrain_presets import get_pretrain_preset
+
+    shorthand = {"data.root": _absolute(data), "data.val_root": _absolute(val)}
+    named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+    resolved = None
+    if preset or config or assignments or named:
+        base = None if preset else PretrainFolder.stored_config(folder)
+        resolved = build_config(base or get_pretrain_preset(preset or "photos"), config, [*named, *assignments])
+    terminal = Terminal(quiet)
+    opened = PretrainFolder.open(folder, resolved, overwrite)
+    _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
+
+
+@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
     ray_address: Address = None,
@@ -222,12 +197,16 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this preset in
     """Named recipes; with a name, every setting of one."""
     from transfgu_ray.config import dump_yaml
     from transfgu_ray.presets import PRESETS, get_preset
+    from transfgu_ray.pretrain_presets import PRETRAIN_PRESETS
 
     if name is not None:
-        typer.echo(dump_yaml(get_preset(name)), nl=False)
+        known = PRETRAIN_PRESETS.get(name)
+        typer.echo(dump_yaml(known() if known else get_preset(name)), nl=False)
         return
-    for key, preset in PRESETS.items():
-        typer.echo(f"{key:<9} {(preset.__doc__ or '').splitlines()[0]}")
+    for title, recipes in (("transfgu run", PRESETS), ("transfgu pretrain", PRETRAIN_PRESETS)):
+        typer.echo(f"{title} --preset")
+        for key, recipe in recipes.items():
+            typer.echo(f"  {key:<14} {(recipe.__doc__ or '').splitlines()[0]}")
 
 
 def _absolute(path: str | None) -> str | None:
@@ -255,6 +234,24 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
             f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
         )
         terminal.note(f"next: transfgu predict {opened.folder.uri} --images DIR --out DIR")
+
+
+def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -> None:
+    """What came out, what was refused, and how to go on."""
+    shown = {
+        "images": f"{manifest['images_train']} trained on, {manifest['images_val']} held out",
+        "images seen": f"{manifest['images_seen']} in {manifest['steps']} steps",
+        "seconds": f"{manifest['seconds']:.0f} ({manifest['images_per_second']:.0f} images/s)",
+        "loss": f"{manifest['loss']:.4f}",
+        "RankMe": f"{manifest['rank_me']:.1f}",
+    }
+    if "knn_top1" in manifest:
+        shown["k-NN top-1"] = f"{100 * manifest['knn_top1']:.2f} % (chance {100 * manifest['knn_chance']:.2f} %)"
+    terminal.table([[name, value] for name, value in shown.items()], ["pretrain", opened.folder.uri])
+    _note_refused(terminal, manifest["refused"])
+    for alarm in manifest["alarms"]:
+        terminal.note(f"warning: {alarm}")
+    terminal.note(f"use it: transfgu run RUN --weights {opened.folder.uri_of('encoder.safetensors')} ...")
 
 
 def _note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int = 20) -> None:
