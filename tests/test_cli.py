@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import make_folder
+from tests.builders import make_folder, make_scenes
 from transfgu_ray.artifacts import Run
 from transfgu_ray.cli import main
+from transfgu_ray.datasets import list_images
 
 
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -83,6 +84,33 @@ def test_predict__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         capsys, monkeypatch, "predict", str(tmp_path), "--images", str(data), "--out", str(tmp_path / "out")
     )
     assert "neither a finished run nor a model folder" in message
+
+
+def test_demo__renders_scenes_beside_the_run_and_wants_the_bundled_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfgu_ray.presets.DEMO_SCENES", {"num_train": 2, "num_val": 1, "seed": 0, "size_px": 64})
+    monkeypatch.setattr("transfgu_ray.prior._BUNDLED", "weights/not_there.safetensors")
+    arguments = ("demo", str(tmp_path / "run"), "--set", "seed=1", "--set", "concepts.granularity=super")
+    assert "no weights/not_there.safetensors; install the package again" in refusal(capsys, monkeypatch, *arguments)
+    stored = Run.stored_config(str(tmp_path / "run"))
+    assert stored is not None
+    assert stored.data.root == str(tmp_path / "scenes")
+    assert (stored.preset, stored.seed, stored.num_concepts, stored.num_background) == ("demo", 1, 6, 2)
+    listed = list_images(stored.data, "val", "super").images
+    assert [image.label_id for image in listed] == ["masks/super/val/scene_00000.png"]
+    # A named source is not a path.
+    again = ("run", str(tmp_path / "other"), "--preset", "demo", "--data", stored.data.root, "--weights", "bundled")
+    assert "encoder.weights=bundled, but this installation" in refusal(capsys, monkeypatch, *again)
+
+
+def test_run__missing_labels_are_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_scenes(tmp_path / "data")
+    (data / "masks/fine/val").rename(tmp_path / "elsewhere")
+    arguments = ("run", str(tmp_path / "run"), "--preset", "demo", "--data", str(data), "--weights", "random")
+    assert "data/masks/fine/val (dataset scenes): expected" in refusal(capsys, monkeypatch, *arguments)
 
 
 def test_help__imports_nothing_heavy() -> None:

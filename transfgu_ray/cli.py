@@ -26,13 +26,16 @@ Preset = Annotated[
     str | None,
     typer.Option(help="Recipe to start from; see `transfgu presets`. Default: the run's own settings, else paper."),
 ]
-Dataset = Annotated[str | None, typer.Option(help="Layout of --data; see `transfgu datasets`. Default: folder.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Layout of --data; see `transfgu datasets`. Default: the preset's (demo: scenes), else folder."),
+]
 Data = Annotated[str | None, typer.Option(help="Folder or URI of the photographs.")]
 Config = Annotated[str | None, typer.Option(help="YAML file that changes the preset.")]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be given often.")
 ]
-Weights = Annotated[str | None, typer.Option(help="Encoder weights: a checkpoint file, 'hub' or 'random'.")]
+Weights = Annotated[str | None, typer.Option(help="Encoder weights: a checkpoint file, 'hub', 'bundled' or 'random'.")]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -61,14 +64,14 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         quiet: Quiet = False,
     ) -> None:
         from transfgu_ray.artifacts import STAGES, Run
-        from transfgu_ray.config import build_config
+        from transfgu_ray.config import NAMED_WEIGHTS, build_config
         from transfgu_ray.pipeline.run import run_stages
         from transfgu_ray.presets import get_preset
 
         shorthand = {
             "data.dataset": dataset,
             "data.root": _absolute(data),
-            "encoder.weights": weights if weights in ("hub", "random") else _absolute(weights),
+            "encoder.weights": weights if weights in NAMED_WEIGHTS else _absolute(weights),
             "tracking.uri": tracking_uri,
         }
         named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
@@ -167,19 +170,29 @@ def pretrain(
 @app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
+    assignments: Set = [],  # noqa: B006
     ray_address: Address = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole pipeline on scenes that the package renders.
+    """The whole pipeline on scenes that the package renders beside RUN, with the weights it brings along."""
+    from transfgu_ray.presets import DEMO_SCENES
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.storage import Folder
 
-    The encoder is a tiny vision transformer with random weights: the run shows that every stage works, its masks
-    carry no meaning.
-    """
-    from transfgu_ray.scenes import render_scenes
-
-    scenes = os.path.join(os.path.dirname(os.path.abspath(folder)), "scenes")
-    render_scenes(scenes)
-    run(folder, preset="demo", data=scenes, ray_address=ray_address, quiet=quiet)
+    scenes = f"{os.path.dirname(Folder(folder).uri.rstrip('/'))}/scenes"
+    terminal = Terminal(quiet)
+    terminal.note(f"scenes: {DEMO_SCENES['num_train']} to learn from, {DEMO_SCENES['num_val']} to score, in {scenes}")
+    write_scenes(scenes, **DEMO_SCENES)
+    run(
+        folder,
+        preset="demo",
+        data=scenes,
+        assignments=assignments,
+        ray_address=ray_address,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
 
 
 @app.command()

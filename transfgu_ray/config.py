@@ -19,6 +19,8 @@ from transfgu_ray.errors import ConfigError
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Baseline = Literal["patch_tokens", "random_vit", "raw_colour"]
+# What encoder.weights may be beside a file.
+NAMED_WEIGHTS = ("hub", "bundled", "random")
 RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
 
 
@@ -62,7 +64,9 @@ class EncoderConfig(Section):
 
     name: str = Field("vit_small_patch8_224.dino", description="timm model with a class token (paper: ViT-S/8, DINO)")
     weights: str = Field(
-        "hub", description="'hub' = timm's published weights, 'random' = initialised from the seed, else a file"
+        "hub",
+        description="'hub' = timm's published weights, 'bundled' = this package's own, trained on rendered pictures, "
+        "'random' = initialised from the seed, else a file",
     )
     overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] = Field(
         default_factory=dict, description="changes to the timm architecture, for small encoders (ours)"

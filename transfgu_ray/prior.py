@@ -1,6 +1,7 @@
-"""Where an encoder's weights come from: timm's hub, a file, or the seed."""
+"""Where an encoder's weights come from: timm's hub, this package, a file, or the seed."""
 
 import hashlib
+import importlib.resources
 import os
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from transfgu_ray.storage import Folder
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.encoder import Encoder
 
+# Trained on rendered object images; small enough to lie in the package.
+_BUNDLED = "weights/rendered_vit.safetensors"
 # Where a run keeps its encoder: resolved once, then used by every worker and by the finished model.
 ENCODER = "model/encoder.safetensors"
 _PROBE_SECONDS = 5
@@ -53,7 +56,7 @@ def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:
-    """Hash of the weights file's bytes; None where the weights are no file or it is gone."""
+    """Hash of the weights file's bytes, bundled or the user's; None where the weights are no file or it is gone."""
     if config.weights in ("hub", "random"):
         return None
     try:
@@ -63,12 +66,25 @@ def weights_file_sha256(config: EncoderConfig) -> str | None:
 
 
 def _read_weights(source: str) -> bytes:
+    if source == "bundled":
+        return _read_bundled()
     folder, _, name = source.rpartition("/")
     try:
         return Folder(folder or ".").read_bytes(name)
     except (OSError, ArtifactError):
         raise WeightsError(
-            f"encoder.weights={source} cannot be read; give 'hub', 'random' or the path of a checkpoint"
+            f"encoder.weights={source} cannot be read; give 'hub', 'bundled', 'random' or the path of a checkpoint"
+        ) from None
+
+
+def _read_bundled() -> bytes:
+    file = importlib.resources.files("transfgu_ray").joinpath(_BUNDLED)
+    try:
+        return file.read_bytes()
+    except OSError:
+        raise WeightsError(
+            f"encoder.weights=bundled, but this installation of transfgu_ray has no {_BUNDLED}; install the package "
+            "again, or give 'hub', 'random' or the path of a checkpoint"
         ) from None
 
 
