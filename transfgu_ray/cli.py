@@ -168,6 +168,36 @@ def pretrain(
 
 
 @app.command()
+def probe(
+    weights: Annotated[str, typer.Argument(metavar="WEIGHTS", help="A checkpoint file, or 'bundled' or 'hub'.")],
+    data: Annotated[str, typer.Option(help="Images with classes: class folders, or Parquet with `bytes` and `label`.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in px of the images. Default: what the encoder was trained at.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """How good an encoder is, without training: k-NN, RankMe and, where a table has `mask`, its foreground priors.
+
+    The neighbours come from the tables train-*.parquet and are asked about val-*.parquet; of any other layout a tenth
+    is held out.
+    """
+    from transfgu_ray.probing import planned
+    from transfgu_ray.probing import probe as verb
+
+    terminal = Terminal(quiet)
+    with terminal.stage("probe", planned(data), "images") as progress:
+        result = verb(weights, data, image_size, progress)
+    _note_refused(terminal, result.refused)
+    rows = [["images", f"{result.num_queries} at {result.image_size} px"]]
+    if result.knn_top1 is not None:
+        rows.append(["k-NN top-1", f"{100 * result.knn_top1:.2f} % of {result.num_bank} neighbours"])
+        rows.append(["chance", f"{100 * result.knn_chance:.2f} %"])
+    rows.append(["RankMe", f"{result.rank_me:.1f}"])
+    rows += [[f"IoU of {prior}", f"{100 * iou:.2f} %"] for prior, iou in result.object_iou.items()]
+    terminal.table(rows, ["probe", weights])
+
+
+@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
     assignments: Set = [],  # noqa: B006

@@ -22,28 +22,42 @@ _PROBE_SECONDS = 5
 
 
 def resolve_encoder(config: RunConfig) -> bytes:
-    """Safetensors bytes of the encoder that the configuration names.
+    """Safetensors bytes of the encoder that a run's configuration names.
 
     Raises:
         WeightsError: the weights are missing, damaged or do not fit.
         ConfigError: a size in the configuration is not a multiple of the encoder's patch.
     """
-    source = config.encoder.weights
+    from transfgu_ray.algorithms.weights import load_encoder
+
+    data = read_encoder(config.encoder, config.seed)
+    encoder = load_encoder(data, config.encoder.weights)
+    _check_sizes(config, encoder.patch_size, encoder.embed_dim)
+    return data
+
+
+def read_encoder(config: EncoderConfig, seed: int) -> bytes:
+    """Safetensors bytes of the encoder that `weights` and `name` give; the seed draws random ones.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or do not fit.
+    """
+    source = config.weights
     if source == "hub":
-        _require_hub(config.encoder)
+        _require_hub(config)
     from transfgu_ray.algorithms.encoder import Encoder
     from transfgu_ray.algorithms.weights import build_vit, dump_encoder, is_encoder_file, load_vit, random_vit
 
-    name, overrides, data = config.encoder.name, dict(config.encoder.overrides), b""
+    name, overrides, data = config.name, dict(config.overrides), b""
     if source == "hub":
         vit = build_vit(name, overrides, pretrained=True)
     elif source == "random":
-        vit = random_vit(name, overrides, config.seed)
+        vit = random_vit(name, overrides, seed)
     else:
         data = _read_weights(source)
         vit = load_vit(data, source, name, overrides)
-    encoder = Encoder(vit)
-    _check_sizes(config, encoder.patch_size, encoder.embed_dim)
+    # Refuses what is no plain vision transformer.
+    Encoder(vit)
     # Our own files carry their architecture and are kept as they are.
     return data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
 
