@@ -12,9 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.ops import roi_align
 
-# ITU-R 601 luma; the other rows complete YIQ, whose last two axes span the colours at constant luma.
+# ITU-R 601 luma; the other rows complete YIQ: they span the colours at constant luma, and are zero for greys.
 _LUMA = (0.299, 0.587, 0.114)
-_YIQ = np.array([_LUMA, (0.596, -0.274, -0.321), (0.211, -0.523, 0.311)])
+_YIQ = np.array([_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 
 
 @dataclass(frozen=True)
