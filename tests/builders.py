@@ -1,8 +1,11 @@
 """Small things that tests need: photographs, labelled datasets, damaged files, a tiny encoder. No network."""
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
 
@@ -107,6 +110,36 @@ def make_scenes(
             for folder, picture in zip(folders, (pixels.clip(0, 255), fine, super_ids[fine]), strict=True):
                 Image.fromarray(picture.astype(np.uint8)).save(folder / f"scene_{i:03}.png")
     return path
+
+
+def make_table(
+    file: Path | str, num_images: int, size: tuple[int, int] = (40, 40), seed: int = 0, row_group_size: int = 1000
+) -> Path:
+    """Parquet of encoded pictures of two classes, `path` (`class/000.png`), `bytes`, `label` and `mask` (255 = object).
+
+    A class is a colour of the object, a rectangle on grey noise.
+    """
+    file, rng, rows = Path(file), np.random.default_rng(seed), []
+    for i in range(num_images):
+        label = i % 2
+        noise = rng.normal(120, 20, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
+        photo, mask = Image.fromarray(noise), Image.new("L", size, 0)
+        left, top = (int(rng.integers(side // 2)) for side in size)
+        box = (left, top, left + size[0] // 2, top + size[1] // 2)
+        ImageDraw.Draw(photo).rectangle(box, fill=[(210, 60, 50), (50, 80, 200)][label])
+        ImageDraw.Draw(mask).rectangle(box, fill=255)
+        name = f"{'ab'[label]}/{i:03}.png"
+        rows.append({"path": name, "bytes": encode_png(photo), "label": label, "mask": encode_png(mask)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=row_group_size)
+    return file
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def make_hostile_folder(path: Path | str) -> tuple[set[str], set[str]]:

@@ -83,6 +83,11 @@ def pack(squares: list[UInt8[np.ndarray, "3 s s"]]) -> pa.Buffer:
     return sink.getvalue()
 
 
+def load_copies(table: pa.Table, out_uri: str) -> dict[str, UInt8[np.ndarray, "n 3 s s"]]:
+    """`read_copies` as a Ray Data task calls it; here, where nothing imports torch, its process stays small."""
+    return {"image": read_copies(Folder(out_uri), table)}
+
+
 def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
     """RGB 0-255 of the images at some places, in their order; each file is opened once."""
     files, rows = places["file"].to_pylist(), places["row"].to_pylist()

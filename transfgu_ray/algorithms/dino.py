@@ -1,4 +1,7 @@
-"""Self-distillation without labels: DINO (Caron et al. 2021), optionally with iBOT's masked patches (Zhou et al. 2022).
+"""Self-distillation without labels: DINO (Caron et al. 2021).
+
+Options: iBOT's masked patches (Zhou et al. 2022); DINOv2's Sinkhorn-Knopp assignments and KoLeo term (Oquab et al.
+2023), without which short trainings of narrow networks stay where they began, with all images alike.
 
 Letters: b images, v student views, p prototypes, (h, w) patch grid, d embedding.
 """
@@ -7,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ class DinoRecipe:
     student_temperature: float
     teacher_temperature: tuple[float, float]
     teacher_temperature_warmup_frac: float
+    assignment: str
     center_momentum: float
     teacher_momentum: tuple[float, float]
     learning_rate: tuple[float, float]
@@ -35,6 +39,7 @@ class DinoRecipe:
     weight_decay: tuple[float, float]
     clip_norm: float
     freeze_last_layer_frac: float
+    koleo_weight: float
     masked_weight: float
     mask_prob: float
     mask_ratio: tuple[float, float]
@@ -53,15 +58,47 @@ class DinoHead(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        scale_linear_weights(self.mlp)
         self.prototypes = nn.Parameter(torch.randn(num_prototypes, bottleneck_dim) / math.sqrt(bottleneck_dim))
 
     def forward(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n p"]:
         """Cosine of each projected token with each prototype, in [-1, 1]."""
-        return F.linear(F.normalize(self.mlp(tokens), dim=-1), F.normalize(self.prototypes, dim=-1))
+        return self.compare(self.project(tokens))
+
+    def project(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """Tokens in the space of the prototypes, of length 1."""
+        return F.normalize(self.mlp(tokens), dim=-1)
+
+    def compare(self, projected: Float[Tensor, "*n e"]) -> Float[Tensor, "*n p"]:
+        """Cosine of each projected token with each prototype."""
+        return F.linear(projected, F.normalize(self.prototypes, dim=-1))
+
+
+def scale_linear_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every linear layer.
+
+    timm draws weights of deviation 0.02, which suits a width of some hundreds; in a narrow network they pass so
+    little of the image on that all class tokens start alike.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class Outputs(NamedTuple):
+    """What the network says of some batches of views.
+
+    Attributes:
+        classes: logits of each batch's class tokens.
+        patches: logits of the selected patches of the first batch; None if none were asked for.
+        projected: class tokens of the first batch in the space of the prototypes, of length 1.
+    """
+
+    classes: list[Float[Tensor, "_ p"]]
+    patches: Float[Tensor, "m p"] | None
+    projected: Float[Tensor, "_ e"]
 
 
 class DinoNetwork(nn.Module):
@@ -89,7 +126,7 @@ class DinoNetwork(nn.Module):
         views: list[Float[Tensor, "_ 3 _ _"]],
         masks: Bool[Tensor, "_ h w"] | None = None,
         select: Bool[Tensor, "_ h w"] | None = None,
-    ) -> tuple[list[Float[Tensor, "_ p"]], Float[Tensor, "m p"] | None]:
+    ) -> Outputs:
         """Class-token logits of every batch of views, and patch logits of the first at the selected places.
 
         Args:
@@ -103,8 +140,9 @@ class DinoNetwork(nn.Module):
             classes.append(tokens[:, 0])
             if number == 0 and select is not None:
                 patches = self.head(tokens[:, self.vit.num_prefix_tokens :][select.flatten(1)])
-        logits = self.head(torch.cat(classes))
-        return list(logits.split([len(c) for c in classes])), patches
+        projected = self.head.project(torch.cat(classes))
+        logits = self.head.compare(projected).split([len(c) for c in classes])
+        return Outputs(list(logits), patches, projected[: len(views[0])])
 
     def tokens(
         self, view: Float[Tensor, "b 3 y x"], mask: Bool[Tensor, "b h w"] | None = None
@@ -162,9 +200,9 @@ class Dino:
             step: its number, from 0.
 
         Returns:
-            loss: the sum that is minimised; class_loss, patch_loss: its parts, nats; teacher_entropy: mean entropy
-            of the teacher's class assignments, nats; usage_entropy: entropy of their mean, nats (0: all images
-            in one prototype; equal to teacher_entropy: all images alike).
+            loss: the weighted sum that is minimised; class_loss, patch_loss, koleo_loss: its parts, nats;
+            teacher_entropy: mean entropy of the teacher's class assignments, nats; usage_entropy: entropy of their
+            mean, nats (0: all images in one prototype; equal to teacher_entropy: all images alike).
 
         Raises:
             FloatingPointError: the gradient is NaN or infinite; student, teacher and centres are left as they were.
@@ -176,31 +214,31 @@ class Dino:
         with self._autocast():
             masks = self._draw_masks(wide, rng) if recipe.masked_weight else None
             with torch.no_grad():
-                (teacher_class,), teacher_patch = self.teacher([wide], None, masks)
+                teacher = self.teacher([wide], None, masks)
             batches = [wide, torch.cat(narrow)] if narrow else [wide]
-            student_class, student_patch = self._parallel(batches, masks, masks)
+            student = self._parallel(batches, masks, masks)
         temperature = teacher_temperature(recipe, step, self.total_steps)
-        targets = self._sharpen(teacher_class.float(), "class", temperature)
-        logits = torch.cat(student_class).float() / recipe.student_temperature
+        targets = self._assign(teacher.classes[0].float(), "class", temperature)
+        logits = torch.cat(student.classes).float() / recipe.student_temperature
         class_loss = class_cross_entropy(targets.unflatten(0, (2, -1)), logits.unflatten(0, (len(views), -1)))
-        loss = class_loss
+        koleo_loss = torch.stack([koleo(half) for half in student.projected.float().chunk(2)]).mean()
+        loss = class_loss + recipe.koleo_weight * koleo_loss
         patch_loss = torch.zeros_like(class_loss)
-        if masks is not None and masks.any():
-            patch_targets = self._sharpen(teacher_patch.float(), "patch", temperature)
-            patch_logits = student_patch.float() / recipe.student_temperature
+        if masks is not None:
+            patch_targets = self._assign(teacher.patches.float(), "patch", temperature)
+            patch_logits = student.patches.float() / recipe.student_temperature
             patch_loss = masked_cross_entropy(patch_targets, patch_logits, masks)
             loss = loss + recipe.masked_weight * patch_loss
-        elif masks is not None:
-            # Without a masked patch the mask token would have no gradient, for which data-parallel workers wait.
-            loss = loss + 0.0 * self.student.mask_token.sum()
         self._update(loss, step)
-        self._move_center("class", teacher_class.float())
-        if masks is not None and masks.any():
-            self._move_center("patch", teacher_patch.float())
+        if recipe.assignment == "centring":
+            self._move_center("class", teacher.classes[0].float())
+            if masks is not None:
+                self._move_center("patch", teacher.patches.float())
         return {
             "loss": loss.item(),
             "class_loss": class_loss.item(),
             "patch_loss": patch_loss.item(),
+            "koleo_loss": koleo_loss.item(),
             "teacher_entropy": _entropy(targets).mean().item(),
             "usage_entropy": _entropy(targets.mean(0)).item(),
         }
@@ -221,7 +259,8 @@ class Dino:
         """A rectangle-shaped mask for some of the global views: iBOT's prediction ratio, its block shape."""
         recipe, grid = self._recipe, wide.shape[-1] // self.student.vit.patch_embed.patch_size[0]
         masks = np.zeros((len(wide), grid, grid), bool)
-        for row in np.flatnonzero(rng.random(len(wide)) < recipe.mask_prob):
+        # A fixed number, and never none, since all data-parallel workers must take the same steps.
+        for row in rng.permutation(len(wide))[: max(1, round(recipe.mask_prob * len(wide)))]:
             wanted = rng.uniform(*recipe.mask_ratio) * grid * grid
             while masks[row].sum() < wanted:
                 area, ratio = rng.uniform(1, max(2.0, wanted)), np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
@@ -230,15 +269,16 @@ class Dino:
                 masks[row, top : top + height, left : left + width] = True
         return torch.from_numpy(masks).to(wide.device)
 
-    def _sharpen(self, logits: Float[Tensor, "n p"], kind: str, temperature: float) -> Float[Tensor, "n p"]:
+    def _assign(self, logits: Float[Tensor, "n p"], kind: str, temperature: float) -> Float[Tensor, "n p"]:
+        """The teacher's probabilities over prototypes."""
+        if self._recipe.assignment == "sinkhorn":
+            return sinkhorn(logits / temperature)
         return ((logits - self._centers[kind]) / temperature).softmax(-1)
 
     def _move_center(self, kind: str, logits: Float[Tensor, "n p"]) -> None:
-        mean = logits.mean(0)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean = mean / torch.distributed.get_world_size()
-        self._centers[kind].lerp_(mean, 1 - self._recipe.center_momentum)
+        total = torch.cat([logits.sum(0), logits.new_tensor([len(logits)])])
+        _sum_over_workers(total)
+        self._centers[kind].lerp_(total[:-1] / total[-1], 1 - self._recipe.center_momentum)
 
     def _update(self, loss: Tensor, step: int) -> None:
         recipe, done = self._recipe, step / self.total_steps
@@ -271,7 +311,8 @@ class Dino:
         """Continues from `state_dict`."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self._centers = state["centers"]
+        device = self.student.mean.device
+        self._centers = {name: center.to(device) for name, center in state["centers"].items()}
         self._optimiser.load_state_dict(state["optimiser"])
 
 
@@ -295,6 +336,54 @@ def masked_cross_entropy(
     weights = (1 / counts.clamp(min=1).float())[:, None].expand(-1, masks[0].numel())[masks.flatten(1)]
     losses = -(targets * logits.log_softmax(-1)).sum(-1)
     return (losses * weights).sum() / (counts > 0).sum()
+
+
+@torch.no_grad()
+def sinkhorn(logits: Float[Tensor, "n p"], num_iterations: int = 3) -> Float[Tensor, "n p"]:
+    """Assignments that use all prototypes alike over the batches of all workers; rows sum to 1.
+
+    Rows and columns are scaled in turn (Sinkhorn-Knopp, as in SwAV, Caron et al. 2020, and DINOv2), which takes the
+    place of centring.
+
+    Args:
+        logits: over the teacher's temperature.
+        num_iterations: turns (SwAV: 3).
+    """
+    highest = logits.max()
+    if _is_distributed():
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    shares = (logits - highest).exp()
+    for _ in range(num_iterations):
+        use = shares.sum(0)
+        _sum_over_workers(use)
+        # A prototype that is too far from every image to be seen in float32 stays unused.
+        shares = shares / use.clamp(min=1e-30)
+        shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-30)
+    return shares
+
+
+def koleo(projected: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
+    """Minus the mean log distance to the nearest other row: small where a batch is spread evenly.
+
+    Reference: Sablayrolles et al. (2019), as in DINOv2. Departure: in the space of the prototypes, where a collapse
+    to uniform assignments happens, not on the class tokens.
+
+    Args:
+        projected: rows of length 1, at least two.
+    """
+    with torch.no_grad():
+        nearest = (projected @ projected.T).fill_diagonal_(-2).argmax(1)
+    # Equal rows: the slope of the distance is not defined, its epsilon gives them a finite one.
+    return -F.pairwise_distance(projected, projected[nearest], eps=1e-6).log().mean()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_workers(tensor: Tensor) -> None:
+    if _is_distributed():
+        torch.distributed.all_reduce(tensor)
 
 
 def cosine(pair: tuple[float, float], done: float) -> float:

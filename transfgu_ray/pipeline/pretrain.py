@@ -97,7 +97,10 @@ def check_early(config: PretrainConfig, num_images: int) -> None:
     """
     vit = random_vit(config.encoder.name, dict(config.encoder.overrides), config.seed)
     patch = Encoder(vit).patch_size
-    for name, size in (("crops.global_size", config.crops.global_size), ("crops.local_size", config.crops.local_size)):
+    sizes = {"crops.global_size": config.crops.global_size}
+    if config.crops.num_local:
+        sizes["crops.local_size"] = config.crops.local_size
+    for name, size in sizes.items():
         if size % patch:
             raise ConfigError(
                 f"{name} is {size} px, which the encoder's patch of {patch} px does not divide; choose a multiple"
@@ -149,6 +152,8 @@ def _train(
     config, out = opened.config, opened.folder
     name = training_name(fingerprint)
     drop_torn_record(out, f"train/{name}")
+    if not out.exists(f"train/{name}"):
+        out.delete(HISTORY)
     settings = {
         "out_uri": out.uri,
         "config": config.model_dump(mode="json"),
@@ -158,7 +163,8 @@ def _train(
     trainer = new_trainer(pretrain_loop, settings, Folder(out.uri_of("train")), name, resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with reporter.stage("train", total_steps, "steps") as progress:
-        watcher = _Watcher(config, total_steps, progress, reporter.note)
+        known = json.loads(out.read_bytes(HISTORY)) if out.exists(HISTORY) else {"epochs": []}
+        watcher = _Watcher(config, total_steps, len(known["epochs"]), progress, reporter.note)
         with (
             unwrapped_errors(),
             watched_json(out, PROGRESS, watcher.on_progress),
@@ -179,12 +185,18 @@ class _Watcher:
     """Tells what the workers leave in their files."""
 
     def __init__(
-        self, config: PretrainConfig, total_steps: int, progress: Callable[..., None], note: Callable[[str], None]
+        self,
+        config: PretrainConfig,
+        total_steps: int,
+        epochs: int,
+        progress: Callable[..., None],
+        note: Callable[[str], None],
     ) -> None:
         self._config, self._total_steps, self._progress, self._note = config, total_steps, progress, note
-        self._epochs: int | None = None
-        self._rate = 0.0
+        self._epochs, self._rate = epochs, 0.0
         self.steps = 0
+        if epochs:
+            note(f"continuing after {epochs} of {config.schedule.epochs} epochs")
 
     def on_progress(self, now: dict[str, float]) -> None:
         step = int(now["step"])
@@ -195,15 +207,11 @@ class _Watcher:
             self.steps = step
 
     def on_history(self, history: dict[str, Any]) -> None:
-        epochs = history["epochs"]
-        if self._epochs is None and len(epochs) > 1:
-            self._note(f"continuing after {len(epochs)} of {self._config.schedule.epochs} epochs")
-            self._epochs = len(epochs)
-        for row in epochs[self._epochs or 0 :]:
+        for row in history["epochs"][self._epochs :]:
             self._note(self._line(row))
             for alarm in row["alarms"]:
                 self._note(f"  warning: {alarm}")
-        self._epochs = max(self._epochs or 0, len(epochs))
+        self._epochs = max(self._epochs, len(history["epochs"]))
 
     def _line(self, row: dict[str, Any]) -> str:
         words = [f"epoch {row['epoch'] + 1}/{self._config.schedule.epochs}: loss {row['loss']:.4f}"]

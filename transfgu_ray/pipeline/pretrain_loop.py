@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from transfgu_ray.algorithms.dino import Dino, DinoHead, DinoNetwork, DinoRecipe
+from transfgu_ray.algorithms.dino import Dino, DinoHead, DinoNetwork, DinoRecipe, scale_linear_weights
 from transfgu_ray.algorithms.multicrop import MultiCrop
 from transfgu_ray.algorithms.probe import collapse_alarms, knn_accuracy, rank_me
 from transfgu_ray.algorithms.rounds import sample_order
@@ -23,7 +22,7 @@ from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
 from transfgu_ray.storage import Folder
-from transfgu_ray.working_copies import NO_LABEL, Copies, open_copies, read_copies
+from transfgu_ray.working_copies import NO_LABEL, Copies, load_copies, open_copies, read_copies
 
 STATE = "state.pt"
 PROGRESS = "train/progress.json"
@@ -87,7 +86,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            state = torch.load(Path(directory) / STATE, map_location=device, weights_only=True)
+            state = torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True)
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
     progress = _Progress(out, state) if rank == 0 else None
@@ -128,6 +127,7 @@ def build_network(config: PretrainConfig) -> DinoNetwork:
     recipe = config.dino
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        scale_linear_weights(vit)
         head = DinoHead(vit.embed_dim, recipe.head_hidden_dim, recipe.head_bottleneck_dim, recipe.num_prototypes)
     return DinoNetwork(vit, head, recipe.masked_weight > 0, *normalisation(vit))
 
@@ -136,11 +136,6 @@ def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str,
     """The backbone as float16 safetensors that say what they were trained by."""
     facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
     return dump_encoder(vit, config.encoder.name, dict(config.encoder.overrides), torch.float16, facts)
-
-
-def load_copies(table: pa.Table, out_uri: str) -> dict[str, np.ndarray]:
-    """Reads working copies in a Ray Data task: places in, image: uint8 (b, 3, s, s) out."""
-    return {"image": read_copies(Folder(out_uri), table)}
 
 
 class _Progress:
