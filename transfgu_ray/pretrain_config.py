@@ -79,6 +79,9 @@ class DinoConfig(Section):
     teacher_temperature_warmup_frac: Fraction = Field(
         0.3, description="share of the training it rises (DINO: 30 of 100)"
     )
+    assignment: Literal["centring", "sinkhorn"] = Field(
+        "centring", description="what keeps the teacher from one prototype (DINO: centring; DINOv2: sinkhorn)"
+    )
     center_momentum: Fraction = Field(0.9, description="momentum of the teacher's centres (DINO)")
     teacher_momentum: tuple[Fraction, Fraction] = _pair("momentum of the teacher's weights, cosine (DINO)", 0.996, 1.0)
     learning_rate: tuple[AboveZero, Rate] = _pair(
@@ -90,6 +93,7 @@ class DinoConfig(Section):
     freeze_last_layer_frac: Fraction = Field(
         0.01, description="share of the training in which the prototypes stay as they are (DINO: 1 of 100 epochs)"
     )
+    koleo_weight: Rate = Field(0.0, description="weight of the KoLeo term, which spreads a batch (DINOv2: 0.1)")
     masked_weight: Rate = Field(0.0, description="weight of iBOT's loss on masked patches; 0 = DINO alone (iBOT: 1)")
     mask_prob: Fraction = Field(0.5, description="share of the global views that are masked (iBOT)")
     mask_ratio: tuple[Fraction, Fraction] = _pair("range of a masked view's share of masked patches (iBOT)", 0.1, 0.5)

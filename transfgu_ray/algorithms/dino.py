@@ -276,9 +276,11 @@ class Dino:
         return ((logits - self._centers[kind]) / temperature).softmax(-1)
 
     def _move_center(self, kind: str, logits: Float[Tensor, "n p"]) -> None:
-        total = torch.cat([logits.sum(0), logits.new_tensor([len(logits)])])
-        _sum_over_workers(total)
-        self._centers[kind].lerp_(total[:-1] / total[-1], 1 - self._recipe.center_momentum)
+        mean = logits.mean(0)
+        if _is_distributed():
+            torch.distributed.all_reduce(mean)
+            mean = mean / torch.distributed.get_world_size()
+        self._centers[kind].lerp_(mean, 1 - self._recipe.center_momentum)
 
     def _update(self, loss: Tensor, step: int) -> None:
         recipe, done = self._recipe, step / self.total_steps

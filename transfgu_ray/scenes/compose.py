@@ -5,7 +5,7 @@ from PIL import Image, ImageFilter
 
 from transfgu_ray.scenes.classes import STUFF_IDS, THING_IDS
 from transfgu_ray.scenes.frame import Frame
-from transfgu_ray.scenes.textures import CLUTTER, STUFF, SURFACES, paint, random_pair
+from transfgu_ray.scenes.textures import CLUTTER, STUFF, paint, random_pair
 from transfgu_ray.scenes.things import Layer, draw_thing
 
 SCENE_UNITS = 256
@@ -182,20 +182,25 @@ def _stuff_ground(
         texture = STUFF[kind - STUFF_IDS[0]]
         frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
         frame = frame.turned(rng.uniform(-10, 10), rng.uniform(0.8, 1.25), *rng.uniform(0, 500, 2))
-        canvas[here] = paint(texture(rng, frame)[here], random_pair(rng, 0.22))
+        canvas[here] = paint(texture(rng, frame)[here], _quiet_pair(rng))
         label[here] = kind
     return canvas, label
 
 
+def _quiet_pair(rng: np.random.Generator) -> np.ndarray:
+    """Colours of a ground: less contrast than on objects, as behind most things that people photograph."""
+    middle = rng.uniform(0.25, 0.65)
+    return random_pair(rng, (middle - 0.15, middle - 0.07), (middle + 0.07, middle + 0.15))
+
+
 def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarray:
-    """5 to 11 cells, each with a surface of any kind; (size, size, 3) float32."""
+    """5 to 11 cells, each of stuff or clutter; (size, size, 3) float32."""
     count = int(rng.integers(5, 12))
     seeds = rng.uniform(0, size_px, (count, 2)).astype(np.float32)
     x = np.arange(size_px, dtype=np.float32)
     distance = np.square(x - seeds[:, :1])[:, None, :] + np.square(x - seeds[:, 1:])[:, :, None]
     region = distance.argmin(0)
     canvas = np.empty((size_px, size_px, 3), dtype=np.float32)
-    surfaces = list(SURFACES.values())
     for i in range(count):
         here = region == i
         rows, columns = np.flatnonzero(here.any(1)), np.flatnonzero(here.any(0))
@@ -204,17 +209,13 @@ def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarr
         window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         height, width = here[window].shape
         degrees, zoom = rng.uniform(0, 360), rng.uniform(0.8, 1.25)
-        family = int(rng.integers(3))
-        if family == 0:
-            # As large as on an object of a middling size.
-            texture, zoom = surfaces[int(rng.integers(len(surfaces)))], zoom * 55
-        elif family == 1:
+        if rng.random() < 0.5:
             texture, degrees = STUFF[int(rng.integers(len(STUFF)))], rng.uniform(-10, 10)
         else:
             texture = CLUTTER[int(rng.integers(len(CLUTTER)))]
         frame = Frame(width, height, 1 / scale, 0, -width / scale / 2, 0, 1 / scale, -height / scale / 2)
         pattern = texture(rng, frame.turned(degrees, zoom, *rng.uniform(-1, 1, 2)))
-        canvas[window][here[window]] = paint(pattern[here[window]], random_pair(rng, 0.15))
+        canvas[window][here[window]] = paint(pattern[here[window]], _quiet_pair(rng))
     return canvas
 
 

@@ -197,10 +197,18 @@ def waves(rng: np.random.Generator, frame: Frame) -> np.ndarray:
 CLUTTER: tuple[Texture, ...] = (blobs, speckle, waves)
 
 
-def random_colour(rng: np.random.Generator) -> np.ndarray:
-    """Any hue, saturation and brightness; (3,) in [0, 1]."""
-    hue, saturation, value = rng.random(3)
-    return np.array(colorsys.hsv_to_rgb(hue, saturation**0.7, 0.15 + 0.85 * value), dtype=np.float32)
+def random_colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
+    """Any hue and saturation at a luminance in [low, high]; (3,) in [0, 1].
+
+    Brightness says what is light and what is dark, as paint does on real things; hue and saturation say nothing.
+    """
+    hue, saturation = rng.random(2)
+    colour = np.array(colorsys.hsv_to_rgb(hue, saturation**0.7, 1.0), dtype=np.float32)
+    wanted, own = rng.uniform(low, high), luminance(colour)
+    if wanted <= own:
+        return colour * np.float32(wanted / own)
+    # A bright blue is a pale one: mixed with white up to the luminance.
+    return colour + (1 - colour) * np.float32((wanted - own) / max(1 - own, 1e-6))
 
 
 def luminance(colour: np.ndarray) -> float:
@@ -208,12 +216,9 @@ def luminance(colour: np.ndarray) -> float:
     return float((colour * _LUMA).sum())
 
 
-def random_pair(rng: np.random.Generator, contrast: float) -> np.ndarray:
-    """Two colours at least `contrast` apart in luminance, either of them the brighter; (2, 3) float32."""
-    while True:
-        pair = np.stack([random_colour(rng), random_colour(rng)])
-        if abs(luminance(pair[0]) - luminance(pair[1])) >= contrast:
-            return pair
+def random_pair(rng: np.random.Generator, dark: tuple[float, float], bright: tuple[float, float]) -> np.ndarray:
+    """A dark and a bright colour, each of any hue, with luminances in the given ranges; (2, 3) float32."""
+    return np.stack([random_colour(rng, *dark), random_colour(rng, *bright)])
 
 
 def paint(pattern: np.ndarray, pair: np.ndarray) -> np.ndarray:

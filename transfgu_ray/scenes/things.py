@@ -8,11 +8,20 @@ from PIL import Image, ImageDraw
 from transfgu_ray.scenes.builders import BUILDERS
 from transfgu_ray.scenes.frame import Frame, turn
 from transfgu_ray.scenes.shapes import Material, Part
-from transfgu_ray.scenes.textures import SURFACES, luminance, paint, random_colour, random_pair
+from transfgu_ray.scenes.textures import SURFACES, paint, random_colour, random_pair
 
 # Silhouettes are drawn this many times larger and reduced.
 _SUPERSAMPLE = 2
-_TYPICAL_SURFACE = 0.7
+_TYPICAL_SURFACE = 0.8
+# How light each material is, whatever its hue.
+_LUMINANCES = {
+    Material.SECOND: (0.35, 0.6),
+    Material.TRIM: (0.2, 0.45),
+    Material.GLASS: (0.55, 0.8),
+    Material.DARK: (0.02, 0.15),
+    Material.LIGHT: (0.75, 0.95),
+    Material.EDGE: (0.0, 0.1),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
         (material, points * scale + corner - origin) for (material, _), points in zip(parts, outlines, strict=True)
     ]
     index = _materials(placed, width, height, side_px)
-    pair = random_pair(rng, 0.33)
-    index.putpalette(_palette(rng, pair))
+    pair = random_pair(rng, (0.08, 0.3), (0.62, 0.9))
+    index.putpalette(_palette(rng))
     flat = np.asarray(index.convert("RGB").reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
     kinds = np.asarray(index)
     body, cover = _share(kinds == Material.BODY), _share(kinds != Material.HOLE)
@@ -93,26 +102,18 @@ def _materials(parts: list[Part], width: int, height: int, side_px: float) -> Im
 
 
 def _pose(rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 15 %, then a turn of up to 20 degrees."""
-    cos, sin = turn(rng.uniform(-20, 20))
+    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 15 %, then a turn of up to 15 degrees."""
+    cos, sin = turn(rng.uniform(-15, 15))
     aspect, shear = rng.uniform(0.86, 1.15), rng.uniform(-0.15, 0.15)
     aspect *= 1 if rng.random() < 0.5 else -1
     return cos * aspect, cos * shear - sin, sin * aspect, sin * shear + cos
 
 
-def _palette(rng: np.random.Generator, pair: np.ndarray) -> list[int]:
+def _palette(rng: np.random.Generator) -> list[int]:
     """RGB of each material; body and hole stay black, since the one is painted later and the other is nothing."""
-    mean = pair.mean(0)
     colours = np.zeros((len(Material), 3), dtype=np.float32)
-    for material in (Material.SECOND, Material.TRIM, Material.GLASS, Material.DARK, Material.LIGHT, Material.EDGE):
-        colour = random_colour(rng)
-        # Parts must stand out from the body, or there is nothing to see of them.
-        while np.abs(colour - mean).max() < 0.25:
-            colour = random_colour(rng)
-        colours[material] = colour
-    # Eyes and wheels: a dark and a light part, or the other way round.
-    while abs(luminance(colours[Material.DARK]) - luminance(colours[Material.LIGHT])) < 0.25:
-        colours[Material.DARK], colours[Material.LIGHT] = random_colour(rng), random_colour(rng)
+    for material, (low, high) in _LUMINANCES.items():
+        colours[material] = random_colour(rng, low, high)
     return np.rint(colours * 255).astype(int).ravel().tolist()
 
 
