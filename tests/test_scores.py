@@ -39,8 +39,10 @@ def test_metrics_json__scores_of_both_granularities_worked_by_hand():
 
 def test_metrics_json__what_has_no_meaning_is_null():
     confusion = np.eye(6, dtype=np.int64)
-    coarse = _metrics(dict.fromkeys(STAGE_NAMES, confusion), _config("concepts.granularity=super"), KINDS[:6])
+    coarse = _metrics(dict.fromkeys(STAGE_NAMES, confusion), _config("concepts.granularity=super"), KINDS[8:14])
     assert coarse["stages"]["trained"]["super"] is None
+    header = ["scenes val super-categories, %", "mIoU", "accuracy", "foreground IoU", "coverage"]
+    assert score_table(coarse)[0] == header
     assert [row["name"] for row in coarse["per_class"]] == ["animal", "vehicle", "furniture", "plant", "ground", "wall"]
     together = _metrics(_confusions(8), kinds=["any"] * 16)
     assert together["stages"]["trained"]["foreground_iou"] is None
@@ -69,7 +71,7 @@ def test_score_table__baselines_below_the_stages():
     )
     assert set(metrics["baselines"]["raw_colour"]) == {"miou", "pixel_accuracy", "coverage", "super"}
     header, rows = score_table(metrics)
-    assert header == ["scenes val", "mIoU %", "accuracy %", "foreground IoU %", "super mIoU %", "coverage %"]
+    assert header == ["scenes val, %", "mIoU", "accuracy", "foreground IoU", "super mIoU", "coverage"]
     assert [row[0] for row in rows] == [*STAGE_NAMES, "k-means, colours", "k-means, patch tokens"]
     assert rows[2] == ["bootstrapped", "68.33", "81.01", "98.33", "87.94", "100.00"]
     assert rows[3] == ["k-means, colours", "100.00", "100.00", "", "100.00", "100.00"]
@@ -86,6 +88,6 @@ def test_score_table__columns_without_a_value_are_left_out():
     confusion = np.zeros((21, 2), dtype=np.int64)
     confusion[0, 0], confusion[8, 0], confusion[9, 1], confusion[9, 0] = 9, 1, 1, 9
     metrics = _metrics(dict.fromkeys(STAGE_NAMES, confusion), config, ["any"] * 2)
-    assert score_table(metrics)[0] == ["voc val", "mIoU %", "accuracy %", "coverage %"]
+    assert score_table(metrics)[0] == ["voc val, %", "mIoU", "accuracy", "coverage"]
     # The cat has no concept, the chair one pixel of ten.
     assert score_lines(metrics) == ["objects at IoU >= 0.3: 0 of 2"]

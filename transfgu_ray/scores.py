@@ -12,7 +12,7 @@ from transfgu_ray.config import RunConfig
 STAGE_NAMES = ("initial", "trained", "bootstrapped")
 _BASELINE_TITLES = {
     "patch_tokens": "k-means, patch tokens",
-    "random_vit": "k-means, patch tokens of an untrained ViT",
+    "random_vit": "k-means, untrained ViT",
     "raw_colour": "k-means, colours",
 }
 # An object class counts as found from this IoU on.
@@ -98,21 +98,22 @@ def _per_class(config: RunConfig, found: Score) -> list[dict[str, Any]]:
 
 
 def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a stage or baseline each; columns without a single value are left out.
+    """Header and rows, a stage or baseline each, in percent; columns without a single value are left out.
 
     Args:
         metrics: content of a metrics.json that is scored.
     """
     titled = metrics["stages"] | {_BASELINE_TITLES[name]: s for name, s in metrics["baselines"].items()}
     columns = {
-        "mIoU %": [s["miou"] for s in titled.values()],
-        "accuracy %": [s["pixel_accuracy"] for s in titled.values()],
-        "foreground IoU %": [s.get("foreground_iou") for s in titled.values()],
-        "super mIoU %": [s["super"] and s["super"]["miou"] for s in titled.values()],
-        "coverage %": [s["coverage"] for s in titled.values()],
+        "mIoU": [s["miou"] for s in titled.values()],
+        "accuracy": [s["pixel_accuracy"] for s in titled.values()],
+        "foreground IoU": [s.get("foreground_iou") for s in titled.values()],
+        "super mIoU": [s["super"] and s["super"]["miou"] for s in titled.values()],
+        "coverage": [s["coverage"] for s in titled.values()],
     }
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    header = [f"{metrics['dataset']} {metrics['split']}", *columns]
+    coarser = " super-categories" if metrics["granularity"] == "super" else ""
+    header = [f"{metrics['dataset']} {metrics['split']}{coarser}, %", *columns]
     rows = [
         [title, *("" if value is None else f"{100 * value:.2f}" for value in values)]
         for title, *values in zip(titled, *columns.values(), strict=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from transfgu_ray.algorithms.baselines import (
     centroid_maps,
@@ -55,7 +54,7 @@ class PatchFeatures:
         encoder = load_run_encoder(run, precision, device)
         self.grid_hw = encoder.grid_hw(config.data.image_size)
         self.device = device
-        self._size, self._batch_size = config.data.image_size, config.cam.batch_size
+        self._batch_size = config.cam.batch_size
         self._of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         for name in config.evaluate.baselines:
             if name == "patch_tokens":
@@ -67,10 +66,9 @@ class PatchFeatures:
                 self._of[name] = partial(patch_colours, patch_size=encoder.patch_size)
         self.widths = {name: 3 if name == "raw_colour" else encoder.embed_dim for name in self._of}
 
-    def __call__(self, images: list[Image.Image]) -> Iterator[dict[str, torch.Tensor]]:
-        """Features (patches, width) of each photograph, row by row."""
-        working = np.array([to_working(image, self._size) for image in images])
-        for _, batch in batched_rows(working, self._batch_size):
+    def __call__(self, working: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
+        """Features (patches, width) of each photograph at its working size, row by row."""
+        for _, batch in batched_rows(np.array(working), self._batch_size):
             inputs = torch.from_numpy(batch).to(self.device)
             found = {name: extract(inputs) for name, extract in self._of.items()}
             yield from ({name: values[i] for name, values in found.items()} for i in range(len(batch)))
@@ -88,10 +86,10 @@ class BaselineMapper:
         self._features = features
         self._centroids = {name: torch.from_numpy(c).to(features.device) for name, c in centroids.items()}
 
-    def __call__(self, images: list[Image.Image]) -> Iterator[list[torch.Tensor]]:
-        """The maps of each photograph, in order of the centroids."""
+    def __call__(self, working: list[np.ndarray]) -> Iterator[list[torch.Tensor]]:
+        """The maps of each photograph at its working size, in order of the centroids."""
         grid_hw = self._features.grid_hw
-        for found in self._features(images):
+        for found in self._features(working):
             yield [centroid_maps(found[name][None], c, grid_hw)[0] for name, c in self._centroids.items()]
 
 
@@ -106,17 +104,20 @@ class PatchSampler(PartWorker):
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
-        stats, limits, features = PartStats(), self._config.data, self._features
-        decoded = list(decode_photos(photos, limits.min_side_px, limits.max_pixels, stats))
+        stats, data, features = PartStats(), self._config.data, self._features
+        working = {
+            photo.image_id: to_working(image, data.image_size)
+            for photo, image in decode_photos(photos, data.min_side_px, data.max_pixels, stats)
+        }
         # The place in the list, which a refused photograph keeps too.
         numbers = {photo.image_id: unit * _PHOTOS_A_UNIT + i for i, photo in enumerate(photos)}
         image_ids: list[str] = []
         patches = [np.empty(0, dtype=np.int32)]
         columns = {name: [np.empty((0, width), dtype=np.float16)] for name, width in features.widths.items()}
-        for (photo, _), found in zip(decoded, features([image for _, image in decoded]), strict=True):
+        for image_id, found in zip(working, features(list(working.values())), strict=True):
             height, width = features.grid_hw
-            drawn = draw_patches(height * width, self._patches_a_photo, self._config.seed, numbers[photo.image_id])
-            image_ids += [photo.image_id] * len(drawn)
+            drawn = draw_patches(height * width, self._patches_a_photo, self._config.seed, numbers[image_id])
+            image_ids += [image_id] * len(drawn)
             patches.append(drawn.astype(np.int32))
             for name, values in found.items():
                 columns[name].append(values.cpu().numpy()[drawn].astype(np.float16))
@@ -162,13 +163,20 @@ def fit_baselines(
     result = build_table_of_parts(
         run, _TABLE, fingerprint, root, chosen, _PHOTOS_A_UNIT, PatchSampler, arguments, resources, progress
     )
-    task = ray.remote(_cluster).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+    task = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
         centroids = ray.get(task.remote(run.uri, config, num_clusters, resources.threads, resources.device == "cuda"))
     return centroids, result
 
 
-def _cluster(run_uri: str, config: RunConfig, num_clusters: int, threads: int, use_gpu: bool) -> dict[str, np.ndarray]:
+def cluster_patches(
+    run_uri: str, config: RunConfig, num_clusters: int, threads: int, use_gpu: bool
+) -> dict[str, np.ndarray]:
+    """Centroids of each baseline from the table of drawn patches.
+
+    Raises:
+        DataError: fewer patches than clusters.
+    """
     import faiss
 
     faiss.omp_set_num_threads(threads)

@@ -113,8 +113,10 @@ class Evaluator(UnitWorker):
                 maps[stage] += model.decode(tokens, size)
         scored = config.evaluate_image_size
         masks = [[upsample_argmax(m, scored).cpu().numpy() for m in stages] for stages in zip(*maps, strict=True)]
-        for of_image, of_baselines in zip(masks, self._baselines(images) if self._baselines else [], strict=False):
-            of_image += [upsample_argmax(m, scored).cpu().numpy() for m in of_baselines]
+        if self._baselines is not None:
+            working = [to_working(i, config.data.image_size) for i in images]
+            for of_image, of_baselines in zip(masks, self._baselines(working), strict=True):
+                of_image += [upsample_argmax(m, scored).cpu().numpy() for m in of_baselines]
         return masks
 
     def _write_sample(

@@ -1,0 +1,129 @@
+"""The workers of the evaluate stage, bare: scores of scenes, refusals, and what the baselines draw. No Ray."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.builders import make_scenes
+from tests.pipeline.conftest import TINY
+from transfgu_ray.artifacts import Run
+from transfgu_ray.config import build_config
+from transfgu_ray.datasets import list_images
+from transfgu_ray.images import decode_label, resize_label
+from transfgu_ray.model import build_decoder, save_decoder
+from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
+from transfgu_ray.pipeline.evaluate import Evaluator
+from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.pipeline.train_rounds import model_config
+from transfgu_ray.presets import get_preset
+from transfgu_ray.prior import ENCODER, resolve_encoder
+from transfgu_ray.schemas import build_table, concepts_schema, to_parquet
+from transfgu_ray.scores import STAGE_NAMES, metrics_json
+from transfgu_ray.storage import Folder
+
+KINDS = ("foreground",) * 12 + ("background",) * 4
+BARE = {"device": "cpu", "threads": 1}
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Run:
+    """A run on scenes of 64 px with random concepts and decoders, one concept a class."""
+    scenes = make_scenes(tmp_path / "scenes", num_train=3, num_val=2, size=(64, 64))
+    named = (f"data.root={scenes}", "data.dataset=scenes", "concepts.num_concepts=null")
+    run = Run.open(str(tmp_path / "run"), build_config(get_preset("tiny_cpu"), None, [*TINY, *named]))
+    run.folder.write_bytes(ENCODER, resolve_encoder(run.config))
+    concepts = {
+        "concept_id": np.arange(16, dtype=np.int32),
+        "kind": KINDS,
+        "centroid": np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32),
+        "num_crops": np.ones(16, dtype=np.int64),
+    }
+    run.folder.write_bytes("concepts.parquet", to_parquet(build_table(concepts, concepts_schema(24)), {}))
+    config = model_config(run.config, list(KINDS), "")
+    for name in ("decoder_round_0", "decoder"):
+        state = build_decoder(config, 24).state_dict()
+        save_decoder(Folder(run.folder.uri_of("model")), state, config, name)
+    return run
+
+
+def read_photos(run: Run, split: str) -> list[Photo]:
+    root = Path(run.config.data.root)
+    return [
+        Photo(ref.image_id, (root / ref.image_id).read_bytes(), (root / str(ref.label_id)).read_bytes(), None)
+        for ref in list_images(run.config.data, split, run.config.concepts.granularity).images
+    ]
+
+
+def draw(run: Run, photos: list[Photo], patches_a_photo: int) -> dict[str, list[dict]]:
+    """Rows of the table of drawn patches, by photograph."""
+    config = run.config.model_dump(mode="json")
+    part = {"run_uri": run.folder.uri, "table": "baselines", "fingerprint": "", **BARE}
+    PatchSampler(config, patches_a_photo, **part).process(0, photos)
+    rows: dict[str, list[dict]] = {}
+    for row in pq.read_table(Path(run.folder.path) / "baselines/part-000000.parquet").to_pylist():
+        rows.setdefault(row["image_id"], []).append(row)
+    return rows
+
+
+def test_patch_sampler__draws_of_a_photograph_do_not_depend_on_the_others(untrained: Run) -> None:
+    photos = read_photos(untrained, "train")
+    drawn = draw(untrained, photos, patches_a_photo=10)
+    assert [len({row["patch"] for row in rows}) for rows in drawn.values()] == [10, 10, 10]
+    pixels = np.asarray(Image.open(io.BytesIO(photos[2].data or b"")), dtype=np.float64) / 255
+    for row in drawn[photos[2].image_id]:
+        y, x = 8 * (row["patch"] // 8), 8 * (row["patch"] % 8)
+        np.testing.assert_allclose(row["raw_colour"], pixels[y : y + 8, x : x + 8].mean((0, 1)), atol=1e-3)
+        assert np.isfinite(row["patch_tokens"] + row["random_vit"]).all()
+    damaged = Photo(photos[1].image_id, b"", None, None)
+    again = draw(untrained, [photos[0], damaged, photos[2]], patches_a_photo=10)
+    assert again == {name: rows for name, rows in drawn.items() if name != damaged.image_id}
+
+
+def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> None:
+    draw(untrained, read_photos(untrained, "train"), patches_a_photo=20)
+    centroids = cluster_patches(untrained.folder.uri, untrained.config, 7, threads=1, use_gpu=False)
+    shapes = {name: values.shape for name, values in centroids.items()}
+    assert shapes == {"patch_tokens": (7, 24), "random_vit": (7, 24), "raw_colour": (7, 3)}
+
+
+def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:
+    config, photos = untrained.config, read_photos(untrained, "val")
+    labels = np.stack([decode_label(photo.label or b"") for photo in photos])
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(photo.data or b""))) for photo in photos]) / 255
+    # The true colour of each class that is there; nothing is near the others.
+    colours = np.full((16, 3), 9.0, dtype=np.float32)
+    for class_id in set(np.unique(labels)) - {255}:
+        colours[class_id] = pixels[labels == class_id].mean(0)
+    evaluator = Evaluator(untrained.folder.uri, config.model_dump(mode="json"), 16, [], {"raw_colour": colours}, **BARE)
+    confusions = np.load(io.BytesIO(evaluator.process(0, photos).partition(b"\n")[2]))
+    small = np.stack([resize_label(label, (32, 32)) for label in labels])
+    assert confusions.sum((1, 2)).tolist() == [(small != 255).sum()] * 4
+    metrics = metrics_json(
+        config, "val", 2, dict(zip((*STAGE_NAMES, "raw_colour"), confusions, strict=True)), KINDS, ""
+    )
+    for scores in [*metrics["stages"].values(), *metrics["baselines"].values()]:
+        # A pixel of the right class is of the right coarser class.
+        assert scores["super"]["pixel_accuracy"] >= scores["pixel_accuracy"]
+    assert metrics["baselines"]["raw_colour"]["pixel_accuracy"] > 0.85
+    assert metrics["stages"]["trained"]["pixel_accuracy"] < 0.85
+
+
+def test_evaluator__refuses_labels_that_it_cannot_score(untrained: Run) -> None:
+    photo, *_ = read_photos(untrained, "val")
+    png = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 77, dtype=np.uint8)).save(png, "PNG")
+    labels = {"good": photo.label, "unknown": png.getvalue(), "absent": None, "damaged": (photo.label or b"")[:40]}
+    evaluator = Evaluator(untrained.folder.uri, untrained.config.model_dump(mode="json"), 16, [], {}, **BARE)
+    result = evaluator.process(0, [Photo(name, photo.data, data, None) for name, data in labels.items()])
+    stats = json.loads(result.partition(b"\n")[0])
+    assert stats["images"] == 1
+    assert {refusal["image_id"]: refusal["reason"].split(":")[0] for refusal in stats["refused"]} == {
+        "unknown": "its label holds the unknown id 77; known are 0 to 15, 255",
+        "absent": "its label cannot be read",
+        "damaged": "label damaged",
+    }
