@@ -1,12 +1,15 @@
 """What the command line refuses, in one sentence and with exit code 2; and how fast it answers."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.builders import make_folder, make_scenes
+from tests.builders import TINY_OVERRIDES, TINY_VIT, make_folder, make_scenes, make_table
+from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
 from transfgu_ray.cli import main
 from transfgu_ray.datasets import list_images
@@ -111,6 +114,76 @@ def test_run__missing_labels_are_told_before_anything_starts(
     (data / "masks/fine/val").rename(tmp_path / "elsewhere")
     arguments = ("run", str(tmp_path / "run"), "--preset", "demo", "--data", str(data), "--weights", "random")
     assert "data/masks/fine/val (dataset scenes): expected" in refusal(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--set", "dino.learning_rat=3"), "did you mean dino.learning_rate?"),
+        (("--set", "schedule.batch_size=9"), "more than the 3 images to train on"),
+        (("--set", "crops.global_size=60"), "patch of 8 px does not divide"),
+        (("--set", "encoder.name=resnet18"), "is not a usable vision transformer"),
+        (("--preset", "paper"), "unknown pretraining preset 'paper'"),
+        (("--data", "no/such/folder"), "does not exist"),
+        (("--val", "no/such/folder"), "data.val_root="),
+    ],
+)
+def test_pretrain__bad_input(
+    extra: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=3)
+    base = ("pretrain", str(tmp_path / "out"), "--preset", "small_photos", "--data", str(data))
+    assert words in refusal(capsys, monkeypatch, *base, *extra)
+
+
+def test_pretrain__nothing_said_about_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "holds no pretraining" in refusal(capsys, monkeypatch, "pretrain", str(tmp_path / "out"))
+    message = refusal(capsys, monkeypatch, "pretrain", str(tmp_path / "out"), "--preset", "small_photos")
+    assert "give --data DIR or set data.root" in message
+
+
+def test_presets__those_of_each_verb_under_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in ((), ("small_photos",)):
+        monkeypatch.setattr(sys, "argv", ["transfgu", "presets", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        out = capsys.readouterr().out
+        if arguments:
+            assert yaml.safe_load(out)["crops"]["hue"] == 0.1
+        else:
+            runs, _, pretrainings = out.partition("transfgu pretrain --preset")
+            assert "\n  paper" in runs
+            assert "\n  small_photos" in pretrainings
+
+
+def test_probe__prints_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_table(tmp_path / "train-0.parquet", 6)
+    make_table(tmp_path / "val-0.parquet", 4)
+    encoder = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
+    (tmp_path / "w.safetensors").write_bytes(dump_encoder(encoder, TINY_VIT, TINY_OVERRIDES))
+    arguments = ("probe", str(tmp_path / "w.safetensors"), "--data", str(tmp_path), "--image-size", "32")
+    monkeypatch.setattr(sys, "argv", ["transfgu", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(r"images +4 at 32 px", out)
+    assert re.search(r"k-NN top-1 +\d+\.\d\d % of 6 neighbours", out)
+    assert re.search(r"chance +50\.00 %", out)
+    assert re.search(r"IoU of attention +\d+\.\d\d %", out)
+    assert "no/such.safetensors cannot be read" in refusal(
+        capsys, monkeypatch, "probe", "no/such.safetensors", "--data", str(tmp_path)
+    )
 
 
 def test_help__imports_nothing_heavy() -> None:

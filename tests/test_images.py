@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import make_hostile_folder
-from transfgu_ray.images import ImageRefused, cut_crops, decode_label, decode_rgb, resize_label, to_working
+from transfgu_ray.images import ImageRefused, cut_crops, decode_label, decode_rgb, resize_label, to_square, to_working
 
 RED, BLUE = (230, 20, 20), (20, 20, 230)
 
@@ -180,6 +180,15 @@ def test_to_working__squashes_to_height_and_width_channels_first():
     assert working.dtype == np.uint8
     assert working[:, 28, 8].tolist() == list(RED)
     assert working[:, 28, 88].tolist() == list(BLUE)
+
+
+def test_to_square__centre_of_the_longer_side():
+    pixels = np.zeros((4, 10, 3), dtype=np.uint8)
+    pixels[:, 3:7] = np.arange(1, 5)[None, :, None]
+    square = to_square(Image.fromarray(pixels), 4)
+    np.testing.assert_array_equal(np.asarray(square), pixels[:, 3:7])
+    tall = to_square(Image.fromarray(pixels.transpose(1, 0, 2)), 8, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(np.asarray(tall)[::2, ::2], pixels.transpose(1, 0, 2)[3:7])
 
 
 def test_cut_crops__windows_of_the_image_resized():

@@ -13,7 +13,7 @@ from transfgu_ray.algorithms.probe import knn_accuracy, rank_me
 from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.image_sources import open_source, read_unit
-from transfgu_ray.probing import planned, probe
+from transfgu_ray.probing import Probe
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,9 @@ def test_probe__tables_with_masks_by_hand(tmp_path, weights):
     make_table(tmp_path / "train-0.parquet", 40, size=(32, 32))
     make_table(tmp_path / "val-0.parquet", 7, size=(32, 32), seed=1)
     done = []
-    result = probe(weights, str(tmp_path), progress=done.append)
-    assert sum(done) == planned(str(tmp_path)) == 47
+    prepared = Probe(weights, str(tmp_path))
+    result = prepared.run(done.append)
+    assert sum(done) == prepared.num_images == 47
     assert (result.image_size, result.num_bank, result.num_queries, result.refused) == (32, 40, 7, [])
     encoder = load_encoder(open(weights, "rb").read(), weights)  # noqa: SIM115
     source = open_source(str(tmp_path), "data", "--data")
@@ -63,7 +64,7 @@ def test_probe__class_folders_are_held_out_by_the_tenth(tmp_path, weights):
     for name in ("a", "b"):
         make_folder(tmp_path / name, num_images=10, size=(70, 50), seed=ord(name))
     (tmp_path / "a" / "broken.jpg").write_bytes(b"no picture")
-    result = probe(weights, str(tmp_path), image_size=24)
+    result = Probe(weights, str(tmp_path), image_size=24).run()
     assert (result.image_size, result.num_bank + result.num_queries, len(result.refused)) == (24, 20, 1)
     assert result.num_queries in (1, 2)
     assert 0 <= result.knn_top1 <= 1
@@ -72,7 +73,7 @@ def test_probe__class_folders_are_held_out_by_the_tenth(tmp_path, weights):
 
 def test_probe__without_labels_there_is_rank_alone(tmp_path, weights):
     make_folder(tmp_path, num_images=12)
-    result = probe(weights, str(tmp_path))
+    result = Probe(weights, str(tmp_path)).run()
     assert (result.knn_top1, result.knn_chance, result.num_bank) == (None, None, 0)
     assert result.rank_me == pytest.approx(1)
 
@@ -80,8 +81,8 @@ def test_probe__without_labels_there_is_rank_alone(tmp_path, weights):
 def test_probe__refusals(tmp_path, weights):
     make_folder(tmp_path / "good", num_images=2)
     with pytest.raises(ConfigError, match=r"--image-size 33 must be a multiple of the encoder's patch of 8 px"):
-        probe(weights, str(tmp_path / "good"), image_size=33)
+        Probe(weights, str(tmp_path / "good"), image_size=33)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"no image to measure on; the first, a\.jpg: empty file"):
-        probe(weights, str(tmp_path / "bad"))
+        Probe(weights, str(tmp_path / "bad")).run()

@@ -94,3 +94,27 @@ def test_resolve__refuses_a_store_whose_library_or_host_fails(monkeypatch):
     monkeypatch.setattr(pafs, "FileSystem", Broken)
     with pytest.raises(ArtifactError, match=r"cannot open hdfs://name/run: Unable to load libjvm$"):
         resolve("hdfs://name/run")
+
+
+def test_try_read__content_or_reason(tmp_path):
+    folder = Folder(str(tmp_path))
+    (tmp_path / "a").write_bytes(b"1")
+    assert folder.try_read("a") == (b"1", None)
+    data, reason = folder.try_read("b")
+    assert data is None
+    assert reason.startswith("cannot be read: ")
+
+
+def test_try_read__passing_failures_are_tried_again(tmp_path, monkeypatch):
+    folder, answers = Folder(str(tmp_path)), [OSError("busy"), OSError("busy"), b"1"]
+
+    def read(name):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(folder, "read_bytes", read)
+    assert folder.try_read("a") == (b"1", None)
+    answers += [OSError("gone\nfor good")] * 3
+    assert folder.try_read("a") == (None, "cannot be read: gone")

@@ -181,12 +181,11 @@ def probe(
     The neighbours come from the tables train-*.parquet and are asked about val-*.parquet; of any other layout a tenth
     is held out.
     """
-    from transfgu_ray.probing import planned
-    from transfgu_ray.probing import probe as verb
+    from transfgu_ray.probing import Probe
 
-    terminal = Terminal(quiet)
-    with terminal.stage("probe", planned(data), "images") as progress:
-        result = verb(weights, data, image_size, progress)
+    terminal, prepared = Terminal(quiet), Probe(weights, data, image_size)
+    with terminal.stage("probe", prepared.num_images, "images") as progress:
+        result = prepared.run(progress)
     _note_refused(terminal, result.refused)
     rows = [["images", f"{result.num_queries} at {result.image_size} px"]]
     if result.knn_top1 is not None:

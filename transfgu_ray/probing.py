@@ -65,77 +65,88 @@ class _Seen:
     ious: list[torch.Tensor] = field(default_factory=list)
 
 
-def probe(
-    weights: str, data: str, image_size: int | None = None, progress: Callable[[int], None] = lambda done: None
-) -> ProbeResult:
-    """Measures an encoder on the splits train (bank) and val (queries) of tables, else on a tenth held out.
+class Probe:
+    """An encoder, and the images of the splits train (bank) and val (queries) of tables, else a tenth held out.
 
     Args:
         weights: checkpoint file, or a word that `encoder.weights` knows.
         data: folder of images or Parquet tables, or one table.
         image_size: side in px of the images; None takes what the encoder was trained at.
-        progress: takes images done.
 
     Raises:
         TransfguError: weights or images cannot be used, or the size is no multiple of the patch.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(read_encoder(EncoderConfig(weights=weights), _SEED), weights, device=device)
-    size = image_size or encoder.vit.patch_embed.img_size[0]
-    if size % encoder.patch_size:
-        raise ConfigError(f"--image-size {size} must be a multiple of the encoder's patch of {encoder.patch_size} px")
-    seen = {"bank": _Seen(), "queries": _Seen()}
-    refused: list[dict[str, str]] = []
-    for role, images in _batches(open_source(data, "data", "--data"), size, refused, progress):
-        _look(encoder, size, images, seen[role])
-    queries, bank = seen["queries"], seen["bank"]
-    if not queries.labels:
-        first = f"; the first, {refused[0]['image_id']}: {refused[0]['reason']}" if refused else ""
-        raise DataError(f"{data} gives no image to measure on{first}")
-    tokens = torch.cat(queries.tokens)
-    result = ProbeResult(size, 0, len(tokens), rank_me(tokens), refused=refused)
-    names = sorted({label for label in bank.labels + queries.labels if label is not None})
-    labelled = [i for i, label in enumerate(queries.labels) if label is not None]
-    voters = [i for i, label in enumerate(bank.labels) if label is not None]
-    if labelled and voters:
-        truth = torch.tensor([names.index(queries.labels[i]) for i in labelled])
-        votes = torch.tensor([names.index(bank.labels[i]) for i in voters])
-        result.num_bank = len(voters)
-        result.knn_top1 = knn_accuracy(torch.cat(bank.tokens)[voters], votes, tokens[labelled], truth)
-        result.knn_chance = int(truth.bincount().max()) / len(truth)
-    if queries.ious:
-        result.object_iou = dict(zip(PRIORS, torch.cat(queries.ious).mean(0).tolist(), strict=True))
-    return result
+
+    def __init__(self, weights: str, data: str, image_size: int | None = None) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._encoder = load_encoder(read_encoder(EncoderConfig(weights=weights), _SEED), weights, device=device)
+        self._size = image_size or self._encoder.vit.patch_embed.img_size[0]
+        patch = self._encoder.patch_size
+        if self._size % patch:
+            raise ConfigError(f"--image-size {self._size} must be a multiple of the encoder's patch of {patch} px")
+        self._data, self._source = data, open_source(data, "data", "--data")
+        self._roles = _choose(self._source)
+
+    @property
+    def num_images(self) -> int:
+        """How many images are looked at, refused ones included."""
+        return len(self._roles)
+
+    def run(self, progress: Callable[[int], None] = lambda done: None) -> ProbeResult:
+        """Measures; `progress` takes images done.
+
+        Raises:
+            DataError: no image can be used.
+        """
+        seen = {"bank": _Seen(), "queries": _Seen()}
+        refused: list[dict[str, str]] = []
+        for role, pictures in _batches(self._source, self._roles, self._size, refused, progress):
+            _look(self._encoder, self._size, pictures, seen[role])
+        queries, bank = seen["queries"], seen["bank"]
+        if not queries.labels:
+            first = f"; the first, {refused[0]['image_id']}: {refused[0]['reason']}" if refused else ""
+            raise DataError(f"{self._data} gives no image to measure on{first}")
+        tokens = torch.cat(queries.tokens)
+        result = ProbeResult(self._size, 0, len(tokens), rank_me(tokens), refused=refused)
+        names = sorted({label for label in bank.labels + queries.labels if label is not None})
+        labelled = [i for i, label in enumerate(queries.labels) if label is not None]
+        voters = [i for i, label in enumerate(bank.labels) if label is not None]
+        if labelled and voters:
+            truth = torch.tensor([names.index(queries.labels[i]) for i in labelled])
+            votes = torch.tensor([names.index(bank.labels[i]) for i in voters])
+            result.num_bank = len(voters)
+            result.knn_top1 = knn_accuracy(torch.cat(bank.tokens)[voters], votes, tokens[labelled], truth)
+            result.knn_chance = int(truth.bincount().max()) / len(truth)
+        if queries.ious:
+            result.object_iou = dict(zip(PRIORS, torch.cat(queries.ious).mean(0).tolist(), strict=True))
+        return result
 
 
-def planned(data: str) -> int:
-    """How many images `probe` will look at, refused ones included."""
-    return sum(len(rows) for rows in _choose(open_source(data, "data", "--data")).values())
-
-
-def _choose(source: Source) -> dict[str, np.ndarray]:
-    """Positions, in the order of the units, of the bank and of the queries."""
+def _choose(source: Source) -> dict[int, str]:
+    """Position of an image, in the order of the units -> bank or queries."""
     is_val = np.concatenate([np.full(unit.num_images, unit.split == "val") for unit in source.units])
     rng = np.random.default_rng(_SEED)
     if not is_val.any():
         is_val[rng.permutation(len(is_val))[: max(1, min(1000, len(is_val) // 10))]] = True
-    bank, queries = np.flatnonzero(~is_val), np.flatnonzero(is_val)
-    return {"bank": rng.permutation(bank)[:_MAX_BANK], "queries": rng.permutation(queries)[:_MAX_QUERIES]}
+    bank = rng.permutation(np.flatnonzero(~is_val))[:_MAX_BANK]
+    queries = rng.permutation(np.flatnonzero(is_val))[:_MAX_QUERIES]
+    return dict.fromkeys(bank.tolist(), "bank") | dict.fromkeys(queries.tolist(), "queries")
 
 
 def _batches(
-    source: Source, size: int, refused: list[dict[str, str]], progress: Callable[[int], None]
+    source: Source,
+    roles: dict[int, str],
+    size: int,
+    refused: list[dict[str, str]],
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[str, list[_Picture]]]:
     """Decoded images with their role, a batch of one role at a time."""
-    role_of: dict[int, str] = {}
-    for role, positions in _choose(source).items():
-        role_of.update(dict.fromkeys(positions.tolist(), role))
     waiting: dict[str, list[_Picture]] = {"bank": [], "queries": []}
     position = -1
     for unit in source.units:
         for image in read_unit(source.root, unit):
             position += 1
-            role = role_of.get(position)
+            role = roles.get(position)
             if role is None:
                 continue
             progress(1)

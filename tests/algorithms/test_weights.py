@@ -165,3 +165,14 @@ def test_build_vit__refuses_overrides_that_do_not_fit(name, overrides):
 def test_load_encoder__refuses_safetensors_of_others(vit):
     with pytest.raises(WeightsError, match="not an encoder written by this package"):
         load_encoder(safetensors.torch.save(vit.state_dict()), "e")
+
+
+def test_dump_encoder__half_precision_and_facts(vit):
+    data = dump_encoder(vit, TINY_VIT, TINY_OVERRIDES, torch.float16, {"recipe": "{}", "name": "another"})
+    state, metadata = read_safetensors(data, "mine")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert (metadata["recipe"], metadata["name"]) == ("{}", TINY_VIT)
+    assert metadata["weights_sha256"] == hash_weights(state)
+    loaded = load_encoder(data, "mine").vit.state_dict()
+    assert all(torch.equal(value, vit.state_dict()[name].half().float()) for name, value in loaded.items())
+    assert len(data) < 0.6 * len(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES))
