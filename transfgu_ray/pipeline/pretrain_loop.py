@@ -29,7 +29,7 @@ PROGRESS = "train/progress.json"
 _PROGRESS_SECONDS = 2.0
 # Bytes that a reading task gives, and tasks of one Ray Data pipeline: starting one takes about a second.
 _TASK_BYTES = 8 * 2**20
-_TASKS = 1000
+_TASKS = 8
 # Images that k-NN and RankMe look at.
 _MAX_BANK, _MAX_QUERIES, _PROBE_BATCH = 5000, 5000, 64
 

@@ -190,7 +190,7 @@ def _stuff_ground(
 def _quiet_pair(rng: np.random.Generator) -> np.ndarray:
     """Colours of a ground: less contrast than on objects, as behind most things that people photograph."""
     middle = rng.uniform(0.25, 0.65)
-    return random_pair(rng, (middle - 0.15, middle - 0.07), (middle + 0.07, middle + 0.15))
+    return random_pair(rng, (middle - 0.1, middle - 0.04), (middle + 0.04, middle + 0.1))
 
 
 def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarray:

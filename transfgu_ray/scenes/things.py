@@ -70,7 +70,7 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
         (material, points * scale + corner - origin) for (material, _), points in zip(parts, outlines, strict=True)
     ]
     index = _materials(placed, width, height, side_px)
-    pair = random_pair(rng, (0.08, 0.3), (0.62, 0.9))
+    pair = random_pair(rng, (0.08, 0.22), (0.7, 0.9))
     index.putpalette(_palette(rng))
     flat = np.asarray(index.convert("RGB").reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
     kinds = np.asarray(index)
@@ -102,9 +102,9 @@ def _materials(parts: list[Part], width: int, height: int, side_px: float) -> Im
 
 
 def _pose(rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 15 %, then a turn of up to 15 degrees."""
-    cos, sin = turn(rng.uniform(-15, 15))
-    aspect, shear = rng.uniform(0.86, 1.15), rng.uniform(-0.15, 0.15)
+    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 10 %, then a turn of up to 12 degrees."""
+    cos, sin = turn(rng.uniform(-12, 12))
+    aspect, shear = rng.uniform(0.9, 1.11), rng.uniform(-0.1, 0.1)
     aspect *= 1 if rng.random() < 0.5 else -1
     return cos * aspect, cos * shear - sin, sin * aspect, sin * shear + cos
 
