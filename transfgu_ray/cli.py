@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -128,6 +129,32 @@ def predict(
         stats = verb.predict(source, root, photos, target, resources, progress)
     _note_refused(terminal, stats.refused)
     terminal.note(f"{stats.images} masks in {target.uri_of('masks')}, overlays in {target.uri_of('overlays')}")
+
+
+class Pictures(StrEnum):
+    """What `transfgu render` makes."""
+
+    OBJECTS = "objects"
+    SCENES = "scenes"
+
+
+@app.command()
+def render(
+    what: Annotated[Pictures, typer.Argument(help="objects: one a picture, Parquet. scenes: several, with masks.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI.")],
+    num_train: Annotated[int, typer.Option(min=1, help="Pictures to learn from.")],
+    num_val: Annotated[int, typer.Option(min=1, help="Pictures to measure on.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Pictures without third-party art: objects to pretrain on, or labelled scenes for `--dataset scenes`."""
+    from transfgu_ray.scenes import write_objects, write_scenes
+
+    if what is Pictures.SCENES:
+        write_scenes(out, num_train, num_val, seed)
+    else:
+        write_objects(out, num_train, seed, "train")
+        write_objects(out, num_val, seed, "val")
+    typer.echo(f"{num_train} {what} to learn from and {num_val} to measure on in {out}")
 
 
 @app.command()

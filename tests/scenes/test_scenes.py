@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from transfgu_ray.cli import main
 from transfgu_ray.errors import DataError
 from transfgu_ray.scenes import (
     CLASSES,
@@ -173,7 +174,9 @@ def test_render_object__colour_does_not_tell_the_class():
     for number, label in enumerate(labels):
         image, mask = render_object(_rng(number), int(label), 32)
         colours.append(image[mask == 1].mean(0))
+    # How light a class is on the whole follows from its parts; what is tested is hue and saturation.
     colours = np.stack(colours)
+    colours = colours - (colours @ (0.299, 0.587, 0.114))[:, None]
     centroids = np.stack([colours[:300][labels[:300] == i].mean(0) for i in range(12)])
     guess = np.square(colours[300:, None] - centroids).sum(-1).argmin(1)
     # Chance is 0.083, with a deviation of 0.016 over 300 pictures.
@@ -260,3 +263,20 @@ def test_write_objects__refuses(tmp_path, count, split):
     with pytest.raises(DataError, match=f"count={count} must be >= 1 and split='{split}' must be"):
         write_objects(str(tmp_path), count, 0, split)
     assert not _files(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["objects", "scenes"])
+def test_render__writes_both_splits(what, tmp_path, capsys, monkeypatch):
+    command = ["transfgu", "render", what, str(tmp_path / "out"), "--num-train", "2", "--num-val", "1", "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(write, "_spread", lambda work, items, num_processes: map(work, items))
+    with pytest.raises(SystemExit) as exit_code:
+        main()
+    assert not exit_code.value.code
+    assert f"2 {what} to learn from and 1 to measure on" in capsys.readouterr().out
+    if what == "objects":
+        write_objects(str(tmp_path / "same"), 2, 3, "train", num_processes=1)
+        write_objects(str(tmp_path / "same"), 1, 3, "val", num_processes=1)
+    else:
+        write_scenes(str(tmp_path / "same"), 2, 1, 3, num_processes=1)
+    assert _files(tmp_path / "out") == _files(tmp_path / "same")

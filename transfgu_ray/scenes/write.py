@@ -123,14 +123,6 @@ def write_scenes(
     _finish(target, "render.json", arguments)
 
 
-def render_scenes(folder: str, count: int = 24, seed: int = 0) -> None:
-    """Writes `count` PNG scenes without labels, the same for the same seed."""
-    target = Folder(folder)
-    for number in range(count):
-        image, _ = render_scene(np.random.default_rng([seed, _STREAMS["scenes", "train"], number]))
-        target.write_bytes(f"scene_{number:03d}.png", _png(image))
-
-
 def _begin(target: Folder, record: str, arguments: dict[str, int]) -> bool:
     """Notes what is being rendered, and says whether it is there already.
 
