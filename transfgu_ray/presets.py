@@ -44,23 +44,31 @@ def tiny_cpu() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """The rendered scenes of `transfgu demo`: one concept a class, the bundled encoder, 128 px, for two cores.
+    """The rendered scenes of `transfgu demo`: one concept a class, the bundled encoder, 96 px, for two cores.
 
     A small prior's class token does not tell objects from ground, so the foreground is by patch contrast.
     """
     return RunConfig(
         preset="demo",
-        data=DataConfig(dataset="scenes", image_size=(128, 128)),
+        data=DataConfig(dataset="scenes", image_size=(96, 96)),
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224",
             weights="bundled",
-            # What the bundled file says of itself; 1.3 million parameters.
-            overrides={"embed_dim": 128, "depth": 6, "num_heads": 4, "patch_size": 8},
+            # What the bundled file says of itself; 0.8 million parameters.
+            overrides={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 8, "img_size": 48},
         ),
         extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
         concepts=ConceptsConfig(num_concepts=None),
         cam=CamConfig(batch_size=8),
-        train=TrainConfig(batch_size=16, learning_rate=1e-3, round_epochs=(4, 2, 2), decoder_heads=4),
+        train=TrainConfig(
+            # Whole scenes: at half size an object would be three patches wide.
+            crop_size=(96, 96),
+            batch_size=16,
+            learning_rate=1e-3,
+            round_epochs=(4, 2, 2),
+            epoch_repeats=3,
+            decoder_heads=4,
+        ),
         evaluate=EvaluateConfig(baselines=("patch_tokens", "random_vit", "raw_colour")),
     )
 

@@ -41,7 +41,7 @@ def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) ->
 
 
 def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[np.ndarray, np.ndarray]:
-    """A scene of two to four objects of different classes on one to three surfaces.
+    """A scene of two or three objects of different classes on one to three surfaces.
 
     Args:
         rng: source of all that is random.
@@ -52,7 +52,7 @@ def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[
     """
     scale = size_px / SCENE_UNITS
     canvas, label = _stuff_ground(rng, size_px, scale, (0.4, 0.5, 0.1))
-    count = int(rng.integers(2, 5))
+    count = int(rng.integers(2, 4))
     class_ids = rng.permutation(THING_IDS)[:count].tolist()
     for layer, class_id in zip(_place(rng, class_ids, size_px), class_ids, strict=True):
         lay(canvas, label, layer, class_id, rng.uniform(0, 0.5))
@@ -136,7 +136,7 @@ def _place(rng: np.random.Generator, class_ids: list[int], size_px: int) -> list
     while True:
         layers: list[Layer] = []
         for class_id in class_ids:
-            side = size_px * rng.uniform(0.33, 0.55)
+            side = size_px * rng.uniform(0.45, 0.65)
             margin = 0.4 * side
             x, y = rng.uniform(margin, size_px - margin, 2)
             layers.append(draw_thing(rng, class_id, side, (float(x), float(y))))
