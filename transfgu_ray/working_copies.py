@@ -55,7 +55,8 @@ def open_copies(folder: Folder, seed: int, num_val: int) -> Copies:
     At most a tenth is held out, but one image at least.
     """
     with folder.fs.open_input_file(folder.join(INDEX)) as file:
-        index = pq.read_table(file)
+        # In one piece, from which rows are taken fast.
+        index = pq.read_table(file).combine_chunks()
     is_val = index["split"].to_numpy() == "val"
     if not is_val.any():
         held_out = max(1, min(num_val, len(index) // 10))
@@ -83,9 +84,9 @@ def pack(squares: list[UInt8[np.ndarray, "3 s s"]]) -> pa.Buffer:
     return sink.getvalue()
 
 
-def load_copies(table: pa.Table, out_uri: str) -> dict[str, UInt8[np.ndarray, "n 3 s s"]]:
-    """`read_copies` as a Ray Data task calls it; here, where nothing imports torch, its process stays small."""
-    return {"image": read_copies(Folder(out_uri), table)}
+def fetch_copies(uri: str, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
+    """`read_copies` for a task; here, where nothing imports torch, its process stays small."""
+    return read_copies(Folder(uri), places)
 
 
 def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:

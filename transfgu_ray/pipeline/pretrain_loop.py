@@ -1,9 +1,10 @@
 """What each Ray Train worker of a pretraining runs."""
 
+import functools
 import json
-import logging
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,17 @@ from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
 from transfgu_ray.storage import Folder
-from transfgu_ray.working_copies import NO_LABEL, Copies, load_copies, open_copies, read_copies
+from transfgu_ray.working_copies import NO_LABEL, Copies, fetch_copies, open_copies, read_copies
 
 STATE = "state.pt"
 PROGRESS = "train/progress.json"
 _PROGRESS_SECONDS = 2.0
-# Bytes that a reading task gives, and tasks of one Ray Data pipeline: starting one takes about a second.
+# Bytes that a reading task gives, one batch at least.
 _TASK_BYTES = 8 * 2**20
-_TASKS = 8
 # Images that k-NN and RankMe look at.
 _MAX_BANK, _MAX_QUERIES, _PROBE_BATCH = 5000, 5000, 64
+# Asked for every few steps of an epoch.
+_epoch_order = functools.lru_cache(maxsize=2)(sample_order)
 
 
 @dataclass(frozen=True)
@@ -165,34 +167,32 @@ def _batches(
     num_readers: int,
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
-    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix."""
-    import ray.data
+    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix.
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    Plain tasks a few batches ahead: the loop of a Ray Data executor would run in this process, whose interpreter lock
+    it holds most of the time while it waits for batches to be taken.
+    """
+    import ray
+
+    read = ray.remote(fetch_copies).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
     per_worker = config.schedule.batch_size // world_size
-    size = max(1, _TASK_BYTES // (3 * config.data.source_size**2))
-    # One pipeline over many steps, however short an epoch is.
-    leg = max(1, _TASKS * size // per_worker)
-    for first in range(*steps, leg):
-        rows = _rows(copies, config, (first, min(first + leg, steps[1])), rank, world_size)
-        places = copies.places(rows)
-        blocks = [places.slice(begin, size).combine_chunks() for begin in range(0, len(places), size)]
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            load_copies,
-            fn_kwargs={"out_uri": out.uri},
-            batch_format="pyarrow",
-            batch_size=size,
-            compute=ray.data.TaskPoolStrategy(size=num_readers),
-            num_cpus=READER_CPUS,
-        )
-        for batch in dataset.iter_torch_batches(
-            batch_size=per_worker, prefetch_batches=2, device=str(device), pin_memory=device.type == "cuda"
-        ):
-            yield batch["image"]
+    # Whole batches a task.
+    stride = max(1, _TASK_BYTES // (3 * config.data.source_size**2 * per_worker))
+    waiting: deque[Any] = deque()
+    for first in range(*steps, stride):
+        rows = _rows(copies, config, (first, min(first + stride, steps[1])), rank, world_size)
+        waiting.append(read.remote(out.uri, copies.places(rows)))
+        if len(waiting) > num_readers:
+            yield from _to_device(ray.get(waiting.popleft()), per_worker, device)
+    for task in waiting:
+        yield from _to_device(ray.get(task), per_worker, device)
+
+
+def _to_device(images: np.ndarray, per_worker: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """A task's images, batch after batch; copied, since Ray's are read-only."""
+    for first in range(0, len(images), per_worker):
+        batch = torch.tensor(images[first : first + per_worker])
+        yield batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
 
 def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
@@ -203,7 +203,7 @@ def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: 
     order = []
     for epoch in range(first // epoch_steps, -(-last // epoch_steps)):
         start = epoch * epoch_steps
-        whole = sample_order(config.seed, epoch, len(copies.train), 1, epoch_steps, per_worker, world_size)[rank]
+        whole = _epoch_order(config.seed, epoch, len(copies.train), 1, epoch_steps, per_worker, world_size)[rank]
         order.append(whole[max(0, first - start) : last - start])
     return copies.train[np.concatenate(order).reshape(-1)]
 
