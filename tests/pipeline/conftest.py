@@ -41,7 +41,7 @@ class Silent:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         self.done[name] = 0
 
-        def count(more: int) -> None:
+        def count(more: int, words: str = "") -> None:
             self.done[name] += more
 
         yield count

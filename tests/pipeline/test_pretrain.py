@@ -180,6 +180,7 @@ def test_pretrain__killed_and_continued_equals_a_bare_loop(tmp_path: Path, local
     assert manifest["knn_top1"] == history["epochs"][-1]["knn_top1"]
     assert reporter.done["images"] == 49
     assert reporter.done["train"] == 24
+    assert reporter.notes[-1].startswith("epoch 8/8: loss ")
     assert not (out / "images").exists()
     metadata = read_safetensors((out / "encoder.safetensors").read_bytes(), "")[1]
     assert metadata["images_seen"] == "288"
@@ -195,7 +196,7 @@ def test_pretrain__killed_and_continued_equals_a_bare_loop(tmp_path: Path, local
 
 
 class Reporter(Silent):
-    """Remembers notes too, and takes the words beside a count."""
+    """Remembers notes too."""
 
     def __init__(self) -> None:
         super().__init__()
