@@ -18,6 +18,8 @@ from transfgu_ray.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# "none" is for pos_embed; timm refuses what does not suit the key.
+Override = Positive | Literal["none"]
 Baseline = Literal["patch_tokens", "random_vit", "raw_colour"]
 # What encoder.weights may be beside a file.
 NAMED_WEIGHTS = ("hub", "bundled", "random")
@@ -68,8 +70,9 @@ class EncoderConfig(Section):
         description="'hub' = timm's published weights, 'bundled' = this package's own, trained on rendered pictures, "
         "'random' = initialised from the seed, else a file",
     )
-    overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size"], Positive] = Field(
-        default_factory=dict, description="changes to the timm architecture, for small encoders (ours)"
+    overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size", "pos_embed"], Override] = Field(
+        default_factory=dict,
+        description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
 

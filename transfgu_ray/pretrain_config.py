@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from transfgu_ray.config import Fraction, Positive, RuntimeConfig, Section
+from transfgu_ray.config import Fraction, Override, Positive, RuntimeConfig, Section
 
 Rate = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
@@ -43,8 +43,11 @@ class PretrainEncoderConfig(Section):
     """The vision transformer that is trained from the seed."""
 
     name: str = Field("vit_small_patch8_224", description="timm model with a class token (DINO: ViT-S/8)")
-    overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size", "img_size", "reg_tokens"], Positive] = (
-        Field(default_factory=dict, description="changes to the timm architecture, for small encoders (ours)")
+    overrides: dict[
+        Literal["embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"], Override
+    ] = Field(
+        default_factory=dict,
+        description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
     )
 
 

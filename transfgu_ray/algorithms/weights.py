@@ -17,7 +17,7 @@ from transfgu_ray.errors import WeightsError
 FORMAT = "transfgu-encoder-1"
 
 
-def build_vit(name: str, overrides: dict[str, int], pretrained: bool = False) -> nn.Module:
+def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = False) -> nn.Module:
     """An untrained (or hub-trained) timm model without a head, usable at any size divisible by its patch.
 
     Raises:
@@ -37,14 +37,14 @@ def build_vit(name: str, overrides: dict[str, int], pretrained: bool = False) ->
         ) from None
 
 
-def random_vit(name: str, overrides: dict[str, int], seed: int) -> nn.Module:
+def random_vit(name: str, overrides: dict[str, int | str], seed: int) -> nn.Module:
     """A timm model with weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_vit(name, overrides)
 
 
-def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> nn.Module:
+def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str]) -> nn.Module:
     """A timm model with weights from the bytes of a file.
 
     Accepts our own safetensors (the architecture in the file wins over `name`), any other safetensors, and
@@ -85,7 +85,7 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int]) -> 
 def dump_encoder(
     vit: nn.Module,
     name: str,
-    overrides: dict[str, int],
+    overrides: dict[str, int | str],
     dtype: torch.dtype | None = None,
     facts: dict[str, str] | None = None,
 ) -> bytes:

@@ -28,7 +28,7 @@ def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) ->
         The picture, uint8 (size, size, 3), and where the object is seen, uint8 (size, size) of 0 and 1.
     """
     scale = size_px / OBJECT_UNITS
-    plain = rng.random() < 0.5
+    plain = rng.random() < 0.7
     canvas = _stuff_ground(rng, size_px, scale, (0.5, 0.5, 0))[0] if plain else _patchwork(rng, size_px, scale)
     thing = _main_thing(rng, class_id, size_px)
     layers = [thing]
@@ -136,7 +136,7 @@ def _place(rng: np.random.Generator, class_ids: list[int], size_px: int) -> list
     while True:
         layers: list[Layer] = []
         for class_id in class_ids:
-            side = size_px * rng.uniform(0.45, 0.65)
+            side = size_px * rng.uniform(0.42, 0.6)
             margin = 0.4 * side
             x, y = rng.uniform(margin, size_px - margin, 2)
             layers.append(draw_thing(rng, class_id, side, (float(x), float(y))))
@@ -181,7 +181,7 @@ def _stuff_ground(
         here = region == i
         texture = STUFF[kind - STUFF_IDS[0]]
         frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
-        frame = frame.turned(rng.uniform(-10, 10), rng.uniform(0.8, 1.25), *rng.uniform(0, 500, 2))
+        frame = frame.turned(rng.uniform(-10, 10), rng.uniform(1.3, 1.9), *rng.uniform(0, 500, 2))
         canvas[here] = paint(texture(rng, frame)[here], _quiet_pair(rng))
         label[here] = kind
     return canvas, label
@@ -189,7 +189,7 @@ def _stuff_ground(
 
 def _quiet_pair(rng: np.random.Generator) -> np.ndarray:
     """Colours of a ground: less contrast than on objects, as behind most things that people photograph."""
-    middle = rng.uniform(0.25, 0.65)
+    middle = rng.uniform(0.28, 0.62)
     return random_pair(rng, (middle - 0.1, middle - 0.04), (middle + 0.04, middle + 0.1))
 
 
@@ -208,7 +208,7 @@ def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarr
             continue
         window = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         height, width = here[window].shape
-        degrees, zoom = rng.uniform(0, 360), rng.uniform(0.8, 1.25)
+        degrees, zoom = rng.uniform(0, 360), rng.uniform(1.3, 1.9)
         if rng.random() < 0.5:
             texture, degrees = STUFF[int(rng.integers(len(STUFF)))], rng.uniform(-10, 10)
         else:

@@ -12,7 +12,6 @@ from transfgu_ray.scenes.textures import SURFACES, paint, random_colour, random_
 
 # Silhouettes are drawn this many times larger and reduced.
 _SUPERSAMPLE = 2
-_TYPICAL_SURFACE = 0.8
 # How light each material is, whatever its hue.
 _LUMINANCES = {
     Material.SECOND: (0.35, 0.6),
@@ -82,8 +81,7 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
         d / scaled, -b / scaled, (d * left - b * top) / scaled - middle[0],
         -c / scaled, a / scaled, (a * top - c * left) / scaled - middle[1],
     )  # fmt: skip
-    surface = typical if rng.random() < _TYPICAL_SURFACE else str(rng.choice([s for s in SURFACES if s != typical]))
-    colour = flat + body[..., None] * paint(SURFACES[surface](rng, frame), pair)
+    colour = flat + body[..., None] * paint(SURFACES[typical](rng, frame), pair)
     return Layer(int(origin[0]), int(origin[1]), colour * _light(rng, width, height)[..., None], cover)
 
 

@@ -24,7 +24,7 @@ _IMAGES_PER_SHARD = 4000
 # Pictures that a process renders at a time.
 _CHUNK = 50
 # Raised whenever the same arguments give other pixels.
-_RENDERER_VERSION = 4
+_RENDERER_VERSION = 6
 # No two of them draw from the same stream.
 _STREAMS = {("objects", "train"): 0, ("objects", "val"): 1, ("scenes", "train"): 2, ("scenes", "val"): 3}
 OBJECT_SCHEMA = pa.schema(
