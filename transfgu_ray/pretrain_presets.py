@@ -55,6 +55,7 @@ def rendered_prior() -> PretrainConfig:
             teacher_momentum=(0.99, 1.0),
             learning_rate=(2.5e-3, 1e-5),
             warmup_frac=0.03,
+            freeze_last_layer_frac=0.02,
             weight_decay=(0.04, 0.2),
             koleo_weight=0.3,
         ),
