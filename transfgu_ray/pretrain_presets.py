@@ -79,6 +79,8 @@ def small_photos() -> PretrainConfig:
             "preset": "small_photos",
             "data": base.data.model_copy(update={"source_size": 64}),
             "crops": base.crops.model_copy(update=crops),
+            # Photographs are of many more kinds than 12.
+            "dino": base.dino.model_copy(update={"num_prototypes": 512}),
         }
     )
 
