@@ -38,7 +38,8 @@ def rendered_prior() -> PretrainConfig:
             local_size=24,
             num_local=4,
             global_scale=(0.5, 1.0),
-            local_scale=(0.25, 0.6),
+            # As near as the global views, so that a few patches must tell what they belong to.
+            local_scale=(0.11, 0.35),
             saturation=0.4,
             hue=0.5,
             grey_prob=0.8,
@@ -59,7 +60,7 @@ def rendered_prior() -> PretrainConfig:
             weight_decay=(0.04, 0.2),
             koleo_weight=0.3,
         ),
-        schedule=ScheduleConfig(epochs=14, batch_size=32),
+        schedule=ScheduleConfig(epochs=10, batch_size=32),
     )
 
 
