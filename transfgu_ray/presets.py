@@ -54,10 +54,10 @@ def demo() -> RunConfig:
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224",
             weights="bundled",
-            # What the bundled file says of itself; 0.8 million parameters.
-            overrides={"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 8},
+            # What the bundled file says of itself; 0.4 million parameters.
+            overrides={"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8, "pos_embed": "none"},
         ),
-        extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
+        extract=ExtractConfig(window_fracs=(0.5,), foreground_prior="patch_contrast", batch_size=64),
         concepts=ConceptsConfig(num_concepts=None),
         cam=CamConfig(batch_size=8),
         train=TrainConfig(
