@@ -31,7 +31,14 @@ def rendered_prior() -> PretrainConfig:
         # learn more in an hour than four, while the class token still takes what it says from the last one (Eq. 5).
         encoder=PretrainEncoderConfig(
             name="vit_tiny_patch16_224",
-            overrides={"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8, "pos_embed": "none", "img_size": 48},
+            overrides={
+                "embed_dim": 128,
+                "depth": 2,
+                "num_heads": 4,
+                "patch_size": 8,
+                "pos_embed": "none",
+                "img_size": 48,
+            },
         ),
         crops=CropsConfig(
             global_size=48,

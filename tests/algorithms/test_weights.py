@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, shake
+from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import (
     build_vit,
     dump_encoder,
@@ -156,7 +157,26 @@ def test_build_vit__refuses_an_unknown_name(name):
         build_vit(name, {})
 
 
-@pytest.mark.parametrize(("name", "overrides"), [(TINY_VIT, {"embed_dim": 25}), ("resnet10t", {"depth": 2})])
+def test_build_vit__without_positions_keeps_the_class_token_and_moves_with_the_patches():
+    encoder = Encoder(shake(random_vit(TINY_VIT, TINY_OVERRIDES | {"pos_embed": "none"}, 0)))
+    patch = encoder.patch_size
+    image = torch.randint(0, 256, (1, 3, 2 * patch, 3 * patch), dtype=torch.uint8)
+    rolled = image.roll(patch, 3)
+    assert encoder.prefix(image).shape[1] == 1 + 6
+    torch.testing.assert_close(encoder.cls_tokens(rolled), encoder.cls_tokens(image))
+    moved = encoder.patch_tokens(image).unflatten(1, (2, 3)).roll(1, 2).flatten(1, 2)
+    torch.testing.assert_close(encoder.patch_tokens(rolled), moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (TINY_VIT, {"embed_dim": 25}),
+        (TINY_VIT, {"depth": "none"}),
+        (TINY_VIT, {"pos_embed": 3}),
+        ("resnet10t", {"depth": 2}),
+    ],
+)
 def test_build_vit__refuses_overrides_that_do_not_fit(name, overrides):
     with pytest.raises(WeightsError, match=rf"encoder\.name={name} with overrides .* is not a usable"):
         build_vit(name, overrides)

@@ -228,3 +228,10 @@ def bare_loop(named: PretrainConfig, data: Path) -> tuple[list[dict[str, Any]], 
             row |= {"knn_chance": 0.5, "rank_me": rank_me(queries)}
         history.append(row)
     return history, dino.teacher.vit.state_dict()
+
+
+def test_build_network__class_token_starts_at_dinos_deviation():
+    network = build_network(get_pretrain_preset("rendered_prior"))
+    assert 0.015 < network.vit.cls_token.std() < 0.025
+    again = build_network(get_pretrain_preset("rendered_prior"))
+    assert torch.equal(network.vit.cls_token, again.vit.cls_token)
