@@ -19,7 +19,7 @@ def photos() -> PretrainConfig:
 
 
 def rendered_prior() -> PretrainConfig:
-    """The prior that the package carries: 0.4 million weights, 48 px, from rendered objects; an hour on a CPU core.
+    """The prior that the package carries: 0.4 million weights, 48 px, from rendered objects; 44 minutes on a CPU core.
 
     Colour is mostly dropped, so that images are told apart by form; Sinkhorn assignments and KoLeo, since with
     centring alone so short a training stays collapsed.
