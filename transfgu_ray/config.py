@@ -121,6 +121,11 @@ class CamConfig(Section):
     image_size: tuple[Positive, Positive] | None = Field(
         None, strict=False, description="(height, width) in px of the labelled image; null = data.image_size"
     )
+    response: Literal["gradient", "windows"] = Field(
+        "gradient",
+        description="gradient: Eq. 5-7 (paper); windows: share of the sliding windows over a patch whose class token "
+        "is nearest to the concept, for small priors whose class token cannot be traced to patches (ours)",
+    )
     gradient_scale: float = Field(
         1.0, gt=0.0, description="factor on the gradient (Eq. 5-7: 1; released: 1/8, its batch mean)"
     )

@@ -38,7 +38,7 @@ def tiny_cpu() -> RunConfig:
         encoder=_TINY_VIT,
         extract=ExtractConfig(batch_size=64),
         concepts=ConceptsConfig(num_concepts=8),
-        cam=CamConfig(batch_size=8),
+        cam=CamConfig(response="windows", batch_size=8),
         train=TrainConfig(batch_size=16, learning_rate=1e-3, round_epochs=(2, 1, 1)),
     )
 
@@ -57,7 +57,7 @@ def demo() -> RunConfig:
             # What the bundled file says of itself; 0.4 million parameters.
             overrides={"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8, "pos_embed": "none"},
         ),
-        extract=ExtractConfig(window_fracs=(0.5,), foreground_prior="patch_contrast", batch_size=64),
+        extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
         concepts=ConceptsConfig(num_concepts=None),
         cam=CamConfig(batch_size=8),
         train=TrainConfig(

@@ -1,8 +1,11 @@
+import numpy as np
+import pytest
 import torch
 
 from tests.builders import random_images, tiny_encoder
 from transfgu_ray.algorithms.encoder import above_mean
 from transfgu_ray.algorithms.labelling import Labeller
+from transfgu_ray.algorithms.windows import enumerate_windows, window_shares
 
 CENTROIDS = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
 IS_BACKGROUND = torch.tensor([False, False, True, False, True])
@@ -55,3 +58,26 @@ def test_labeller__padding_a_batch_keeps_its_rows():
     padded = torch.cat([images, random_images(2, 32, 32, seed=9)])
     assert (_label(images)[0] - _label(padded)[0][:2]).abs().max() <= 2.0**-11
     assert torch.equal(_label(images)[1], _label(padded)[1][:2])
+
+
+def test_labeller__windows_vote_for_the_nearest_concept_of_each_group():
+    encoder, image = tiny_encoder(), random_images(1, 32, 32)
+    voting = Labeller(encoder, CENTROIDS, IS_BACKGROUND, "all", 1.0, None, window_fracs=(0.5,), crop_size=16)
+    boxes, _ = enumerate_windows(32, 32, (0.5,))
+    tokens = encoder.cls_tokens(torch.stack([image[0, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()]))
+    foreground = [i for i, other in enumerate(IS_BACKGROUND.tolist()) if not other]
+    wanted = torch.zeros(5, 4, 4)
+    for (x0, y0, x1, y1), token in zip(boxes.tolist(), tokens, strict=True):
+        nearest = min(foreground, key=lambda k: (token - CENTROIDS[k]).norm().item())
+        wanted[nearest, y0 // 8 : y1 // 8, x0 // 8 : x1 // 8] += 1
+    wanted /= wanted.sum(0)
+    scores, _ = voting(image)
+    torch.testing.assert_close(scores[0], wanted / wanted.max())
+
+
+def test_window_shares__by_hand():
+    boxes = np.array([[0, 0, 16, 16], [8, 0, 16, 16], [12, 0, 16, 8]], dtype=np.int32)
+    shares = window_shares(boxes, (2, 2), 8)
+    assert shares[:, 0, 0].tolist() == [1, 0, 0]
+    assert shares[:, 0, 1].tolist() == pytest.approx([0.4, 0.4, 0.2])
+    assert shares[:, 1, 1].tolist() == [0.5, 0.5, 0]

@@ -1,14 +1,17 @@
-"""Pseudo-labels of a batch of images, start to end: one encoder forward, then Eq. 4-7, normalisation, exclusion."""
+"""Pseudo-labels of a batch of images, start to end: response maps (Eq. 4-7, or windows), normalisation, exclusion."""
 
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from transfgu_ray.algorithms.cam import response_maps
 from transfgu_ray.algorithms.encoder import Encoder, above_mean
 from transfgu_ray.algorithms.pseudo_labels import exclude, normalise
+from transfgu_ray.algorithms.windows import enumerate_windows, window_shares
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Labeller:
         foreground_prior: see `Encoder.saliency`; "all" takes every patch as foreground.
         gradient_scale: factor on the gradient.
         keep_mass: share of a CAM's mass that is kept; None keeps all.
+        window_fracs: sides of the windows whose class tokens vote; None takes the gradient's maps (Eq. 5-7).
+        crop_size: side in px that such a window is resized to.
     """
 
     encoder: Encoder
@@ -30,6 +35,8 @@ class Labeller:
     foreground_prior: str
     gradient_scale: float
     keep_mass: float | None
+    window_fracs: tuple[float, ...] | None = None
+    crop_size: int = 0
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b 3 y x"]) -> tuple[Float[Tensor, "b k h w"], Bool[Tensor, "b h w"]]:
@@ -37,9 +44,11 @@ class Labeller:
         grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
         tokens = self.encoder.prefix(images)
         row = self.encoder.class_row(tokens)
-        scores = normalise(
-            response_maps(self.encoder, row, self.centroids, grid_hw, self.gradient_scale, self.keep_mass)
-        )
+        if self.window_fracs is None:
+            maps = response_maps(self.encoder, row, self.centroids, grid_hw, self.gradient_scale, self.keep_mass)
+        else:
+            maps = torch.stack([self._window_votes(image, grid_hw) for image in images])
+        scores = normalise(maps)
         if self.foreground_prior == "all":
             foreground = torch.ones_like(scores[:, 0], dtype=torch.bool)
         else:
@@ -47,3 +56,27 @@ class Labeller:
         if self.is_background is not None:
             scores = exclude(scores, foreground, self.is_background)
         return scores, foreground
+
+    def _window_votes(self, image: UInt8[Tensor, "3 y x"], grid_hw: tuple[int, int]) -> Float[Tensor, "k h w"]:
+        """Share of the windows over each patch that are nearest to each concept, among those of its group.
+
+        Departures: ours. Each window votes once in the foreground group and once in the background group, since it
+        is the foreground that decides between the groups, patch by patch.
+        """
+        boxes, _ = enumerate_windows(image.shape[1], image.shape[2], self.window_fracs)
+        size = [self.crop_size, self.crop_size]
+        crops = torch.stack(
+            [
+                resize(image[:, y0:y1, x0:x1], size, InterpolationMode.BICUBIC, antialias=True)
+                for x0, y0, x1, y1 in boxes.tolist()
+            ]
+        )
+        distances = torch.cdist(self.encoder.cls_tokens(crops), self.centroids)
+        everything = torch.ones(len(self.centroids), dtype=torch.bool, device=distances.device)
+        groups = [everything] if self.is_background is None else [~self.is_background, self.is_background]
+        votes = torch.zeros_like(distances)
+        for group in groups:
+            chosen = distances.masked_fill(~group, torch.inf).argmin(1, keepdim=True)
+            votes.scatter_(1, chosen, 1.0)
+        shares = torch.from_numpy(window_shares(boxes, grid_hw, self.encoder.patch_size))
+        return torch.einsum("nk,nhw->khw", votes, shares.to(votes.device))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 FOREGROUND, BACKGROUND, ANY, DROPPED = "foreground", "background", "any", "dropped"
 
@@ -42,6 +42,26 @@ def _starts(length: int, side: float, side_px: int) -> list[int]:
     # Counted on real numbers: rounding the side first would lose or add a window at small sizes.
     steps = math.ceil((length - side) / (side / 2) - 1e-9)
     return [min(round(i * side / 2), length - side_px) for i in range(steps)] + [length - side_px]
+
+
+def window_shares(
+    boxes: Int32[np.ndarray, "n 4"], grid_hw: tuple[int, int], patch_size: int
+) -> Float32[np.ndarray, "n h w"]:
+    """How much of each patch lies in each window, over all windows; sums to 1 at each patch where they cover the image.
+
+    Args:
+        boxes: (x0, y0, x1, y1) in px.
+        grid_hw: patch grid (h, w).
+        patch_size: side of a patch in px.
+    """
+    edges = [np.arange(count) * patch_size for count in grid_hw]
+    overlaps = [
+        np.minimum(boxes[:, None, axis + 2], edge + patch_size) - np.maximum(boxes[:, None, axis], edge)
+        for axis, edge in ((1, edges[0]), (0, edges[1]))
+    ]
+    rows, columns = (np.maximum(overlap, 0).astype(np.float32) for overlap in overlaps)
+    areas = rows[:, :, None] * columns[:, None, :]
+    return areas / areas.sum(0)
 
 
 def foreground_fracs(

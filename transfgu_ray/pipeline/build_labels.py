@@ -31,6 +31,8 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
         foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
         gradient_scale=config.cam.gradient_scale,
         keep_mass=config.cam.keep_mass,
+        window_fracs=config.extract.window_fracs if config.cam.response == "windows" else None,
+        crop_size=config.extract_crop_size,
     )
 
 
