@@ -38,7 +38,7 @@ def tiny_cpu() -> RunConfig:
         encoder=_TINY_VIT,
         extract=ExtractConfig(batch_size=64),
         concepts=ConceptsConfig(num_concepts=8),
-        cam=CamConfig(response="windows", batch_size=8),
+        cam=CamConfig(batch_size=8),
         train=TrainConfig(batch_size=16, learning_rate=1e-3, round_epochs=(2, 1, 1)),
     )
 
@@ -46,7 +46,8 @@ def tiny_cpu() -> RunConfig:
 def demo() -> RunConfig:
     """The rendered scenes of `transfgu demo`: one concept a class, the bundled encoder, 96 px, for two cores.
 
-    A small prior's class token does not tell objects from ground, so the foreground is by patch contrast.
+    The foreground is by patch contrast and the labels are by windows, since the class token of so small a prior cannot
+    be traced to single patches.
     """
     return RunConfig(
         preset="demo",
@@ -59,7 +60,7 @@ def demo() -> RunConfig:
         ),
         extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
         concepts=ConceptsConfig(num_concepts=None),
-        cam=CamConfig(batch_size=8),
+        cam=CamConfig(response="windows", batch_size=8),
         train=TrainConfig(
             # Whole scenes: at half size an object would be three patches wide.
             crop_size=(96, 96),
