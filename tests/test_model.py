@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ def _segmenter(config=CONFIG):
     return Segmenter(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config)
 
 
-def _saved(path):
-    model, folder = _segmenter(), Folder(str(path))
+def _saved(path, config=CONFIG):
+    model, folder = _segmenter(config), Folder(str(path))
     folder.write_bytes("encoder.safetensors", dump_encoder(model.encoder.vit, TINY_VIT, TINY_OVERRIDES))
-    save_decoder(folder, model.decoder.state_dict(), CONFIG)
+    save_decoder(folder, model.decoder.state_dict(), config)
     return model, folder
 
 
@@ -39,6 +40,15 @@ def test_load_model__same_maps_without_the_run(tmp_path):
     # Dropout is for training only.
     assert torch.equal(loaded.class_maps(images), loaded.class_maps(images))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "decoder.safetensors", "encoder.safetensors"]
+
+
+def test_load_model__a_decoder_of_windows(tmp_path):
+    config = replace(CONFIG, token_window=16)
+    model, folder = _saved(tmp_path, config)
+    loaded, images = load_model(folder), random_images(2, 32, 48)
+    assert loaded.config.token_window == 16
+    assert loaded.decoder.proj_dec.in_features == 48
+    assert torch.equal(loaded.class_maps(images), model.class_maps(images))
 
 
 def test_load_model__another_decoder_beside_the_last(tmp_path):

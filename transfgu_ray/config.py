@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # "none" is for pos_embed; timm refuses what does not suit the key.
 Override = Positive | Literal["none"]
-Baseline = Literal["patch_tokens", "random_vit", "raw_colour"]
+Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
 # What encoder.weights may be beside a file.
 NAMED_WEIGHTS = ("hub", "bundled", "random")
 RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
@@ -163,6 +163,11 @@ class TrainConfig(Section):
         "epochs of each round; round 0 has no teacher (released COCO: 3, then 2)", (3, 2, 2, 2)
     )
     epoch_repeats: Positive = Field(1, description="times an epoch goes over the photographs (released VOC: 20)")
+    token_window: Positive | None = Field(
+        None,
+        description="the decoder reads, of each patch, the mean patch and class token of the windows of this side in "
+        "px that hold it, for small priors whose patches know too little (ours); null = the patch tokens (paper)",
+    )
     decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
     decoder_heads: Positive = Field(6, description="attention heads of the decoder")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
@@ -186,7 +191,8 @@ class EvaluateConfig(Section):
         (),
         strict=False,
         description="k-means of patch features, scored beside the stages (ours): patch_tokens = "
-        "the encoder's, random_vit = of the same architecture untrained, raw_colour = mean RGB",
+        "the encoder's, decoder_tokens = what the decoder reads under train.token_window, random_vit = of the same "
+        "architecture untrained, raw_colour = mean RGB",
     )
     num_samples: int = Field(6, ge=0, description="photographs shown in the report, chosen by the seed")
 

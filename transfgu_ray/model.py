@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.tokens import read_tokens, token_dim
 from transfgu_ray.algorithms.weights import load_encoder, read_safetensors
 from transfgu_ray.errors import ArtifactError, WeightsError
 from transfgu_ray.images import to_working
@@ -32,6 +33,7 @@ class ModelConfig:
         decoder_heads: attention heads of the decoder.
         precision: arithmetic of the encoder.
         weights_sha256: hash of the encoder's weights.
+        token_window: what the decoder reads; see `read_tokens`.
     """
 
     image_size: tuple[int, int]
@@ -40,6 +42,7 @@ class ModelConfig:
     decoder_heads: int
     precision: str
     weights_sha256: str
+    token_window: int | None = None
 
     @property
     def background_id(self) -> int | None:
@@ -65,12 +68,16 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def class_maps(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b k h w"]:
         """Class logits on the patch grid of images that are already at the model's size."""
-        return self.decode(self.encoder.patch_tokens(images), (images.shape[2], images.shape[3]))
+        return self.decode(self.read_tokens(images), (images.shape[2], images.shape[3]))
+
+    def read_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw c"]:
+        """What the decoder reads of images that are already at the model's size."""
+        return read_tokens(self.encoder, images, self.config.token_window)
 
     @torch.no_grad()
-    def decode(self, patch_tokens: Float[Tensor, "b hw d"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
-        """Class logits from patch tokens of images of (height, width) px."""
-        return self.decoder(patch_tokens, self.encoder.grid_hw(image_hw))[0]
+    def decode(self, tokens: Float[Tensor, "b hw c"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
+        """Class logits from the tokens of images of (height, width) px."""
+        return self.decoder(tokens, self.encoder.grid_hw(image_hw))[0]
 
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
         """Class ids of every pixel at each photograph's own size."""
@@ -83,8 +90,9 @@ class Segmenter(nn.Module):
 
 
 def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> MaskTransformer:
-    """The decoder that a model configuration describes, untrained."""
-    return MaskTransformer(len(config.kinds), embed_dim, config.decoder_layers, config.decoder_heads, dropout)
+    """The decoder that a model configuration describes for an encoder of some width, untrained."""
+    width = token_dim(embed_dim, config.token_window)
+    return MaskTransformer(len(config.kinds), width, config.decoder_layers, config.decoder_heads, dropout)
 
 
 def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig, name: str = "decoder") -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from transfgu_ray.config import (
+    AugmentConfig,
     CamConfig,
     ConceptsConfig,
     DataConfig,
@@ -46,8 +47,8 @@ def tiny_cpu() -> RunConfig:
 def demo() -> RunConfig:
     """The rendered scenes of `transfgu demo`: one concept a class, the bundled encoder, 96 px, for two cores.
 
-    The foreground is by patch contrast and the labels are by windows, since the class token of so small a prior cannot
-    be traced to single patches.
+    The foreground is by patch contrast, the labels are by windows and the decoder reads windows too: the class token of
+    so small a prior cannot be traced to single patches, and its patches know little but themselves.
     """
     return RunConfig(
         preset="demo",
@@ -65,17 +66,19 @@ def demo() -> RunConfig:
             # Whole scenes: at half size an object would be three patches wide.
             crop_size=(96, 96),
             batch_size=16,
-            learning_rate=1e-3,
-            round_epochs=(4, 2, 2),
-            epoch_repeats=3,
+            learning_rate=5e-4,
+            round_epochs=(6, 5, 5),
+            # As large as the local views that the bundled prior has learned from.
+            token_window=24,
             decoder_heads=4,
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0),
         ),
-        evaluate=EvaluateConfig(baselines=("patch_tokens", "random_vit", "raw_colour")),
+        evaluate=EvaluateConfig(baselines=("patch_tokens", "decoder_tokens", "random_vit", "raw_colour")),
     )
 
 
 # What `transfgu demo` renders for it.
-DEMO_SCENES = {"num_train": 160, "num_val": 60, "seed": 0}
+DEMO_SCENES = {"num_train": 480, "num_val": 60, "seed": 0}
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {"tiny_cpu": tiny_cpu, "demo": demo, "paper": paper}
 

@@ -12,6 +12,7 @@ from transfgu_ray.config import RunConfig
 STAGE_NAMES = ("initial", "trained", "bootstrapped")
 _BASELINE_TITLES = {
     "patch_tokens": "k-means, patch tokens",
+    "decoder_tokens": "k-means, decoder's tokens",
     "random_vit": "k-means, untrained ViT",
     "raw_colour": "k-means, colours",
 }

@@ -26,7 +26,7 @@ TINY = (
     "train.batch_size=4",
     "train.round_epochs=[1, 1]",
     "evaluate.num_samples=2",
-    "evaluate.baselines=[patch_tokens, random_vit, raw_colour]",
+    "evaluate.baselines=[patch_tokens, decoder_tokens, random_vit, raw_colour]",
     "runtime.num_workers=1",
 )
 

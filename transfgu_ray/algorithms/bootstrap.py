@@ -13,6 +13,7 @@ from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.losses import bootstrap_targets, total_loss
 from transfgu_ray.algorithms.rounds import Epoch
 from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.tokens import read_tokens
 
 
 class Bootstrap:
@@ -27,6 +28,7 @@ class Bootstrap:
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
         seed: fixes dropout and the shuffles of the peer loss.
+        token_window: what the decoder reads; see `read_tokens`.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
@@ -40,6 +42,7 @@ class Bootstrap:
         omega_1: float,
         omega_2: float,
         seed: int,
+        token_window: int | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.encoder = encoder
@@ -51,6 +54,7 @@ class Bootstrap:
         self._gradient_clamp = gradient_clamp
         self._omegas = (omega_1, omega_2)
         self._seed = seed
+        self._token_window = token_window
         self._parallel = wrap(student)
         self._optimiser = self._new_optimiser()
 
@@ -85,7 +89,7 @@ class Bootstrap:
             FloatingPointError: the loss is NaN or infinite; the student is left as it was.
         """
         grid_hw = (scores.shape[2], scores.shape[3])
-        tokens = self.encoder.patch_tokens(images)
+        tokens = read_tokens(self.encoder, images, self._token_window)
         with torch.no_grad():
             guidance = None if self.teacher is None else self.teacher(tokens, grid_hw)[0]
             targets = bootstrap_targets(scores.float(), guidance)

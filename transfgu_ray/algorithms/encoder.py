@@ -80,6 +80,11 @@ class Encoder(nn.Module):
         """Side of a square patch in px."""
         return self.vit.patch_embed.patch_size[0]
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token and registers."""
+        return self.vit.num_prefix_tokens
+
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Patch grid (h, w) of an image of (height, width) px."""
         return image_hw[0] // self.patch_size, image_hw[1] // self.patch_size
@@ -105,11 +110,15 @@ class Encoder(nn.Module):
         return tokens.float()
 
     @torch.no_grad()
-    def patch_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw d"]:
-        """Final normalised patch tokens x^patch (Eq. 4), float32, row by row."""
+    def all_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
+        """Final normalised tokens, float32: the class token, any registers, then the patches row by row."""
         with self._autocast():
             tokens = self.vit.norm(self.vit.blocks(self._embed(images)))
-        return tokens[:, self.vit.num_prefix_tokens :].float()
+        return tokens.float()
+
+    def patch_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw d"]:
+        """Final normalised patch tokens x^patch (Eq. 4), float32, row by row."""
+        return self.all_tokens(images)[:, self.num_prefix_tokens :]
 
     @torch.no_grad()
     def class_row(self, tokens: Float[Tensor, "b n d"]) -> ClassRow:
@@ -160,12 +169,12 @@ class Encoder(nn.Module):
         if prior == "attention":
             return self.patch_attention(row, grid_hw)
         with self._autocast():
-            patches = self.vit.norm(self.vit.blocks[-1](tokens))[:, self.vit.num_prefix_tokens :].float()
+            patches = self.vit.norm(self.vit.blocks[-1](tokens))[:, self.num_prefix_tokens :].float()
         return (patches - patches.mean(1, keepdim=True)).norm(dim=-1).unflatten(-1, grid_hw)
 
     def patch_attention(self, row: ClassRow, grid_hw: tuple[int, int]) -> Float[Tensor, "b h w"]:
         """Head-mean attention of the class token on the patches, A_L^cls of the paper."""
-        patches = row.attention[:, :, self.vit.num_prefix_tokens :]
+        patches = row.attention[:, :, self.num_prefix_tokens :]
         return patches.mean(1).unflatten(-1, grid_hw)
 
 

@@ -14,6 +14,7 @@ from transfgu_ray.algorithms.baselines import (
     fit_centroids,
     patch_colours,
 )
+from transfgu_ray.algorithms.tokens import read_tokens, token_dim
 from transfgu_ray.algorithms.weights import load_untrained
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
@@ -59,12 +60,15 @@ class PatchFeatures:
         for name in config.evaluate.baselines:
             if name == "patch_tokens":
                 self._of[name] = encoder.patch_tokens
+            elif name == "decoder_tokens":
+                self._of[name] = partial(read_tokens, encoder, window=config.train.token_window)
             elif name == "random_vit":
                 data, source = run.read_bytes(ENCODER), run.uri_of(ENCODER)
                 self._of[name] = load_untrained(data, source, config.seed, precision, device).patch_tokens
             else:
                 self._of[name] = partial(patch_colours, patch_size=encoder.patch_size)
-        self.widths = {name: 3 if name == "raw_colour" else encoder.embed_dim for name in self._of}
+        special = {"raw_colour": 3, "decoder_tokens": token_dim(encoder.embed_dim, config.train.token_window)}
+        self.widths = {name: special.get(name, encoder.embed_dim) for name in self._of}
 
     def __call__(self, working: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
         """Features (patches, width) of each photograph at its working size, row by row."""

@@ -108,7 +108,7 @@ class Evaluator(UnitWorker):
         size = self._models[0].config.image_size
         for _, batch in batched_rows(np.stack([to_working(i, size) for i in images]), config.evaluate.batch_size):
             inputs = torch.from_numpy(batch).to(self.device)
-            tokens = self._models[0].encoder.patch_tokens(inputs)
+            tokens = self._models[0].read_tokens(inputs)
             for stage, model in enumerate(self._models, start=1):
                 maps[stage] += model.decode(tokens, size)
         scored = config.evaluate_image_size

@@ -38,6 +38,7 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
         decoder_heads=config.train.decoder_heads,
         precision=config.encoder.precision,
         weights_sha256=weights_sha256,
+        token_window=config.train.token_window,
     )
 
 
@@ -172,6 +173,7 @@ def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, de
         omega_1=config.train.omega_1,
         omega_2=config.train.omega_2,
         seed=config.seed,
+        token_window=model_config.token_window,
         wrap=prepare_model,
     )
 
