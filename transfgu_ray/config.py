@@ -250,6 +250,8 @@ class RunConfig(Section):
             raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is no_prior")
         if self.region_mode != "things_and_stuff" and background is not None:
             raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
+        if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
+            raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")

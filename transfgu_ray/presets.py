@@ -11,6 +11,7 @@ from transfgu_ray.config import (
     EvaluateConfig,
     ExtractConfig,
     RunConfig,
+    RuntimeConfig,
     TrainConfig,
 )
 from transfgu_ray.errors import ConfigError
@@ -67,13 +68,15 @@ def demo() -> RunConfig:
             crop_size=(96, 96),
             batch_size=16,
             learning_rate=5e-4,
-            round_epochs=(6, 5, 5),
+            round_epochs=(6, 8),
             # As large as the local views that the bundled prior has learned from.
             token_window=24,
             decoder_heads=4,
             augment=AugmentConfig(crop_scale=(0.8, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0),
         ),
         evaluate=EvaluateConfig(baselines=("patch_tokens", "decoder_tokens", "random_vit", "raw_colour")),
+        # One core a worker: 2 ranks of one thread are faster than 1 of two.
+        runtime=RuntimeConfig(train_workers=2),
     )
 
 

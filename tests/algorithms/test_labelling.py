@@ -62,7 +62,7 @@ def test_labeller__padding_a_batch_keeps_its_rows():
 
 def test_labeller__windows_vote_for_the_nearest_concept_of_each_group():
     encoder, image = tiny_encoder(), random_images(1, 32, 32)
-    voting = Labeller(encoder, CENTROIDS, IS_BACKGROUND, "all", 1.0, None, window_fracs=(0.5,), crop_size=16)
+    voting = Labeller(encoder, CENTROIDS, IS_BACKGROUND, "all", 1.0, None, windows=((0.5,), 16))
     boxes, _ = enumerate_windows(32, 32, (0.5,))
     tokens = encoder.cls_tokens(torch.stack([image[0, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()]))
     foreground = [i for i, other in enumerate(IS_BACKGROUND.tolist()) if not other]

@@ -34,7 +34,9 @@ BARE = {"device": "cpu", "threads": 1}
 def untrained(tmp_path: Path) -> Run:
     """A run on scenes of 64 px with random concepts and decoders, one concept a class."""
     scenes = make_scenes(tmp_path / "scenes", num_train=3, num_val=2, size=(64, 64))
-    named = (f"data.root={scenes}", "data.dataset=scenes", "concepts.num_concepts=null")
+    named = (
+        f"data.root={scenes}", "data.dataset=scenes", "concepts.num_concepts=null", "train.token_window=16"
+    )  # fmt: skip
     run = Run.open(str(tmp_path / "run"), build_config(get_preset("tiny_cpu"), None, [*TINY, *named]))
     run.folder.write_bytes(ENCODER, resolve_encoder(run.config))
     concepts = {
@@ -88,7 +90,7 @@ def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> 
     draw(untrained, read_photos(untrained, "train"), patches_a_photo=20)
     centroids = cluster_patches(untrained.folder.uri, untrained.config, 7, threads=1, use_gpu=False)
     shapes = {name: values.shape for name, values in centroids.items()}
-    assert shapes == {"patch_tokens": (7, 24), "random_vit": (7, 24), "raw_colour": (7, 3)}
+    assert shapes == {"patch_tokens": (7, 24), "decoder_tokens": (7, 48), "random_vit": (7, 24), "raw_colour": (7, 3)}
 
 
 def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:

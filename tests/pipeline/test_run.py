@@ -62,7 +62,7 @@ def test_run__metrics_hold_three_stages(finished: Run) -> None:
 
 def test_run__baselines_are_scored_beside_the_stages(finished: Run) -> None:
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
-    assert list(metrics["baselines"]) == ["patch_tokens", "random_vit", "raw_colour"]
+    assert list(metrics["baselines"]) == ["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
     for scores in metrics["baselines"].values():
         assert 0 < scores["miou"] < 1
         assert 0 < scores["pixel_accuracy"] < 1

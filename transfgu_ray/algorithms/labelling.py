@@ -13,6 +13,9 @@ from transfgu_ray.algorithms.encoder import Encoder, above_mean
 from transfgu_ray.algorithms.pseudo_labels import exclude, normalise
 from transfgu_ray.algorithms.windows import enumerate_windows, window_shares
 
+# Windows of one forward; bounds its memory however many an image has.
+_WINDOWS_A_FORWARD = 64
+
 
 @dataclass(frozen=True)
 class Labeller:
@@ -25,8 +28,8 @@ class Labeller:
         foreground_prior: see `Encoder.saliency`; "all" takes every patch as foreground.
         gradient_scale: factor on the gradient.
         keep_mass: share of a CAM's mass that is kept; None keeps all.
-        window_fracs: sides of the windows whose class tokens vote; None takes the gradient's maps (Eq. 5-7).
-        crop_size: side in px that such a window is resized to.
+        windows: sides of the windows whose class tokens vote, as shares of the image's shorter side, and the side in
+            px that each is resized to; None takes the gradient's maps (Eq. 5-7).
     """
 
     encoder: Encoder
@@ -35,8 +38,7 @@ class Labeller:
     foreground_prior: str
     gradient_scale: float
     keep_mass: float | None
-    window_fracs: tuple[float, ...] | None = None
-    crop_size: int = 0
+    windows: tuple[tuple[float, ...], int] | None = None
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b 3 y x"]) -> tuple[Float[Tensor, "b k h w"], Bool[Tensor, "b h w"]]:
@@ -44,10 +46,10 @@ class Labeller:
         grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
         tokens = self.encoder.prefix(images)
         row = self.encoder.class_row(tokens)
-        if self.window_fracs is None:
+        if self.windows is None:
             maps = response_maps(self.encoder, row, self.centroids, grid_hw, self.gradient_scale, self.keep_mass)
         else:
-            maps = torch.stack([self._window_votes(image, grid_hw) for image in images])
+            maps = torch.stack([self._window_votes(image, grid_hw, *self.windows) for image in images])
         scores = normalise(maps)
         if self.foreground_prior == "all":
             foreground = torch.ones_like(scores[:, 0], dtype=torch.bool)
@@ -57,21 +59,23 @@ class Labeller:
             scores = exclude(scores, foreground, self.is_background)
         return scores, foreground
 
-    def _window_votes(self, image: UInt8[Tensor, "3 y x"], grid_hw: tuple[int, int]) -> Float[Tensor, "k h w"]:
+    def _window_votes(
+        self, image: UInt8[Tensor, "3 y x"], grid_hw: tuple[int, int], window_fracs: tuple[float, ...], crop_size: int
+    ) -> Float[Tensor, "k h w"]:
         """Share of the windows over each patch that are nearest to each concept, among those of its group.
 
         Departures: ours. Each window votes once in the foreground group and once in the background group, since it
         is the foreground that decides between the groups, patch by patch.
         """
-        boxes, _ = enumerate_windows(image.shape[1], image.shape[2], self.window_fracs)
-        size = [self.crop_size, self.crop_size]
+        boxes, _ = enumerate_windows(image.shape[1], image.shape[2], window_fracs)
         crops = torch.stack(
             [
-                resize(image[:, y0:y1, x0:x1], size, InterpolationMode.BICUBIC, antialias=True)
+                resize(image[:, y0:y1, x0:x1], [crop_size] * 2, InterpolationMode.BICUBIC, antialias=True)
                 for x0, y0, x1, y1 in boxes.tolist()
             ]
         )
-        distances = torch.cdist(self.encoder.cls_tokens(crops), self.centroids)
+        tokens = torch.cat([self.encoder.cls_tokens(part) for part in crops.split(_WINDOWS_A_FORWARD)])
+        distances = torch.cdist(tokens, self.centroids)
         everything = torch.ones(len(self.centroids), dtype=torch.bool, device=distances.device)
         groups = [everything] if self.is_background is None else [~self.is_background, self.is_background]
         votes = torch.zeros_like(distances)

@@ -24,6 +24,7 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
     encoder = load_run_encoder(run, config.encoder.precision, device)
     kinds, centroids = read_concepts(run)
     excluding = config.cam.exclusion and config.region_mode == "things_and_stuff"
+    windows = (config.extract.window_fracs, config.extract_crop_size) if config.cam.response == "windows" else None
     return Labeller(
         encoder=encoder,
         centroids=torch.from_numpy(centroids).to(device),
@@ -31,8 +32,7 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
         foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
         gradient_scale=config.cam.gradient_scale,
         keep_mass=config.cam.keep_mass,
-        window_fracs=config.extract.window_fracs if config.cam.response == "windows" else None,
-        crop_size=config.extract_crop_size,
+        windows=windows,
     )
 
 
