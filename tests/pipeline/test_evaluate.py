@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.builders import make_scenes
+from tests.builders import make_scenes, random_images
 from tests.pipeline.conftest import TINY
 from transfgu_ray.artifacts import Run
 from transfgu_ray.config import build_config
@@ -17,6 +17,7 @@ from transfgu_ray.datasets import list_images
 from transfgu_ray.images import decode_label, resize_label
 from transfgu_ray.model import build_decoder, save_decoder
 from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
+from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.evaluate import Evaluator
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.pipeline.train_rounds import model_config
@@ -51,6 +52,24 @@ def untrained(tmp_path: Path) -> Run:
         state = build_decoder(config, 24).state_dict()
         save_decoder(Folder(run.folder.uri_of("model")), state, config, name)
     return run
+
+
+@pytest.mark.parametrize("response", ["windows", "gradient"])
+def test_load_labeller__windows_leave_the_background_of_eq_8_to_the_foreground(tmp_path: Path, response: str) -> None:
+    named = ("data.root=unread", "data.region_mode=things_only", f"cam.response={response}")
+    run = Run.open(str(tmp_path / "run"), build_config(get_preset("tiny_cpu"), None, [*TINY, *named]))
+    run.folder.write_bytes(ENCODER, resolve_encoder(run.config))
+    concepts = {
+        "concept_id": np.arange(4, dtype=np.int32),
+        "kind": ["foreground"] * 4,
+        "centroid": np.random.default_rng(0).normal(size=(4, 24)).astype(np.float32),
+        "num_crops": np.ones(4, dtype=np.int64),
+    }
+    run.folder.write_bytes("concepts.parquet", to_parquet(build_table(concepts, concepts_schema(24)), {}))
+    scores, foreground = load_labeller(run.folder, run.config, "cpu")(random_images(2, 64, 64))
+    # A response map says by itself where nothing is; of votes, some concept always has the most.
+    assert (scores.amax(1)[~foreground] > 0).any() == (response == "gradient")
+    assert (scores.amax(1)[foreground] > 0).any()
 
 
 def read_photos(run: Run, split: str) -> list[Photo]:

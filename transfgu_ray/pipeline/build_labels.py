@@ -23,8 +23,11 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
     """The labeller of a run that has its encoder and concepts."""
     encoder = load_run_encoder(run, config.encoder.precision, device)
     kinds, centroids = read_concepts(run)
-    excluding = config.cam.exclusion and config.region_mode == "things_and_stuff"
-    windows = (config.extract.window_fracs, config.extract_crop_size) if config.cam.response == "windows" else None
+    voting = config.cam.response == "windows"
+    # Some concept wins the votes everywhere, so that Eq. 8 needs the foreground to leave it any background.
+    excluding = config.cam.exclusion and (
+        config.region_mode == "things_and_stuff" or (voting and config.has_background)
+    )
     return Labeller(
         encoder=encoder,
         centroids=torch.from_numpy(centroids).to(device),
@@ -32,7 +35,7 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
         foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
         gradient_scale=config.cam.gradient_scale,
         keep_mass=config.cam.keep_mass,
-        windows=windows,
+        windows=(config.extract.window_fracs, config.extract_crop_size) if voting else None,
     )
 
 
