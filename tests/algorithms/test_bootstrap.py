@@ -9,6 +9,7 @@ from transfgu_ray.algorithms.bootstrap import Bootstrap
 from transfgu_ray.algorithms.losses import bootstrap_targets
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule
 from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.tokens import read_tokens
 
 NUM_CLASSES = 4
 EPOCHS = schedule((2, 1, 2), (0.03, 0.1))
@@ -51,6 +52,18 @@ def test_step__some_steps_on_one_batch_lower_the_loss(epoch):
     bootstrap.begin_epoch(epoch, rank=0)
     losses = [bootstrap.step(*_batch(), epoch, step)["loss"] for step in range(30)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_step__student_and_teacher_read_windows():
+    encoder, student = tiny_encoder(), MaskTransformer(NUM_CLASSES, 48, num_layers=1, num_heads=3, dropout=0.0)
+    bootstrap = Bootstrap(encoder, student, 1e-3, 0.0, 1.0, 1.0, 0.3, seed=5, token_window=16)
+    images, scores = _batch()
+    logits, _ = student(read_tokens(encoder, images, 16), (4, 4))
+    want = torch.nn.functional.cross_entropy(logits, bootstrap_targets(scores, None)).item()
+    bootstrap.begin_epoch(FIRST, rank=0)
+    assert bootstrap.step(images, scores, FIRST, 0)["cross_entropy"] == pytest.approx(want, rel=1e-5)
+    bootstrap.begin_epoch(Epoch(2, 1, True, 0.05), rank=0)
+    assert np.isfinite(bootstrap.step(images, scores, Epoch(2, 1, True, 0.05), 0)["loss"])
 
 
 def test_step__round_0_is_cross_entropy_on_the_bank_and_later_rounds_the_total():

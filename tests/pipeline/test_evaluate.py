@@ -91,6 +91,10 @@ def draw(run: Run, photos: list[Photo], patches_a_photo: int) -> dict[str, list[
     return rows
 
 
+def test_model_config__says_what_the_decoder_reads(untrained: Run) -> None:
+    assert model_config(untrained.config, list(KINDS), "").token_window == 16
+
+
 def test_patch_sampler__draws_of_a_photograph_do_not_depend_on_the_others(untrained: Run) -> None:
     photos = read_photos(untrained, "train")
     drawn = draw(untrained, photos, patches_a_photo=10)
