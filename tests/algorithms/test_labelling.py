@@ -75,6 +75,13 @@ def test_labeller__windows_vote_for_the_nearest_concept_of_each_group():
     torch.testing.assert_close(scores[0], wanted / wanted.max())
 
 
+def test_labeller__windows_of_things_alone_vote_as_without_exclusion():
+    encoder, image = tiny_encoder(), random_images(1, 32, 32)
+    none = torch.zeros(5, dtype=torch.bool)
+    free, things = (Labeller(encoder, CENTROIDS, b, "all", 1.0, None, windows=((0.5,), 16)) for b in (None, none))
+    assert torch.equal(things(image)[0], free(image)[0])
+
+
 def test_window_shares__by_hand():
     boxes = np.array([[0, 0, 16, 16], [8, 0, 16, 16], [12, 0, 16, 8]], dtype=np.int32)
     shares = window_shares(boxes, (2, 2), 8)

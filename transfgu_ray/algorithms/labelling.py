@@ -76,10 +76,14 @@ class Labeller:
         )
         tokens = torch.cat([self.encoder.cls_tokens(part) for part in crops.split(_WINDOWS_A_FORWARD)])
         distances = torch.cdist(tokens, self.centroids)
-        everything = torch.ones(len(self.centroids), dtype=torch.bool, device=distances.device)
-        groups = [everything] if self.is_background is None else [~self.is_background, self.is_background]
+        background = torch.zeros_like(self.centroids[:, 0], dtype=torch.bool)
+        if self.is_background is not None:
+            background = self.is_background
         votes = torch.zeros_like(distances)
-        for group in groups:
+        for group in (~background, background):
+            # Things alone have no background concepts, and an empty group has no nearest one.
+            if not group.any():
+                continue
             chosen = distances.masked_fill(~group, torch.inf).argmin(1, keepdim=True)
             votes.scatter_(1, chosen, 1.0)
         shares = torch.from_numpy(window_shares(boxes, grid_hw, self.encoder.patch_size))
