@@ -130,7 +130,7 @@ def test_tables__damaged_and_foreign_parts_are_made_again(undisturbed: Run, phot
 
 
 @pytest.mark.ray
-def test_run__killed_in_extract_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = [
         word
@@ -138,15 +138,18 @@ def test_run__killed_in_extract_and_train(undisturbed: Run, photographs: Path, t
         for word in ("--set", setting)
     ]
     arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
-    # Labels are made part by part as features are.
     for sign in ("features/part-*.parquet", "train/rounds-*/checkpoint_manager_snapshot.json"):
         process = transfgu(*arguments)
         wait_for(folder, sign, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert not (folder / "train.json").exists()
+    # What a kill between two parts of the labels leaves.
+    (folder / "labels.json").unlink()
+    sorted(folder.glob("labels/part-*.parquet"))[-1].unlink()
     run = Run.open(str(folder), None)
     run_stages(run, STAGES, None, Silent())
+    assert run.require("labels")["parts_resumed"] == len(list(folder.glob("labels/part-*.parquet"))) - 1 > 0
     for name in ("features", "concepts.parquet", "labels"):
         assert table(folder, name).equals(table(Path(undisturbed.folder.path), name))
     history = json.loads((folder / "train/history.json").read_bytes())
