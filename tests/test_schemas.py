@@ -2,8 +2,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from transfgu_ray.algorithms.pseudo_labels import encode_scores
+from transfgu_ray.algorithms.pseudo_labels import decode_scores, encode_scores
 from transfgu_ray.schemas import (
     SCHEMA_VERSION,
     baseline_schema,
@@ -54,15 +55,18 @@ def test_features_schema__columns_that_readers_rely_on():
 
 
 def test_labels_schema__scores_are_read_as_documented():
-    scores = np.linspace(0, 1, 24, dtype=np.float32).reshape(2, 3, 4)
+    scores = torch.rand(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    codes, low, high = (values[0].numpy() for values in encode_scores(scores))
     row = {
-        "image_id": ["a"], "path": ["/data/a"], "height_px": [30], "width_px": [40], "grid_h": [3], "grid_w": [4],
-        "scores": [encode_scores(scores)], "foreground": [bytes(12)],
+        "image_id": ["a"], "path": ["/a"], "height_px": [3], "width_px": [4], "grid_h": [3], "grid_w": [4],
+        "scores": [codes.tobytes()], "low": [low.tobytes()], "high": [high.tobytes()], "foreground": [bytes(12)],
     }  # fmt: skip
     read = pq.read_table(pa.BufferReader(to_parquet(build_table(row, labels_schema()), {}))).to_pylist()[0]
-    # The recipe of the schema's own words, without this package.
-    got = np.frombuffer(read["scores"], "<f2").reshape(-1, read["grid_h"], read["grid_w"])
-    np.testing.assert_allclose(got, scores, atol=2.0**-11)
+    got = np.frombuffer(read["scores"], "u1").reshape(-1, read["grid_h"], read["grid_w"])
+    assert np.array_equal(got.argmax(0), scores[0].argmax(0))
+    floor, top = (np.frombuffer(read[name], "<f2").reshape(3, 4).astype(np.float32) for name in ("low", "high"))
+    values = floor + np.sqrt((got - 1.0) / 78) * (top - floor)
+    np.testing.assert_allclose(values, decode_scores(*encode_scores(scores))[0], atol=1e-6)
 
 
 def test_build_table__ignores_order_and_extra_columns():

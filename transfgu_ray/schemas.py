@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def features_schema(embed_dim: int) -> pa.Schema:
@@ -41,10 +41,12 @@ def concepts_schema(embed_dim: int) -> pa.Schema:
 
 
 def labels_schema() -> pa.Schema:
-    """One row an image: the pseudo-label bank. At K = 171 on 40 x 40 patches `scores` is 547 kB before zstd.
+    """One row an image: the pseudo-label bank. At K = 171 on 40 x 40 patches about 110 kB after zstd.
 
-    scores: little-endian float16, K x grid_h x grid_w in C order, values in [0, 1], so that
-    numpy.frombuffer(scores, "<f2").reshape(-1, grid_h, grid_w) reads it; the argmax over K is exact.
+    scores: a code 0-79 a concept and patch, uint8, K x grid_h x grid_w in C order, so that
+    numpy.frombuffer(scores, "u1").reshape(-1, grid_h, grid_w).argmax(0) is the exact winner of each patch. Code 0 is a
+    score of 0, code c a score of low + sqrt((c - 1) / 78) * (high - low). low, high: little-endian float16 in [0, 1],
+    grid_h x grid_w.
     foreground: uint8 0/1, grid_h x grid_w. path: where the photograph was read.
     """
     return pa.schema(
@@ -56,6 +58,8 @@ def labels_schema() -> pa.Schema:
             pa.field("grid_h", pa.int32(), nullable=False),
             pa.field("grid_w", pa.int32(), nullable=False),
             pa.field("scores", pa.binary(), nullable=False),
+            pa.field("low", pa.binary(), nullable=False),
+            pa.field("high", pa.binary(), nullable=False),
             pa.field("foreground", pa.binary(), nullable=False),
         ]
     )

@@ -1,10 +1,8 @@
-import numpy as np
 import torch
 
 from transfgu_ray.algorithms.pseudo_labels import (
     add_background,
     decode_scores,
-    encode_mask,
     encode_scores,
     exclude,
     normalise,
@@ -43,23 +41,48 @@ def test_add_background__with_and_without_a_batch_axis():
 
 
 def _round_trip(scores):
-    return decode_scores(encode_scores(scores), scores.shape[1:])
+    return decode_scores(*encode_scores(scores))
 
 
-def test_encode_scores__argmax_exact_on_random_maps():
-    # 171 maps within a few float16 steps of each other: nearly every patch ties after rounding.
-    rng = np.random.default_rng(0)
-    scores = (0.5 + 0.002 * rng.random((171, 40, 40))).astype(np.float32)
-    plain = scores.astype(np.float16).argmax(0)
-    assert (plain != scores.argmax(0)).mean() > 0.3
-    stored = _round_trip(scores)
-    assert np.array_equal(stored.argmax(0), scores.argmax(0))
-    # At most half a step of rounding and one step of raising.
-    assert np.abs(stored - scores).max() <= 1.5 * 2.0**-11
+def _close_maps(seed=0):
+    """171 maps that share most of each patch's height, as response maps do: half of them at its floor."""
+    generator = torch.Generator().manual_seed(seed)
+    floor = 0.6 * torch.rand(2, 1, 40, 40, generator=generator)
+    cam = 0.06 * torch.randn(2, 171, 40, 40, generator=generator).clamp(min=0) ** 2
+    return (floor + cam).clamp(max=1)
+
+
+def test_encode_scores__argmax_exact_where_half_a_patch_ties_in_float16():
+    scores = 0.5 + 2e-4 * torch.rand(1, 171, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert (scores.half().float().argmax(1) != scores.argmax(1)).float().mean() > 0.3
+    codes, _, _ = encode_scores(scores)
+    assert torch.equal(_round_trip(scores).argmax(1), scores.argmax(1))
+    assert torch.equal(codes.argmax(1), scores.argmax(1))
+    assert torch.equal((codes == 79).sum(1), torch.ones(1, 40, 40, dtype=torch.int64))
+
+
+def test_encode_scores__by_hand():
+    # One patch; range 0.25 to 0.75. Shares 0, 0.5 and 1 give codes 1, 1 + round(78 / 4) = 21 and 79; 0 stays 0.
+    scores = torch.tensor([0.5, 0.25, 0.0, 0.75]).view(1, 4, 1, 1)
+    codes, low, high = encode_scores(scores)
+    assert codes.flatten().tolist() == [21, 1, 0, 79]
+    assert (low.item(), high.item()) == (0.25, 0.75)
+    want = [0.25 + 0.5 * (20 / 78) ** 0.5, 0.25, 0.0, 0.75]
+    torch.testing.assert_close(_round_trip(scores).flatten(), torch.tensor(want))
+
+
+def test_encode_scores__error_within_a_step_of_the_patch():
+    scores = _close_maps()
+    span = (scores.amax(1) - scores.amin(1)).unsqueeze(1)
+    error = (_round_trip(scores) - scores).abs() / span
+    # The largest step of a square root of 78 steps is its first; plus float16 rounding of the range's ends.
+    assert error.max() <= 78**-0.5 + 0.02
+    top = scores >= scores.amax(1, keepdim=True) - 0.2 * span
+    assert error[top].max() <= 1 / 78 + 0.02
 
 
 def test_encode_scores__constructed_ties():
-    step = np.float32(2.0**-24)
+    step = 2.0**-24
     columns = [
         [0.3, 0.3 + step, 0.3 + 2 * step],  # the last wins by less than float16 tells
         [0.3 + 2 * step, 0.3 + step, 0.3],  # the first wins
@@ -68,18 +91,34 @@ def test_encode_scores__constructed_ties():
         [1 - step, 1.0, 0.0],  # at the top of the range
         [0.0, 0.0, 0.0],  # nothing at all
     ]
-    scores = np.array(columns, dtype=np.float32).T.reshape(3, 2, 3).copy()
-    assert np.array_equal(_round_trip(scores).argmax(0), scores.argmax(0))
+    scores = torch.tensor(columns).T.reshape(1, 3, 2, 3)
+    stored = _round_trip(scores)
+    assert torch.equal(stored.argmax(1), scores.argmax(1))
+    assert stored.min() >= 0
+    assert stored.max() <= 1
+    assert torch.equal(stored[..., 1, 2], torch.zeros(1, 3))
 
 
-def test_encode_scores__bytes_are_plain_little_endian_float16():
-    # The layout that the labels table promises to readers without this package.
-    scores = np.linspace(0, 1, 24, dtype=np.float32).reshape(2, 3, 4)
-    data = encode_scores(scores)
-    assert len(data) == 2 * scores.size
-    np.testing.assert_allclose(np.frombuffer(data, "<f2").reshape(2, 3, 4), scores, atol=2.0**-11)
-    assert decode_scores(data, (3, 4)).dtype == np.float32
+def test_encode_scores__excluded_concepts_stay_at_zero():
+    scores = exclude(_close_maps(), torch.rand(2, 40, 40) > 0.5, torch.arange(171) % 2 == 0)
+    stored = _round_trip(scores)
+    assert torch.equal(stored == 0, scores == 0)
+    # The floor is that of the concepts that are not excluded: their step is as fine as without exclusion.
+    kept = torch.where(scores > 0, scores, torch.inf)
+    span = (scores.amax(1) - kept.amin(1)).unsqueeze(1)
+    assert ((stored - scores).abs() / span).max() <= 78**-0.5 + 0.02
 
 
-def test_encode_mask__one_byte_a_patch():
-    assert encode_mask(np.array([[True, False], [False, True]])) == b"\x01\x00\x00\x01"
+def test_encode_scores__targets_after_a_trained_teacher_hardly_change():
+    # A trained teacher has learned the bank: its logits follow the scores, with errors of their own.
+    scores = _close_maps()
+    logits = 3 * (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    teacher = (logits + 2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).softmax(1)
+    assert ((scores + teacher).argmax(1) != scores.argmax(1)).float().mean() > 0.05
+    changed = (_round_trip(scores) + teacher).argmax(1) != (scores + teacher).argmax(1)
+    assert changed.float().mean() <= 0.005
+
+
+def test_decode_scores__one_image_as_in_a_batch():
+    codes, low, high = encode_scores(_close_maps())
+    assert torch.equal(decode_scores(codes[1], low[1], high[1]), decode_scores(codes, low, high)[1])

@@ -53,8 +53,10 @@ def test_tables__batch_of_one_against_seven(undisturbed: Run, photographs: Path,
     one, seven = (bare_tables(undisturbed, photographs, tmp_path / str(size), size) for size in (1, 7))
     assert one["features"].drop_columns("cls_token").equals(seven["features"].drop_columns("cls_token"))
     assert_within_a_step(*(np.stack(t["features"]["cls_token"].to_numpy()) for t in (one, seven)))
-    for a, b in zip(one["labels"]["scores"].to_pylist(), seven["labels"]["scores"].to_pylist(), strict=True):
-        assert_within_a_step(np.frombuffer(a, "<f2"), np.frombuffer(b, "<f2"))
+    for end in ("low", "high"):
+        assert_within_a_step(*(np.frombuffer(b"".join(t["labels"][end].to_pylist()), "<f2") for t in (one, seven)))
+    codes = [np.frombuffer(b"".join(t["labels"]["scores"].to_pylist()), np.int8) for t in (one, seven)]
+    assert np.abs(codes[0] - codes[1]).max() <= 1
 
 
 @pytest.mark.ray
@@ -103,8 +105,11 @@ def test_tables__readable_without_this_package(undisturbed: Run) -> None:
     labels = table(folder, "labels").to_pylist()
     assert len({row["image_id"] for row in labels}) == 9
     for row in labels:
-        scores = np.frombuffer(row["scores"], "<f2").reshape(4, row["grid_h"], row["grid_w"])
-        foreground = np.frombuffer(row["foreground"], np.uint8).reshape(row["grid_h"], row["grid_w"])
+        grid_hw = row["grid_h"], row["grid_w"]
+        codes = np.frombuffer(row["scores"], np.uint8).reshape(4, *grid_hw)
+        low, high = (np.frombuffer(row[end], "<f2").reshape(grid_hw).astype(np.float32) for end in ("low", "high"))
+        scores = np.where(codes, low + np.sqrt((np.maximum(codes, 1) - 1) / 78) * (high - low), 0)
+        foreground = np.frombuffer(row["foreground"], np.uint8).reshape(grid_hw)
         assert scores.min() >= 0
         assert scores.max() <= 1
         # Exclusion (4.2): concepts 0-1 are foreground, 2-3 background.

@@ -1,9 +1,14 @@
 """From response maps to the pseudo-label bank and back (Eq. 8, exclusion, stored form)."""
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
+
+# Code of the concept that wins a patch. With 80 codes an image takes 110 kB at K = 171 on 40 x 40 patches, and fewer
+# than 0.5 % of the patches get another target when a trained teacher is added.
+_TOP_CODE = 79
+# Smallest positive float16.
+_SMALLEST_HALF = 2.0**-24
 
 
 def normalise(maps: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
@@ -27,30 +32,40 @@ def add_background(scores: Float[Tensor, "*b k h w"], threshold: float) -> Float
     return torch.cat([scores, background], dim=-3)
 
 
-def encode_scores(scores: Float[np.ndarray, "k h w"]) -> bytes:
-    """The stored form of one image's scores: little-endian float16, concept by concept, row by row.
+def encode_scores(
+    scores: Float[Tensor, "b k h w"],
+) -> tuple[UInt8[Tensor, "b k h w"], Float16[Tensor, "b h w"], Float16[Tensor, "b h w"]]:
+    """The stored form of scores in [0, 1]: a code a concept and patch, and each patch's range as float16.
 
-    Rounding to float16 can tie two concepts of a patch. Where that would change the patch's winner (the first
-    concept of maximal score), the tied others go down by one float16 step (from 0, the winner up), so the argmax of
-    every patch is exact and scores stay in [0, 1].
+    Code 0 is a score of 0; code c >= 1 is low + sqrt((c - 1) / 78) * (high - low), where low is the patch's lowest
+    positive score and high its highest. Only a patch's winner (the first concept of maximal score) has code 79, so its
+    argmax is exact. The square root spends the codes on the concepts that can win once the teacher is added: most
+    maps lie at a patch's floor, the attention that all concepts share.
+
+    Returns:
+        codes, low, high.
     """
-    stored = scores.astype("<f2")
-    winners = scores.argmax(0)
-    for row, column in zip(*np.nonzero(stored.argmax(0) != winners), strict=True):
-        patch, winner = stored[:, row, column], winners[row, column]
-        if patch[winner] == 0:
-            patch[winner] = np.finfo(np.float16).smallest_subnormal
-        else:
-            tied = (patch == patch[winner]) & (np.arange(len(patch)) != winner)
-            patch[tied] = np.nextafter(patch[winner], np.float16(0))
-    return stored.tobytes()
+    # ceil tells 0 from above 0 in a fraction of a comparison's time, as 0.0 and 1.0.
+    positive = scores.ceil()
+    lowest = torch.sub(scores, positive, alpha=2).add_(2).amin(1)
+    low = torch.where(lowest > 1, 0.0, lowest).half()
+    winning, winner = scores.max(1, keepdim=True)
+    high = winning.squeeze(1).half()
+    # Positive float16 are ordered as their bits are. Where rounding leaves no range, the floor goes down by one step.
+    bits = torch.where(winning.squeeze(1) > 0, high.view(torch.int16).clamp(min=1), 0).to(torch.int16)
+    high = bits.view(torch.float16)
+    low = torch.minimum(low.view(torch.int16), (bits - 1).clamp(min=0)).view(torch.float16)
+    floor, span = low.float().unsqueeze(1), (high.float() - low.float()).unsqueeze(1)
+    shares = (scores - floor).div_(span.clamp(min=_SMALLEST_HALF)).clamp_(0, 1)
+    codes = shares.square_().mul_(_TOP_CODE - 1).round_().add_(1).clamp_(max=_TOP_CODE - 1).mul_(positive)
+    return codes.to(torch.uint8).scatter_(1, winner, _TOP_CODE), low, high
 
 
-def decode_scores(data: bytes, grid_hw: tuple[int, int]) -> Float[np.ndarray, "k h w"]:
-    """Inverse of `encode_scores`, as float32."""
-    return np.frombuffer(data, "<f2").reshape(-1, *grid_hw).astype(np.float32)
-
-
-def encode_mask(mask: Bool[np.ndarray, "h w"]) -> bytes:
-    """The stored form of a foreground mask: one byte a patch, 0 or 1, row by row."""
-    return mask.astype(np.uint8).tobytes()
+def decode_scores(
+    codes: UInt8[Tensor, "*b k h w"], low: Float16[Tensor, "*b h w"], high: Float16[Tensor, "*b h w"]
+) -> Float32[Tensor, "*b k h w"]:
+    """Inverse of `encode_scores`: within 1/8 of a patch's range at its floor, 1/156 of it at its top."""
+    floor, span = low.float().unsqueeze(-3), (high.float() - low.float()).unsqueeze(-3)
+    steps = codes.float()
+    positive = steps.clamp(max=1)
+    return steps.sub_(positive).div_(_TOP_CODE - 1).sqrt_().mul_(span).add_(positive.mul_(floor))

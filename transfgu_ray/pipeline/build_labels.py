@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from transfgu_ray.algorithms.labelling import Labeller
-from transfgu_ray.algorithms.pseudo_labels import encode_mask, encode_scores
+from transfgu_ray.algorithms.pseudo_labels import encode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import to_working
 from transfgu_ray.pipeline.extract_features import batched_rows
@@ -61,10 +61,11 @@ class BankBuilder(PartWorker):
             working.append(to_working(image, config.cam_image_size))
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):
             scores, foreground = self._labeller(torch.from_numpy(batch).to(self.device))
-            for image_scores, mask in zip(scores.cpu().numpy(), foreground.cpu().numpy(), strict=True):
-                columns["scores"].append(encode_scores(image_scores))
-                columns["foreground"].append(encode_mask(mask))
-                columns["grid_h"].append(mask.shape[0])
-                columns["grid_w"].append(mask.shape[1])
+            grid_h, grid_w = foreground.shape[1:]
+            columns["grid_h"] += [grid_h] * len(batch)
+            columns["grid_w"] += [grid_w] * len(batch)
+            for name, values in zip(("scores", "low", "high"), encode_scores(scores), strict=True):
+                columns[name] += [image.tobytes() for image in values.cpu().numpy()]
+            columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
         table: pa.Table = build_table(columns, labels_schema())
         return self.write(unit, table, stats, row_group_size=1)

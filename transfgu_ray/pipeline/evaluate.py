@@ -10,7 +10,7 @@ from PIL import Image
 
 from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.metrics import IGNORE, add_confusions, confusion_matrix
-from transfgu_ray.algorithms.pseudo_labels import add_background
+from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores, encode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
@@ -101,7 +101,8 @@ class Evaluator(UnitWorker):
         for _, batch in batched_rows(
             np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
         ):
-            scores, _ = self._labeller(torch.from_numpy(batch).to(self.device))
+            # Through the bank's stored form, so that it is the bank that is scored.
+            scores = decode_scores(*encode_scores(self._labeller(torch.from_numpy(batch).to(self.device))[0]))
             if config.has_background:
                 scores = add_background(scores, config.cam.background_threshold)
             maps[0] += scores

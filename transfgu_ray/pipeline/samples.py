@@ -70,7 +70,15 @@ def _read_sample(run: Folder, part: str, row: int, config: RunConfig) -> tuple[t
     fs, path = resolve(record["path"])
     with fs.open_input_stream(path) as stream:
         photo = decode_rgb(stream.read(), config.data.min_side_px, config.data.max_pixels)
-    maps = torch.from_numpy(decode_scores(record["scores"], (record["grid_h"], record["grid_w"])))
+    maps = _stored_scores(record)
     if config.has_background:
         maps = add_background(maps, config.cam.background_threshold)
     return torch.from_numpy(to_working(photo, config.data.image_size)), maps
+
+
+def _stored_scores(record: dict[str, Any]) -> torch.Tensor:
+    """The scores of a row of the bank, float32 (k, h, w)."""
+    grid_hw = record["grid_h"], record["grid_w"]
+    codes = torch.from_numpy(np.frombuffer(record["scores"], "u1").reshape(-1, *grid_hw).copy())
+    low, high = (torch.from_numpy(np.frombuffer(record[n], "<f2").reshape(grid_hw).copy()) for n in ("low", "high"))
+    return decode_scores(codes, low, high)
