@@ -65,7 +65,7 @@ def test_labels_schema__scores_are_read_as_documented():
     got = np.frombuffer(read["scores"], "u1").reshape(-1, read["grid_h"], read["grid_w"])
     assert np.array_equal(got.argmax(0), scores[0].argmax(0))
     floor, top = (np.frombuffer(read[name], "<f2").reshape(3, 4).astype(np.float32) for name in ("low", "high"))
-    values = floor + np.sqrt((got - 1.0) / 78) * (top - floor)
+    values = floor + np.sqrt((got - 1.0) / 62) * (top - floor)
     np.testing.assert_allclose(values, decode_scores(*encode_scores(scores))[0], atol=1e-6)
 
 

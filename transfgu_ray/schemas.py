@@ -43,9 +43,9 @@ def concepts_schema(embed_dim: int) -> pa.Schema:
 def labels_schema() -> pa.Schema:
     """One row an image: the pseudo-label bank. At K = 171 on 40 x 40 patches about 110 kB after zstd.
 
-    scores: a code 0-79 a concept and patch, uint8, K x grid_h x grid_w in C order, so that
+    scores: a code 0-63 a concept and patch, uint8, K x grid_h x grid_w in C order, so that
     numpy.frombuffer(scores, "u1").reshape(-1, grid_h, grid_w).argmax(0) is the exact winner of each patch. Code 0 is a
-    score of 0, code c a score of low + sqrt((c - 1) / 78) * (high - low). low, high: little-endian float16 in [0, 1],
+    score of 0, code c a score of low + sqrt((c - 1) / 62) * (high - low). low, high: little-endian float16 in [0, 1],
     grid_h x grid_w.
     foreground: uint8 0/1, grid_h x grid_w. path: where the photograph was read.
     """

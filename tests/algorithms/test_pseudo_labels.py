@@ -58,16 +58,16 @@ def test_encode_scores__argmax_exact_where_half_a_patch_ties_in_float16():
     codes, _, _ = encode_scores(scores)
     assert torch.equal(_round_trip(scores).argmax(1), scores.argmax(1))
     assert torch.equal(codes.argmax(1), scores.argmax(1))
-    assert torch.equal((codes == 79).sum(1), torch.ones(1, 40, 40, dtype=torch.int64))
+    assert torch.equal((codes == 63).sum(1), torch.ones(1, 40, 40, dtype=torch.int64))
 
 
 def test_encode_scores__by_hand():
-    # One patch; range 0.25 to 0.75. Shares 0, 0.5 and 1 give codes 1, 1 + round(78 / 4) = 21 and 79; 0 stays 0.
+    # One patch; range 0.25 to 0.75. Shares 0, 0.5 and 1 give codes 1, 1 + round(62 / 4) = 17 and 63; 0 stays 0.
     scores = torch.tensor([0.5, 0.25, 0.0, 0.75]).view(1, 4, 1, 1)
     codes, low, high = encode_scores(scores)
-    assert codes.flatten().tolist() == [21, 1, 0, 79]
+    assert codes.flatten().tolist() == [17, 1, 0, 63]
     assert (low.item(), high.item()) == (0.25, 0.75)
-    want = [0.25 + 0.5 * (20 / 78) ** 0.5, 0.25, 0.0, 0.75]
+    want = [0.25 + 0.5 * (16 / 62) ** 0.5, 0.25, 0.0, 0.75]
     torch.testing.assert_close(_round_trip(scores).flatten(), torch.tensor(want))
 
 
@@ -75,10 +75,10 @@ def test_encode_scores__error_within_a_step_of_the_patch():
     scores = _close_maps()
     span = (scores.amax(1) - scores.amin(1)).unsqueeze(1)
     error = (_round_trip(scores) - scores).abs() / span
-    # The largest step of a square root of 78 steps is its first; plus float16 rounding of the range's ends.
-    assert error.max() <= 78**-0.5 + 0.02
+    # The largest step of a square root of 62 steps is its first; plus float16 rounding of the range's ends.
+    assert error.max() <= 62**-0.5 + 0.02
     top = scores >= scores.amax(1, keepdim=True) - 0.2 * span
-    assert error[top].max() <= 1 / 78 + 0.02
+    assert error[top].max() <= 1 / 62 + 0.02
 
 
 def test_encode_scores__constructed_ties():
@@ -106,7 +106,7 @@ def test_encode_scores__excluded_concepts_stay_at_zero():
     # The floor is that of the concepts that are not excluded: their step is as fine as without exclusion.
     kept = torch.where(scores > 0, scores, torch.inf)
     span = (scores.amax(1) - kept.amin(1)).unsqueeze(1)
-    assert ((stored - scores).abs() / span).max() <= 78**-0.5 + 0.02
+    assert ((stored - scores).abs() / span).max() <= 62**-0.5 + 0.02
 
 
 def test_encode_scores__targets_after_a_trained_teacher_hardly_change():

@@ -108,7 +108,7 @@ def test_tables__readable_without_this_package(undisturbed: Run) -> None:
         grid_hw = row["grid_h"], row["grid_w"]
         codes = np.frombuffer(row["scores"], np.uint8).reshape(4, *grid_hw)
         low, high = (np.frombuffer(row[end], "<f2").reshape(grid_hw).astype(np.float32) for end in ("low", "high"))
-        scores = np.where(codes, low + np.sqrt((np.maximum(codes, 1) - 1) / 78) * (high - low), 0)
+        scores = np.where(codes, low + np.sqrt((np.maximum(codes, 1) - 1) / 62) * (high - low), 0)
         foreground = np.frombuffer(row["foreground"], np.uint8).reshape(grid_hw)
         assert scores.min() >= 0
         assert scores.max() <= 1

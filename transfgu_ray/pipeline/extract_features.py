@@ -1,5 +1,6 @@
 """images -> features: class tokens of sliding windows, crops batched across the photographs of a unit."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from transfgu_ray.algorithms.windows import (
 )
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import cut_crops, to_working
+from transfgu_ray.pipeline.ahead import made_ahead
 from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.prior import load_run_encoder
@@ -45,6 +47,9 @@ class FeatureExtractor(PartWorker):
         # Whole images are larger than crops: as many at a time as give about the same number of pixels.
         self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
         self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
+        # A GPU reads crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
+        on_gpu = self.device == "cuda"
+        self._num_cutters = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
@@ -62,9 +67,10 @@ class FeatureExtractor(PartWorker):
             stats.drop("neither foreground nor background", kinds.count(DROPPED))
             kept += [(i, c, kind, fracs[c]) for c, kind in enumerate(kinds) if kind != DROPPED]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
-        for rows, batch in batched_rows(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size):
-            crops = self._crops(working, batch)
-            tokens[rows] = self._encoder.cls_tokens(crops).cpu().numpy()
+        batches = batched_rows(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size)
+        for rows, crops in made_ahead(lambda b: (b[0], self._crops(working, b[1])), batches, self._num_cutters):
+            on_device = crops.to(self.device, non_blocking=True)
+            tokens[rows] = self._encoder.cls_tokens(on_device).cpu().numpy()
         index = np.array([k[1] for k in kept], dtype=np.int32)
         original = [to_original(self._boxes, config.data.image_size, size) for size in sizes]
         table = build_table(
@@ -89,17 +95,15 @@ class FeatureExtractor(PartWorker):
             yield from np.ones((len(working), len(self._boxes)))
             return
         for _, batch in batched_rows(working, self._image_batch):
-            tokens = encoder.prefix(self._to_device(batch))
+            tokens = encoder.prefix(self._host_tensor(batch).to(self.device, non_blocking=True))
             saliency = encoder.saliency(tokens, encoder.class_row(tokens), grid_hw, config.extract.foreground_prior)
             for mask in above_mean(saliency).cpu().numpy():
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)
 
     def _crops(self, working: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:
         crops = [cut_crops(working[i], self._boxes[c : c + 1], self._crop_size)[0] for i, c in pairs]
-        return self._to_device(np.stack(crops))
+        return self._host_tensor(np.stack(crops))
 
-    def _to_device(self, images: np.ndarray) -> torch.Tensor:
+    def _host_tensor(self, images: np.ndarray) -> torch.Tensor:
         batch = torch.from_numpy(images)
-        if self.device == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self.device, non_blocking=True)
+        return batch.pin_memory() if self.device == "cuda" else batch
