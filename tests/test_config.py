@@ -91,6 +91,10 @@ def test_build_config__tells_every_problem_at_once():
         ),
         (["concepts.granularity=super"], "dataset folder has no super-categories; use fine"),
         (["concepts.granularity=super", "data.dataset=voc"], "dataset voc has no super-categories; use fine"),
+        (
+            ["concepts.max_points=11", "concepts.init_points=10"],
+            r"max_points=11 must be at most .*init_points=10",
+        ),
         (["cam.response=windows", "cam.keep_mass=0.5"], "keep_mass have no use when cam.response is windows"),
         (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),

@@ -112,7 +112,14 @@ class ConceptsConfig(Section):
     num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
     num_redos: Positive = Field(3, description="restarts, the lowest objective wins (ours)")
     min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded anew (ours)")
-    max_points: Positive | None = Field(None, description="cap on the crops used per group; null = all (paper)")
+    init_points: Positive = Field(
+        262_144,
+        description="crops of a group that one worker clusters; a larger group starts from so many drawn ones, then "
+        "all workers run Lloyd iterations over all of its crops (ours)",
+    )
+    max_points: Positive | None = Field(
+        None, description="cap on the crops used per group, at most init_points; null = all (paper)"
+    )
 
 
 class CamConfig(Section):
@@ -250,6 +257,12 @@ class RunConfig(Section):
             raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is no_prior")
         if self.region_mode != "things_and_stuff" and background is not None:
             raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
+        most, held = self.concepts.max_points, self.concepts.init_points
+        if most is not None and most > held:
+            raise ValueError(
+                f"concepts.max_points={most} must be at most concepts.init_points={held}, the crops that one worker "
+                "clusters; raise concepts.init_points, or set concepts.max_points to null to use all crops"
+            )
         if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
             raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
         low, high = self.train.augment.crop_scale

@@ -142,11 +142,13 @@ def part_files(run: Folder, table: str) -> list[str]:
 
 def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
     """Some columns of all parts, in order."""
-    tables = []
-    for name in part_files(run, table):
-        with run.fs.open_input_file(run.join(name)) as file:
-            tables.append(pq.read_table(file, columns=columns).replace_schema_metadata())
-    return pa.concat_tables(tables)
+    return pa.concat_tables([read_part(run, name, columns) for name in part_files(run, table)])
+
+
+def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
+    """Some columns of one part."""
+    with run.fs.open_input_file(run.join(name)) as file:
+        return pq.read_table(file, columns=columns).replace_schema_metadata()
 
 
 def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:

@@ -89,22 +89,21 @@ def _extract(context: Context) -> dict[str, Any]:
 
 
 def _concepts(context: Context) -> dict[str, Any]:
-    import ray
-
     from transfgu_ray.pipeline.fit_concepts import cluster
     from transfgu_ray.pipeline.stream import unwrapped_errors
 
-    run, resources = context.run, context.resources
-    task = ray.remote(cluster).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+    run = context.run
+    extracted = run.require("extract")
     with unwrapped_errors():
-        groups = ray.get(task.remote(run.folder.uri, run.config, resources.threads, resources.device == "cuda"))
+        groups, peak_mb = cluster(run.folder, run.config, extracted["rows_out"], context.resources)
     context.progress(1)
     return {
         "rows_in": sum(group["points_total"] for group in groups.values()),
         "rows_out": sum(group["concepts"] for group in groups.values()),
         "refused": [],
         "groups": groups,
-        "weights_sha256": run.require("extract")["weights_sha256"],
+        "peak_memory_mb": peak_mb,
+        "weights_sha256": extracted["weights_sha256"],
     }
 
 
