@@ -4,7 +4,6 @@ import functools
 import json
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from transfgu_ray.algorithms.multicrop import MultiCrop
 from transfgu_ray.algorithms.probe import collapse_alarms, knn_accuracy, rank_me
 from transfgu_ray.algorithms.rounds import sample_order
 from transfgu_ray.algorithms.weights import dump_encoder, normalisation, random_vit
-from transfgu_ray.pipeline.session import READER_CPUS
+from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
@@ -169,32 +168,17 @@ def _batches(
     num_readers: int,
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
-    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix.
-
-    Plain tasks a few batches ahead: the loop of a Ray Data executor would run in this process, whose interpreter lock
-    it holds most of the time while it waits for batches to be taken.
-    """
-    import ray
-
-    read = ray.remote(fetch_copies).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
+    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix."""
     per_worker = config.schedule.batch_size // world_size
     # Whole batches a task.
     stride = max(1, _TASK_BYTES // (3 * config.data.source_size**2 * per_worker))
-    waiting: deque[Any] = deque()
-    for first in range(*steps, stride):
-        rows = _rows(copies, config, (first, min(first + stride, steps[1])), rank, world_size)
-        waiting.append(read.remote(out.uri, copies.places(rows)))
-        if len(waiting) > num_readers:
-            yield from _to_device(ray.get(waiting.popleft()), per_worker, device)
-    for task in waiting:
-        yield from _to_device(ray.get(task), per_worker, device)
-
-
-def _to_device(images: np.ndarray, per_worker: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """A task's images, batch after batch; copied, since Ray's are read-only."""
-    for first in range(0, len(images), per_worker):
-        batch = torch.tensor(images[first : first + per_worker])
-        yield batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+    calls = (
+        (out.uri, copies.places(_rows(copies, config, (first, min(first + stride, steps[1])), rank, world_size)))
+        for first in range(*steps, stride)
+    )
+    for images in read_ahead(fetch_copies, calls, num_readers):
+        for first in range(0, len(images), per_worker):
+            yield to_device([images[first : first + per_worker]], device)
 
 
 def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:

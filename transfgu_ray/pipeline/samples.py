@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Int64
 
 from transfgu_ray.algorithms.augment import Augmentation, augment
 from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores
@@ -33,15 +34,21 @@ def bank_image_ids(run: Folder) -> list[str]:
 
 
 def load_samples(
-    batch: dict[str, np.ndarray], run_uri: str, config: dict[str, Any], epoch: int, grid_hw: tuple[int, int]
+    places: pa.Table,
+    positions: Int64[np.ndarray, " b"],
+    run_uri: str,
+    config: dict[str, Any],
+    epoch: int,
+    grid_hw: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """One batch of training samples.
+    """Some training samples.
 
     A sample's augmentation is fixed by seed, epoch and position in the epoch, so it does not depend on which task
     makes it.
 
     Args:
-        batch: `part` and `row` of the bank, `position` in the epoch.
+        places: rows of `bank_index`.
+        positions: of each in the epoch.
         run_uri: the run folder.
         config: the run's configuration, as plain values.
         epoch: its index.
@@ -55,8 +62,8 @@ def load_samples(
     options = settings.train.augment.model_dump()
     how = Augmentation(**options)
     images, scores = [], []
-    for part, row, position in zip(batch["part"], batch["row"], batch["position"], strict=True):
-        image, maps = _read_sample(run, str(part), int(row), settings)
+    for place, position in zip(places.to_pylist(), positions, strict=True):
+        image, maps = _read_sample(run, place["part"], place["row"], settings)
         rng = np.random.default_rng([settings.seed, epoch, int(position)])
         crop, cropped = augment(image, maps, settings.train_crop_size, grid_hw, how, rng)
         images.append(crop.numpy())

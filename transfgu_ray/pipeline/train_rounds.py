@@ -1,7 +1,7 @@
 """labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
 
+import itertools
 import json
-import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +16,9 @@ from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
+from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.samples import bank_index, load_samples
-from transfgu_ray.pipeline.session import READER_CPUS, Resources
+from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
 from transfgu_ray.prior import load_run_encoder
@@ -135,12 +136,15 @@ def train_loop(settings: dict[str, Any]) -> None:
         history = state["history"]
     index = bank_index(run)
     resumed_at_epoch = len(history)
-    for epoch in schedule(config.train.round_epochs, config.train.alpha)[resumed_at_epoch:]:
+    epochs = schedule(config.train.round_epochs, config.train.alpha)[resumed_at_epoch:]
+    steps, _ = steps_per_epoch(len(index) * config.train.epoch_repeats, config.train.batch_size, world_size)
+    batches = _batches(index, run.uri, config, epochs, rank, world_size, grid_hw, settings["num_readers"], device)
+    for epoch in epochs:
         bootstrap.begin_epoch(epoch, rank)
-        batches = _epoch_batches(
-            index, run.uri, config, epoch, rank, world_size, grid_hw, settings["num_readers"], device
-        )
-        terms = [bootstrap.step(batch["image"], batch["scores"], epoch, step) for step, batch in enumerate(batches)]
+        terms = [
+            bootstrap.step(batch["image"], batch["scores"], epoch, step)
+            for step, batch in enumerate(itertools.islice(batches, steps))
+        ]
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
         with tempfile.TemporaryDirectory() as directory:
             saved = None
@@ -178,49 +182,33 @@ def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, de
     )
 
 
-def _epoch_batches(
+def _batches(
     index: pa.Table,
     run_uri: str,
     config: RunConfig,
-    epoch: Epoch,
+    epochs: list[Epoch],
     rank: int,
     world_size: int,
     grid_hw: tuple[int, int],
     num_readers: int,
     device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This worker's batches of one epoch, in the order that seed and epoch fix."""
-    import ray.data
-
+    """This worker's batches of every epoch, one epoch after the other, in the order that seed and epoch fix."""
     repeats = config.train.epoch_repeats
     steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
-    order = sample_order(config.seed, epoch.index, len(index), repeats, steps, per_worker, world_size)[rank]
-    samples = index.take(pa.array(order.reshape(-1)))
-    # The position tells apart the visits of an image that an epoch repeats.
-    position = np.arange(len(samples)) * world_size + rank
-    samples = samples.append_column("position", pa.array(position, pa.int64()))
-    data = ray.data.DataContext.get_current()
-    data.enable_progress_bars = False
-    data.print_on_execution_start = False
-    data.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = min(per_worker, _SAMPLES_A_TASK)
-    blocks = [samples.slice(start, size).combine_chunks() for start in range(0, len(samples), size)]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        load_samples,
-        fn_kwargs={
-            "run_uri": run_uri,
-            "config": config.model_dump(mode="json"),
-            "epoch": epoch.index,
-            "grid_hw": grid_hw,
-        },
-        batch_size=size,
-        # Each process of these imports torch; they are as many as the machine has cores and live on between epochs.
-        compute=ray.data.TaskPoolStrategy(size=num_readers),
-        num_cpus=READER_CPUS,
-    )
-    return iter(
-        dataset.iter_torch_batches(
-            batch_size=per_worker, prefetch_batches=2, device=str(device), pin_memory=device.type == "cuda"
-        )
-    )
+    # A batch is one task or several.
+    slices = [slice(start, start + _SAMPLES_A_TASK) for start in range(0, per_worker, _SAMPLES_A_TASK)]
+    values = config.model_dump(mode="json")
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for epoch in epochs:
+            order = sample_order(config.seed, epoch.index, len(index), repeats, steps, per_worker, world_size)[rank]
+            # The position tells apart the visits of an image that an epoch repeats.
+            position = np.arange(order.size).reshape(order.shape) * world_size + rank
+            for step, part in itertools.product(range(steps), slices):
+                places = index.take(pa.array(order[step, part]))
+                yield places, position[step, part], run_uri, values, epoch.index, grid_hw
+
+    samples = read_ahead(load_samples, calls(), num_readers)
+    while parts := list(itertools.islice(samples, len(slices))):
+        yield {name: to_device([part[name] for part in parts], device) for name in parts[0]}
