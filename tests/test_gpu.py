@@ -9,6 +9,7 @@ from transfgu_ray.algorithms.bootstrap import Bootstrap
 from transfgu_ray.algorithms.labelling import Labeller
 from transfgu_ray.algorithms.rounds import schedule
 from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.tokens import read_tokens
 from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
 
 pytestmark = [
@@ -41,10 +42,11 @@ def test_cls_tokens__bfloat16_on_cuda_is_close_to_float32() -> None:
 def test_step__cuda_lowers_the_loss_over_a_round_turn() -> None:
     torch.manual_seed(0)
     student = MaskTransformer(5, 24, dropout=0.0).to("cuda")
-    bootstrap = Bootstrap(encoder_on("cuda"), student, 1e-3, 5e-4, 1.0, 1.0, 0.3, seed=0)
-    images, scores = random_images(4, 64, 64).to("cuda"), torch.rand(4, 5, 8, 8, device="cuda")
+    bootstrap = Bootstrap(student, 1e-3, 5e-4, 1.0, 1.0, 0.3, seed=0)
+    tokens = read_tokens(encoder_on("cuda"), random_images(4, 64, 64).to("cuda"), None)
+    scores = torch.rand(4, 5, 8, 8, device="cuda")
     for epoch in schedule((1, 1), (0.03, 0.1)):
         bootstrap.begin_epoch(epoch, rank=0)
-        losses = [bootstrap.step(images, scores, epoch, step)["loss"] for step in range(8)]
+        losses = [bootstrap.step(tokens, scores, epoch, step)["loss"] for step in range(8)]
         assert np.isfinite(losses).all()
         assert losses[-1] < losses[0]

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from transfgu_ray.algorithms.cached_tokens import encode_tokens
 from transfgu_ray.algorithms.pseudo_labels import decode_scores, encode_scores
 from transfgu_ray.schemas import (
     SCHEMA_VERSION,
@@ -13,6 +14,7 @@ from transfgu_ray.schemas import (
     features_schema,
     labels_schema,
     to_parquet,
+    tokens_schema,
 )
 
 
@@ -40,7 +42,8 @@ def test_build_table__rows_keep_their_vectors_through_parquet():
 
 
 @pytest.mark.parametrize(
-    "schema", [features_schema(5), concepts_schema(5), labels_schema(), baseline_schema({"raw_colour": 3})]
+    "schema",
+    [features_schema(5), concepts_schema(5), labels_schema(), tokens_schema(), baseline_schema({"raw_colour": 3})],
 )
 def test_schemas__no_column_may_be_null(schema):
     assert not any(field.nullable for field in schema)
@@ -67,6 +70,14 @@ def test_labels_schema__scores_are_read_as_documented():
     floor, top = (np.frombuffer(read[name], "<f2").reshape(3, 4).astype(np.float32) for name in ("low", "high"))
     values = floor + np.sqrt((got - 1.0) / 62) * (top - floor)
     np.testing.assert_allclose(values, decode_scores(*encode_scores(scores))[0], atol=1e-6)
+
+
+def test_tokens_schema__tokens_are_read_as_documented():
+    tokens = np.linspace(-3, 3, 24, dtype=np.float32).reshape(6, 4)
+    row = {"image_id": ["a"], "grid_h": [2], "grid_w": [3], "tokens": [encode_tokens(tokens)]}
+    read = pq.read_table(pa.BufferReader(to_parquet(build_table(row, tokens_schema()), {}))).to_pylist()[0]
+    got = np.frombuffer(read["tokens"], "<f2").reshape(read["grid_h"], read["grid_w"], -1)
+    np.testing.assert_allclose(got.reshape(6, 4), tokens, rtol=2.0**-11)
 
 
 def test_build_table__ignores_order_and_extra_columns():

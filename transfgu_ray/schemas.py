@@ -65,6 +65,22 @@ def labels_schema() -> pa.Schema:
     )
 
 
+def tokens_schema() -> pa.Schema:
+    """One row an image of the bank: what the decoder reads of it. ViT-S/8 at 320 px: 1.2 MB.
+
+    tokens: little-endian float16, grid_h x grid_w x c in C order, so that
+    numpy.frombuffer(tokens, "<f2").reshape(grid_h, grid_w, -1) reads it.
+    """
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("grid_h", pa.int32(), nullable=False),
+            pa.field("grid_w", pa.int32(), nullable=False),
+            pa.field("tokens", pa.binary(), nullable=False),
+        ]
+    )
+
+
 def baseline_schema(widths: dict[str, int]) -> pa.Schema:
     """One row a drawn patch of a training photograph: what the bottom-up baselines cluster.
 

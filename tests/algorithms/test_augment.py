@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.builders import random_images
-from transfgu_ray.algorithms.augment import Augmentation, augment, crop_scores, random_crop_box
+from transfgu_ray.algorithms.augment import Augmentation, augment, crop_maps, random_crop_box
 
 PLAIN = Augmentation((1.0, 1.0), flip_prob=0.0, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
 
@@ -98,10 +98,10 @@ def test_random_crop_box__whole_image_when_none_fits():
     assert random_crop_box(10, 1000, (1.0, 1.0), np.random.default_rng(0)) == (0, 0, 10, 1000)
 
 
-def test_crop_scores__by_hand():
+def test_crop_maps__by_hand():
     scores = torch.arange(16.0).view(1, 4, 4)
     # The lower right quarter of a 32 px image, patch by patch; then every 2 x 2 patches averaged.
-    quarter = crop_scores(scores, (16, 16, 32, 32), (32, 32), (2, 2))
+    quarter = crop_maps(scores, (16, 16, 32, 32), (32, 32), (2, 2))
     torch.testing.assert_close(quarter, torch.tensor([[[10.0, 11.0], [14.0, 15.0]]]))
-    coarse = crop_scores(scores, (0, 0, 32, 32), (32, 32), (2, 2))
+    coarse = crop_maps(scores, (0, 0, 32, 32), (32, 32), (2, 2))
     torch.testing.assert_close(coarse, torch.tensor([[[2.5, 4.5], [10.5, 12.5]]]))

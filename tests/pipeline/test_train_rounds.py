@@ -1,4 +1,9 @@
-"""What each training worker is fed: the same samples in the same order, however they are read."""
+"""What each training worker is fed, the same however it is read; and the loop on images and on cached tokens."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,29 +11,60 @@ import torch
 
 from tests.builders import make_folder
 from tests.pipeline.conftest import make_run
+from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.rounds import sample_order, schedule
 from transfgu_ray.artifacts import Run
-from transfgu_ray.config import RunConfig
+from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.pipeline import train_rounds
+from transfgu_ray.pipeline.cache_tokens import TokenCacher
 from transfgu_ray.pipeline.samples import bank_index, load_samples
+from transfgu_ray.pipeline.session import Resources
+from transfgu_ray.pipeline.stream import Photo
+from transfgu_ray.pipeline.trainer import new_trainer
+from transfgu_ray.prior import load_run_encoder
+from transfgu_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
 EPOCHS = schedule((2,), (0.03, 0.1))
-GRID_HW = (4, 4)
+COLOURLESS = "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}"
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Run:
-    """A run of five photographs that has its bank; batches of 4 end an epoch with a filled one."""
+    """A run of five photographs that has its bank and its tokens; batches of 4 end an epoch with a filled one."""
     folder = tmp_path_factory.mktemp("labelled")
     data = make_folder(folder / "data", num_images=5)
-    return make_run(folder / "run", data, stages=("extract", "concepts", "labels"))
+    run = make_run(folder / "run", data, stages=("extract", "concepts", "labels"))
+    cache_tokens(run, configured(run, "cached"))
+    return run
 
 
-def read_batches(run: Run, num_readers: int, rank: int = 0, world_size: int = 1) -> list[dict[str, torch.Tensor]]:
+def configured(run: Run, tokens: str, *settings: str) -> RunConfig:
+    """The run's configuration without colour augmentation, on images or on cached tokens."""
+    return build_config(run.config, None, [f"train.tokens={tokens}", COLOURLESS, *settings])
+
+
+def grid_hw(config: RunConfig) -> tuple[int, int]:
+    height, width = config.train_crop_size
+    return height // 8, width // 8
+
+
+def cache_tokens(run: Run, config: RunConfig) -> None:
+    data = Path(config.data.root)
+    part = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
+    cacher = TokenCacher(config.model_dump(mode="json"), **part)
+    photos = [Photo(path.name, path.read_bytes(), None, None) for path in sorted(data.iterdir())]
+    for unit in range(3):
+        cacher.process(unit, photos[2 * unit : 2 * unit + 2])
+
+
+def read_batches(
+    run: Run, num_readers: int, rank: int = 0, world_size: int = 1, config: RunConfig | None = None
+) -> list[dict[str, torch.Tensor]]:
     index, device = bank_index(run.folder), torch.device("cpu")
-    place = (rank, world_size, GRID_HW, num_readers, device)
-    return list(train_rounds._batches(index, run.folder.uri, run.config, EPOCHS, *place))
+    config = config or run.config
+    place = (rank, world_size, grid_hw(config), num_readers, device)
+    return list(train_rounds._batches(index, run.folder.uri, config, EPOCHS, *place))
 
 
 def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1) -> list[dict[str, np.ndarray]]:
@@ -39,7 +75,7 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
         positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
         for rows, position in zip(order, positions, strict=True):
             values = config.model_dump(mode="json")
-            found.append(load_samples(index.take(rows), position, run.folder.uri, values, epoch.index, GRID_HW))
+            found.append(load_samples(index.take(rows), position, run.folder.uri, values, epoch.index, grid_hw(config)))
     return found
 
 
@@ -64,3 +100,80 @@ def test_batches__equal_samples_read_one_after_the_other(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches__of_two_workers_are_halves_with_augmentations_of_their_own(labelled: Run, rank: int) -> None:
     assert_equal(read_batches(labelled, 1, rank, 2), read_plainly(labelled, labelled.config, rank, 2))
+
+
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_batches__of_cached_tokens_equal_samples_read_one_after_the_other(labelled: Run, num_readers: int) -> None:
+    config = configured(labelled, "cached")
+    batches = read_batches(labelled, num_readers, config=config)
+    assert [batch["tokens"].shape for batch in batches] == [(4, 16, 24)] * 4
+    assert_equal(batches, read_plainly(labelled, config))
+    # Regions and flips are those of the images.
+    for batch, want in zip(batches, read_plainly(labelled, configured(labelled, "live")), strict=True):
+        np.testing.assert_array_equal(batch["scores"].numpy(), want["scores"])
+
+
+def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
+    """A copy of the run under another configuration, with its tokens."""
+    copy = Run(Folder(str(shutil.copytree(run.folder.path, folder))), config)
+    cache_tokens(copy, config)
+    return copy
+
+
+def train_in_this_process(run: Run) -> list[dict[str, float]]:
+    """Losses of each epoch of a training, run where it can be looked into."""
+    settings = {
+        "run_uri": run.folder.uri,
+        "config": run.config.model_dump(mode="json"),
+        "model": asdict(train_rounds.model_config(run.config, ["foreground"] * 4, "")),
+        "threads": 1,
+        "num_readers": 2,
+    }
+    alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
+    new_trainer(train_rounds.train_loop, settings, run.folder, "rounds", alone).fit()
+    return json.loads(run.folder.read_bytes(train_rounds.HISTORY))
+
+
+@pytest.mark.parametrize("window", ["null", "16"])
+def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs(
+    labelled: Run, tmp_path: Path, window: str
+) -> None:
+    # At the size of the working image a crop of all of it is the photograph whose tokens are cached.
+    whole = ("train.augment={crop_scale: [1, 1], flip_prob: 0}", "train.crop_size=[64, 64]")
+    runs = {}
+    for tokens in ("live", "cached"):
+        config = configured(labelled, tokens, *whole, f"train.token_window={window}")
+        runs[tokens] = with_tokens(labelled, config, tmp_path / tokens)
+    encoder = load_run_encoder(labelled.folder, "float32", "cpu")
+    for live, cached in zip(*(read_batches(run, 1, config=run.config) for run in runs.values()), strict=True):
+        side = runs["live"].config.train.token_window
+        seen, kept = (train_rounds._tokens(batch, encoder, side) for batch in (live, cached))
+        # Half a float16 step, and the last bits that a batch of another shape gives.
+        torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5)
+        assert torch.equal(live["scores"], cached["scores"])
+    live, cached = map(train_in_this_process, runs.values())
+    assert [row["round"] for row in cached] == [0, 1]
+    for row, want in zip(cached, live, strict=True):
+        # A loss is a mean over many tokens, whose roundings are of either sign: it moves by less than one of them may.
+        assert row == pytest.approx(want, rel=2.0**-11)
+
+
+def test_train_loop__on_cached_tokens_never_calls_the_encoder(
+    labelled: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = train_rounds.load_run_encoder
+
+    def watched(*arguments: object) -> Encoder:
+        encoder = real(*arguments)
+        encoder.all_tokens = lambda images: calls.append(len(images)) or Encoder.all_tokens(encoder, images)
+        return encoder
+
+    monkeypatch.setattr(train_rounds, "load_run_encoder", watched)
+    cached, live = (
+        with_tokens(labelled, configured(labelled, tokens), tmp_path / tokens) for tokens in ("cached", "live")
+    )
+    train_in_this_process(cached)
+    assert calls == []
+    train_in_this_process(live)
+    assert calls == [4] * 4, "teacher and student share one forward a step"

@@ -41,7 +41,7 @@ def augment(
     """
     top, left, height, width = random_crop_box(image.shape[1], image.shape[2], how.crop_scale, rng)
     crop = transforms.resized_crop(image, top, left, height, width, list(crop_hw), antialias=True)
-    cropped = crop_scores(scores, (left, top, left + width, top + height), tuple(image.shape[1:]), grid_hw)
+    cropped = crop_maps(scores, (left, top, left + width, top + height), tuple(image.shape[1:]), grid_hw)
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
     if rng.random() < how.jitter_prob:
@@ -70,17 +70,17 @@ def random_crop_box(
     return 0, 0, height, width
 
 
-def crop_scores(
-    scores: Float[Tensor, "k h w"],
+def crop_maps(
+    maps: Float[Tensor, "k h w"],
     box_xyxy: tuple[int, int, int, int],
     image_hw: tuple[int, int],
     grid_hw: tuple[int, int],
 ) -> Float[Tensor, "k grid_h grid_w"]:
-    """The scores inside a box of the image, resampled to a patch grid by RoIAlign (He et al., 2017)."""
-    scale_y, scale_x = scores.shape[1] / image_hw[0], scores.shape[2] / image_hw[1]
+    """Maps inside a box of the image, resampled to a patch grid by RoIAlign (He et al., 2017)."""
+    scale_y, scale_x = maps.shape[1] / image_hw[0], maps.shape[2] / image_hw[1]
     x0, y0, x1, y1 = box_xyxy
-    box = torch.tensor([[0, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]], dtype=scores.dtype)
-    return roi_align(scores.unsqueeze(0), box, output_size=grid_hw, aligned=True)[0]
+    box = torch.tensor([[0, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]], dtype=maps.dtype)
+    return roi_align(maps.unsqueeze(0), box, output_size=grid_hw, aligned=True)[0]
 
 
 def _jitter(image: UInt8[Tensor, "3 y x"], rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:

@@ -6,21 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.losses import bootstrap_targets, total_loss
 from transfgu_ray.algorithms.rounds import Epoch
 from transfgu_ray.algorithms.segmenter import MaskTransformer
-from transfgu_ray.algorithms.tokens import read_tokens
 
 
 class Bootstrap:
-    """Student, teacher and optimiser over one frozen encoder, which runs once a step.
+    """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
 
     Args:
-        encoder: frozen; teacher and student share its patch tokens.
         student: the decoder with its initial weights.
         learning_rate: Adam's rate.
         weight_decay: Adam's L2 term.
@@ -28,13 +25,11 @@ class Bootstrap:
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
         seed: fixes dropout and the shuffles of the peer loss.
-        token_window: what the decoder reads; see `read_tokens`.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
         student: MaskTransformer,
         learning_rate: float,
         weight_decay: float,
@@ -42,10 +37,8 @@ class Bootstrap:
         omega_1: float,
         omega_2: float,
         seed: int,
-        token_window: int | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        self.encoder = encoder
         self.student = student
         self.initial = copy.deepcopy(student.state_dict())
         self.trained: dict[str, Tensor] | None = None
@@ -54,7 +47,6 @@ class Bootstrap:
         self._gradient_clamp = gradient_clamp
         self._omegas = (omega_1, omega_2)
         self._seed = seed
-        self._token_window = token_window
         self._parallel = wrap(student)
         self._optimiser = self._new_optimiser()
 
@@ -78,18 +70,23 @@ class Bootstrap:
         torch.manual_seed(int(np.random.SeedSequence([self._seed, epoch.index, rank]).generate_state(1)[0]))
 
     def step(
-        self, images: UInt8[Tensor, "b 3 y x"], scores: Float[Tensor, "b k h w"], epoch: Epoch, step: int
+        self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], epoch: Epoch, step: int
     ) -> dict[str, float]:
         """One update of the student; returns each loss term.
 
         Round 0 trains by cross-entropy on the bank (Eq. 9), later rounds by the total loss (Eq. 16) on
         bootstrapped targets.
 
+        Args:
+            tokens: what the decoder reads of each crop, float32, row by row; see `read_tokens`.
+            scores: of the same patches.
+            epoch: that the step belongs to.
+            step: its number in the epoch.
+
         Raises:
             FloatingPointError: the loss is NaN or infinite; the student is left as it was.
         """
         grid_hw = (scores.shape[2], scores.shape[3])
-        tokens = read_tokens(self.encoder, images, self._token_window)
         with torch.no_grad():
             guidance = None if self.teacher is None else self.teacher(tokens, grid_hw)[0]
             targets = bootstrap_targets(scores.float(), guidance)

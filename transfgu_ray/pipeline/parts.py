@@ -151,6 +151,13 @@ def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
         return pq.read_table(file, columns=columns).replace_schema_metadata()
 
 
+def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
+    """One row of a part that has one row a row group."""
+    with run.fs.open_input_file(run.join(name)) as file:
+        (record,) = pq.ParquetFile(file).read_row_group(row).to_pylist()
+    return record
+
+
 def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
     """Stats and rows of a part; None if it is damaged or was made with other settings or input."""
     try:

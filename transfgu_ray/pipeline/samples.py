@@ -1,4 +1,4 @@
-"""Training samples: augmented crops and their scores, read from photographs and bank on Ray's CPUs."""
+"""Training samples: augmented crops, or their tokens, and scores, read on Ray's CPUs."""
 
 from typing import Any
 
@@ -9,23 +9,26 @@ import torch
 from jaxtyping import Int64
 
 from transfgu_ray.algorithms.augment import Augmentation, augment
+from transfgu_ray.algorithms.cached_tokens import augment_tokens, decode_tokens
 from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import decode_rgb, to_working
-from transfgu_ray.pipeline.parts import part_files, read_table
+from transfgu_ray.pipeline.parts import part_files, part_name, read_row, read_table
 from transfgu_ray.storage import Folder, resolve
+
+# The table of cached tokens; part by part and row by row that of the bank.
+TOKENS = "tokens"
 
 
 def bank_index(run: Folder) -> pa.Table:
-    """Where each image of the bank is: part file and row. One row an image, in order."""
-    files = part_files(run, "labels")
-    parts, rows = [], []
-    for number, name in enumerate(files):
+    """Where each image of the bank is: unit and row of its part. One row an image, in order."""
+    units, rows = [], []
+    for unit, name in enumerate(part_files(run, "labels")):
         with run.fs.open_input_file(run.join(name)) as file:
             count = pq.ParquetFile(file).metadata.num_rows
-        parts += [number] * count
+        units += [unit] * count
         rows += range(count)
-    return pa.table({"part": pa.array([files[p] for p in parts], pa.string()), "row": pa.array(rows, pa.int32())})
+    return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
 
 
 def bank_image_ids(run: Folder) -> list[str]:
@@ -55,32 +58,40 @@ def load_samples(
         grid_hw: patch grid of a crop.
 
     Returns:
-        image: uint8 (b, 3, y, x); scores: float16 (b, k, h, w).
+        scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or where tokens are cached, tokens: float16 (b, hw, c).
     """
     torch.set_num_threads(1)
     settings, run = RunConfig.model_validate(config), Folder(run_uri)
-    options = settings.train.augment.model_dump()
-    how = Augmentation(**options)
-    images, scores = [], []
+    how = Augmentation(**settings.train.augment.model_dump())
+    seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
-        image, maps = _read_sample(run, place["part"], place["row"], settings)
+        record = read_row(run, part_name("labels", place["unit"]), place["row"])
+        maps = _stored_scores(record)
+        if settings.has_background:
+            maps = add_background(maps, settings.cam.background_threshold)
         rng = np.random.default_rng([settings.seed, epoch, int(position)])
-        crop, cropped = augment(image, maps, settings.train_crop_size, grid_hw, how, rng)
-        images.append(crop.numpy())
-        scores.append(cropped.numpy().astype(np.float16))
-    return {"image": np.stack(images), "scores": np.stack(scores)}
+        if settings.train.tokens == "cached":
+            cached = read_row(run, part_name(TOKENS, place["unit"]), place["row"])
+            assert cached["image_id"] == record["image_id"], "the tokens are of another bank"
+            tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
+            crop, cropped = augment_tokens(
+                tokens, maps, settings.data.image_size, grid_hw, how.crop_scale, how.flip_prob, rng
+            )
+            sample = {"tokens": crop.half().numpy()}
+        else:
+            image = _read_photo(record["path"], settings)
+            crop, cropped = augment(image, maps, settings.train_crop_size, grid_hw, how, rng)
+            sample = {"image": crop.numpy()}
+        for name, values in (sample | {"scores": cropped.half().numpy()}).items():
+            seen.setdefault(name, []).append(values)
+    return {name: np.stack(values) for name, values in seen.items()}
 
 
-def _read_sample(run: Folder, part: str, row: int, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    with run.fs.open_input_file(run.join(part)) as file:
-        (record,) = pq.ParquetFile(file).read_row_group(row).to_pylist()
-    fs, path = resolve(record["path"])
+def _read_photo(uri: str, config: RunConfig) -> torch.Tensor:
+    fs, path = resolve(uri)
     with fs.open_input_stream(path) as stream:
         photo = decode_rgb(stream.read(), config.data.min_side_px, config.data.max_pixels)
-    maps = _stored_scores(record)
-    if config.has_background:
-        maps = add_background(maps, config.cam.background_threshold)
-    return torch.from_numpy(to_working(photo, config.data.image_size)), maps
+    return torch.from_numpy(to_working(photo, config.data.image_size))
 
 
 def _stored_scores(record: dict[str, Any]) -> torch.Tensor:

@@ -47,7 +47,11 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
     if stage in ("extract", "labels"):
         return len(listing.images), "photographs"
     if stage == "train":
-        return sum(run.config.train.round_epochs), "epochs"
+        epochs = sum(run.config.train.round_epochs)
+        if run.config.train.tokens == "live":
+            return epochs, "epochs"
+        # Their tokens first, then every epoch.
+        return (1 + epochs) * len(listing.images), "photographs"
     if stage == "evaluate":
         scored = list_scored(run.config)
         shown = min(run.config.evaluate.num_samples, len(listing.images))
@@ -132,16 +136,23 @@ def _train(context: Context) -> dict[str, Any]:
     from transfgu_ray.algorithms.rounds import steps_per_epoch
     from transfgu_ray.pipeline import tracking
     from transfgu_ray.pipeline.fit_concepts import read_concepts
+    from transfgu_ray.pipeline.samples import TOKENS
     from transfgu_ray.pipeline.train_rounds import model_config, train
 
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     kinds, _ = read_concepts(run.folder)
+    cached, items_an_epoch, peak_mb = {}, 1, 0
+    if config.train.tokens == "cached":
+        table = _cache_tokens(context)
+        num_bytes = sum(size for _, size in run.folder.files(TOKENS))
+        cached = {"cached_tokens": {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}}
+        items_an_epoch, peak_mb = len(context.listing.images), table.peak_mb
     reported = 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         nonlocal reported
-        context.progress(len(history) - reported)
+        context.progress((len(history) - reported) * items_an_epoch)
         reported = len(history)
         if context.tracked is not None:
             tracking.log_epochs(context.tracked, history)
@@ -156,7 +167,8 @@ def _train(context: Context) -> dict[str, Any]:
         "rows_in": images,
         "rows_out": images,
         "refused": [],
-        "peak_memory_mb": result.peak_memory_mb,
+        **cached,
+        "peak_memory_mb": max(result.peak_memory_mb, peak_mb),
         "epochs": len(result.history),
         "resumed_at_epoch": result.resumed_at_epoch,
         "steps_per_epoch": steps,
@@ -166,6 +178,26 @@ def _train(context: Context) -> dict[str, Any]:
         "last_losses": result.history[-1],
         "weights_sha256": weights_sha256,
     }
+
+
+def _cache_tokens(context: Context) -> Any:
+    from transfgu_ray.pipeline.cache_tokens import TokenCacher
+    from transfgu_ray.pipeline.parts import build_table_of_parts
+    from transfgu_ray.pipeline.samples import TOKENS
+
+    config = context.run.config
+    return build_table_of_parts(
+        context.run.folder,
+        TOKENS,
+        context.fingerprint,
+        context.root,
+        context.listing.images,
+        config.extract.images_per_part,
+        TokenCacher,
+        {"config": config.model_dump(mode="json")},
+        context.resources,
+        context.progress,
+    )
 
 
 def _scored_split(config: RunConfig) -> str | None:

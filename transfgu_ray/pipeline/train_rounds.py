@@ -13,11 +13,13 @@ import pyarrow as pa
 import torch
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
+from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
+from transfgu_ray.algorithms.tokens import read_tokens
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
-from transfgu_ray.pipeline.samples import bank_index, load_samples
+from transfgu_ray.pipeline.samples import TOKENS, bank_index, load_samples
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
@@ -111,6 +113,8 @@ def train(
     save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
     save_decoder(model, state["bootstrap"]["student"], model_config)
     run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
+    # Large, and of no use to a finished run.
+    run.delete(TOKENS)
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
 
 
@@ -125,8 +129,9 @@ def train_loop(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    bootstrap = _new_bootstrap(run, config, ModelConfig(**settings["model"]), device)
-    grid_hw = bootstrap.encoder.grid_hw(config.train_crop_size)
+    encoder = load_run_encoder(run, config.encoder.precision, str(device))
+    bootstrap = _new_bootstrap(config, ModelConfig(**settings["model"]), encoder)
+    grid_hw = encoder.grid_hw(config.train_crop_size)
     history: list[dict[str, float]] = []
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -142,7 +147,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     for epoch in epochs:
         bootstrap.begin_epoch(epoch, rank)
         terms = [
-            bootstrap.step(batch["image"], batch["scores"], epoch, step)
+            bootstrap.step(_tokens(batch, encoder, config.train.token_window), batch["scores"], epoch, step)
             for step, batch in enumerate(itertools.islice(batches, steps))
         ]
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
@@ -162,14 +167,12 @@ def train_loop(settings: dict[str, Any]) -> None:
             run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
 
 
-def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, device: torch.device) -> Bootstrap:
+def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encoder) -> Bootstrap:
     from ray.train.torch import prepare_model
 
-    encoder = load_run_encoder(run, config.encoder.precision, str(device))
     torch.manual_seed(config.seed)
-    student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(device)
+    student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
     return Bootstrap(
-        encoder,
         student,
         learning_rate=config.train.learning_rate,
         weight_decay=config.train.weight_decay,
@@ -177,9 +180,13 @@ def _new_bootstrap(run: Folder, config: RunConfig, model_config: ModelConfig, de
         omega_1=config.train.omega_1,
         omega_2=config.train.omega_2,
         seed=config.seed,
-        token_window=model_config.token_window,
         wrap=prepare_model,
     )
+
+
+def _tokens(batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None) -> torch.Tensor:
+    """What the decoder reads of a batch: the tokens that came with it, or those of its images."""
+    return batch["tokens"].float() if "tokens" in batch else read_tokens(encoder, batch["image"], token_window)
 
 
 def _batches(
