@@ -252,6 +252,26 @@ def demo(
 
 
 @app.command()
+def bench(
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
+    only: Annotated[list[str], typer.Option(help="One part; may be given often. Default: all.")] = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+) -> None:
+    """Time, bytes and memory of each stage against the bare encoder and a plain rewrite of the published code."""
+    from transfgu_ray.bench.table import run_parts, table_rows
+    from transfgu_ray.storage import Folder
+
+    terminal = Terminal(quiet=False)
+    found = run_parts(only, threads, lambda part: typer.echo(f"measuring {part} ...", err=True))
+    if json_file is not None:
+        folder, _, name = json_file.rpartition("/")
+        Folder(folder or ".").write_bytes(name, json.dumps(found, indent=1).encode())
+    machine = found["machine"]
+    terminal.table(table_rows(found["targets"]), ["what", "target", "value", "reached"])
+    terminal.note(f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, {threads} thread(s)")
+
+
+@app.command()
 def datasets() -> None:
     """Known datasets and what each expects on disk."""
     from transfgu_ray.benchmarks import BENCHMARKS

@@ -175,7 +175,7 @@ class TrainConfig(Section):
         description="the decoder reads, of each patch, the mean patch and class token of the windows of this side in "
         "px that hold it, for small priors whose patches know too little (ours); null = the patch tokens (paper)",
     )
-    tokens: Literal["live", "cached"] = Field(
+    features: Literal["live", "cached"] = Field(
         "live",
         description="live: the encoder reads every augmented crop (paper); cached: it reads each whole photograph "
         "once, and the decoder learns from crops of the tokens by RoIAlign, without colour augmentation (ours)",
@@ -274,9 +274,9 @@ class RunConfig(Section):
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
         colours = ("jitter_prob", "grey_prob", "blur_prob")
-        if self.train.tokens == "cached" and any(getattr(self.train.augment, name) for name in colours):
+        if self.train.features == "cached" and any(getattr(self.train.augment, name) for name in colours):
             raise ValueError(
-                f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.tokens is cached, "
+                f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.features is cached, "
                 "since the encoder never sees the crops"
             )
         return self

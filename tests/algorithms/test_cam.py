@@ -5,6 +5,7 @@ from tests.builders import random_images, shake, tiny_encoder
 from transfgu_ray.algorithms.cam import attention_gradients, keep_top_mass, response_maps
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import random_vit
+from transfgu_ray.bench.published import plain_gradients
 
 
 def _register_encoder() -> Encoder:
@@ -13,26 +14,6 @@ def _register_encoder() -> Encoder:
 
 def _dino_encoder() -> Encoder:
     return Encoder(random_vit("vit_small_patch8_224.dino", {}, seed=0))
-
-
-def _plain_gradients(encoder, images, centroids):
-    """K backward passes through the whole network, from the pixels up, with autograd's own attention."""
-    attn = encoder.vit.blocks[-1].attn
-    fused, attn.fused_attn = attn.fused_attn, False
-    kept = []
-    hook = attn.attn_drop.register_forward_pre_hook(lambda module, args: args[0].retain_grad() or kept.append(args[0]))
-    pixels = ((images.float() / 255 - encoder.mean) / encoder.std).requires_grad_(True)
-    cls = encoder.vit.forward_features(pixels)[:, 0]
-    hook.remove()
-    attn.fused_attn = fused
-    gradients = []
-    for centroid in centroids:
-        kept[0].grad = pixels.grad = None
-        loss = 1 - torch.nn.functional.cosine_similarity(cls, centroid[None])
-        loss.sum().backward(retain_graph=True)
-        assert pixels.grad.abs().max() > 0
-        gradients.append(kept[0].grad[:, :, 0].mean(1))
-    return torch.stack(gradients, dim=1)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +33,7 @@ def test_attention_gradients__equal_k_backward_passes_through_the_network(build,
     encoder, images = build(), random_images(2, size, size)
     centroids = torch.randn(num_concepts, encoder.embed_dim, generator=torch.Generator().manual_seed(1))
     got = attention_gradients(encoder.class_row(encoder.prefix(images)), centroids)
-    want = _plain_gradients(encoder, images, centroids)
+    want = plain_gradients(encoder, images, centroids)
     assert got.shape == want.shape
     # A map at a time: a small one must not hide behind a large one.
     assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-5
@@ -79,7 +60,7 @@ def centroids():
 
 def test_response_maps__equal_the_formula(centroids):
     encoder, images = tiny_encoder(), random_images(2, 32, 24)
-    gradients = _plain_gradients(encoder, images, centroids)[:, :, 1:]
+    gradients = plain_gradients(encoder, images, centroids)[:, :, 1:]
     attention = encoder.class_row(encoder.prefix(images)).attention[:, :, 1:].mean(1)
     assert (gradients > 0).any()
     assert (gradients < 0).any()

@@ -26,7 +26,7 @@ from transfgu_ray.prior import load_run_encoder
 
 pytestmark = pytest.mark.ray
 CACHED = (
-    "train.tokens=cached",
+    "train.features=cached",
     "train.token_window=16",
     "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}",
 )

@@ -41,7 +41,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Run:
 
 def configured(run: Run, tokens: str, *settings: str) -> RunConfig:
     """The run's configuration without colour augmentation, on images or on cached tokens."""
-    return build_config(run.config, None, [f"train.tokens={tokens}", COLOURLESS, *settings])
+    return build_config(run.config, None, [f"train.features={tokens}", COLOURLESS, *settings])
 
 
 def grid_hw(config: RunConfig) -> tuple[int, int]:

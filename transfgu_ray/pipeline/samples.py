@@ -70,7 +70,7 @@ def load_samples(
         if settings.has_background:
             maps = add_background(maps, settings.cam.background_threshold)
         rng = np.random.default_rng([settings.seed, epoch, int(position)])
-        if settings.train.tokens == "cached":
+        if settings.train.features == "cached":
             cached = read_row(run, part_name(TOKENS, place["unit"]), place["row"])
             assert cached["image_id"] == record["image_id"], "the tokens are of another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))

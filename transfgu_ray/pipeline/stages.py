@@ -48,7 +48,7 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
         return len(listing.images), "photographs"
     if stage == "train":
         epochs = sum(run.config.train.round_epochs)
-        if run.config.train.tokens == "live":
+        if run.config.train.features == "live":
             return epochs, "epochs"
         # Their tokens first, then every epoch.
         return (1 + epochs) * len(listing.images), "photographs"
@@ -143,7 +143,7 @@ def _train(context: Context) -> dict[str, Any]:
     weights_sha256 = run.require("extract")["weights_sha256"]
     kinds, _ = read_concepts(run.folder)
     cached, items_an_epoch, peak_mb = {}, 1, 0
-    if config.train.tokens == "cached":
+    if config.train.features == "cached":
         table = _cache_tokens(context)
         num_bytes = sum(size for _, size in run.folder.files(TOKENS))
         cached = {"cached_tokens": {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}}

@@ -1,0 +1,54 @@
+"""A plain rewrite of how the published code computes, to measure against and to check results with."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from transfgu_ray.algorithms.bootstrap import Bootstrap
+from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.losses import bootstrap_targets, total_loss
+from transfgu_ray.algorithms.rounds import Epoch
+
+
+def plain_gradients(
+    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], centroids: Float[Tensor, "k d"]
+) -> Float[Tensor, "b k n"]:
+    """Head-mean of d loss_k / d attention of the class token (Eq. 5) by K backward passes through the whole network.
+
+    The graph is kept between passes and reaches down to the pixels, as where no weight or image is left out of it.
+    """
+    attn = encoder.vit.blocks[-1].attn
+    fused, attn.fused_attn = attn.fused_attn, False
+    kept: list[Tensor] = []
+    hook = attn.attn_drop.register_forward_pre_hook(lambda module, args: args[0].retain_grad() or kept.append(args[0]))
+    try:
+        pixels = ((images.float() / 255 - encoder.mean) / encoder.std).requires_grad_(True)
+        cls = encoder.vit.forward_features(pixels)[:, 0]
+    finally:
+        hook.remove()
+        attn.fused_attn = fused
+    gradients = []
+    for centroid in centroids:
+        kept[0].grad = pixels.grad = None
+        loss = 1 - torch.nn.functional.cosine_similarity(cls, centroid[None])
+        loss.sum().backward(retain_graph=True)
+        assert pixels.grad.abs().max() > 0, "the graph ended before the pixels"
+        gradients.append(kept[0].grad[:, :, 0].mean(1))
+    return torch.stack(gradients, dim=1)
+
+
+def plain_step(
+    encoder: Encoder,
+    bootstrap: Bootstrap,
+    images: UInt8[Tensor, "b 3 y x"],
+    scores: Float[Tensor, "b k h w"],
+    epoch: Epoch,
+) -> None:
+    """Losses and gradients of a training step in which teacher and student each run the encoder."""
+    grid_hw = (scores.shape[2], scores.shape[3])
+    with torch.no_grad():
+        guidance = bootstrap.teacher(encoder.patch_tokens(images), grid_hw)[0]
+        targets = bootstrap_targets(scores, guidance)
+    logits, classes = bootstrap.student(encoder.patch_tokens(images), grid_hw)
+    shuffle = torch.randperm(scores.shape[1])
+    total_loss(logits, classes, targets, shuffle, epoch.alpha, 1.0, 0.3)["total"].backward()

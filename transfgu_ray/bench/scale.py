@@ -1,0 +1,169 @@
+"""The pipeline as a whole: memory over many photographs, Ray's share of the time, one worker against two."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transfgu_ray.bench.subject import jpeg_photographs
+from transfgu_ray.bench.timing import Findings, Target
+from transfgu_ray.config import RunConfig, RuntimeConfig, build_config
+from transfgu_ray.datasets import ImageRef
+from transfgu_ray.pipeline.extract_features import FeatureExtractor
+from transfgu_ray.pipeline.parts import part_name
+from transfgu_ray.pipeline.session import Resources, ray_session
+from transfgu_ray.pipeline.stream import Photo, split_units, stream_units
+from transfgu_ray.presets import get_preset
+from transfgu_ray.prior import ENCODER, resolve_encoder
+from transfgu_ray.storage import Folder
+
+_SIZES = (1_000, 10_000)
+# A tiny encoder on small photographs: what is looked for is what grows with their number.
+_SMALL = (
+    "data.image_size=[64, 64]",
+    "extract.window_fracs=[0.5]",
+    "concepts.num_concepts=4",
+    "cam.batch_size=16",
+    "train.round_epochs=[1]",
+    "evaluate.num_samples=2",
+)
+_STAGES = ("extract", "concepts", "labels", "train")
+_UNITS = 24
+_ROUNDS = 3
+
+
+def measure_memory(device: str) -> Findings:
+    """Peak memory of every stage's processes and of the object store, 10,000 photographs against 1,000."""
+    peaks: dict[int, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in _SIZES:
+            _write_photographs(Path(folder) / f"photos-{size}", size)
+            peaks[size] = _run_and_watch(Path(folder), size, device)
+    few, many = (peaks[size] for size in _SIZES)
+    name = f"peak memory, {_SIZES[1]:,} / {_SIZES[0]:,} photographs"
+    return Findings(
+        targets=[Target(f"{name}, {what}", "<=", 1.1, many[what] / few[what]) for what in few],
+        details={"peak_mb": {str(size): peak for size, peak in peaks.items()}},
+    )
+
+
+def _write_photographs(folder: Path, count: int) -> None:
+    folder.mkdir()
+    encoded = jpeg_photographs(50, size=(96, 72))
+    for i in range(count):
+        (folder / f"{i:06d}.jpg").write_bytes(encoded[i % len(encoded)])
+
+
+def _run_and_watch(folder: Path, size: int, device: str) -> dict[str, int]:
+    """Runs the stages in processes of their own; peak MB of each stage (driver and workers) and of the object store."""
+    run, known, store = folder / f"run-{size}", set(_raylets()), 0
+    settings = [word for text in (*_SMALL, f"runtime.device={device}") for word in ("--set", text)]
+    for stage in _STAGES:
+        command = [sys.executable, "-m", "transfgu_ray.cli", stage, str(run), "--quiet"]
+        if stage == _STAGES[0]:
+            command += ["--preset", "tiny_cpu", "--data", str(folder / f"photos-{size}"), *settings]
+        with subprocess.Popen(command) as process:
+            while process.poll() is None:
+                store = max([store, *(_store_mb(raylet) for raylet in set(_raylets()) - known)])
+                time.sleep(0.2)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    manifests = {stage: json.loads((run / f"{stage}.json").read_text()) for stage in _STAGES}
+    return {stage: manifest["peak_memory_mb"] for stage, manifest in manifests.items()} | {
+        "object store": max(1, store)
+    }
+
+
+def _raylets() -> list[str]:
+    names = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "comm").read_text().strip() == "raylet":
+                names.append(entry.name)
+        except OSError:
+            continue
+    return names
+
+
+def _store_mb(raylet: str) -> int:
+    """MB of the object store that were ever used; its file is deleted, but the raylet holds it open."""
+    largest = 0
+    for descriptor in Path(f"/proc/{raylet}/fd").glob("*"):
+        try:
+            if "plasma" in os.readlink(descriptor):
+                largest = max(largest, os.stat(descriptor).st_blocks * 512)
+        except OSError:
+            continue
+    return largest // 2**20
+
+
+def measure_ray(device: str) -> Findings:
+    """Extract under Ray against the same units in one plain loop, and by two workers against one."""
+    config = build_config(get_preset("tiny_cpu"), None, ["extract.window_fracs=[0.5, 0.4, 0.3]"])
+    loop, one, two = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        photos, run = Path(folder) / "photos", Folder(f"{folder}/run")
+        _write_photographs(photos, _UNITS * config.extract.images_per_part)
+        run.write_bytes(ENCODER, resolve_encoder(config))
+        names = sorted(path.name for path in photos.iterdir())
+        units = split_units([ImageRef(name, None) for name in names], config.extract.images_per_part)
+        with ray_session(None, RuntimeConfig(device=device)) as resources:
+            parts = []
+            for _ in range(_ROUNDS):
+                loop.append(_plain_loop(run, photos, config, units, resources))
+                for workers, seconds in ((1, one), (2, two)):
+                    seconds.append(_under_ray(run, photos, config, units, replace(resources, num_workers=workers)))
+                    parts.append([run.read_bytes(part_name("features", unit)) for unit in range(len(units))])
+    return Findings(
+        targets=[
+            Target("Ray: pipeline / plain loop", "<=", 1.10, median(a / b for a, b in zip(one, loop, strict=True))),
+            Target("Ray: two workers / one", ">=", 1.7, median(a / b for a, b in zip(one, two, strict=True))),
+            Target("Ray: parts that differ between one worker and two", "<=", 0, _differing(parts)),
+        ],
+        details={
+            "seconds_a_unit": {"plain loop": median(loop), "one worker": median(one), "two workers": median(two)},
+            "units": f"{len(units)} of {config.extract.images_per_part} photographs, tiny_cpu",
+            "cores": os.cpu_count(),
+        },
+    )
+
+
+def _arguments(run: Folder, config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    return {"config": values, "run_uri": run.uri, "table": "features", "fingerprint": ""}
+
+
+def _plain_loop(
+    run: Folder, photos: Path, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+) -> float:
+    """Seconds a unit, reading included."""
+    extractor = FeatureExtractor(**_arguments(run, config), device=resources.device, threads=resources.threads)
+    start = time.perf_counter()
+    for unit, refs in enumerate(units):
+        read = [Photo(ref.image_id, (photos / ref.image_id).read_bytes(), None, None) for ref in refs]
+        extractor.process(unit, read)
+    return (time.perf_counter() - start) / len(units)
+
+
+def _under_ray(
+    run: Folder, photos: Path, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+) -> float:
+    """Seconds a unit from the first finished one to the last, so that starting processes does not count."""
+    numbered = dict(enumerate(units))
+    times = [
+        time.perf_counter()
+        for _ in stream_units(Folder(str(photos)), numbered, FeatureExtractor, _arguments(run, config), resources)
+    ]
+    # Each worker's first unit ends near the start of the clock.
+    return (times[-1] - times[0]) / (len(times) - resources.num_workers)
+
+
+def _differing(rounds: list[list[bytes]]) -> int:
+    return sum(len(set(versions)) > 1 for versions in zip(*rounds, strict=True))

@@ -1,0 +1,59 @@
+"""What is measured: the paper's encoder with random weights, which take as long, and pictures like photographs."""
+
+import io
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.labelling import Labeller
+from transfgu_ray.algorithms.weights import random_vit
+from transfgu_ray.algorithms.windows import enumerate_windows
+from transfgu_ray.images import cut_crops, to_working
+
+VIT = "vit_small_patch8_224"
+# Side in px of a labelled photograph and of a training crop in the paper.
+SIDE = 320
+
+
+def build_encoder(device: str, precision: str = "float32") -> Encoder:
+    """ViT-S/8, initialised from seed 0."""
+    return Encoder(random_vit(VIT, {}, seed=0), precision=precision).to(device)
+
+
+def jpeg_photographs(count: int, size: tuple[int, int] = (500, 375)) -> list[bytes]:
+    """JPEG files of (width, height) px: smooth random colours under noise."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        pixels = (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def working_images(count: int, side: int = SIDE) -> UInt8[Tensor, "b 3 y x"]:
+    """Photographs squashed to a square."""
+    images = [to_working(Image.open(io.BytesIO(data)), (side, side)) for data in jpeg_photographs(count)]
+    return torch.from_numpy(np.stack(images))
+
+
+def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
+    """Concepts that lie among the class tokens of windows."""
+    boxes, _ = enumerate_windows(SIDE, SIDE, (0.5, 0.4))
+    crops = torch.from_numpy(np.concatenate([cut_crops(image.numpy(), boxes, 64) for image in working_images(4)]))
+    tokens = torch.cat([encoder.cls_tokens(part.to(encoder.device)) for part in crops.split(32)]).cpu()
+    generator = torch.Generator().manual_seed(0)
+    picked = tokens[torch.randint(len(tokens), (count,), generator=generator)]
+    return (picked + 0.5 * tokens.std(0) * torch.randn(picked.shape, generator=generator)).to(encoder.device)
+
+
+def build_labeller(encoder: Encoder, concepts: Float[Tensor, "k d"]) -> Labeller:
+    """The paper's labels: gradient maps, attention as foreground prior, no exclusion."""
+    return Labeller(encoder, concepts, None, "attention", gradient_scale=1.0, keep_mass=None)

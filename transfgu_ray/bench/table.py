@@ -1,0 +1,70 @@
+"""The benchmark's parts, run in order, and what is printed and written of them."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from transfgu_ray.artifacts import library_versions
+from transfgu_ray.bench import bank, extract, labels, scale, train
+from transfgu_ray.bench.timing import Findings
+from transfgu_ray.errors import ConfigError
+
+PARTS: dict[str, Callable[[str], Findings]] = {
+    "labels": labels.measure,
+    "extract": extract.measure,
+    "train": train.measure,
+    "bank": bank.measure,
+    "ray": scale.measure_ray,
+    "memory": scale.measure_memory,
+}
+
+
+def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the named parts (none = all) and returns what `--json` writes.
+
+    Args:
+        names: of `PARTS`.
+        threads: torch threads of this process.
+        on_part: told each part before it starts.
+
+    Raises:
+        ConfigError: no such part.
+    """
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]}: no such part; allowed: {', '.join(PARTS)}")
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    targets, details = [], {}
+    for name, measure in PARTS.items():
+        if names and name not in names:
+            continue
+        on_part(name)
+        found = measure(device)
+        targets += [target.as_json() for target in found.targets]
+        details[name] = found.details
+    machine = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": threads,
+    }
+    return {"targets": targets, "details": details, "machine": machine, "versions": library_versions()}
+
+
+def table_rows(targets: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Name, target, value and whether it was reached, as printed."""
+    words = {True: "yes", False: "NO", None: "-"}
+    return [[t["name"], f"{t['sense']} {t['target']:g}", f"{t['value']:.3g}", words[t["reached"]]] for t in targets]
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
