@@ -39,6 +39,9 @@ def test_plan_shards__worked_by_hand() -> None:
     assert [(plan.start, plan.stop) for plan in plan_shards(parts, 9)] == [
         (0, 8192), (8192, 16_384), (16_384, 24_576), (24_576, 25_100),
     ]  # fmt: skip
+    # Parts that end where a shard does are read once.
+    whole = [("a", 8192), ("b", 8192)]
+    assert [plan.pieces for plan in plan_shards(whole, 2)] == [(Piece("a", 0),), (Piece("b", 8192),)]
 
 
 def test_point_shard__holds_its_rows_in_order(features: Folder) -> None:
