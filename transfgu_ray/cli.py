@@ -48,6 +48,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors.")]
 
 
+def _named(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
+    """The assignments that these options stand for."""
+    from transfgu_ray.config import NAMED_WEIGHTS
+
+    shorthand = {
+        "data.dataset": dataset,
+        "data.root": _absolute(data),
+        "encoder.weights": weights if weights in NAMED_WEIGHTS else _absolute(weights),
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+
+
 def _verb(name: str, text: str) -> Callable[..., None]:
     """Adds a command that brings one stage of a run, or for `run` all of them, up to date."""
 
@@ -65,17 +77,13 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         quiet: Quiet = False,
     ) -> None:
         from transfgu_ray.artifacts import STAGES, Run
-        from transfgu_ray.config import NAMED_WEIGHTS, build_config
+        from transfgu_ray.config import build_config
         from transfgu_ray.pipeline.run import run_stages
         from transfgu_ray.presets import get_preset
 
-        shorthand = {
-            "data.dataset": dataset,
-            "data.root": _absolute(data),
-            "encoder.weights": weights if weights in NAMED_WEIGHTS else _absolute(weights),
-            "tracking.uri": tracking_uri,
-        }
-        named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+        named = _named(dataset, data, weights)
+        if tracking_uri is not None:
+            named.append(f"tracking.uri={json.dumps(tracking_uri)}")
         resolved = None
         if preset or config or assignments or named:
             base = None if preset else Run.stored_config(folder)
@@ -252,6 +260,55 @@ def demo(
 
 
 @app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="Recipe to start from; see `transfgu presets`.")] = "paper",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    ray_address: Address = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
+) -> None:
+    """Forwards, bytes and hours of a run before anything starts, from a minute of timing on the machines at hand."""
+    from transfgu_ray.config import build_config
+    from transfgu_ray.pipeline.plan import plan as verb
+    from transfgu_ray.presets import get_preset
+
+    named = _named(dataset, data, weights)
+    planned = verb(build_config(get_preset(preset), config, [*named, *assignments]), ray_address)
+    _write_json(json_file, planned)
+    stages = planned["stages"]
+    total = {name: sum(stage[name] for stage in stages) for name in ("forwards", "num_bytes", "seconds")}
+    total["seconds"] += planned["start_ray"]
+    rows = [
+        [row["stage"], f"{row['forwards']:,}", f"{row['num_bytes'] / 1e9:.3f}", _duration(row["seconds"])]
+        for row in (*stages, {"stage": "all, with the start of Ray", **total})
+    ]
+    terminal = Terminal(quiet=False)
+    terminal.table(rows, ["stage", "encoder forwards", "GB kept", "time"])
+    terminal.note(
+        f"{planned['photographs']} photographs, {planned['scored']} scored or shown; {planned['workers']} workers, "
+        f"{planned['train_workers']} in training, on {planned['device']}; "
+        f"timed in {planned['calibration_seconds']:.0f} s"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _write_json(file: str | None, content: dict[str, Any]) -> None:
+    from transfgu_ray.storage import Folder
+
+    if file is not None:
+        folder, _, name = file.rpartition("/")
+        Folder(folder or ".").write_bytes(name, json.dumps(content, indent=1).encode())
+
+
+@app.command()
 def bench(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
     only: Annotated[list[str], typer.Option(help="One part; may be given often. Default: all.")] = [],  # noqa: B006
@@ -259,13 +316,10 @@ def bench(
 ) -> None:
     """Time, bytes and memory of each stage against the bare encoder and a plain rewrite of the published code."""
     from transfgu_ray.bench.table import run_parts, table_rows
-    from transfgu_ray.storage import Folder
 
     terminal = Terminal(quiet=False)
     found = run_parts(only, threads, lambda part: typer.echo(f"measuring {part} ...", err=True))
-    if json_file is not None:
-        folder, _, name = json_file.rpartition("/")
-        Folder(folder or ".").write_bytes(name, json.dumps(found, indent=1).encode())
+    _write_json(json_file, found)
     machine = found["machine"]
     terminal.table(table_rows(found["targets"]), ["what", "target", "value", "reached"])
     terminal.note(f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, {threads} thread(s)")

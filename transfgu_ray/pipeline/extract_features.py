@@ -1,7 +1,7 @@
 """images -> features: class tokens of sliding windows, crops batched across the photographs of a unit."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,37 @@ class FeatureExtractor(PartWorker):
             features_schema(self._encoder.embed_dim),
         )
         return self.write(unit, table, stats)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a class token."""
+        return self._encoder.embed_dim
+
+    def time_pieces(
+        self, working: np.ndarray, seconds_an_item: Callable[[Callable[[int], object], int], float]
+    ) -> dict[str, float]:
+        """Seconds of a crop's cutting, of its encoding, and of a photograph's foreground; windows kept a photograph.
+
+        Args:
+            working: (b, 3, y, x) working images.
+            seconds_an_item: times a function of a count, up to a largest one.
+        """
+        config, most = self._config, self._config.extract.batch_size
+        fracs = list(self._foreground_fracs(working))
+        limits = config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
+        kept = sum(kind != DROPPED for of_image in fracs for kind in classify_windows(of_image, *limits))
+        pairs = np.array([(0, c % len(self._boxes)) for c in range(most)])
+        crops = self._crops(list(working), pairs).to(self.device)
+        return {
+            "windows": len(self._boxes),
+            "kept_windows": kept / len(working),
+            "cut": seconds_an_item(lambda count: self._crops(list(working), pairs[:count]), most),
+            "crop": seconds_an_item(lambda count: self._encoder.cls_tokens(crops[:count]).cpu(), most),
+            "foreground": seconds_an_item(
+                lambda count: list(self._foreground_fracs(np.resize(working, (count, *working.shape[1:])))),
+                self._image_batch,
+            ),
+        }
 
     def _foreground_fracs(self, working: np.ndarray) -> Iterator[np.ndarray]:
         """Foreground share of every window of each working image."""
