@@ -12,16 +12,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from transfgu_ray.bench.subject import jpeg_photographs
 from transfgu_ray.bench.timing import Findings, Target
 from transfgu_ray.config import RunConfig, RuntimeConfig, build_config
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.pipeline.extract_features import FeatureExtractor
+from transfgu_ray.pipeline.fit_concepts import cluster
 from transfgu_ray.pipeline.parts import part_name
 from transfgu_ray.pipeline.session import Resources, ray_session
 from transfgu_ray.pipeline.stream import Photo, split_units, stream_units
 from transfgu_ray.presets import get_preset
 from transfgu_ray.prior import ENCODER, resolve_encoder
+from transfgu_ray.schemas import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 _SIZES = (1_000, 10_000)
@@ -36,6 +41,8 @@ _SMALL = (
 )
 _STAGES = ("extract", "concepts", "labels", "train")
 _UNITS = 24
+# Of ViT-S/8.
+_WIDTH = 384
 _ROUNDS = 3
 
 
@@ -133,6 +140,45 @@ def measure_ray(device: str) -> Findings:
             "cores": os.cpu_count(),
         },
     )
+
+
+def measure_concepts(device: str) -> Findings:
+    """Peak memory of the workers that cluster more class tokens than one of them may hold."""
+    rows, parts = 5_000_000, 500
+    config = build_config(get_preset("paper"), None, ["data.region_mode=no_prior", "concepts.num_iterations=3"])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Folder(folder)
+        for part in range(parts):
+            run.write_bytes(part_name("features", part), _features_part(part, rows // parts))
+        start = time.perf_counter()
+        with ray_session(None, RuntimeConfig(device=device)) as resources:
+            groups, peak_mb = cluster(run, config, rows, resources)
+    return Findings(
+        targets=[Target(f"concepts: GB a worker, {rows:,} x {_WIDTH}", "<=", 2.0, peak_mb / 1024)],
+        details={
+            "workers": resources.num_workers,
+            "seconds": time.perf_counter() - start,
+            "passes": groups["any"]["passes"],
+            "tokens_gb": rows * _WIDTH * 2 / 2**30,
+        },
+    )
+
+
+def _features_part(number: int, rows: int) -> pa.Buffer:
+    """Class tokens of width 384 around 64 centres."""
+    rng = np.random.default_rng(number)
+    centres = np.random.default_rng(0).standard_normal((64, _WIDTH), dtype=np.float32)
+    tokens = centres[rng.integers(64, size=rows)] + rng.standard_normal((rows, _WIDTH), dtype=np.float32)
+    columns = {
+        "image_id": [f"{number:04d}.jpg"] * rows,
+        "crop_id": np.arange(rows, dtype=np.int32),
+        "box_xyxy": np.zeros((rows, 4), dtype=np.int32),
+        "window_frac": np.full(rows, 0.5, dtype=np.float32),
+        "kind": ["any"] * rows,
+        "foreground_frac": np.ones(rows, dtype=np.float32),
+        "cls_token": tokens.astype(np.float16),
+    }
+    return to_parquet(build_table(columns, features_schema(_WIDTH)), {})
 
 
 def _arguments(run: Folder, config: RunConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[str], Findings]] = {
     "train": train.measure,
     "bank": bank.measure,
     "ray": scale.measure_ray,
+    "concepts": scale.measure_concepts,
     "memory": scale.measure_memory,
 }
 
