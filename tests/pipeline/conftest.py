@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import make_folder
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.config import RuntimeConfig, build_config
 from transfgu_ray.pipeline.run import run_stages
@@ -58,6 +59,21 @@ def local_ray() -> Iterator[None]:
     with ray_session(None, RuntimeConfig(object_store_mb=200)):
         yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def photographs_with_refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photographs and a file that is none."""
+    data = make_folder(tmp_path_factory.mktemp("photographs"), num_images=5)
+    (data / "photo_001a.jpg").write_text("no picture")
+    return data
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory, photographs_with_refused: Path, local_ray: None) -> Run:
+    """A run that has its bank, in three parts of two, one and two photographs. To be copied, not changed."""
+    folder = tmp_path_factory.mktemp("labelled") / "run"
+    return make_run(folder, photographs_with_refused, stages=("extract", "concepts", "labels"))
 
 
 def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", overwrite: bool = False) -> Run:

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.builders import make_folder
-from tests.pipeline.conftest import Silent, make_run, open_run
+from tests.pipeline.conftest import Silent, open_run
 from transfgu_ray.algorithms.tokens import read_tokens
 from transfgu_ray.artifacts import Run
 from transfgu_ray.errors import DataError
@@ -32,23 +31,15 @@ CACHED = (
 )
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = make_folder(tmp_path_factory.mktemp("photographs"), num_images=5)
-    (data / "photo_001a.jpg").write_text("no picture")
-    return data
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory, photographs: Path, local_ray: None) -> Run:
-    """A run that has its bank: three parts of two photographs, of which one is refused."""
-    folder = tmp_path_factory.mktemp("labelled") / "run"
-    return make_run(folder, photographs, *CACHED, stages=("extract", "concepts", "labels"))
+@pytest.fixture
+def photographs(photographs_with_refused: Path) -> Path:
+    return photographs_with_refused
 
 
 @pytest.fixture
 def run(labelled: Run, photographs: Path, tmp_path: Path) -> Run:
-    return open_run(Path(shutil.copytree(labelled.folder.path, tmp_path / "run")), photographs, *CACHED)
+    folder = Path(shutil.copytree(labelled.folder.path, tmp_path / "run"))
+    return open_run(folder, photographs, *CACHED, overwrite=True)
 
 
 def cacher(run: Run) -> TokenCacher:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders import make_folder
-from tests.pipeline.conftest import make_run
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.rounds import sample_order, schedule
 from transfgu_ray.artifacts import Run
@@ -30,11 +28,9 @@ COLOURLESS = "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}"
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Run:
-    """A run of five photographs that has its bank and its tokens; batches of 4 end an epoch with a filled one."""
-    folder = tmp_path_factory.mktemp("labelled")
-    data = make_folder(folder / "data", num_images=5)
-    run = make_run(folder / "run", data, stages=("extract", "concepts", "labels"))
+def cached_run(tmp_path_factory: pytest.TempPathFactory, labelled: Run) -> Run:
+    """The run of five photographs with its tokens too; batches of 4 end an epoch with a filled one."""
+    run = Run.open(shutil.copytree(labelled.folder.path, tmp_path_factory.mktemp("tokens") / "run").as_posix(), None)
     cache_tokens(run, configured(run, "cached"))
     return run
 
@@ -89,27 +85,27 @@ def assert_equal(batches: list[dict[str, torch.Tensor]], expected: list[dict[str
 @pytest.mark.parametrize("samples_a_task", [32, 3])
 @pytest.mark.parametrize("num_readers", [1, 3])
 def test_batches__equal_samples_read_one_after_the_other(
-    labelled: Run, monkeypatch: pytest.MonkeyPatch, num_readers: int, samples_a_task: int
+    cached_run: Run, monkeypatch: pytest.MonkeyPatch, num_readers: int, samples_a_task: int
 ) -> None:
     monkeypatch.setattr(train_rounds, "_SAMPLES_A_TASK", samples_a_task)
-    batches = read_batches(labelled, num_readers)
+    batches = read_batches(cached_run, num_readers)
     assert [len(batch["image"]) for batch in batches] == [4] * 4
-    assert_equal(batches, read_plainly(labelled, labelled.config))
+    assert_equal(batches, read_plainly(cached_run, cached_run.config))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_batches__of_two_workers_are_halves_with_augmentations_of_their_own(labelled: Run, rank: int) -> None:
-    assert_equal(read_batches(labelled, 1, rank, 2), read_plainly(labelled, labelled.config, rank, 2))
+def test_batches__of_two_workers_are_halves_with_augmentations_of_their_own(cached_run: Run, rank: int) -> None:
+    assert_equal(read_batches(cached_run, 1, rank, 2), read_plainly(cached_run, cached_run.config, rank, 2))
 
 
 @pytest.mark.parametrize("num_readers", [1, 3])
-def test_batches__of_cached_tokens_equal_samples_read_one_after_the_other(labelled: Run, num_readers: int) -> None:
-    config = configured(labelled, "cached")
-    batches = read_batches(labelled, num_readers, config=config)
+def test_batches__of_cached_tokens_equal_samples_read_one_after_the_other(cached_run: Run, num_readers: int) -> None:
+    config = configured(cached_run, "cached")
+    batches = read_batches(cached_run, num_readers, config=config)
     assert [batch["tokens"].shape for batch in batches] == [(4, 16, 24)] * 4
-    assert_equal(batches, read_plainly(labelled, config))
+    assert_equal(batches, read_plainly(cached_run, config))
     # Regions and flips are those of the images.
-    for batch, want in zip(batches, read_plainly(labelled, configured(labelled, "live")), strict=True):
+    for batch, want in zip(batches, read_plainly(cached_run, configured(cached_run, "live")), strict=True):
         np.testing.assert_array_equal(batch["scores"].numpy(), want["scores"])
 
 
@@ -136,15 +132,15 @@ def train_in_this_process(run: Run) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("window", ["null", "16"])
 def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs(
-    labelled: Run, tmp_path: Path, window: str
+    cached_run: Run, tmp_path: Path, window: str
 ) -> None:
     # At the size of the working image a crop of all of it is the photograph whose tokens are cached.
     whole = ("train.augment={crop_scale: [1, 1], flip_prob: 0}", "train.crop_size=[64, 64]")
     runs = {}
     for tokens in ("live", "cached"):
-        config = configured(labelled, tokens, *whole, f"train.token_window={window}")
-        runs[tokens] = with_tokens(labelled, config, tmp_path / tokens)
-    encoder = load_run_encoder(labelled.folder, "float32", "cpu")
+        config = configured(cached_run, tokens, *whole, f"train.token_window={window}")
+        runs[tokens] = with_tokens(cached_run, config, tmp_path / tokens)
+    encoder = load_run_encoder(cached_run.folder, "float32", "cpu")
     for live, cached in zip(*(read_batches(run, 1, config=run.config) for run in runs.values()), strict=True):
         side = runs["live"].config.train.token_window
         seen, kept = (train_rounds._tokens(batch, encoder, side) for batch in (live, cached))
@@ -159,7 +155,7 @@ def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs
 
 
 def test_train_loop__on_cached_tokens_never_calls_the_encoder(
-    labelled: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     real = train_rounds.load_run_encoder
@@ -171,7 +167,7 @@ def test_train_loop__on_cached_tokens_never_calls_the_encoder(
 
     monkeypatch.setattr(train_rounds, "load_run_encoder", watched)
     cached, live = (
-        with_tokens(labelled, configured(labelled, tokens), tmp_path / tokens) for tokens in ("cached", "live")
+        with_tokens(cached_run, configured(cached_run, tokens), tmp_path / tokens) for tokens in ("cached", "live")
     )
     train_in_this_process(cached)
     assert calls == []
