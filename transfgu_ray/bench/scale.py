@@ -32,10 +32,12 @@ from transfgu_ray.storage import Folder
 _SIZES = (1_000, 10_000)
 # A tiny encoder on small photographs: what is looked for is what grows with their number.
 _SMALL = (
+    "encoder.overrides={embed_dim: 48, depth: 2, num_heads: 3, patch_size: 8}",
     "data.image_size=[64, 64]",
     "extract.window_fracs=[0.5]",
     "concepts.num_concepts=4",
     "cam.batch_size=16",
+    "train.batch_size=64",
     "train.round_epochs=[1]",
     "evaluate.num_samples=2",
 )
