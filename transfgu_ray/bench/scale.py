@@ -122,7 +122,7 @@ def measure_ray(device: str) -> Findings:
         _write_photographs(photos, _UNITS * config.extract.images_per_part)
         run.write_bytes(ENCODER, resolve_encoder(config))
         names = sorted(path.name for path in photos.iterdir())
-        units = split_units([ImageRef(name, None) for name in names], config.extract.images_per_part)
+        units = split_units([ImageRef(name, None, -1) for name in names], config.extract.images_per_part)
         with ray_session(None, RuntimeConfig(device=device)) as resources:
             parts = []
             for _ in range(_ROUNDS):
