@@ -5,8 +5,7 @@ from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 
 # Code of the concept that wins a patch. With 64 codes an image takes 100 to 115 kB at K = 171 on 40 x 40 patches, and
-# fewer
-# than 0.5 % of the patches get another target when a trained teacher is added.
+# fewer than 0.5 % of the patches get another target when a trained teacher is added.
 _TOP_CODE = 63
 # Smallest positive float16.
 _SMALLEST_HALF = 2.0**-24

@@ -38,9 +38,9 @@ def jpeg_photographs(count: int, size: tuple[int, int] = (500, 375)) -> list[byt
     return encoded
 
 
-def working_images(count: int, side: int = SIDE) -> UInt8[Tensor, "b 3 y x"]:
-    """Photographs squashed to a square."""
-    images = [to_working(Image.open(io.BytesIO(data)), (side, side)) for data in jpeg_photographs(count)]
+def working_images(count: int) -> UInt8[Tensor, "b 3 y x"]:
+    """Photographs squashed to a square of `SIDE` px."""
+    images = [to_working(Image.open(io.BytesIO(data)), (SIDE, SIDE)) for data in jpeg_photographs(count)]
     return torch.from_numpy(np.stack(images))
 
 

@@ -1,4 +1,4 @@
-"""Work on the CPU done ahead of its use, while the encoder runs."""
+"""Work done a little ahead of its use, in a fixed order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,6 +7,24 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+Begun = TypeVar("Begun")
+
+
+def in_order(begun: Iterable[Begun], finish: Callable[[Begun], Made], num_ahead: int) -> Iterator[Made]:
+    """`finish(work)` of each work in order, where taking a work from `begun` begins it.
+
+    Args:
+        begun: futures, references or the like; taken as they are begun.
+        finish: waits for one.
+        num_ahead: how many run, or wait with their results, beside the one whose result is wanted.
+    """
+    waiting: deque[Begun] = deque()
+    for work in begun:
+        waiting.append(work)
+        if len(waiting) > num_ahead:
+            yield finish(waiting.popleft())
+    while waiting:
+        yield finish(waiting.popleft())
 
 
 def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], num_threads: int) -> Iterator[Made]:
@@ -16,10 +34,4 @@ def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], num_threads:
     raises is raised where its result is asked for. For work that leaves the interpreter lock: decoding and resizing.
     """
     with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[Future[Made]] = deque()
-        for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order((pool.submit(make, item) for item in items), Future.result, num_threads)

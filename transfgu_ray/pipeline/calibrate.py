@@ -48,7 +48,6 @@ def seconds_an_item(action: Callable[[int], object], most: int) -> float:
     The first call is not counted, since it also loads and allocates.
     """
     count = 1
-    start = time.perf_counter()
     action(count)
     while count < most:
         start = time.perf_counter()

@@ -4,13 +4,13 @@ Not Ray Data: the loop of its executor would run in the training process, whose 
 time while it waits for batches to be taken.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from transfgu_ray.pipeline.ahead import in_order
 from transfgu_ray.pipeline.session import READER_CPUS
 
 T = TypeVar("T")
@@ -27,13 +27,7 @@ def read_ahead(read: Callable[..., T], calls: Iterable[tuple[Any, ...]], num_ahe
     import ray
 
     task = ray.remote(read).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
-    waiting: deque[Any] = deque()
-    for call in calls:
-        waiting.append(task.remote(*call))
-        if len(waiting) > num_ahead:
-            yield ray.get(waiting.popleft())
-    while waiting:
-        yield ray.get(waiting.popleft())
+    yield from in_order((task.remote(*call) for call in calls), ray.get, num_ahead)
 
 
 def to_device(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -66,24 +66,12 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
 def _extract(context: Context) -> dict[str, Any]:
     from transfgu_ray.algorithms.weights import read_safetensors
     from transfgu_ray.pipeline.extract_features import FeatureExtractor
-    from transfgu_ray.pipeline.parts import build_table_of_parts
 
     run, config = context.run, context.run.config
     # Resolved here once: workers and the finished model all use this very file.
     assert context.encoder is not None
     run.folder.write_bytes(ENCODER, context.encoder)
-    result = build_table_of_parts(
-        run.folder,
-        "features",
-        context.fingerprint,
-        context.root,
-        context.listing.images,
-        config.extract.images_per_part,
-        FeatureExtractor,
-        {"config": config.model_dump(mode="json")},
-        context.resources,
-        context.progress,
-    )
+    result = _table_of_photographs(context, "features", FeatureExtractor)
     _require_some(result.stats, len(context.listing.images))
     return _table_content(context, result) | {
         "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
@@ -113,28 +101,16 @@ def _concepts(context: Context) -> dict[str, Any]:
 
 def _labels(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline.build_labels import BankBuilder
-    from transfgu_ray.pipeline.parts import build_table_of_parts
 
-    run, config = context.run, context.run.config
-    result = build_table_of_parts(
-        run.folder,
-        "labels",
-        context.fingerprint,
-        context.root,
-        context.listing.images,
-        config.extract.images_per_part,
-        BankBuilder,
-        {"config": config.model_dump(mode="json"), "root_uri": context.root.uri},
-        context.resources,
-        context.progress,
-    )
+    result = _table_of_photographs(context, "labels", BankBuilder, root_uri=context.root.uri)
     _require_some(result.stats, len(context.listing.images))
-    return _table_content(context, result) | {"weights_sha256": run.require("extract")["weights_sha256"]}
+    return _table_content(context, result) | {"weights_sha256": context.run.require("extract")["weights_sha256"]}
 
 
 def _train(context: Context) -> dict[str, Any]:
     from transfgu_ray.algorithms.rounds import steps_per_epoch
     from transfgu_ray.pipeline import tracking
+    from transfgu_ray.pipeline.cache_tokens import TokenCacher
     from transfgu_ray.pipeline.fit_concepts import read_concepts
     from transfgu_ray.pipeline.samples import TOKENS
     from transfgu_ray.pipeline.train_rounds import model_config, train
@@ -144,7 +120,7 @@ def _train(context: Context) -> dict[str, Any]:
     kinds, _ = read_concepts(run.folder)
     cached, items_an_epoch, peak_mb = {}, 1, 0
     if config.train.features == "cached":
-        table = _cache_tokens(context)
+        table = _table_of_photographs(context, TOKENS, TokenCacher)
         num_bytes = sum(size for _, size in run.folder.files(TOKENS))
         cached = {"cached_tokens": {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}}
         items_an_epoch, peak_mb = len(context.listing.images), table.peak_mb
@@ -180,21 +156,20 @@ def _train(context: Context) -> dict[str, Any]:
     }
 
 
-def _cache_tokens(context: Context) -> Any:
-    from transfgu_ray.pipeline.cache_tokens import TokenCacher
+def _table_of_photographs(context: Context, table: str, worker: Any, **arguments: Any) -> Any:
+    """A table of the training photographs, brought up to date; see `parts.build_table_of_parts`."""
     from transfgu_ray.pipeline.parts import build_table_of_parts
-    from transfgu_ray.pipeline.samples import TOKENS
 
     config = context.run.config
     return build_table_of_parts(
         context.run.folder,
-        TOKENS,
+        table,
         context.fingerprint,
         context.root,
         context.listing.images,
         config.extract.images_per_part,
-        TokenCacher,
-        {"config": config.model_dump(mode="json")},
+        worker,
+        {"config": config.model_dump(mode="json"), **arguments},
         context.resources,
         context.progress,
     )
