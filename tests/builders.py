@@ -1,6 +1,7 @@
 """Small things that tests need: photographs, labelled datasets, damaged files, a tiny encoder. No network."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,64 @@ def make_voc(
     (lists / "train.txt").write_text("".join(f"{stem}\n" for stem in stems[:num_train]))
     (lists / "val.txt").write_text("".join(f"{stem}\n" for stem in stems[num_train:]))
     return path
+
+
+def _labelled(photo: Path, label: Path, ids: dict[int, int], size: tuple[int, int], rng: np.random.Generator) -> None:
+    """A photograph of two rectangles and its greyscale label, whose VOC ids are changed into others."""
+    image, mask = scene(size, rng)
+    table = np.full(256, VOID, dtype=np.uint8)
+    table[list(ids)] = list(ids.values())
+    for path, picture in ((photo, image), (label, Image.fromarray(table[np.asarray(mask)]))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def make_coco(path: Path | str, num_train: int = 3, num_val: int = 3, size: tuple[int, int] = (96, 72)) -> Path:
+    """COCO with stuffthingmaps: grass, cats, dogs and horses, void borders; every photograph is annotated."""
+    path, rng, number = Path(path), np.random.default_rng(0), 0
+    for split, count in (("train", num_train), ("val", num_val)):
+        found = []
+        for _ in range(count):
+            name = f"{split}2017/{number:012}"
+            ids = {0: 123, 8: 16, 12: 17, 13: 18}
+            _labelled(path / f"images/{name}.jpg", path / f"annotations/{name}.png", ids, size, rng)
+            found.append({"image_id": number, "category_id": 17})
+            number += 1
+        (path / f"annotations/instances_{split}2017.json").write_text(json.dumps({"annotations": found}))
+    return path
+
+
+def make_cityscapes(path: Path | str, num_train: int = 3, num_val: int = 2, size: tuple[int, int] = (96, 48)) -> Path:
+    """Cityscapes: a road with a person, a car and a bicycle, of which two are seen."""
+    path, rng = Path(path), np.random.default_rng(0)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for i in range(count):
+            stem = f"{split}/aachen/aachen_{i:06}_000019"
+            photo, label = path / f"leftImg8bit/{stem}_leftImg8bit.png", path / f"gtFine/{stem}_gtFine_labelIds.png"
+            _labelled(photo, label, {0: 7, 8: 24, 12: 26, 13: 33, VOID: 4}, size, rng)
+    return path
+
+
+def make_lip(path: Path | str, num_train: int = 3, num_val: int = 2, size: tuple[int, int] = (48, 96)) -> Path:
+    """LIP: hair, pants and a left shoe on the background, of which two are seen."""
+    path, rng = Path(path), np.random.default_rng(0)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for i in range(count):
+            photo, label = path / f"{split}_images/{i:04}.jpg", path / f"{split}_segmentations/{i:04}.png"
+            _labelled(photo, label, {0: 0, 8: 2, 12: 9, 13: 18}, size, rng)
+        (path / f"{split}_id.txt").write_text("".join(f"{i:04}\n" for i in range(count)))
+    return path
+
+
+def make_paired(path: Path | str, num_images: int = 4, size: tuple[int, int] = (96, 72)) -> list[str]:
+    """Photographs, masks and a names file; returns its lines. Cat and dog are one class, `pet`."""
+    path, rng = Path(path), np.random.default_rng(0)
+    for i in range(num_images):
+        photo, label = path / f"images/deep/{i}.jpg", path / f"masks/deep/{i}.png"
+        _labelled(photo, label, {0: 0, 8: 1, 12: 2, 13: 3}, size, rng)
+    lines = ["0: background", "1: pet | thing", "2: pet | thing", "3: horse"]
+    (path / "names.txt").write_text("# what the ids are\n" + "".join(f"{line}\n" for line in lines))
+    return lines
 
 
 def make_scenes(

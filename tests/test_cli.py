@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.builders import TINY_OVERRIDES, TINY_VIT, make_folder, make_scenes, make_table
+from tests.builders import TINY_OVERRIDES, TINY_VIT, make_coco, make_folder, make_scenes, make_table
 from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
 from transfgu_ray.cli import main
@@ -153,7 +153,7 @@ def test_pretrain__nothing_said_about_images(
 def test_presets__those_of_each_verb_under_its_name(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for arguments in ((), ("small_photos",)):
+    for arguments in ((), ("show", "small_photos")):
         monkeypatch.setattr(sys, "argv", ["transfgu", "presets", *arguments])
         with pytest.raises(SystemExit):
             main()
@@ -164,6 +164,35 @@ def test_presets__those_of_each_verb_under_its_name(
             runs, _, pretrainings = out.partition("transfgu pretrain --preset")
             assert "\n  paper" in runs
             assert "\n  small_photos" in pretrainings
+
+
+def test_presets__differences_with_their_sources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["transfgu", "presets", "diff", "paper", "released", "--dataset", "coco_stuff171"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith("coco_stuff171: paper -> released\n")
+    assert "\ncam.keep_mass: null -> 0.8\n    share of a CAM" in out
+
+
+def test_datasets__lists_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_coco(tmp_path, num_train=1, num_val=1)
+    for arguments, words in (
+        ((), "\ncoco80: 81 classes, things_only\n"),
+        (("check", "coco80", str(tmp_path)), "val    classes"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["transfgu", "datasets", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None)
+        assert words in capsys.readouterr().out
+    next(tmp_path.glob("annotations/val2017/*.png")).unlink()
+    message = refusal(capsys, monkeypatch, "datasets", "check", "coco80", str(tmp_path), "--quiet")
+    assert message.endswith("is no usable copy of coco80: 1 files are not as they should be\n")
 
 
 def test_probe__prints_what_it_measured(

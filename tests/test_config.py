@@ -60,7 +60,7 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("train=3", r"train=3: must be a valid dictionary"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("data.region_mode=everything", r"data\.region_mode='everything': must be 'things_and_stuff', 'things_only'"),
-        ("data.dataset=imagenet", r"data\.dataset='imagenet': unknown dataset; allowed: folder, voc, scenes"),
+        ("data.dataset=imagenet", r"data\.dataset='imagenet': unknown dataset; allowed: folder, paired, .*, scenes"),
         ("train.omega_1", r"--set train\.omega_1 must look like section\.field=value"),
         ("train.omega_1=[", r"--set train\.omega_1=\[: the value is not valid YAML"),
     ],

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.builders import make_folder, make_hostile_folder, make_scenes, make_voc
+from tests import builders
+from tests.builders import (
+    make_cityscapes,
+    make_coco,
+    make_folder,
+    make_hostile_folder,
+    make_lip,
+    make_paired,
+    make_scenes,
+    make_voc,
+)
 from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import DataConfig
 from transfgu_ray.datasets import list_images, open_root
@@ -104,16 +114,73 @@ def test_list_images__refuses_scenes_without_photographs_or_masks(tmp_path):
         list_images(config, "val", "super")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmarks__every_class_has_its_kind_and_coarser_class(name):
-    benchmark = BENCHMARKS[name]
-    assert len(benchmark.class_kinds) == len(benchmark.class_names)
-    assert {*benchmark.class_kinds} <= {"thing", "stuff"}
-    if benchmark.super_names:
-        # What is merged is of one kind, or a coarser class would have none.
-        kinds = benchmark.kinds("super")
-        assert [kinds[super_id] for super_id in benchmark.super_of] == list(benchmark.class_kinds)
-        assert {*benchmark.super_of} == {*range(len(benchmark.super_names))}
+def _label_ids(path, dataset, split, names=()):
+    config = DataConfig(dataset=dataset, root=str(path), names=names)
+    return {image.image_id: image.label_id for image in list_images(config, split, "fine").images}
+
+
+def test_list_images__coco_of_annotated_photographs(tmp_path):
+    make_coco(tmp_path)
+    assert _label_ids(tmp_path, "coco_stuff171", "val") == {
+        f"images/val2017/{i:012}.jpg": f"annotations/val2017/{i:012}.png" for i in (3, 4, 5)
+    }
+    # A photograph without annotated instances is not in the paper's lists.
+    instances = tmp_path / "annotations/instances_val2017.json"
+    instances.write_text(instances.read_text().replace('"image_id": 4', '"image_id":5'))
+    assert [*_label_ids(tmp_path, "coco80", "val")] == [f"images/val2017/{i:012}.jpg" for i in (3, 5)]
+
+
+def test_list_images__coco_of_the_curated_list(tmp_path):
+    make_coco(tmp_path)
+    (tmp_path / "curated/val2017").mkdir(parents=True)
+    (tmp_path / "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt").write_text(f"{5:012}\n{3:012}\n")
+    assert [*_label_ids(tmp_path, "coco_stuff27_curated", "val")] == [f"images/val2017/{i:012}.jpg" for i in (3, 5)]
+
+
+def test_list_images__cityscapes_in_folders_of_cities(tmp_path):
+    make_cityscapes(tmp_path)
+    stem = "aachen_000000_000019"
+    (tmp_path / f"leftImg8bit/val/aachen/{stem}_camera.png").write_bytes(b"")
+    config = DataConfig(dataset="cityscapes27", root=str(tmp_path))
+    listing = list_images(config, "val", "fine")
+    assert listing.num_other_files == 1
+    assert listing.images[0].image_id == f"leftImg8bit/val/aachen/{stem}_leftImg8bit.png"
+    assert listing.images[0].label_id == f"gtFine/val/aachen/{stem}_gtFine_labelIds.png"
+    assert all((tmp_path / image.label_id).exists() for image in listing.images)
+
+
+def test_list_images__lip_by_its_lists(tmp_path):
+    make_lip(tmp_path)
+    assert _label_ids(tmp_path, "lip5", "train") == {
+        f"train_images/{i:04}.jpg": f"train_segmentations/{i:04}.png" for i in range(3)
+    }
+
+
+def test_list_images__paired_with_and_without_splits(tmp_path):
+    lines = make_paired(tmp_path)
+    want = {f"images/deep/{i}.jpg": f"masks/deep/{i}.png" for i in range(4)}
+    assert _label_ids(tmp_path, "paired", "train", lines) == _label_ids(tmp_path, "paired", "val", lines) == want
+    for folder in ("images", "masks"):
+        (tmp_path / folder / "deep").rename(tmp_path / folder / "val")
+    (tmp_path / "images/train").mkdir()
+    assert [*_label_ids(tmp_path, "paired", "val", lines)] == [f"images/val/{i}.jpg" for i in range(4)]
+    with pytest.raises(DataError, match=r"no photograph in .* \(dataset paired, split train\)"):
+        _label_ids(tmp_path, "paired", "train", lines)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "make", "missing"),
+    [
+        ("coco80", "make_coco", "annotations/instances_val2017.json"),
+        ("coco_stuff27_curated", "make_coco", "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt"),
+        ("lip16", "make_lip", "val_id.txt"),
+    ],
+)
+def test_list_images__refuses_what_lacks_its_list(tmp_path, dataset, make, missing):
+    getattr(builders, make)(tmp_path)
+    (tmp_path / missing).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=f"has no readable {missing}; dataset {dataset} expects"):
+        _label_ids(tmp_path, dataset, "val")
 
 
 def test_list_images__voc_of_real_photographs(shared_data):

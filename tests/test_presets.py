@@ -2,7 +2,7 @@ import pytest
 
 from transfgu_ray.config import RunConfig, parse_config
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.presets import PRESETS, get_preset
+from transfgu_ray.presets import PRESETS, compare, configure, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,3 +34,37 @@ def test_get_preset__small_recipes_need_no_download(name):
 def test_get_preset__refuses_an_unknown_name():
     with pytest.raises(ConfigError, match=r"unknown preset 'huge'; allowed: .*tiny_cpu"):
         get_preset("huge")
+
+
+def test_get_preset__the_supplement_for_a_dataset():
+    voc, city = get_preset("paper", "voc"), get_preset("paper", "cityscapes27")
+    assert (voc.train.batch_size, voc.train.learning_rate, sum(voc.train.round_epochs)) == (512, 1e-4, 100)
+    assert (voc.num_concepts, voc.region_mode, voc.extract.window_fracs) == (20, "things_only", (0.5, 0.4, 0.3, 0.2))
+    assert (city.data.image_size, city.train_crop_size, city.num_concepts) == ((640, 1280), (320, 640), 27)
+    assert get_preset("paper", "coco_stuff27").num_background == 15
+
+
+def test_get_preset__released_as_the_published_code():
+    lip, voc = get_preset("released", "lip16"), get_preset("released", "voc")
+    assert (lip.train.batch_size, lip.train_crop_size, lip.inference_size) == (512, (240, 120), (640, 320))
+    assert (voc.train.epoch_repeats, voc.extract.window_fracs) == (20, (0.6, 0.5, 0.4, 0.3))
+    assert (voc.cam.gradient_scale, voc.cam.keep_mass, voc.cam.exclusion) == (1 / 8, 0.8, False)
+
+
+def test_configure__the_dataset_may_be_named_anywhere(tmp_path):
+    (tmp_path / "voc.yaml").write_text("data: {dataset: voc}\ntrain: {batch_size: 8}\n")
+    by_file = configure("paper", str(tmp_path / "voc.yaml"), [])
+    assert (by_file.train.batch_size, sum(by_file.train.round_epochs), by_file.num_concepts) == (8, 100, 20)
+    assert configure("paper", None, ["data.dataset=voc", "train.batch_size=8"]) == by_file
+    assert configure("tiny_cpu", None, ["data.dataset=voc"]).concepts.num_concepts == 8
+
+
+def test_compare__names_values_and_sources():
+    found = {name: (first, second, text) for name, first, second, text in compare("paper", "released", "voc")}
+    assert found["extract.window_fracs"][:2] == ([0.5, 0.4, 0.3, 0.2], [0.6, 0.5, 0.4, 0.3])
+    assert "released" in found["cam.exclusion"][2]
+    assert "preset" not in found
+    assert not compare("released", "released", "voc")
+    assert dict([row[:2] for row in compare("demo", "paper", "voc")])["encoder.overrides.depth"] == 2
+    with pytest.raises(ConfigError, match="unknown dataset 'x'"):
+        compare("paper", "released", "x")

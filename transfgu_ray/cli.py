@@ -1,8 +1,10 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` answers at once."""
 
+import itertools
 import json
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.errors import TransfguError
+from transfgu_ray.errors import DataError, TransfguError
 from transfgu_ray.terminal import Terminal
 
 app = typer.Typer(
@@ -79,15 +81,17 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         from transfgu_ray.artifacts import STAGES, Run
         from transfgu_ray.config import build_config
         from transfgu_ray.pipeline.run import run_stages
-        from transfgu_ray.presets import get_preset
+        from transfgu_ray.presets import configure
 
         named = _named(dataset, data, weights)
         if tracking_uri is not None:
             named.append(f"tracking.uri={json.dumps(tracking_uri)}")
         resolved = None
         if preset or config or assignments or named:
-            base = None if preset else Run.stored_config(folder)
-            resolved = build_config(base or get_preset(preset or "paper"), config, [*named, *assignments])
+            stored, changes = None if preset else Run.stored_config(folder), [*named, *assignments]
+            resolved = (
+                build_config(stored, config, changes) if stored else configure(preset or "paper", config, changes)
+            )
         terminal = Terminal(quiet)
         opened = Run.open(folder, resolved, overwrite)
         stages = STAGES if name == "run" else (name,)
@@ -271,12 +275,11 @@ def plan(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
 ) -> None:
     """Forwards, bytes and hours of a run before anything starts, from a minute of timing on the machines at hand."""
-    from transfgu_ray.config import build_config
     from transfgu_ray.pipeline.plan import plan as verb
-    from transfgu_ray.presets import get_preset
+    from transfgu_ray.presets import configure
 
     named = _named(dataset, data, weights)
-    planned = verb(build_config(get_preset(preset), config, [*named, *assignments]), ray_address)
+    planned = verb(configure(preset, config, [*named, *assignments]), ray_address)
     _write_json(json_file, planned)
     stages = planned["stages"]
     total = {name: sum(stage[name] for stage in stages) for name in ("forwards", "num_bytes", "seconds")}
@@ -325,31 +328,98 @@ def bench(
     terminal.note(f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, {threads} thread(s)")
 
 
-@app.command()
-def datasets() -> None:
+datasets = typer.Typer(help="Known datasets; `check` verifies a copy.", no_args_is_help=False)
+app.add_typer(datasets, name="datasets")
+
+
+@datasets.callback(invoke_without_command=True)
+def list_datasets(context: typer.Context) -> None:
     """Known datasets and what each expects on disk."""
+    if context.invoked_subcommand is not None:
+        return
     from transfgu_ray.benchmarks import BENCHMARKS
 
-    for name, benchmark in BENCHMARKS.items():
-        scored = f"{len(benchmark.class_names)} classes" if benchmark.class_names else "no labels"
-        typer.echo(f"{name:<8} {scored:<11} {benchmark.expects}")
+    for name, each in BENCHMARKS.items():
+        classes = f"{len(each.class_names)} classes" if each.class_names else "classes of its own"
+        scored = classes if each.evaluate_split else "no labels"
+        typer.echo(f"{name}: {scored}, {each.region_mode}")
+        typer.echo(textwrap.fill(each.expects, 100, initial_indent="    ", subsequent_indent="    "))
 
 
-@app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Show this preset in full, as YAML.")] = None) -> None:
-    """Named recipes; with a name, every setting of one."""
-    from transfgu_ray.config import dump_yaml
-    from transfgu_ray.presets import PRESETS, get_preset
+@datasets.command()
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which dataset; see `transfgu datasets`.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Its root, as --data of a run.")],
+    quiet: Quiet = False,
+) -> None:
+    """Whether a copy of a dataset can be used: photographs, labels, sizes, label ids. Exit code 2 if not."""
+    from transfgu_ray.checking import Check
+
+    terminal, prepared = Terminal(quiet), Check(name, _absolute(folder))
+    with terminal.stage("check", prepared.num_images, "photographs") as progress:
+        found = prepared.run(progress)
+    terminal.table(
+        [[each.split, each.what, each.found] for each in found.facts], ["split", "what", "found"], words=(1, 2)
+    )
+    _note_refused(terminal, found.refused)
+    if found.refused:
+        raise DataError(
+            f"{folder} is no usable copy of {name}: {len(found.refused)} files are not as they should be"
+        )
+
+
+presets = typer.Typer(help="Named recipes; `show` one in full, or `diff` two.", no_args_is_help=False)
+app.add_typer(presets, name="presets")
+ForDataset = Annotated[str, typer.Option("--dataset", help="What the recipe says of this dataset.")]
+
+
+@presets.callback(invoke_without_command=True)
+def list_presets(context: typer.Context) -> None:
+    """Named recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from transfgu_ray.presets import PRESETS
     from transfgu_ray.pretrain_presets import PRETRAIN_PRESETS
 
-    if name is not None:
-        known = PRETRAIN_PRESETS.get(name)
-        typer.echo(dump_yaml(known() if known else get_preset(name)), nl=False)
-        return
     for title, recipes in (("transfgu run", PRESETS), ("transfgu pretrain", PRETRAIN_PRESETS)):
         typer.echo(f"{title} --preset")
         for key, recipe in recipes.items():
             typer.echo(f"  {key:<14} {(recipe.__doc__ or '').splitlines()[0]}")
+
+
+@presets.command()
+def show(name: Annotated[str, typer.Argument(help="A preset.")], dataset: ForDataset = "folder") -> None:
+    """Every setting of one, as YAML that --config reads."""
+    from transfgu_ray.config import dump_yaml
+    from transfgu_ray.presets import get_preset
+    from transfgu_ray.pretrain_presets import PRETRAIN_PRESETS
+
+    known = PRETRAIN_PRESETS.get(name)
+    typer.echo(dump_yaml(known() if known else get_preset(name, dataset)), nl=False)
+
+
+@presets.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="A preset.")],
+    other: Annotated[str, typer.Argument(help="Another preset.")],
+    dataset: ForDataset = "voc",
+) -> None:
+    """Where two recipes differ for a dataset, and where each value comes from."""
+    from transfgu_ray.presets import compare
+
+    differences = compare(one, other, dataset)
+    typer.echo(f"{dataset}: {one} -> {other}")
+    for name, first, second, text in differences:
+        typer.echo(f"{name}: {_short(first)} -> {_short(second)}")
+        typer.echo(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _short(value: Any) -> str:
+    """A value as YAML on one line; runs of a long list are counted."""
+    if not isinstance(value, list) or len(value) <= 6:
+        return json.dumps(value)
+    runs = [(key, len(list(group))) for key, group in itertools.groupby(value)]
+    return "[" + ", ".join(f"{key} x {count}" if count > 1 else str(key) for key, count in runs) + "]"
 
 
 def _absolute(path: str | None) -> str | None:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from transfgu_ray.benchmarks import BENCHMARKS
-from transfgu_ray.errors import ConfigError
+from transfgu_ray.benchmarks import BENCHMARKS, Benchmark, named_benchmark
+from transfgu_ray.errors import ArtifactError, ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -42,6 +42,9 @@ class DataConfig(Section):
 
     dataset: str = Field("folder", description="layout of `root`; see `transfgu datasets`")
     root: str = Field("", description="folder or URI that holds the photographs")
+    names: tuple[str, ...] = Field(
+        (), strict=False, description="lines of the names file of dataset paired; empty = read from names.txt in `root`"
+    )
     image_size: tuple[Positive, Positive] = _tuple(
         "working (height, width) in px; photographs are squashed to it (released: 640 x 640)", (640, 640)
     )
@@ -59,6 +62,19 @@ class DataConfig(Section):
         if name not in BENCHMARKS:
             raise ValueError(f"unknown dataset; allowed: {', '.join(BENCHMARKS)}")
         return name
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DataConfig:
+        if self.names and self.dataset != "paired":
+            raise ValueError(f"data.names has no use when data.dataset is {self.dataset}, which has classes of its own")
+        # Refuses lines that it cannot read.
+        named_benchmark(self.names)
+        return self
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What is known of the dataset."""
+        return named_benchmark(self.names) if self.dataset == "paired" else BENCHMARKS[self.dataset]
 
 
 class EncoderConfig(Section):
@@ -80,6 +96,11 @@ class EncoderConfig(Section):
 class ExtractConfig(Section):
     """Sliding windows and their class tokens (3.2, 4.2)."""
 
+    windows: Literal["sliding", "ground_truth"] = Field(
+        "sliding",
+        description="sliding: squares of window_fracs (paper); ground_truth: boxes around the labelled regions of the "
+        "training photographs, the upper bound of the supplement's Quality of Cropping, never for a comparable score",
+    )
     window_fracs: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = _tuple(
         "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2)", (0.5, 0.4, 0.3, 0.2)
     )
@@ -162,6 +183,12 @@ class TrainConfig(Section):
     crop_size: tuple[Positive, Positive] | None = Field(
         None, strict=False, description="(height, width) in px of a training crop; null = half of data.image_size"
     )
+    inference_size: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="(height, width) in px that the finished model squashes photographs to; null = the crop's "
+        "(released: twice that)",
+    )
     batch_size: Positive = Field(256, description="images a step over all workers (suppl.: 256; VOC 512)")
     learning_rate: float = Field(1e-4, gt=0.0, description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5)")
     weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term (released)")
@@ -196,7 +223,7 @@ class EvaluateConfig(Section):
 
     split: str | None = Field(None, description="split to score; null = the dataset's own (voc: val)")
     image_size: tuple[Positive, Positive] | None = Field(
-        None, strict=False, description="(height, width) in px scored at; null = the training crop's (released: 320)"
+        None, strict=False, description="(height, width) in px scored at; null = the model's, train.inference_size"
     )
     batch_size: Positive = Field(8, description="photographs a forward")
     baselines: tuple[Baseline, ...] = Field(
@@ -248,6 +275,8 @@ class RunConfig(Section):
         dataset, background = self.data.dataset, self.concepts.num_background
         if not self.class_names and self.concepts.granularity == "super":
             raise ValueError(f"concepts.granularity=super, but dataset {dataset} has no super-categories; use fine")
+        if not self.class_names and self.extract.windows == "ground_truth":
+            raise ValueError(f"extract.windows=ground_truth needs labels, which dataset {dataset} has not; use sliding")
         if not self.class_names and self.concepts.num_concepts is None:
             raise ValueError(
                 f"concepts.num_concepts=null takes K from the dataset's classes, but dataset {dataset} has none; "
@@ -284,17 +313,17 @@ class RunConfig(Section):
     @property
     def region_mode(self) -> str:
         """The region mode in force: the configured one, else the dataset's own."""
-        return self.data.region_mode or BENCHMARKS[self.data.dataset].region_mode
+        return self.data.region_mode or self.data.benchmark.region_mode
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Label id -> name at the granularity in force; empty where the dataset has no such labels."""
-        return BENCHMARKS[self.data.dataset].names(self.concepts.granularity)
+        return self.data.benchmark.names(self.concepts.granularity)
 
     @property
     def class_kinds(self) -> tuple[str, ...]:
         """Label id -> `thing` or `stuff` at the granularity in force."""
-        return BENCHMARKS[self.data.dataset].kinds(self.concepts.granularity)
+        return self.data.benchmark.kinds(self.concepts.granularity)
 
     @property
     def has_background(self) -> bool:
@@ -332,14 +361,19 @@ class RunConfig(Section):
 
     @property
     def train_crop_size(self) -> tuple[int, int]:
-        """(height, width) in px of a training crop and of inference."""
+        """(height, width) in px of a training crop."""
         height, width = self.data.image_size
         return self.train.crop_size or (height // 2, width // 2)
 
     @property
+    def inference_size(self) -> tuple[int, int]:
+        """(height, width) in px that the finished model squashes photographs to."""
+        return self.train.inference_size or self.train_crop_size
+
+    @property
     def evaluate_image_size(self) -> tuple[int, int]:
         """(height, width) in px at which masks are scored."""
-        return self.evaluate.image_size or self.train_crop_size
+        return self.evaluate.image_size or self.inference_size
 
 
 # What a verb is configured by: a run, or a pretraining.
@@ -354,12 +388,41 @@ def build_config(base: C, file: str | None = None, assignments: list[str] | tupl
     Raises:
         ConfigError: a missing or malformed file, an unknown key, or a value out of its range.
     """
+    values = merge_settings(base, file, assignments)
+    if isinstance(base, RunConfig):
+        _read_names(values["data"])
+    return parse_config(values, type(base))
+
+
+def merge_settings(base: Section, file: str | None, assignments: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The values of `base` with changes, as in `build_config`, not checked yet.
+
+    Raises:
+        ConfigError: a missing or malformed file, or an unknown key.
+    """
     values = base.model_dump(mode="json")
     if file is not None:
         _merge(values, _read_yaml(file), where=file)
     for assignment in assignments:
         _merge(values, _parse_assignment(assignment), where=f"--set {assignment}")
-    return parse_config(values, type(base))
+    return values
+
+
+def _read_names(data: dict[str, Any]) -> None:
+    """Enters the names file of dataset paired, so that the configuration says what its classes are."""
+    if data["dataset"] != "paired" or data["names"]:
+        return
+    from transfgu_ray.benchmarks.paired import NAMES_FILE
+    from transfgu_ray.storage import Folder
+
+    try:
+        lines = Folder(data["root"]).read_bytes(NAMES_FILE).decode().splitlines()
+    except (OSError, UnicodeDecodeError, ArtifactError):
+        raise ConfigError(
+            f"dataset paired needs a readable {NAMES_FILE} in data.root={data['root'] or '(not given)'}; it expects "
+            f"{BENCHMARKS['paired'].expects}"
+        ) from None
+    data["names"] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def parse_config(values: dict[str, Any], kind: type[C] = RunConfig) -> C:
@@ -391,6 +454,21 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def describe(name: str) -> str:
+    """What a setting `section.field` is, in its unit, range and source.
+
+    Raises:
+        KeyError: no such setting.
+    """
+    kind: Any = RunConfig
+    description = ""
+    for part in name.split("."):
+        # What lies in a mapping is described with the mapping.
+        if isinstance(kind, type) and issubclass(kind, Section):
+            description, kind = kind.model_fields[part].description, kind.model_fields[part].annotation
+    return description or ""
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -2,9 +2,11 @@
 
 import hashlib
 import posixpath
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from transfgu_ray.benchmarks import BENCHMARKS
+from transfgu_ray.benchmarks import Benchmark
 from transfgu_ray.config import DataConfig
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.images import EXTENSIONS
@@ -71,9 +73,13 @@ def list_images(config: DataConfig, split: str, granularity: str | None = None) 
     Raises:
         DataError: the root, a list or the folder of labels is missing, or there is no photograph.
     """
-    root, benchmark = open_root(config), BENCHMARKS[config.dataset]
+    root, benchmark = open_root(config), config.benchmark
     try:
-        listing = _LISTERS[config.dataset](root, split)
+        listing, masks = _LAYOUTS[benchmark.layout](root, benchmark, split, granularity or "fine")
+    except _ListMissing as missing:
+        raise DataError(
+            f"{config.root} has no readable {missing}; dataset {config.dataset} expects {benchmark.expects}"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"data.root={config.root} holds a name that is not UTF-8, {error.object!r}; rename it"
@@ -82,46 +88,117 @@ def list_images(config: DataConfig, split: str, granularity: str | None = None) 
         of_split = f"dataset {config.dataset}, split {split}" if split else f"dataset {config.dataset}"
         hint = "" if config.dataset == "folder" else "; a plain tree of photographs is dataset folder"
         raise DataError(f"no photograph in {config.root} ({of_split}): expected {benchmark.expects}{hint}")
-    if granularity is None or benchmark.masks is None:
-        return listing
-    masks = benchmark.masks.format(granularity=granularity, split=split)
-    if not root.exists(masks):
+    if granularity is None:
+        return replace(listing, images=tuple(replace(image, label_id=None) for image in listing.images))
+    if benchmark.class_names and not root.exists(masks):
         raise DataError(f"no labels in {config.root}/{masks} (dataset {config.dataset}): expected {benchmark.expects}")
-    return replace(listing, images=tuple(_with_mask(image, masks) for image in listing.images))
+    return listing
 
 
-def _with_mask(image: ImageRef, folder: str) -> ImageRef:
-    stem, _ = posixpath.splitext(posixpath.basename(image.image_id))
-    return replace(image, label_id=f"{folder}/{stem}.png")
+class _ListMissing(Exception):
+    """A file that says which photographs a split holds cannot be read."""
 
 
-def _list_folder(root: Folder, split: str) -> Listing:
-    return _photos_of(root, "", recursive=True)
+# What a layout gives: photographs with the paths of their labels, and the folder of the labels.
+_Layout = tuple[Listing, str]
 
 
-def _list_scenes(root: Folder, split: str) -> Listing:
-    return _photos_of(root, f"images/{split}")
+def _list_folder(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    return _photos_of(root, "", lambda path: None, recursive=True), ""
 
 
-def _list_voc(root: Folder, split: str) -> Listing:
-    name = f"ImageSets/Segmentation/{split}.txt"
+def _list_scenes(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    masks = f"masks/{granularity}/{split}"
+    return _photos_of(root, f"images/{split}", lambda path: f"{masks}/{_stem(path)}.png"), masks
+
+
+def _list_paired(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    folder = f"images/{split}" if root.exists("images/train") and root.exists("images/val") else "images"
+
+    def mask_of(path: str) -> str:
+        return f"masks/{posixpath.splitext(path.removeprefix('images/'))[0]}.png"
+
+    return _photos_of(root, folder, mask_of, recursive=True), "masks"
+
+
+def _list_voc(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    stems = _read_list(root, f"ImageSets/Segmentation/{split}.txt")
+    masks = "SegmentationClass"
+    return _photos_named(root, "JPEGImages", stems, lambda stem: f"{masks}/{stem}.png"), masks
+
+
+def _list_lip(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    stems, masks = _read_list(root, f"{split}_id.txt"), f"{split}_segmentations"
+    return _photos_named(root, f"{split}_images", stems, lambda stem: f"{masks}/{stem}.png"), masks
+
+
+def _list_coco(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    if benchmark.list_name:
+        stems = _read_list(root, f"curated/{split}2017/{benchmark.list_name}")
+    else:
+        name = f"annotations/instances_{split}2017.json"
+        # Only which photographs are annotated is asked for: parsed whole, the JSON takes gigabytes.
+        stems = {f"{int(image_id):012d}" for image_id in _IMAGE_ID.findall(_read(root, name))}
+    masks = f"annotations/{split}2017"
+    return _photos_named(root, f"images/{split}2017", stems, lambda stem: f"{masks}/{stem}.png"), masks
+
+
+def _list_cityscapes(root: Folder, benchmark: Benchmark, split: str, granularity: str) -> _Layout:
+    masks = f"gtFine/{split}"
+
+    def mask_of(path: str) -> str:
+        city, name = path.split("/")[-2:]
+        return f"{masks}/{city}/{name.removesuffix(_LEFT)}_gtFine_labelIds.png"
+
+    listing = _photos_of(root, f"leftImg8bit/{split}", mask_of, recursive=True)
+    images = tuple(image for image in listing.images if image.image_id.endswith(_LEFT))
+    return Listing(images, listing.num_other_files + len(listing.images) - len(images)), masks
+
+
+_IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(\d+)')
+_LEFT = "_leftImg8bit.png"
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def _read(root: Folder, name: str) -> bytes:
     try:
-        stems = set(root.read_bytes(name).decode().split())
-    except (OSError, UnicodeDecodeError):
-        raise DataError(f"{root.uri} has no readable {name}; dataset voc expects {BENCHMARKS['voc'].expects}") from None
-    sizes = dict(root.files("JPEGImages"))
-    photos = sorted(f"JPEGImages/{stem}.jpg" for stem in stems)
-    return Listing(tuple(ImageRef(photo, None, sizes.get(photo, -1)) for photo in photos), 0)
+        return root.read_bytes(name)
+    except OSError:
+        raise _ListMissing(name) from None
 
 
-def _photos_of(root: Folder, name: str, recursive: bool = False) -> Listing:
+def _read_list(root: Folder, name: str) -> set[str]:
+    try:
+        return set(_read(root, name).decode().split())
+    except UnicodeDecodeError:
+        raise _ListMissing(name) from None
+
+
+def _photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[[str], str]) -> Listing:
+    sizes = dict(root.files(folder))
+    photos = {stem: f"{folder}/{stem}.jpg" for stem in sorted(stems)}
+    return Listing(tuple(ImageRef(photo, mask_of(stem), sizes.get(photo, -1)) for stem, photo in photos.items()), 0)
+
+
+def _photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     images, others = [], 0
     for path, num_bytes in root.files(name, recursive):
         if path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith("."):
-            images.append(ImageRef(path, None, num_bytes))
+            images.append(ImageRef(path, mask_of(path), num_bytes))
         else:
             others += 1
     return Listing(tuple(images), others)
 
 
-_LISTERS = {"folder": _list_folder, "voc": _list_voc, "scenes": _list_scenes}
+_LAYOUTS: dict[str, Callable[[Folder, Benchmark, str, str], _Layout]] = {
+    "folder": _list_folder,
+    "paired": _list_paired,
+    "voc": _list_voc,
+    "lip": _list_lip,
+    "coco": _list_coco,
+    "cityscapes": _list_cityscapes,
+    "scenes": _list_scenes,
+}

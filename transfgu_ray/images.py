@@ -5,7 +5,7 @@ import struct
 import warnings
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int16, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -110,6 +110,31 @@ def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
         return np.asarray(image)
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise ImageRefused(f"label damaged: {error}") from None
+
+
+def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]) -> UInt8[np.ndarray, "h w"]:
+    """Class ids of a label's ids; 255 is void.
+
+    Args:
+        label: ids as stored.
+        table: class of each id, -1 for one that must not occur; see `Benchmark.label_table`.
+
+    Raises:
+        ImageRefused: such an id occurs.
+    """
+    classes = table[label]
+    if classes.min() < 0:
+        known = np.flatnonzero(table >= 0)
+        raise ImageRefused(
+            f"its label holds the unknown id {label[classes < 0].min()}; known are {', '.join(_runs(known))}"
+        )
+    return classes.astype(np.uint8)
+
+
+def _runs(ids: np.ndarray) -> list[str]:
+    """0, 1, 2, 5 -> `0 to 2`, `5`."""
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
 def resize_label(label: UInt8[np.ndarray, "y x"], size_hw: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:

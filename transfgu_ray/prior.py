@@ -108,6 +108,7 @@ def _check_sizes(config: RunConfig, patch: int, embed_dim: int) -> None:
         "extract.crop_size": (config.extract_crop_size,),
         "cam.image_size": config.cam_image_size,
         "train.crop_size": config.train_crop_size,
+        "train.inference_size": config.inference_size,
     }
     for name, size in sizes.items():
         if any(side % patch for side in size):

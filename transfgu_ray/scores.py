@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from transfgu_ray.algorithms.metrics import Score, foreground_iou, score, score_merged
-from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 
 STAGE_NAMES = ("initial", "trained", "bootstrapped")
@@ -71,7 +70,7 @@ def metrics_json(
 
 
 def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str, Any]:
-    super_of = BENCHMARKS[config.data.dataset].super_of
+    super_of = config.data.benchmark.super_of
     coarser = None
     if super_of and config.concepts.granularity == "fine":
         merged = score_merged(confusion, found.class_of_concept, np.array(super_of))

@@ -53,13 +53,19 @@ class Terminal:
         if not self._quiet:
             self._out.print(text, markup=False)
 
-    def table(self, rows: list[list[str]], header: list[str]) -> None:
-        """Prints a small table, unless quiet."""
+    def table(self, rows: list[list[str]], header: list[str], words: tuple[int, ...] = ()) -> None:
+        """Prints a small table, unless quiet.
+
+        Args:
+            rows: cells, the first column words.
+            header: names of the columns.
+            words: further columns that hold words, not figures.
+        """
         from rich.table import Table
 
         table = Table(*header, box=None, pad_edge=False, header_style="bold")
-        for column in table.columns[1:]:
-            column.justify = "right"
+        for i, column in enumerate(table.columns):
+            column.justify = "left" if i == 0 or i in words else "right"
         for row in rows:
             table.add_row(*row)
         if not self._quiet:

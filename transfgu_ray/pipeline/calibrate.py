@@ -126,7 +126,7 @@ class Calibrator(UnitWorker):
         kinds = ("any",) * (config.num_concepts + config.has_background)
         window = config.train.token_window
         layers = config.train.decoder_layers, config.train.decoder_heads
-        model = ModelConfig(config.train_crop_size, kinds, *layers, config.encoder.precision, "", window)
+        model = ModelConfig(config.inference_size, kinds, *layers, config.encoder.precision, "", window)
         student = build_decoder(model, encoder.embed_dim, config.train.dropout).to(self.device)
         train = config.train
         bootstrap = Bootstrap(

@@ -13,7 +13,7 @@ from transfgu_ray.algorithms.metrics import IGNORE, add_confusions, confusion_ma
 from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores, encode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_working
+from transfgu_ray.images import ImageRefused, decode_label, resize_label, to_classes, to_working
 from transfgu_ray.model import load_model
 from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
 from transfgu_ray.pipeline.build_labels import load_labeller
@@ -46,6 +46,7 @@ class Evaluator(UnitWorker):
         self._config = config = RunConfig.model_validate(config)
         self._run = Folder(run_uri)
         self._num_classes = num_classes
+        self._label_table = config.data.benchmark.label_table(config.concepts.granularity)
         self._samples = {image_id: number for number, image_id in enumerate(samples)}
         self._labeller = load_labeller(self._run, config, device)
         model = Folder(self._run.uri_of("model"))
@@ -84,13 +85,7 @@ class Evaluator(UnitWorker):
             return None
         if photo.label is None:
             raise ImageRefused("its label cannot be read")
-        target = decode_label(photo.label)
-        unknown = np.setdiff1d(target, [*range(self._num_classes), IGNORE])
-        if len(unknown):
-            raise ImageRefused(
-                f"its label holds the unknown id {unknown[0]}; known are 0 to {self._num_classes - 1}, 255"
-            )
-        return target
+        return to_classes(decode_label(photo.label), self._label_table)
 
     def _predict(self, images: list[Image.Image]) -> list[list[np.ndarray]]:
         """Masks of each image at the scored size, one a stage, then one a baseline."""

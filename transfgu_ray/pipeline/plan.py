@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import list_images, open_root
 from transfgu_ray.errors import DataError
@@ -27,7 +26,7 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     from transfgu_ray.pipeline.calibrate import calibrate
 
     root = open_root(config.data)
-    images = list_images(config.data, BENCHMARKS[config.data.dataset].train_split).images
+    images = list_images(config.data, config.data.benchmark.train_split).images
     scored = list_scored(config)
     num_scored = min(config.evaluate.num_samples, len(images)) if scored is None else len(scored.images)
     encoder = resolve_encoder(config)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
@@ -42,7 +41,7 @@ def run_stages(
     """
     config = run.config
     root = open_root(config.data)
-    listing = list_images(config.data, BENCHMARKS[config.data.dataset].train_split)
+    listing = list_images(config.data, config.data.benchmark.train_split)
     _check_early(config, listing)
     inputs = f"{listing.fingerprint} {_weights_identity(run)}"
     fingerprints = {stage: run.fingerprint(stage, inputs) for stage in STAGES}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.artifacts import Run
-from transfgu_ray.benchmarks import BENCHMARKS
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images
 from transfgu_ray.errors import DataError
@@ -177,7 +176,7 @@ def _table_of_photographs(context: Context, table: str, worker: Any, **arguments
 
 def _scored_split(config: RunConfig) -> str | None:
     """The split that is scored; None for a dataset without labels."""
-    split = BENCHMARKS[config.data.dataset].evaluate_split
+    split = config.data.benchmark.evaluate_split
     return split and (config.evaluate.split or split)
 
 

@@ -35,7 +35,7 @@ _SAMPLES_A_TASK = 32
 def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
     """What the finished model says of itself."""
     return ModelConfig(
-        image_size=config.train_crop_size,
+        image_size=config.inference_size,
         kinds=(*kinds, "none") if config.has_background else tuple(kinds),
         decoder_layers=config.train.decoder_layers,
         decoder_heads=config.train.decoder_heads,
