@@ -363,9 +363,7 @@ def check(
     )
     _note_refused(terminal, found.refused)
     if found.refused:
-        raise DataError(
-            f"{folder} is no usable copy of {name}: {len(found.refused)} files are not as they should be"
-        )
+        raise DataError(f"{folder} is no usable copy of {name}: {len(found.refused)} files are not as they should be")
 
 
 presets = typer.Typer(help="Named recipes; `show` one in full, or `diff` two.", no_args_is_help=False)

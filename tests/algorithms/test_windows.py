@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from transfgu_ray.algorithms.windows import classify_windows, enumerate_windows, foreground_fracs, to_original
+from transfgu_ray.algorithms.windows import (
+    classify_regions,
+    classify_windows,
+    enumerate_windows,
+    foreground_fracs,
+    region_boxes,
+    to_original,
+)
 
 PAPER_FRACS = (0.5, 0.4, 0.3, 0.2)
 
@@ -80,3 +87,33 @@ def test_to_original__never_empty_nor_outside():
     assert (small[:, 2:] > small[:, :2]).all()
     assert (small >= 0).all()
     assert (small[:, 2:] <= [9, 5]).all()
+
+
+def test_region_boxes__worked_by_hand():
+    classes = np.full((20, 30), 2, dtype=np.uint8)
+    classes[2:5, 3:9] = 7
+    classes[10:14, 20:22] = 7
+    classes[0, 0] = 7
+    classes[5, 3:9] = 255
+    boxes, class_ids, num_small = region_boxes(classes)
+    # The lone pixel is less than 1/400 of 600 px; void is no region.
+    assert boxes.tolist() == [[0, 0, 30, 20], [3, 2, 9, 5], [20, 10, 22, 14]]
+    assert (class_ids.tolist(), num_small) == ([2, 7, 7], 1)
+
+
+def test_region_boxes__nothing_but_void():
+    boxes, class_ids, num_small = region_boxes(np.full((8, 8), 255, dtype=np.uint8))
+    assert (boxes.shape, class_ids.shape, num_small) == ((0, 4), (0,), 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [
+        ("things_and_stuff", ["foreground", "background"]),
+        ("things_only", ["foreground", "dropped"]),
+        ("all_foreground", ["foreground", "dropped"]),
+        ("no_prior", ["any", "any"]),
+    ],
+)
+def test_classify_regions__by_region_mode(mode, kinds):
+    assert classify_regions(np.array([True, False]), mode) == kinds

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 from transfgu_ray.algorithms.encoder import above_mean
 from transfgu_ray.algorithms.windows import (
     DROPPED,
+    classify_regions,
     classify_windows,
     enumerate_windows,
     foreground_fracs,
+    region_boxes,
     to_original,
 )
 from transfgu_ray.config import RunConfig
-from transfgu_ray.images import cut_crops, to_working
+from transfgu_ray.images import ImageRefused, cut_crops, decode_label, resize_label, to_classes, to_working
 from transfgu_ray.pipeline.ahead import made_ahead
 from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
 from transfgu_ray.pipeline.stream import Photo
@@ -35,6 +38,17 @@ def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np
         yield slice(start, start + len(batch)), batch
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """The windows that one working image keeps: number, box in px, beta, kind and foreground share of each."""
+
+    crop_ids: np.ndarray
+    boxes: np.ndarray
+    window_fracs: np.ndarray
+    kinds: list[str]
+    foreground_fracs: np.ndarray
+
+
 class FeatureExtractor(PartWorker):
     """One unit of photographs -> one part of the features table."""
 
@@ -47,6 +61,9 @@ class FeatureExtractor(PartWorker):
         # Whole images are larger than crops: as many at a time as give about the same number of pixels.
         self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
         self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
+        self._label_table = None
+        if config.extract.windows == "ground_truth":
+            self._label_table = config.data.benchmark.label_table(config.concepts.granularity)
         # A GPU reads crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
         on_gpu = self.device == "cuda"
         self._num_cutters = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
@@ -54,38 +71,82 @@ class FeatureExtractor(PartWorker):
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
         config, stats = self._config, PartStats()
-        image_ids, sizes, working = [], [], []
+        image_ids, sizes, working, labels = [], [], [], []
         for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+            if self._label_table is not None:
+                try:
+                    labels.append(self._read_label(photo))
+                except ImageRefused as refusal:
+                    stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
+                    continue
             image_ids.append(photo.image_id)
             sizes.append((image.height, image.width))
             working.append(to_working(image, config.data.image_size))
-        kept: list[tuple[int, int, str, float]] = []
-        for i, fracs in enumerate(self._foreground_fracs(np.array(working)) if working else []):
-            kinds = classify_windows(
-                fracs, config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
-            )
-            stats.drop("neither foreground nor background", kinds.count(DROPPED))
-            kept += [(i, c, kind, fracs[c]) for c, kind in enumerate(kinds) if kind != DROPPED]
+        stats.images = len(working)
+        windows = self._regions(labels, stats) if labels else self._sliding(working, stats)
+        kept = [(i, c) for i, of_image in enumerate(windows) for c in range(len(of_image.kinds))]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
-        batches = batched_rows(np.array([k[:2] for k in kept]).reshape(-1, 2), config.extract.batch_size)
-        for rows, crops in made_ahead(lambda b: (b[0], self._crops(working, b[1])), batches, self._num_cutters):
+        batches = batched_rows(np.array(kept).reshape(-1, 2), config.extract.batch_size)
+        boxes = [of_image.boxes for of_image in windows]
+        for rows, crops in made_ahead(lambda b: (b[0], self._crops(working, boxes, b[1])), batches, self._num_cutters):
             on_device = crops.to(self.device, non_blocking=True)
             tokens[rows] = self._encoder.cls_tokens(on_device).cpu().numpy()
-        index = np.array([k[1] for k in kept], dtype=np.int32)
-        original = [to_original(self._boxes, config.data.image_size, size) for size in sizes]
+        original = [
+            to_original(of_image, config.data.image_size, size) for of_image, size in zip(boxes, sizes, strict=True)
+        ]
+        empty = [np.empty(0)]
         table = build_table(
             {
-                "image_id": [image_ids[k[0]] for k in kept],
-                "crop_id": index,
-                "box_xyxy": np.array([original[k[0]][k[1]] for k in kept], dtype=np.int32).reshape(-1, 4),
-                "window_frac": self._fracs[index].astype(np.float32),
-                "kind": [k[2] for k in kept],
-                "foreground_frac": np.array([k[3] for k in kept], dtype=np.float32),
+                "image_id": [image_ids[i] for i, _ in kept],
+                "crop_id": np.concatenate([of_image.crop_ids for of_image in windows] or empty).astype(np.int32),
+                "box_xyxy": np.concatenate([*original, np.empty((0, 4))]).astype(np.int32),
+                "window_frac": np.concatenate([of_image.window_fracs for of_image in windows] or empty).astype(
+                    np.float32
+                ),
+                "kind": [kind for of_image in windows for kind in of_image.kinds],
+                "foreground_frac": np.concatenate([of_image.foreground_fracs for of_image in windows] or empty).astype(
+                    np.float32
+                ),
                 "cls_token": tokens,
             },
             features_schema(self._encoder.embed_dim),
         )
         return self.write(unit, table, stats)
+
+    def _sliding(self, working: list[np.ndarray], stats: PartStats) -> list[_Windows]:
+        """The sliding windows that each working image keeps (4.2)."""
+        extract, found = self._config.extract, []
+        for fracs in self._foreground_fracs(np.array(working)) if working else []:
+            kinds = classify_windows(
+                fracs, self._config.region_mode, extract.foreground_min_frac, extract.background_min_frac
+            )
+            keep = np.flatnonzero([kind != DROPPED for kind in kinds])
+            stats.drop("neither foreground nor background", len(kinds) - len(keep))
+            found.append(_Windows(keep, self._boxes[keep], self._fracs[keep], [kinds[c] for c in keep], fracs[keep]))
+        return found
+
+    def _regions(self, labels: list[np.ndarray], stats: PartStats) -> list[_Windows]:
+        """The labelled regions of each working image, from its classes."""
+        config, found = self._config, []
+        things = np.array([kind == "thing" for kind in config.class_kinds])
+        for classes in labels:
+            boxes, class_ids, num_small = region_boxes(classes)
+            kinds = classify_regions(things[class_ids], config.region_mode)
+            keep = np.flatnonzero([kind != DROPPED for kind in kinds])
+            stats.drop("labelled region below 1/400 of the image", num_small)
+            stats.drop("labelled region of the background", len(kinds) - len(keep))
+            sides = (boxes[keep, 2:] - boxes[keep, :2]).astype(np.float64)
+            fracs = np.sqrt(sides.prod(1)) / min(config.data.image_size)
+            found.append(
+                _Windows(keep, boxes[keep], fracs, [kinds[c] for c in keep], things[class_ids[keep]].astype(np.float64))
+            )
+        return found
+
+    def _read_label(self, photo: Photo) -> np.ndarray:
+        """Classes at the working size."""
+        if photo.label is None:
+            raise ImageRefused("its label cannot be read")
+        return resize_label(to_classes(decode_label(photo.label), self._label_table), self._config.data.image_size)
 
     @property
     def embed_dim(self) -> int:
@@ -106,11 +167,12 @@ class FeatureExtractor(PartWorker):
         limits = config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
         kept = sum(kind != DROPPED for of_image in fracs for kind in classify_windows(of_image, *limits))
         pairs = np.array([(0, c % len(self._boxes)) for c in range(most)])
-        crops = self._crops(list(working), pairs).to(self.device)
+        boxes = [self._boxes]
+        crops = self._crops(list(working), boxes, pairs).to(self.device)
         return {
             "windows": len(self._boxes),
             "kept_windows": kept / len(working),
-            "cut": seconds_an_item(lambda count: self._crops(list(working), pairs[:count]), most),
+            "cut": seconds_an_item(lambda count: self._crops(list(working), boxes, pairs[:count]), most),
             "crop": seconds_an_item(lambda count: self._encoder.cls_tokens(crops[:count]).cpu(), most),
             "foreground": seconds_an_item(
                 lambda count: list(self._foreground_fracs(np.resize(working, (count, *working.shape[1:])))),
@@ -131,8 +193,8 @@ class FeatureExtractor(PartWorker):
             for mask in above_mean(saliency).cpu().numpy():
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)
 
-    def _crops(self, working: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:
-        crops = [cut_crops(working[i], self._boxes[c : c + 1], self._crop_size)[0] for i, c in pairs]
+    def _crops(self, working: list[np.ndarray], boxes: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:
+        crops = [cut_crops(working[i], boxes[i][c : c + 1], self._crop_size)[0] for i, c in pairs]
         return self._host_tensor(np.stack(crops))
 
     def _host_tensor(self, images: np.ndarray) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, list_scored, progress_total
+from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, extract_listing, list_scored, progress_total
 from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.prior import resolve_encoder, weights_file_sha256
 
@@ -54,6 +54,8 @@ def run_stages(
             )
     if pending:
         # Before anything is started: bad weights and sizes, and missing labels, are told at once.
+        if "extract" in pending:
+            extract_listing(config)
         if "evaluate" in pending:
             list_scored(config)
         encoder = resolve_encoder(config) if "extract" in pending else None
@@ -93,6 +95,8 @@ def _check_early(config: RunConfig, listing: Listing) -> None:
     """Refuses what cannot succeed before anything is computed."""
     from transfgu_ray.algorithms.windows import enumerate_windows
 
+    if config.extract.windows == "ground_truth":
+        return
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
     most = windows * len(listing.images)
     if config.num_concepts * config.concepts.min_crops > most:
