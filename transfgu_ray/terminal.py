@@ -60,6 +60,8 @@ class Terminal:
         table = Table(*header, box=None, pad_edge=False, header_style="bold")
         for column in table.columns[1:]:
             column.justify = "right"
+            # In a narrow terminal it is the first column that wraps: a number in two lines is no number.
+            column.no_wrap = True
         for row in rows:
             table.add_row(*row)
         if not self._quiet:

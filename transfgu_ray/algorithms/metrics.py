@@ -168,10 +168,3 @@ def foreground_iou(
     hits = confusion[is_thing][:, ~is_background].sum()
     union = things + taken - hits
     return float(hits / union) if is_background.any() and union else None
-
-
-def add_confusions(
-    total: Int64[np.ndarray, "*shape"] | None, more: Int64[np.ndarray, "*shape"]
-) -> Int64[np.ndarray, "*shape"]:
-    """Running sum of confusion matrices; None starts it."""
-    return more.copy() if total is None else total + more
