@@ -60,6 +60,9 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("train=3", r"train=3: must be a valid dictionary"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("data.region_mode=everything", r"data\.region_mode='everything': must be 'things_and_stuff', 'things_only'"),
+        ("evaluate.protocol=cause", r"evaluate\.protocol='cause': must be 'transfgu', 'picie' or 'stego'"),
+        ("evaluate.unmatched=drop", r"evaluate\.unmatched='drop': must be 'discard', 'count' or 'many_to_one'"),
+        ("evaluate.refinement=crf", r"evaluate\.refinement='crf': must be 'none' or 'pamr'"),
         ("data.dataset=imagenet", r"data\.dataset='imagenet': unknown dataset; allowed: folder, paired, .*, scenes"),
         ("train.omega_1", r"--set train\.omega_1 must look like section\.field=value"),
         ("train.omega_1=[", r"--set train\.omega_1=\[: the value is not valid YAML"),
@@ -104,6 +107,10 @@ def test_build_config__tells_every_problem_at_once():
             ["train.features=cached", "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0.1}"],
             "blur_prob must be 0 when train.features is cached",
         ),
+        (
+            ["evaluate.protocol=stego", "evaluate.image_size=[320, 640]"],
+            r"image_size=\[320, 640\] must be square when evaluate.protocol is stego.*published size is \[320, 320\]",
+        ),
     ],
 )
 def test_build_config__refuses_settings_that_contradict(assignments, message):
@@ -143,6 +150,10 @@ def test_run_config__sizes_that_follow_the_working_size():
     assert config.train_crop_size == config.evaluate_image_size == (64, 96)
     assert config.cam_image_size == (480, 480)
     assert config.extract_crop_size == 224
+    for protocol in ("picie", "stego"):
+        config = _set("data.image_size=[320,640]", f"evaluate.protocol={protocol}")
+        assert config.evaluate_image_size == (320, 320)
+        assert _set(f"evaluate.protocol={protocol}", "evaluate.image_size=[96,96]").evaluate_image_size == (96, 96)
 
 
 def test_run_config__background_concepts_of_each_region_mode():

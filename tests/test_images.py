@@ -3,9 +3,19 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from tests.builders import make_hostile_folder
-from transfgu_ray.images import ImageRefused, cut_crops, decode_label, decode_rgb, resize_label, to_square, to_working
+from transfgu_ray.images import (
+    ImageRefused,
+    centre_crop,
+    cut_crops,
+    decode_label,
+    decode_rgb,
+    resize_label,
+    to_square,
+    to_working,
+)
 
 RED, BLUE = (230, 20, 20), (20, 20, 230)
 
@@ -231,3 +241,13 @@ def test_resize_label__invents_no_ids():
     assert got.shape == (5, 9)
     assert set(got.flatten()) == {0, 8, 20, 255}
     assert np.array_equal(resize_label(got, (5, 9)), got)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (31, 77), (101, 40), (40, 40), (20, 90)])
+@pytest.mark.parametrize("name", ["BILINEAR", "NEAREST"])
+def test_centre_crop__is_what_the_published_evaluations_call(size, name):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    published = Compose([Resize(40, getattr(InterpolationMode, name)), CenterCrop(40)])
+    got = centre_crop(image, 40, getattr(Image.Resampling, name))
+    assert got.size == (40, 40)
+    assert np.array_equal(np.asarray(got), np.asarray(published(image)))

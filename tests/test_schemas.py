@@ -11,6 +11,7 @@ from transfgu_ray.schemas import (
     baseline_schema,
     build_table,
     concepts_schema,
+    confusions_schema,
     features_schema,
     labels_schema,
     to_parquet,
@@ -43,7 +44,14 @@ def test_build_table__rows_keep_their_vectors_through_parquet():
 
 @pytest.mark.parametrize(
     "schema",
-    [features_schema(5), concepts_schema(5), labels_schema(), tokens_schema(), baseline_schema({"raw_colour": 3})],
+    [
+        features_schema(5),
+        concepts_schema(5),
+        labels_schema(),
+        tokens_schema(),
+        baseline_schema({"raw_colour": 3}),
+        confusions_schema(),
+    ],
 )
 def test_schemas__no_column_may_be_null(schema):
     assert not any(field.nullable for field in schema)

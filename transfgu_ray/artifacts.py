@@ -30,7 +30,7 @@ OUTPUTS = {
     "concepts": ("concepts.parquet",),
     "labels": ("labels",),
     "train": ("train", "tokens", "model/config.json", "model/decoder.safetensors"),
-    "evaluate": ("metrics.json", "samples", "baselines"),
+    "evaluate": ("metrics.json", "samples", "baselines", "confusions"),
     "report": ("report.html",),
     "register": (),
 }

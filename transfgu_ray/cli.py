@@ -481,8 +481,9 @@ def _note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
         return
     from transfgu_ray.scores import score_lines, score_table
 
-    header, rows = score_table(metrics)
-    terminal.table(rows, header)
+    (first, *others), rows = score_table(metrics)
+    # Two lines, so that methods keep one in 80 columns.
+    terminal.table(rows, [first, *(name.replace(" ", "\n") for name in others)])
     for line in score_lines(metrics):
         terminal.note(line)
 

@@ -23,6 +23,8 @@ Override = Positive | Literal["none"]
 Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
 # What encoder.weights may be beside a file.
 NAMED_WEIGHTS = ("hub", "bundled", "random")
+# What PiCIE and STEGO are scored at, px.
+_CENTRE_CROP = (320, 320)
 RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
 
 
@@ -222,8 +224,27 @@ class EvaluateConfig(Section):
     """Scores on labelled photographs (4.1)."""
 
     split: str | None = Field(None, description="split to score; null = the dataset's own (voc: val)")
+    protocol: Literal["transfgu", "picie", "stego"] = Field(
+        "transfgu",
+        description="transfgu: the squashed photograph, mean over the classes present (paper); picie, stego: shorter "
+        "side resized to image_size, centre crop, mean over the classes present or predicted, as their published codes",
+    )
+    unmatched: Literal["discard", "count", "many_to_one"] = Field(
+        "discard",
+        description="pixels of concepts left over where K exceeds the classes: discard = they leave the score "
+        "(suppl.), count = they are errors (stego's code), many_to_one = every concept goes to the class that it "
+        "overlaps most",
+    )
+    refinement: Literal["none", "pamr"] = Field(
+        "none",
+        description="pamr: the last stage is also scored with its masks refined by the photograph's colours (Araslanov "
+        "& Roth, CVPR 2020), beside the plain scores (ours)",
+    )
     image_size: tuple[Positive, Positive] | None = Field(
-        None, strict=False, description="(height, width) in px scored at; null = the model's, train.inference_size"
+        None,
+        strict=False,
+        description="(height, width) in px scored at; null = the model's, train.inference_size, or [320, 320] under "
+        "picie and stego",
     )
     batch_size: Positive = Field(8, description="photographs a forward")
     baselines: tuple[Baseline, ...] = Field(
@@ -308,6 +329,11 @@ class RunConfig(Section):
                 f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.features is cached, "
                 "since the encoder never sees the crops"
             )
+        if self.evaluate.protocol != "transfgu" and self.evaluate_image_size[0] != self.evaluate_image_size[1]:
+            raise ValueError(
+                f"evaluate.image_size={list(self.evaluate_image_size)} must be square when evaluate.protocol is "
+                f"{self.evaluate.protocol}, which scores the centre square; the published size is [320, 320]"
+            )
         return self
 
     @property
@@ -373,7 +399,8 @@ class RunConfig(Section):
     @property
     def evaluate_image_size(self) -> tuple[int, int]:
         """(height, width) in px at which masks are scored."""
-        return self.evaluate.image_size or self.inference_size
+        own = self.inference_size if self.evaluate.protocol == "transfgu" else _CENTRE_CROP
+        return self.evaluate.image_size or own
 
 
 # What a verb is configured by: a run, or a pretraining.

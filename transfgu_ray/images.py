@@ -83,6 +83,18 @@ def to_square(image: Image.Image, size_px: int, resample: int = Image.Resampling
     return image.crop((left, top, left + side, top + side)).resize((size_px, size_px), resample)
 
 
+def centre_crop(image: Image.Image, size_px: int, resample: int) -> Image.Image:
+    """The shorter side resized to `size_px`, the longer in proportion, then the centre square.
+
+    Reference: torchvision's Resize and CenterCrop, which the evaluations of PiCIE and STEGO call. Departures: none; the
+    longer side is rounded down and the margins as Python rounds, since a pixel's shift would change the scores.
+    """
+    shorter = min(image.size)
+    width, height = (int(size_px * side / shorter) for side in image.size)
+    left, top = round((width - size_px) / 2), round((height - size_px) / 2)
+    return image.resize((width, height), resample).crop((left, top, left + size_px, top + size_px))
+
+
 def cut_crops(
     working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int
 ) -> UInt8[np.ndarray, "n 3 crop crop"]:

@@ -94,6 +94,23 @@ def baseline_schema(widths: dict[str, int]) -> pa.Schema:
     return pa.schema([*identity, *features])
 
 
+def confusions_schema() -> pa.Schema:
+    """One row a photograph, method, class and concept that meet in a pixel: its confusion matrices, kept sparse.
+
+    method: a stage (initial, trained, bootstrapped), `refined`, or a baseline. class_id: the true class; void pixels
+    are in no row. concept_id: the predicted concept, or cluster of a baseline. pixels: at the scored size, at least 1.
+    """
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("method", pa.string(), nullable=False),
+            pa.field("class_id", pa.int32(), nullable=False),
+            pa.field("concept_id", pa.int32(), nullable=False),
+            pa.field("pixels", pa.int64(), nullable=False),
+        ]
+    )
+
+
 def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     """A table of exactly the schema's columns; 2-D arrays become fixed-size lists.
 

@@ -1,39 +1,68 @@
 """What metrics.json says of confusion matrices, and how the terminal and the report tell it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from transfgu_ray.algorithms.metrics import Score, foreground_iou, score, score_merged
+from transfgu_ray.algorithms.intervals import RESAMPLES, class_counts, score_intervals, total_counts
+from transfgu_ray.algorithms.metrics import (
+    Score,
+    chance_confusion,
+    foreground_iou,
+    majority_confusion,
+    score,
+    score_merged,
+)
 from transfgu_ray.config import RunConfig
+from transfgu_ray.errors import ConfigError
 
 STAGE_NAMES = ("initial", "trained", "bootstrapped")
-_BASELINE_TITLES = {
+REFINED = "refined"
+_TITLES = {
+    REFINED: "bootstrapped + PAMR",
     "patch_tokens": "k-means, patch tokens",
     "decoder_tokens": "k-means, decoder's tokens",
     "random_vit": "k-means, untrained ViT",
     "raw_colour": "k-means, colours",
+    "chance": "chance",
+    "majority": "majority class",
+}
+_RULES = {
+    "discard": "one concept a class (Hungarian), the pixels of concepts left over are not scored",
+    "count": "one concept a class (Hungarian), the pixels of concepts left over are errors",
+    "many_to_one": "each concept to the class it overlaps most",
 }
 # An object class counts as found from this IoU on.
 _FOUND_IOU = 0.3
+# What runs that differ in their seed only have in common.
+_IDENTITY = (
+    "dataset", "split", "granularity", "protocol", "unmatched", "num_images", "num_classes", "num_concepts", "recipe",
+    "backbone",
+)  # fmt: skip
 
 
 def metrics_json(
     config: RunConfig,
     split: str | None,
     num_images: int,
-    confusions: dict[str, np.ndarray] | None,
+    counts: dict[str, csr_array],
     kinds: Sequence[str],
     weights_sha256: str,
 ) -> dict[str, Any]:
-    """The content of metrics.json; `stages`, `baselines` and `per_class` are null where nothing was scored.
+    """The content of metrics.json; `stages`, `refined`, `baselines` and `per_class` are null where nothing was scored.
+
+    The baselines always hold `chance`, the expected score of labels drawn uniformly over the concepts, and `majority`,
+    that of calling every pixel the most frequent true class; see `chance_confusion` and `majority_confusion`.
 
     Args:
         config: the run's configuration.
         split: the scored split.
         num_images: scored photographs.
-        confusions: pixel counts (classes, concepts) of each stage, then of each baseline.
+        counts: per-photograph confusion matrices of each stage, of `refined` where it was asked for, then of each
+            baseline; see `photo_counts`. Empty where nothing was scored.
         kinds: kind of each concept of the model.
         weights_sha256: of the encoder.
     """
@@ -41,26 +70,19 @@ def metrics_json(
         "dataset": config.data.dataset,
         "split": split,
         "granularity": config.concepts.granularity,
-        "protocol": "transfgu",
-        "num_images": num_images if confusions else 0,
+        "protocol": config.evaluate.protocol,
+        "unmatched": config.evaluate.unmatched,
+        "num_images": num_images if counts else 0,
         "num_classes": len(config.class_names),
         "num_concepts": config.num_concepts,
-        "scored": confusions is not None,
+        "scored": bool(counts),
         "stages": None,
+        "refined": None,
         "baselines": None,
         "per_class": None,
     }
-    if confusions is not None:
-        is_thing = np.array([kind == "thing" for kind in config.class_kinds])
-        is_background = np.array([kind in ("background", "none") for kind in kinds])
-        scores = {name: score(confusion) for name, confusion in confusions.items()}
-        numbers = {name: _numbers(config, confusions[name], found) for name, found in scores.items()}
-        content["stages"] = {
-            name: numbers[name] | {"foreground_iou": foreground_iou(confusions[name], is_thing, is_background)}
-            for name in STAGE_NAMES
-        }
-        content["baselines"] = {name: found for name, found in numbers.items() if name not in STAGE_NAMES}
-        content["per_class"] = _per_class(config, scores[STAGE_NAMES[-1]])
+    if counts:
+        content |= _scores(config, counts, kinds)
     return content | {
         "recipe": config.preset,
         "backbone": config.encoder.name,
@@ -69,11 +91,44 @@ def metrics_json(
     }
 
 
+def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str]) -> dict[str, Any]:
+    shape = len(config.class_names), len(kinds)
+    is_thing = np.array([kind == "thing" for kind in config.class_kinds])
+    is_background = np.array([kind in ("background", "none") for kind in kinds])
+    # Every method's matrices have the same rows: the truth.
+    truth = class_counts(counts[STAGE_NAMES[0]], len(config.class_names))
+    methods: dict[str, tuple[csr_array, Callable[[np.ndarray], np.ndarray]]] = {
+        **{name: (of_method, lambda cells: cells.reshape(shape)) for name, of_method in counts.items()},
+        "chance": (truth, partial(chance_confusion, num_concepts=len(kinds))),
+        "majority": (truth, majority_confusion),
+    }
+    numbers, scores = {}, {}
+    for name, (of_method, confusion_of) in methods.items():
+        confusion = confusion_of(total_counts(of_method))
+        scores[name] = _score(config, confusion)
+        numbers[name] = _numbers(config, confusion, scores[name])
+        intervals = score_intervals(of_method, config.seed, lambda cells, of=confusion_of: _score(config, of(cells)))
+        numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
+        if name in (*STAGE_NAMES, REFINED):
+            numbers[name]["foreground_iou"] = foreground_iou(confusion, is_thing, is_background)
+    return {
+        "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
+        "refined": numbers.pop(REFINED, None),
+        "baselines": numbers,
+        "per_class": _per_class(config, scores[STAGE_NAMES[-1]]),
+    }
+
+
+def _score(config: RunConfig, confusion: np.ndarray) -> Score:
+    return score(confusion, config.evaluate.unmatched, config.evaluate.protocol)
+
+
 def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str, Any]:
     super_of = config.data.benchmark.super_of
     coarser = None
     if super_of and config.concepts.granularity == "fine":
-        merged = score_merged(confusion, found.class_of_concept, np.array(super_of))
+        rule = config.evaluate.unmatched, config.evaluate.protocol
+        merged = score_merged(confusion, found.class_of_concept, np.array(super_of), *rule)
         coarser = {"miou": merged.miou, "pixel_accuracy": merged.pixel_accuracy}
     return {
         "miou": found.miou,
@@ -97,44 +152,122 @@ def _per_class(config: RunConfig, found: Score) -> list[dict[str, Any]]:
     ]
 
 
+def scores_by_method(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores of each stage, of `refined` and of each baseline in a metrics.json; empty where nothing was scored."""
+    refined = {} if metrics["refined"] is None else {REFINED: metrics["refined"]}
+    return (metrics["stages"] or {}) | refined | (metrics["baselines"] or {})
+
+
 def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a stage or baseline each, in percent; columns without a single value are left out.
+    """Header and rows, a method each, in percent; mIoU with its interval; columns without a single value are left out.
 
     Args:
         metrics: content of a metrics.json that is scored.
     """
-    titled = metrics["stages"] | {_BASELINE_TITLES[name]: s for name, s in metrics["baselines"].items()}
+    scores = scores_by_method(metrics)
     columns = {
-        "mIoU": [s["miou"] for s in titled.values()],
-        "accuracy": [s["pixel_accuracy"] for s in titled.values()],
-        "foreground IoU": [s.get("foreground_iou") for s in titled.values()],
-        "super mIoU": [s["super"] and s["super"]["miou"] for s in titled.values()],
-        "coverage": [s["coverage"] for s in titled.values()],
+        "mIoU": [(s["miou"], s["miou_interval"]) for s in scores.values()],
+        "accuracy": [(s["pixel_accuracy"], None) for s in scores.values()],
+        "foreground IoU": [(s.get("foreground_iou"), None) for s in scores.values()],
+        "super mIoU": [(s["super"] and s["super"]["miou"], None) for s in scores.values()],
+        "coverage": [(s["coverage"], None) for s in scores.values()],
     }
-    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    columns = {name: cells for name, cells in columns.items() if any(value is not None for value, _ in cells)}
     coarser = " super-categories" if metrics["granularity"] == "super" else ""
     header = [f"{metrics['dataset']} {metrics['split']}{coarser}, %", *columns]
-    rows = [
-        [title, *("" if value is None else f"{100 * value:.2f}" for value in values)]
-        for title, *values in zip(titled, *columns.values(), strict=True)
+    titles = [_TITLES.get(name, name) for name in scores]
+    return header, [
+        [title, *(_percent(*cell) for cell in cells)] for title, *cells in zip(titles, *columns.values(), strict=True)
     ]
-    return header, rows
+
+
+def _percent(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return ""
+    if interval is None:
+        return f"{100 * value:.2f}"
+    return f"{100 * value:.2f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
-    """The last stage against the best baseline, and how many object classes it found; where either has a meaning.
+    """How it was scored; the last stage against the best baseline, and how many object classes it found.
+
+    Chance and the majority class are baselines like any other: a method that does not beat them is told so. The two
+    last lines are left out where they have no meaning.
 
     Args:
         metrics: content of a metrics.json that is scored.
     """
-    lines = []
+    lines = [
+        f"protocol {metrics['protocol']}; {_RULES[metrics['unmatched']]}; "
+        f"[ ] 95 % of {RESAMPLES} resamples of the photographs"
+    ]
     last, baselines = metrics["stages"][STAGE_NAMES[-1]]["miou"], metrics["baselines"]
-    best = max(baselines, key=lambda name: baselines[name]["miou"], default=None)
-    if best is not None and baselines[best]["miou"] > 0:
+    best = max(baselines, key=lambda name: baselines[name]["miou"])
+    if baselines[best]["miou"] > 0:
         ratio = last / baselines[best]["miou"]
-        lines.append(f"{STAGE_NAMES[-1]} is {ratio:.2f} x the best baseline ({_BASELINE_TITLES[best]})")
+        lines.append(f"{STAGE_NAMES[-1]} is {ratio:.2f} x the best baseline ({_TITLES[best]})")
     objects = [row["iou"] for row in metrics["per_class"] if row["kind"] == "thing" and row["iou"] is not None]
     if objects:
         found = sum(iou >= _FOUND_IOU for iou in objects)
         lines.append(f"objects at IoU >= {_FOUND_IOU}: {found} of {len(objects)}")
     return lines
+
+
+def aggregate(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample deviation of runs that differ in their seed only.
+
+    Args:
+        metrics: contents of their metrics.json, all scored.
+
+    Returns:
+        What the runs have in common, `seeds`, and under `stages`, `refined` and `baselines` for each method, for each
+        of miou, pixel_accuracy and coverage, {"mean": ..., "deviation": ...}; the deviation (n - 1) of a single run is
+        null.
+
+    Raises:
+        ConfigError: there is no run, one is not scored, or they differ in more than the seed, or not in the seed.
+    """
+    _check_same(metrics)
+    first = metrics[0]
+    return {name: first[name] for name in _IDENTITY} | {
+        "seeds": [each["seed"] for each in metrics],
+        "stages": _spread([each["stages"] for each in metrics]),
+        "refined": None
+        if first["refined"] is None
+        else _spread([{REFINED: each["refined"]} for each in metrics])[REFINED],
+        "baselines": _spread([each["baselines"] for each in metrics]),
+    }
+
+
+def _check_same(metrics: Sequence[dict[str, Any]]) -> None:
+    if not metrics or not all(each["scored"] for each in metrics):
+        raise ConfigError("seeds are aggregated over runs that are scored; give runs on a dataset with labels")
+    first = metrics[0]
+    for each in metrics[1:]:
+        different = [f"{name}: {first[name]} and {each[name]}" for name in _IDENTITY if each[name] != first[name]]
+        if set(scores_by_method(each)) != set(scores_by_method(first)):
+            different.append(f"methods: {', '.join(scores_by_method(first))} and {', '.join(scores_by_method(each))}")
+        if different:
+            raise ConfigError(
+                f"the runs differ in more than their seed ({'; '.join(different)}); give runs of one recipe"
+            )
+    seeds = [each["seed"] for each in metrics]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(
+            f"two of the runs have one seed ({', '.join(map(str, seeds))}); give each run a seed of its own"
+        )
+
+
+def _spread(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        method: {
+            name: {
+                "mean": float(np.mean(values)),
+                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            }
+            for name in ("miou", "pixel_accuracy", "coverage")
+            for values in [[each[method][name] for each in scores]]
+        }
+        for method in scores[0]
+    }

@@ -65,7 +65,10 @@ class Terminal:
 
         table = Table(*header, box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(table.columns):
-            column.justify = "left" if i == 0 or i in words else "right"
+            if i and i not in words:
+                column.justify = "right"
+                # In a narrow terminal it is words that wrap: a number in two lines is no number.
+                column.no_wrap = True
         for row in rows:
             table.add_row(*row)
         if not self._quiet:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders import make_folder
+from transfgu_ray.algorithms import intervals
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.config import RuntimeConfig, build_config
 from transfgu_ray.pipeline.run import run_stages
@@ -30,6 +31,14 @@ TINY = (
     "evaluate.baselines=[patch_tokens, decoder_tokens, random_vit, raw_colour]",
     "runtime.num_workers=1",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_resamples() -> Iterator[None]:
+    """Intervals are not what these tests are about, and a thousand resamples of every method take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "RESAMPLES", 20)
+        yield
 
 
 class Silent:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.builders import make_scenes, random_images
+from tests.builders import encode_png, make_scenes, random_images
 from tests.pipeline.conftest import TINY
 from transfgu_ray.artifacts import Run
 from transfgu_ray.config import build_config
@@ -18,7 +18,8 @@ from transfgu_ray.images import decode_label, resize_label
 from transfgu_ray.model import build_decoder, save_decoder
 from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
 from transfgu_ray.pipeline.build_labels import load_labeller
-from transfgu_ray.pipeline.evaluate import Evaluator
+from transfgu_ray.pipeline.evaluate import Evaluator, read_counts
+from transfgu_ray.pipeline.parts import part_files
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.pipeline.train_rounds import model_config
 from transfgu_ray.presets import get_preset
@@ -116,6 +117,14 @@ def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> 
     assert shapes == {"patch_tokens": (7, 24), "decoder_tokens": (7, 48), "random_vit": (7, 24), "raw_colour": (7, 3)}
 
 
+def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Evaluator:
+    """A bare worker, with the clusters of the baseline raw_colour."""
+    config = build_config(run.config, None, settings).model_dump(mode="json")
+    centroids = {} if colours is None else {"raw_colour": colours}
+    part = {"run_uri": run.folder.uri, "table": "confusions", "fingerprint": "", **BARE}
+    return Evaluator(config, 16, [], centroids, **part)
+
+
 def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:
     config, photos = untrained.config, read_photos(untrained, "val")
     labels = np.stack([decode_label(photo.label or b"") for photo in photos])
@@ -124,13 +133,14 @@ def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> Non
     colours = np.full((16, 3), 9.0, dtype=np.float32)
     for class_id in set(np.unique(labels)) - {255}:
         colours[class_id] = pixels[labels == class_id].mean(0)
-    evaluator = Evaluator(untrained.folder.uri, config.model_dump(mode="json"), 16, [], {"raw_colour": colours}, **BARE)
-    confusions = np.load(io.BytesIO(evaluator.process(0, photos).partition(b"\n")[2]))
+    evaluator(untrained, colours).process(0, photos)
+    counts = read_counts(untrained.folder, 16, 16)
+    assert list(counts) == [*STAGE_NAMES, "raw_colour"]
     small = np.stack([resize_label(label, (32, 32)) for label in labels])
-    assert confusions.sum((1, 2)).tolist() == [(small != 255).sum()] * 4
-    metrics = metrics_json(
-        config, "val", 2, dict(zip((*STAGE_NAMES, "raw_colour"), confusions, strict=True)), KINDS, ""
-    )
+    for of_method in counts.values():
+        # A row a photograph; void is in none.
+        assert of_method.sum(1).tolist() == (small != 255).sum((1, 2)).tolist()
+    metrics = metrics_json(config, "val", 2, counts, KINDS, "")
     for scores in [*metrics["stages"].values(), *metrics["baselines"].values()]:
         # A pixel of the right class is of the right coarser class.
         assert scores["super"]["pixel_accuracy"] >= scores["pixel_accuracy"]
@@ -143,12 +153,75 @@ def test_evaluator__refuses_labels_that_it_cannot_score(untrained: Run) -> None:
     png = io.BytesIO()
     Image.fromarray(np.full((64, 64), 77, dtype=np.uint8)).save(png, "PNG")
     labels = {"good": photo.label, "unknown": png.getvalue(), "absent": None, "damaged": (photo.label or b"")[:40]}
-    evaluator = Evaluator(untrained.folder.uri, untrained.config.model_dump(mode="json"), 16, [], {}, **BARE)
-    result = evaluator.process(0, [Photo(name, photo.data, data, None) for name, data in labels.items()])
-    stats = json.loads(result.partition(b"\n")[0])
+    evaluator(untrained).process(0, [Photo(name, photo.data, data, None) for name, data in labels.items()])
+    (name,) = part_files(untrained.folder, "confusions")
+    stats = json.loads(pq.read_schema(Path(untrained.folder.path) / name).metadata[b"stats"])
     assert stats["images"] == 1
     assert {refusal["image_id"]: refusal["reason"].split(":")[0] for refusal in stats["refused"]} == {
         "unknown": "its label holds the unknown id 77; known are 0 to 15, 255",
         "absent": "its label cannot be read",
         "damaged": "label damaged",
     }
+
+
+def test_evaluator__counts_do_not_depend_on_who_does_which_unit(untrained: Run) -> None:
+    photos, grey = read_photos(untrained, "train"), np.linspace(0, 1, 16, dtype=np.float32)[:, None].repeat(3, axis=1)
+    one = evaluator(untrained, grey)
+    for unit, photo in enumerate(photos):
+        one.process(unit, [photo])
+    want = read_counts(untrained.folder, 16, 16)
+    untrained.folder.delete("confusions")
+    others = evaluator(untrained, grey), evaluator(untrained, grey)
+    for unit in (2, 0, 1):
+        others[unit % 2].process(unit, [photos[unit]])
+    got = read_counts(untrained.folder, 16, 16)
+    assert list(got) == list(want) == [*STAGE_NAMES, "raw_colour"]
+    for name, counts in got.items():
+        assert counts.shape == (3, 256)
+        assert np.array_equal(counts.toarray(), want[name].toarray())
+
+
+def test_evaluator__picie_and_stego_see_the_centre_square_alone(untrained: Run) -> None:
+    # A wide photograph: a red square of class 3 between two wings of noise of class 5.
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 144, 3), dtype=np.uint8)
+    pixels[:, 48:96] = (200, 30, 30)
+    label = np.full((48, 144), 5, dtype=np.uint8)
+    label[:, 48:96], label[:8, 48:96] = 3, 255
+    photo = Photo("wide", encode_png(Image.fromarray(pixels)), encode_png(Image.fromarray(label)), None)
+    grey = np.linspace(0, 1, 16, dtype=np.float32)[:, None].repeat(3, axis=1)
+    seen = {}
+    for protocol in ("transfgu", "picie", "stego"):
+        setting = () if protocol == "transfgu" else (f"evaluate.protocol={protocol}", "evaluate.image_size=[96, 96]")
+        evaluator(untrained, grey, *setting).process(0, [photo])
+        counts = read_counts(untrained.folder, 16, 16)
+        seen[protocol] = {name: of_method.toarray().reshape(16, 16) for name, of_method in counts.items()}
+    for of_method in seen["transfgu"].values():
+        assert np.flatnonzero(of_method.sum(1)).tolist() == [3, 5]
+    for protocol in ("picie", "stego"):
+        for of_method in seen[protocol].values():
+            assert of_method.sum() == of_method[3].sum() == 96 * 80
+        # One colour, so one cluster: the baselines see nothing of the wings either.
+        assert seen[protocol]["raw_colour"].max() == 96 * 80
+
+
+def test_evaluator__refined_masks_are_counted_beside_the_plain_ones(untrained: Run) -> None:
+    photos = read_photos(untrained, "val")
+    evaluator(untrained).process(0, photos)
+    plain = read_counts(untrained.folder, 16, 16)
+    evaluator(untrained, None, "evaluate.refinement=pamr").process(0, photos)
+    counts = read_counts(untrained.folder, 16, 16)
+    assert list(counts) == [*STAGE_NAMES, "refined"]
+    for name, of_method in plain.items():
+        assert np.array_equal(counts[name].toarray(), of_method.toarray())
+    assert counts["refined"].sum() == counts["bootstrapped"].sum()
+    assert not np.array_equal(counts["refined"].toarray(), counts["bootstrapped"].toarray())
+
+
+def test_read_counts__photographs_without_a_labelled_pixel_have_no_row(untrained: Run) -> None:
+    photo, other = read_photos(untrained, "val")
+    void = Photo("void", photo.data, encode_png(Image.fromarray(np.full((64, 64), 255, dtype=np.uint8))), None)
+    worker = evaluator(untrained)
+    worker.process(0, [void])
+    assert read_counts(untrained.folder, 16, 16) == {}
+    worker.process(1, [photo, void, other])
+    assert {of_method.shape for of_method in read_counts(untrained.folder, 16, 16).values()} == {(2, 256)}

@@ -62,7 +62,8 @@ def test_run__metrics_hold_three_stages(finished: Run) -> None:
 
 def test_run__baselines_are_scored_beside_the_stages(finished: Run) -> None:
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
-    assert list(metrics["baselines"]) == ["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
+    fitted = ["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
+    assert list(metrics["baselines"]) == [*fitted, "chance", "majority"]
     for scores in metrics["baselines"].values():
         assert 0 < scores["miou"] < 1
         assert 0 < scores["pixel_accuracy"] < 1
@@ -70,6 +71,11 @@ def test_run__baselines_are_scored_beside_the_stages(finished: Run) -> None:
     assert finished.require("evaluate")["baselines"] == {"photographs": 6, "patches": 384}
     drawn = pq.read_table(Path(finished.folder.path) / "baselines").to_pandas()
     assert not drawn.duplicated(["image_id", "patch"]).any()
+    counted = pq.read_table(Path(finished.folder.path) / "confusions").to_pandas()
+    pixels = counted.groupby("method")["pixels"].sum()
+    assert set(pixels.index) == {*metrics["stages"], *fitted}
+    assert pixels.nunique() == 1
+    assert counted["image_id"].nunique() == 3
     # The rectangles stand out in colour alone.
     assert metrics["baselines"]["raw_colour"]["miou"] > metrics["stages"]["bootstrapped"]["miou"]
     page = finished.folder.read_bytes("report.html").decode()

@@ -1,4 +1,18 @@
-"""Confusion matrix, Hungarian match, mIoU and pixel accuracy (4.1)."""
+"""Confusion matrix, match of concepts to classes, mIoU and pixel accuracy (4.1).
+
+Which classes are in the mean depends on the protocol, as in the published codes:
+
+- `transfgu`: classes that are present in the ground truth.
+- `picie` (Cho et al., CVPR 2021; `get_result_metrics`): also classes that are absent but predicted, with an IoU of 0;
+  only a class that is neither has no IoU. The code has as many clusters as classes; beyond that, `unmatched` decides.
+- `stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`): the same classes. Where K exceeds the classes,
+  all left-over clusters make up one more class of IoU 0, and their pixels are errors: that is `unmatched` = `count`.
+  Departure: its `update` drops the predictions numbered past the class count before any match, which leaves the score
+  to the numbering of the clusters; here every concept takes part in the match.
+
+What the pixels of concepts without a class do is the policy `unmatched`: under `discard` they leave the score (suppl.,
+K), under `count` they are misses of their true class, under `many_to_one` there are none.
+"""
 
 from dataclasses import dataclass
 
@@ -14,11 +28,11 @@ class Score:
     """Scores of one confusion matrix, all in [0, 1].
 
     Attributes:
-        miou: mean IoU over classes that are present in the ground truth.
+        miou: mean IoU over the classes of the protocol.
         pixel_accuracy: share of the scored pixels that are right.
-        coverage: share of the labelled pixels that are scored; below 1 when K exceeds the classes.
-        class_iou: IoU a class; NaN for a class that is not present.
-        class_of_concept: class matched to each concept; -1 for a left-over concept.
+        coverage: share of the labelled pixels whose concept has a class; the others are left out or count as errors.
+        class_iou: IoU a class; NaN for a class that is not in the mean.
+        class_of_concept: class of each concept; -1 for a left-over concept.
     """
 
     miou: float
@@ -48,31 +62,93 @@ def match_concepts(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray, " k
     return matched
 
 
-def score(confusion: Int64[np.ndarray, "c k"]) -> Score:
-    """Hungarian match, then mIoU and accuracy; pixels of left-over concepts leave the score (suppl., K).
+def overlapping_classes(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray, " k"]:
+    """Class that each concept shares most pixels with, the lowest on ties; -1 for a concept without a pixel."""
+    return np.where(confusion.any(0), confusion.argmax(0), -1)
+
+
+def score(confusion: Int64[np.ndarray, "c k"], unmatched: str = "discard", protocol: str = "transfgu") -> Score:
+    """Gives concepts their classes, then mIoU and accuracy.
+
+    Args:
+        confusion: pixel counts.
+        unmatched: `discard` or `count`, after a Hungarian match, or `many_to_one`.
+        protocol: `transfgu`, `picie` or `stego`.
 
     Raises:
         ValueError: no labelled pixel at all.
     """
-    return _score_matched(confusion, match_concepts(confusion))
+    match = overlapping_classes if unmatched == "many_to_one" else match_concepts
+    return score_matched(confusion, match(confusion), unmatched, protocol)
 
 
 def score_merged(
-    confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], super_of: Int64[np.ndarray, " c"]
+    confusion: Int64[np.ndarray, "c k"],
+    class_of_concept: Int64[np.ndarray, " k"],
+    super_of: Int64[np.ndarray, " c"],
+    unmatched: str = "discard",
+    protocol: str = "transfgu",
 ) -> Score:
     """Scores of the same prediction at a coarser granularity: each concept stands for its class's coarser class.
 
     Args:
         confusion: pixel counts of the classes.
-        class_of_concept: class matched to each concept; -1 for a left-over one, which leaves the score.
+        class_of_concept: class of each concept; -1 for a left-over one.
         super_of: coarser class of each class.
+        unmatched: see `score`.
+        protocol: see `score`.
 
     Raises:
         ValueError: no labelled pixel at all.
     """
     merged = np.zeros((super_of.max() + 1, confusion.shape[1]), dtype=np.int64)
     np.add.at(merged, super_of, confusion)
-    return _score_matched(merged, np.where(class_of_concept >= 0, super_of[class_of_concept], -1))
+    super_of_concept = np.where(class_of_concept >= 0, super_of[class_of_concept], -1)
+    return score_matched(merged, super_of_concept, unmatched, protocol)
+
+
+def score_matched(
+    confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], unmatched: str, protocol: str
+) -> Score:
+    """Scores of concepts whose classes are known; several may share one.
+
+    Raises:
+        ValueError: no labelled pixel at all.
+    """
+    labelled = confusion.sum()
+    if labelled == 0:
+        raise ValueError("no labelled pixel to score")
+    concepts = np.flatnonzero(class_of_concept >= 0)
+    classes = class_of_concept[concepts]
+    hits, taken = np.zeros((2, len(confusion)), dtype=np.int64)
+    np.add.at(hits, classes, confusion[classes, concepts])
+    np.add.at(taken, classes, confusion[:, concepts].sum(0))
+    truth = confusion.sum(1) if unmatched == "count" else confusion[:, concepts].sum(1)
+    averaged = confusion.any(1)
+    if protocol != "transfgu":
+        averaged = averaged | (taken > 0)
+    iou = np.where(averaged, hits / np.maximum(truth + taken - hits, 1), np.nan)
+    has_class_of_left_over = protocol == "stego" and unmatched == "count" and taken.sum() < labelled
+    return Score(
+        miou=float(np.nansum(iou) / (averaged.sum() + has_class_of_left_over)),
+        pixel_accuracy=float(hits.sum() / max(truth.sum(), 1)),
+        coverage=float(taken.sum() / labelled),
+        class_iou=iou,
+        class_of_concept=class_of_concept,
+    )
+
+
+def chance_confusion(class_pixels: Int64[np.ndarray, " c"], num_concepts: int) -> Int64[np.ndarray, "c k"]:
+    """Expected confusion of labels drawn uniformly over the concepts, whatever the image, in units of 1 / K pixel.
+
+    Every concept is expected to take 1 / K of every class. No score depends on the unit, which keeps the counts whole.
+    """
+    return np.repeat(class_pixels[:, None], num_concepts, axis=1)
+
+
+def majority_confusion(class_pixels: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, "c 1"]:
+    """Confusion of one concept that takes every pixel; any match gives it the most frequent class (an oracle)."""
+    return class_pixels[:, None]
 
 
 def foreground_iou(
@@ -92,32 +168,3 @@ def foreground_iou(
     hits = confusion[is_thing][:, ~is_background].sum()
     union = things + taken - hits
     return float(hits / union) if is_background.any() and union else None
-
-
-def _score_matched(confusion: np.ndarray, class_of_concept: np.ndarray) -> Score:
-    if confusion.sum() == 0:
-        raise ValueError("no labelled pixel to score")
-    num_classes = len(confusion)
-    square = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for concept, class_id in enumerate(class_of_concept):
-        if class_id >= 0:
-            square[:, class_id] += confusion[:, concept]
-    hits = np.diag(square)
-    union = square.sum(0) + square.sum(1) - hits
-    present = confusion.sum(1) > 0
-    iou = np.where(present, hits / np.maximum(union, 1), np.nan)
-    scored = square.sum()
-    return Score(
-        miou=float(np.nanmean(iou)),
-        pixel_accuracy=float(hits.sum() / max(scored, 1)),
-        coverage=float(scored / confusion.sum()),
-        class_iou=iou,
-        class_of_concept=class_of_concept,
-    )
-
-
-def add_confusions(
-    total: Int64[np.ndarray, "*shape"] | None, more: Int64[np.ndarray, "*shape"]
-) -> Int64[np.ndarray, "*shape"]:
-    """Running sum of confusion matrices; None starts it."""
-    return more.copy() if total is None else total + more

@@ -204,7 +204,7 @@ def list_scored(config: RunConfig) -> Listing | None:
 def _evaluate(context: Context) -> dict[str, Any]:
     from transfgu_ray.model import load_model_config
     from transfgu_ray.pipeline.baselines import fit_baselines
-    from transfgu_ray.pipeline.evaluate import evaluate
+    from transfgu_ray.pipeline.evaluate import evaluate, read_counts
     from transfgu_ray.pipeline.samples import bank_image_ids
     from transfgu_ray.scores import metrics_json
 
@@ -231,21 +231,35 @@ def _evaluate(context: Context) -> dict[str, Any]:
             context.progress,
         )
         drawn = {"baselines": {"photographs": table.stats.images, "patches": table.num_rows}}
-    stats, confusions, peak_mb = evaluate(
-        run.folder, config, context.root, images, scored is not None, centroids, context.resources, context.progress
+    # The photographs that are scored are no part of the run's input.
+    fingerprint = context.fingerprint if scored is None else f"{context.fingerprint} {scored.fingerprint}"
+    result = evaluate(
+        run.folder,
+        config,
+        fingerprint,
+        context.root,
+        images,
+        scored is not None,
+        centroids,
+        context.resources,
+        context.progress,
     )
+    stats = result.stats
     if scored is not None:
         _require_some(stats, len(images))
-    metrics = metrics_json(config, _scored_split(config), stats.images, confusions, kinds, weights_sha256)
+    counts = read_counts(run.folder, len(config.class_names), len(kinds))
+    metrics = metrics_json(config, _scored_split(config), stats.images, counts, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
     return {
         "rows_in": stats.images + len(stats.refused),
         "rows_out": stats.images,
         "refused": stats.refused,
         "refused_by_reason": count_reasons(stats.refused),
-        "scored": confusions is not None,
+        "scored": metrics["scored"],
+        "parts": result.num_parts,
+        "parts_resumed": result.num_resumed,
         **drawn,
-        "peak_memory_mb": peak_mb,
+        "peak_memory_mb": result.peak_mb,
         "weights_sha256": weights_sha256,
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 from transfgu_ray.config import RunConfig, flatten
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.model import load_model_config
+from transfgu_ray.scores import scores_by_method
 from transfgu_ray.storage import Folder
 
 _RECORD = "mlflow.json"
@@ -102,8 +103,9 @@ def register(
     import mlflow
 
     client, uri = _client(tracked.uri)
-    for name, value in flatten((metrics["stages"] or {}) | (metrics["baselines"] or {})).items():
-        if value is not None:
+    for name, value in flatten(scores_by_method(metrics)).items():
+        # An interval is a list, which MLflow has no metric for; metrics.json, kept below, holds it.
+        if isinstance(value, float):
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
     with tempfile.TemporaryDirectory() as directory:
         for name in artifacts:
