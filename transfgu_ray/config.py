@@ -184,10 +184,31 @@ class TrainConfig(Section):
     decoder_heads: Positive = Field(6, description="attention heads of the decoder")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
     alpha: tuple[Fraction, Fraction] = _tuple(
-        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1)", (0.03, 0.1)
+        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves plain cross-entropy (Table 5)",
+        (0.03, 0.1),
     )
-    omega_1: float = Field(1.0, ge=0.0, description="weight of the diversity loss (paper: 1)")
-    omega_2: float = Field(0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3)")
+    alpha_schedule: Literal["linear", "restart"] = Field(
+        "linear",
+        description="linear: over all epochs (suppl.); restart: each round begins at alpha[0] and rises by 0.01 an "
+        "epoch, up to alpha[1] (released)",
+    )
+    omega_1: float = Field(
+        1.0, ge=0.0, description="weight of the diversity loss (paper: 1); 0 leaves it out (Table 5)"
+    )
+    omega_2: float = Field(
+        0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3); 0 leaves it out (Table 5)"
+    )
+    diversity: Literal["all_pairs", "upper_triangle"] = Field(
+        "all_pairs",
+        description="pairs of class embeddings whose cosines the diversity loss averages. all_pairs: K x K (Eq. 15); "
+        "upper_triangle: each two classes once, none with itself (released)",
+    )
+    uncertainty: Literal["all", "foreground"] = Field(
+        "all",
+        description="what the uncertainty loss looks at. all: every patch and class (Eq. 14; released for COCO-Stuff "
+        "and Cityscapes); foreground: patches where a concept scores above cam.background_threshold, without the "
+        "background class of Eq. 8 (released for VOC and LIP)",
+    )
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
 
@@ -278,6 +299,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.features is cached, "
                 "since the encoder never sees the crops"
+            )
+        if self.train.uncertainty == "foreground" and (not self.has_background or self.num_concepts < 2):
+            raise ValueError(
+                "train.uncertainty=foreground needs the background class of Eq. 8 (data.region_mode things_only or "
+                "all_foreground) and at least 2 concepts; use all"
             )
         return self
 

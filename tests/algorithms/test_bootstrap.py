@@ -63,6 +63,46 @@ def test_step__round_0_is_cross_entropy_on_the_bank_and_later_rounds_the_total()
     assert terms["loss"] == terms["total"] != terms["cross_entropy"]
 
 
+def _step_in_round(number, **changes):
+    """Terms of a step and the student after it, in a round without or with a teacher."""
+    bootstrap, epoch = _bootstrap(**changes), Epoch(number, number, number > 0, 0.05)
+    bootstrap.begin_epoch(epoch, rank=0)
+    terms = bootstrap.step(*_batch(), epoch, 0)
+    return terms, bootstrap.student.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "term"),
+    [
+        ({"diversity": "upper_triangle"}, "diversity"),
+        ({"foreground_above": 0.8}, "uncertainty"),
+        ({"omega_1": 0.0}, None),
+        ({"omega_2": 0.0}, None),
+    ],
+    ids=["diversity", "uncertainty", "omega_1", "omega_2"],
+)
+def test_step__a_variant_changes_its_own_term_and_rounds_with_a_teacher_alone(changes, term):
+    (usual, trained), (terms, other) = _step_in_round(1), _step_in_round(1, **changes)
+    assert {name for name in usual if usual[name] != terms[name]} == {"total", "loss"} | ({term} if term else set())
+    assert not _equal(trained, other)
+    # Round 0 is cross-entropy alone (Eq. 9).
+    assert _equal(_step_in_round(0)[1], _step_in_round(0, **changes)[1])
+
+
+def test_step__foreground_is_where_a_concept_of_the_bank_scores():
+    tokens, scores = _batch()
+    # All patches but those of one image, whatever the background class says of them.
+    scores = scores.clamp(min=0.2)
+    scores[1, :-1] = 0.05
+    bootstrap, epoch = _bootstrap(foreground_above=0.1), Epoch(1, 1, True, 0.05)
+    bootstrap.begin_epoch(epoch, rank=0)
+    bootstrap.student.eval()
+    logits = bootstrap.student(tokens, (4, 4))[0][:, :-1]
+    top = logits.softmax(1).sort(1).values
+    want = 1 - (top[:, -1] - top[:, -2])[[0, 2, 3]].mean()
+    assert bootstrap.step(tokens, scores, epoch, 0)["uncertainty"] == pytest.approx(want.item(), abs=1e-5)
+
+
 def test_step__updates_equal_a_plain_rewrite():
     # Several steps: Adam's first one hides any factor on the gradient, and so the clamp.
     bootstrap = _bootstrap(gradient_clamp=1e-3, weight_decay=0.05)

@@ -141,13 +141,14 @@ def train_loop(settings: dict[str, Any]) -> None:
         history = state["history"]
     index = bank_index(run)
     resumed_at_epoch = len(history)
-    epochs = schedule(config.train.round_epochs, config.train.alpha)[resumed_at_epoch:]
-    steps, _ = steps_per_epoch(len(index) * config.train.epoch_repeats, config.train.batch_size, world_size)
+    train = config.train
+    epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
+    steps, _ = steps_per_epoch(len(index) * train.epoch_repeats, train.batch_size, world_size)
     batches = _batches(index, run.uri, config, epochs, rank, world_size, grid_hw, settings["num_readers"], device)
     for epoch in epochs:
         bootstrap.begin_epoch(epoch, rank)
         terms = [
-            bootstrap.step(_tokens(batch, encoder, config.train.token_window), batch["scores"], epoch, step)
+            bootstrap.step(_tokens(batch, encoder, train.token_window), batch["scores"], epoch, step)
             for step, batch in enumerate(itertools.islice(batches, steps))
         ]
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
@@ -172,16 +173,22 @@ def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encode
 
     torch.manual_seed(config.seed)
     student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
-    return Bootstrap(
-        student,
-        learning_rate=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        gradient_clamp=config.train.gradient_clamp,
-        omega_1=config.train.omega_1,
-        omega_2=config.train.omega_2,
-        seed=config.seed,
-        wrap=prepare_model,
-    )
+    return Bootstrap(student, **bootstrap_settings(config), wrap=prepare_model)
+
+
+def bootstrap_settings(config: RunConfig) -> dict[str, Any]:
+    """What a `Bootstrap` is told of the configuration."""
+    train = config.train
+    return {
+        "learning_rate": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "gradient_clamp": train.gradient_clamp,
+        "omega_1": train.omega_1,
+        "omega_2": train.omega_2,
+        "seed": config.seed,
+        "diversity": train.diversity,
+        "foreground_above": config.cam.background_threshold if train.uncertainty == "foreground" else None,
+    }
 
 
 def _tokens(batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None) -> torch.Tensor:
