@@ -104,6 +104,12 @@ def test_build_config__tells_every_problem_at_once():
             ["train.uncertainty=foreground", "data.dataset=voc", "concepts.num_concepts=1"],
             "and at least 2 concepts; use all",
         ),
+        (["train.backbone=resnet50_fpn"], "backbone_weights=null does not go with .* needs 'random' or the path"),
+        (["train.backbone_weights=random"], "backbone_weights=random does not go with .* prior must have null"),
+        (
+            ["train.backbone=resnet50_fpn", "train.backbone_weights=random", "train.token_window=16"],
+            "token_window has no use when train.backbone is resnet50_fpn",
+        ),
         (["train.features=cached"], "jitter_prob, grey_prob and blur_prob must be 0 when train.features is cached"),
         (
             ["train.features=cached", "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0.1}"],

@@ -180,9 +180,22 @@ class TrainConfig(Section):
         description="live: the encoder reads every augmented crop (paper); cached: it reads each whole photograph "
         "once, and the decoder learns from crops of the tokens by RoIAlign, without colour augmentation (ours)",
     )
-    decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
-    decoder_heads: Positive = Field(6, description="attention heads of the decoder")
-    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
+    backbone: Literal["prior", "resnet50_fpn"] = Field(
+        "prior",
+        description="what the student reads. prior: the encoder's tokens (paper); resnet50_fpn: a frozen ResNet-50, "
+        "through a feature pyramid that is trained with the decoder (Table 4). The labels stay the encoder's",
+    )
+    backbone_weights: str | None = Field(
+        None,
+        description="of resnet50_fpn: 'random' = initialised from the seed, else a file in torchvision's layout, such "
+        "as DINO's dino_resnet50_pretrain.pth (Table 4)",
+    )
+    decoder: Literal["segmenter", "classifier"] = Field(
+        "segmenter", description="segmenter: mask transformer (paper); classifier: one 1x1 convolution (Table 4)"
+    )
+    decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
+    decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the segmenter")
     alpha: tuple[Fraction, Fraction] = _tuple(
         "peer weight, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves plain cross-entropy (Table 5)",
         (0.03, 0.1),
@@ -300,12 +313,22 @@ class RunConfig(Section):
                 f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.features is cached, "
                 "since the encoder never sees the crops"
             )
-        if self.train.uncertainty == "foreground" and (not self.has_background or self.num_concepts < 2):
+        self._check_ablations(self.train)
+        return self
+
+    def _check_ablations(self, train: TrainConfig) -> None:
+        if train.uncertainty == "foreground" and (not self.has_background or self.num_concepts < 2):
             raise ValueError(
                 "train.uncertainty=foreground needs the background class of Eq. 8 (data.region_mode things_only or "
                 "all_foreground) and at least 2 concepts; use all"
             )
-        return self
+        if (train.backbone == "prior") != (train.backbone_weights is None):
+            raise ValueError(
+                f"train.backbone_weights={train.backbone_weights or 'null'} does not go with train.backbone="
+                f"{train.backbone}: resnet50_fpn needs 'random' or the path of a checkpoint, prior must have null"
+            )
+        if train.backbone != "prior" and train.token_window is not None:
+            raise ValueError("train.token_window has no use when train.backbone is resnet50_fpn; set it to null")
 
     @property
     def region_mode(self) -> str:

@@ -6,17 +6,18 @@ import torch
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap
 from transfgu_ray.algorithms.losses import bootstrap_targets
+from transfgu_ray.algorithms.resnet import PyramidDecoder
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 
 NUM_CLASSES = 4
 EPOCHS = schedule((2, 1, 2), (0.03, 0.1))
 FIRST = EPOCHS[0]
 
 
-def _bootstrap(**changes):
+def _bootstrap(student=None, **changes):
     torch.manual_seed(11)
-    student = MaskTransformer(NUM_CLASSES, 24, num_layers=1, num_heads=3, dropout=0.1)
+    student = student or MaskTransformer(NUM_CLASSES, 24, num_layers=1, num_heads=3, dropout=0.1)
     settings = {
         "learning_rate": 5e-3, "weight_decay": 5e-4, "gradient_clamp": 1.0, "omega_1": 1.0, "omega_2": 0.3, "seed": 5,
     }  # fmt: skip
@@ -184,6 +185,24 @@ def test_begin_epoch__teacher_is_a_frozen_copy_and_round_0_is_remembered():
     bootstrap.begin_epoch(EPOCHS[3], rank=0)
     assert _equal(round_1, bootstrap.teacher.state_dict())
     assert _equal(round_0, bootstrap.trained)
+
+
+@pytest.mark.parametrize(("student", "width"), [(Classifier(4, 24), 24), (PyramidDecoder(Classifier(4, 24), 24), 3840)])
+def test_step__trains_all_of_another_decoder_and_none_of_its_teacher(student, width):
+    bootstrap = _bootstrap(student)
+    tokens, scores = torch.randn(4, 16, width, generator=torch.Generator().manual_seed(0)), _batch()[1]
+    initial = _weights(bootstrap.student)
+    bootstrap.begin_epoch(FIRST, rank=0)
+    bootstrap.step(tokens, scores, FIRST, 0)
+    trained = _weights(bootstrap.student)
+    later = Epoch(1, 1, True, 0.05)
+    bootstrap.begin_epoch(later, rank=0)
+    assert _equal(initial, bootstrap.student.state_dict())
+    bootstrap.step(tokens, scores, later, 0)
+    # The teacher of a pyramid is a copy with its own.
+    assert _equal(trained, bootstrap.teacher.state_dict())
+    for weights in (trained, bootstrap.student.state_dict()):
+        assert not [name for name in initial if torch.equal(initial[name], weights[name])]
 
 
 def test_begin_epoch__dropout_differs_between_workers_and_epochs_and_not_between_runs():

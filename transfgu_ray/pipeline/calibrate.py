@@ -19,6 +19,7 @@ from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.pseudo_labels import encode_scores
 from transfgu_ray.algorithms.rounds import schedule
 from transfgu_ray.algorithms.tokens import read_tokens
+from transfgu_ray.backbone import BACKBONE, load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import to_working
@@ -124,6 +125,7 @@ class Calibrator(UnitWorker):
     def _time_training(self, image: Any) -> dict[str, float]:
         config = self._config
         encoder = load_run_encoder(self._run, config.encoder.precision, self.device)
+        backbone = load_run_backbone(self._run, config, self.device)
         train, window = config.train, config.train.token_window
         model = model_config(config, ["any"] * config.num_concepts, "")
         student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
@@ -132,10 +134,10 @@ class Calibrator(UnitWorker):
         grid_hw = encoder.grid_hw(config.train_crop_size)
         crops = self._batch([image], config.train_crop_size, train.batch_size)
         scores = torch.rand(len(crops), len(model.kinds), *grid_hw, device=self.device)
-        kept = read_tokens(encoder, crops[:1], window)
+        kept = read_tokens(encoder, crops[:1], window, backbone)
 
         def read(count: int) -> torch.Tensor:
-            return read_tokens(encoder, crops[:count], window)
+            return read_tokens(encoder, crops[:count], window, backbone)
 
         def step(count: int) -> None:
             bootstrap.step(kept.expand(count, -1, -1), scores[:count], epochs[-1], 0)
@@ -174,9 +176,22 @@ class Calibrator(UnitWorker):
 
 
 def calibrate(
-    config: RunConfig, encoder: bytes, root: Folder, images: Sequence[ImageRef], resources: Resources
+    config: RunConfig,
+    encoder: bytes,
+    backbone: bytes | None,
+    root: Folder,
+    images: Sequence[ImageRef],
+    resources: Resources,
 ) -> dict[str, Any]:
     """Median over the workers of each piece's seconds, all workers timing at once as they work in a run.
+
+    Args:
+        config: of the run.
+        encoder: what `resolve_encoder` gives.
+        backbone: what `resolve_backbone` gives.
+        root: the dataset.
+        images: its photographs.
+        resources: workers and devices.
 
     Returns:
         Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin.
@@ -187,6 +202,8 @@ def calibrate(
     with tempfile.TemporaryDirectory() as folder:
         run = Folder(folder)
         run.write_bytes(ENCODER, encoder)
+        if backbone is not None:
+            run.write_bytes(BACKBONE, backbone)
         _write_stand_in_concepts(run, config)
         start = time.perf_counter()
         arguments = {"run_uri": run.uri, "config": config.model_dump(mode="json")}
