@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
@@ -26,6 +28,13 @@ def tiny_encoder(seed: int = 0, **overrides: int) -> Encoder:
     overrides = TINY_OVERRIDES | overrides
     vit = shake(random_vit(TINY_VIT, overrides, seed), seed)
     return load_encoder(dump_encoder(vit, TINY_VIT, overrides), "tiny")
+
+
+def small_resnet(block: type[BasicBlock] | type[Bottleneck] = BasicBlock) -> ResNet:
+    """A ResNet-50 with one block a stage, of the same layout; with `Bottleneck` also of the same channels."""
+    resnet = ResNet(block, [1, 1, 1, 1])
+    resnet.fc = torch.nn.Identity()
+    return resnet
 
 
 def shake(vit: torch.nn.Module, seed: int = 0, scale: float = 0.05) -> torch.nn.Module:

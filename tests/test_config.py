@@ -102,6 +102,17 @@ def test_build_config__tells_every_problem_at_once():
         (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),
         (["train.augment.crop_scale=[0,1]"], r"crop_scale must be \(low, high\)"),
+        (["train.uncertainty=foreground"], r"needs the background class of Eq\. 8 .* things_only or all_foreground"),
+        (
+            ["train.uncertainty=foreground", "data.dataset=voc", "concepts.num_concepts=1"],
+            "and at least 2 concepts; use all",
+        ),
+        (["train.backbone=resnet50_fpn"], "backbone_weights=null does not go with .* needs 'random' or the path"),
+        (["train.backbone_weights=random"], "backbone_weights=random does not go with .* prior must have null"),
+        (
+            ["train.backbone=resnet50_fpn", "train.backbone_weights=random", "train.token_window=16"],
+            "token_window has no use when train.backbone is resnet50_fpn",
+        ),
         (["train.features=cached"], "jitter_prob, grey_prob and blur_prob must be 0 when train.features is cached"),
         (
             ["train.features=cached", "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0.1}"],

@@ -6,9 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torchvision.models.resnet import Bottleneck
 
-from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images, scene, tiny_encoder
+from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images, scene, small_resnet, tiny_encoder
 from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.resnet import Backbone, PyramidDecoder, dump_resnet, random_resnet
+from transfgu_ray.algorithms.segmenter import Classifier
 from transfgu_ray.algorithms.weights import dump_encoder
 from transfgu_ray.errors import ArtifactError, WeightsError
 from transfgu_ray.images import to_working
@@ -48,6 +51,38 @@ def test_load_model__a_decoder_of_windows(tmp_path):
     loaded, images = load_model(folder), random_images(2, 32, 48)
     assert loaded.config.token_window == 16
     assert loaded.decoder.proj_dec.in_features == 48
+    assert torch.equal(loaded.class_maps(images), model.class_maps(images))
+
+
+def test_load_model__a_classifier(tmp_path):
+    config = replace(CONFIG, decoder="classifier")
+    model, folder = _saved(tmp_path, config)
+    loaded, images = load_model(folder), random_images(2, 32, 48)
+    assert isinstance(loaded.decoder, Classifier)
+    assert torch.equal(loaded.class_maps(images), model.class_maps(images))
+
+
+def test_load_model__a_student_with_a_backbone_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfgu_ray.algorithms.resnet._build", lambda: small_resnet(Bottleneck))
+    config = replace(CONFIG, backbone="resnet50_fpn")
+    model, folder = _saved(tmp_path, config)
+    with pytest.raises(ArtifactError, match=r"it has no backbone\.safetensors"):
+        load_model(folder)
+    resnet, images = random_resnet(seed=0), random_images(1, 32, 48)
+    folder.write_bytes("backbone.safetensors", dump_resnet(resnet))
+    loaded = load_model(folder)
+    assert isinstance(loaded.decoder, PyramidDecoder)
+    want = model.decoder(Backbone(resnet).read(images, (4, 6)), (4, 6))[0]
+    assert torch.equal(loaded.class_maps(images), want)
+
+
+def test_load_model_config__of_a_folder_older_than_the_choice_of_decoder(tmp_path):
+    model, folder = _saved(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["decoder"], values["backbone"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded, images = load_model(folder), random_images(1, 32, 48)
+    assert loaded.config == CONFIG
     assert torch.equal(loaded.class_maps(images), model.class_maps(images))
 
 

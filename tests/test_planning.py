@@ -9,6 +9,7 @@ PIECES = {
     "crop": 0.009, "foreground": 0.04, "label": 0.09, "bank_bytes": 1000.0, "baselines": 0.5, "read_tokens": 0.2,
     "sample": 0.01, "first_round_step": 0.3, "step": 0.6, "mask": 0.1, "kmeans": 1e-9, "token_forwards": 1,
 }  # fmt: skip
+RESNET = ("train.backbone_weights=random", "train.backbone=resnet50_fpn")
 TWO = Cluster(num_workers=2, train_workers=2, num_cores=2, shares_cores=True)
 
 
@@ -61,6 +62,13 @@ def test_plan_stages__baselines_read_the_training_photographs_too():
     kmeans = 1e-9 * 8 * 150 * 50_000 * 96
     assert more.seconds - plain.seconds == pytest.approx(10 + 50 * 0.51 + 5 * 0.5 + 2 * kmeans)
     assert more.forwards - plain.forwards == 220
+
+
+def test_plan_stages__wider_tokens_of_the_decoder_take_longer_to_cluster():
+    plain, more = (plan("evaluate.baselines=[decoder_tokens]", *wide)["evaluate"] for wide in ((), RESNET))
+    # 3840 channels instead of 96.
+    assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 150 * 50_000 * 96)
+    assert more.forwards == plain.forwards
 
 
 def test_plan_stages__twice_the_workers_halve_what_is_not_start():

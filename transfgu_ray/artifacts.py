@@ -29,7 +29,7 @@ OUTPUTS = {
     "extract": ("features", "model/encoder.safetensors"),
     "concepts": ("concepts.parquet",),
     "labels": ("labels",),
-    "train": ("train", "tokens", "model/config.json", "model/decoder.safetensors"),
+    "train": ("train", "tokens", "model/config.json", "model/backbone.safetensors", "model/decoder.safetensors"),
     "evaluate": ("metrics.json", "samples", "baselines", "confusions"),
     "report": ("report.html",),
     "register": (),

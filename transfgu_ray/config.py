@@ -209,14 +209,48 @@ class TrainConfig(Section):
         description="live: the encoder reads every augmented crop (paper); cached: it reads each whole photograph "
         "once, and the decoder learns from crops of the tokens by RoIAlign, without colour augmentation (ours)",
     )
-    decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
-    decoder_heads: Positive = Field(6, description="attention heads of the decoder")
-    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
-    alpha: tuple[Fraction, Fraction] = _tuple(
-        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1)", (0.03, 0.1)
+    backbone: Literal["prior", "resnet50_fpn"] = Field(
+        "prior",
+        description="what the student reads. prior: the encoder's tokens (paper); resnet50_fpn: a frozen ResNet-50, "
+        "through a feature pyramid that is trained with the decoder (Table 4). The labels stay the encoder's",
     )
-    omega_1: float = Field(1.0, ge=0.0, description="weight of the diversity loss (paper: 1)")
-    omega_2: float = Field(0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3)")
+    backbone_weights: str | None = Field(
+        None,
+        description="of resnet50_fpn: 'random' = initialised from the seed, else a file in torchvision's layout, such "
+        "as DINO's dino_resnet50_pretrain.pth (Table 4)",
+    )
+    decoder: Literal["segmenter", "classifier"] = Field(
+        "segmenter", description="segmenter: mask transformer (paper); classifier: one 1x1 convolution (Table 4)"
+    )
+    decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
+    decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the segmenter")
+    alpha: tuple[Fraction, Fraction] = _tuple(
+        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves plain cross-entropy (Table 5)",
+        (0.03, 0.1),
+    )
+    alpha_schedule: Literal["linear", "restart"] = Field(
+        "linear",
+        description="linear: over all epochs (suppl.); restart: each round begins at alpha[0] and rises by 0.01 an "
+        "epoch, up to alpha[1] (released)",
+    )
+    omega_1: float = Field(
+        1.0, ge=0.0, description="weight of the diversity loss (paper: 1); 0 leaves it out (Table 5)"
+    )
+    omega_2: float = Field(
+        0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3); 0 leaves it out (Table 5)"
+    )
+    diversity: Literal["all_pairs", "upper_triangle"] = Field(
+        "all_pairs",
+        description="pairs of class embeddings whose cosines the diversity loss averages. all_pairs: K x K (Eq. 15); "
+        "upper_triangle: each two classes once, none with itself (released)",
+    )
+    uncertainty: Literal["all", "foreground"] = Field(
+        "all",
+        description="what the uncertainty loss looks at. all: every patch and class (Eq. 14; released for COCO-Stuff "
+        "and Cityscapes); foreground: patches where a concept scores above cam.background_threshold, without the "
+        "background class of Eq. 8 (released for VOC and LIP)",
+    )
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
 
@@ -334,7 +368,22 @@ class RunConfig(Section):
                 f"evaluate.image_size={list(self.evaluate_image_size)} must be square when evaluate.protocol is "
                 f"{self.evaluate.protocol}, which scores the centre square; the published size is [320, 320]"
             )
+        self._check_ablations(self.train)
         return self
+
+    def _check_ablations(self, train: TrainConfig) -> None:
+        if train.uncertainty == "foreground" and (not self.has_background or self.num_concepts < 2):
+            raise ValueError(
+                "train.uncertainty=foreground needs the background class of Eq. 8 (data.region_mode things_only or "
+                "all_foreground) and at least 2 concepts; use all"
+            )
+        if (train.backbone == "prior") != (train.backbone_weights is None):
+            raise ValueError(
+                f"train.backbone_weights={train.backbone_weights or 'null'} does not go with train.backbone="
+                f"{train.backbone}: resnet50_fpn needs 'random' or the path of a checkpoint, prior must have null"
+            )
+        if train.backbone != "prior" and train.token_window is not None:
+            raise ValueError("train.token_window has no use when train.backbone is resnet50_fpn; set it to null")
 
     @property
     def region_mode(self) -> str:

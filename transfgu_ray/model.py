@@ -1,4 +1,4 @@
-"""The finished model: encoder and decoder, saved as config.json + safetensors, loaded without the run that made it."""
+"""The finished model: encoder, backbone, decoder, saved as config.json + safetensors, loaded without its run."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.inference import upsample_argmax
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.resnet import Backbone, PyramidDecoder, load_backbone
+from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
 from transfgu_ray.algorithms.weights import load_encoder, read_safetensors
 from transfgu_ray.errors import ArtifactError, WeightsError
@@ -29,11 +30,13 @@ class ModelConfig:
     Attributes:
         image_size: (height, width) in px that photographs are squashed to.
         kinds: kind of each class, in order of class id; the last is `none` where Eq. 8 makes a background class.
-        decoder_layers: transformer layers of the decoder.
-        decoder_heads: attention heads of the decoder.
+        decoder_layers: transformer layers of the segmenter.
+        decoder_heads: attention heads of the segmenter.
         precision: arithmetic of the encoder.
         weights_sha256: hash of the encoder's weights.
         token_window: what the decoder reads; see `read_tokens`.
+        decoder: `segmenter` or `classifier`.
+        backbone: `prior`, or `resnet50_fpn` where the decoder reads backbone.safetensors instead of the encoder.
     """
 
     image_size: tuple[int, int]
@@ -43,6 +46,8 @@ class ModelConfig:
     precision: str
     weights_sha256: str
     token_window: int | None = None
+    decoder: str = "segmenter"
+    backbone: str = "prior"
 
     @property
     def background_id(self) -> int | None:
@@ -57,11 +62,15 @@ class Segmenter(nn.Module):
         encoder: frozen encoder.
         decoder: trained decoder.
         config: the rest.
+        backbone: what the decoder reads; None = the encoder.
     """
 
-    def __init__(self, encoder: Encoder, decoder: MaskTransformer, config: ModelConfig) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: nn.Module, config: ModelConfig, backbone: Backbone | None = None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.backbone = backbone
         self.decoder = decoder.eval().requires_grad_(False)
         self.config = config
 
@@ -72,7 +81,7 @@ class Segmenter(nn.Module):
 
     def read_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw c"]:
         """What the decoder reads of images that are already at the model's size."""
-        return read_tokens(self.encoder, images, self.config.token_window)
+        return read_tokens(self.encoder, images, self.config.token_window, self.backbone)
 
     @torch.no_grad()
     def decode(self, tokens: Float[Tensor, "b hw c"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
@@ -89,10 +98,15 @@ class Segmenter(nn.Module):
         return [upsample_argmax(m, s).cpu().numpy().astype(dtype) for m, s in zip(maps, sizes, strict=True)]
 
 
-def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> MaskTransformer:
+def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> nn.Module:
     """The decoder that a model configuration describes for an encoder of some width, untrained."""
-    width = token_dim(embed_dim, config.token_window)
-    return MaskTransformer(len(config.kinds), width, config.decoder_layers, config.decoder_heads, dropout)
+    width, num_classes = token_dim(embed_dim, config.token_window), len(config.kinds)
+    decoder: nn.Module
+    if config.decoder == "classifier":
+        decoder = Classifier(num_classes, width)
+    else:
+        decoder = MaskTransformer(num_classes, width, config.decoder_layers, config.decoder_heads, dropout)
+    return decoder if config.backbone == "prior" else PyramidDecoder(decoder, width)
 
 
 def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig, name: str = "decoder") -> None:
@@ -104,7 +118,7 @@ def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig
 
 
 def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") -> Segmenter:
-    """A model from a folder that holds config.json, encoder.safetensors and the decoder's safetensors.
+    """A model from a folder that holds config.json, and the safetensors of encoder, decoder and any backbone.
 
     Raises:
         ArtifactError: a file is missing or of another format.
@@ -114,6 +128,10 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
     encoder = load_encoder(
         _read(folder, "encoder.safetensors"), folder.uri_of("encoder.safetensors"), config.precision, device
     )
+    backbone = None
+    if config.backbone != "prior":
+        name = "backbone.safetensors"
+        backbone = load_backbone(_read(folder, name), folder.uri_of(name), config.precision, device)
     module = build_decoder(config, encoder.embed_dim)
     state, _ = read_safetensors(_read(folder, f"{decoder}.safetensors"), folder.uri_of(f"{decoder}.safetensors"))
     try:
@@ -122,7 +140,7 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
         raise WeightsError(
             f"{folder.uri_of(decoder)}.safetensors does not fit the config.json beside it; take both from one run"
         ) from None
-    return Segmenter(encoder, module.to(device), config)
+    return Segmenter(encoder, module.to(device), config, backbone)
 
 
 def load_model_config(folder: Folder) -> ModelConfig:

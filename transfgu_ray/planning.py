@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.algorithms.rounds import steps_per_epoch
+from transfgu_ray.algorithms.tokens import token_dim
 from transfgu_ray.config import RunConfig
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
 
@@ -118,8 +119,9 @@ def _plan_evaluation(
         passes = config.concepts.num_iterations * config.concepts.num_redos
         kmeans = pieces["kmeans"] * MAX_POINTS * (config.num_concepts + config.has_background) * passes * embed_dim
         seconds += pieces["start_stage"] + drawn * (pieces["decode"] + pieces["baselines"]) / workers
-        # The decoder's tokens may be twice as wide, the colours have three dimensions.
-        seconds += kmeans * baselines
         of_decoder = "decoder_tokens" in config.evaluate.baselines
+        wider = token_dim(embed_dim, config.train.token_window, config.train.backbone) / embed_dim - 1
+        # But for colours, which have three dimensions.
+        seconds += kmeans * (baselines + of_decoder * wider)
         forwards += (drawn + num_scored) * (baselines + of_decoder * (int(pieces["token_forwards"]) - 1))
     return StagePlan("evaluate", forwards, 0, seconds)

@@ -122,7 +122,7 @@ def _check_sizes(config: RunConfig, patch: int, embed_dim: int) -> None:
             f"train.token_window={window} must be a multiple of the encoder's patch of {patch} px and no larger than "
             f"train.crop_size, {' x '.join(map(str, config.train_crop_size))} px"
         )
-    if embed_dim % config.train.decoder_heads:
+    if config.train.decoder == "segmenter" and embed_dim % config.train.decoder_heads:
         raise ConfigError(
             f"train.decoder_heads={config.train.decoder_heads} must divide the encoder's width of {embed_dim}"
         )

@@ -6,17 +6,18 @@ import torch
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap
 from transfgu_ray.algorithms.losses import bootstrap_targets
+from transfgu_ray.algorithms.resnet import PyramidDecoder
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 
 NUM_CLASSES = 4
 EPOCHS = schedule((2, 1, 2), (0.03, 0.1))
 FIRST = EPOCHS[0]
 
 
-def _bootstrap(**changes):
+def _bootstrap(student=None, **changes):
     torch.manual_seed(11)
-    student = MaskTransformer(NUM_CLASSES, 24, num_layers=1, num_heads=3, dropout=0.1)
+    student = student or MaskTransformer(NUM_CLASSES, 24, num_layers=1, num_heads=3, dropout=0.1)
     settings = {
         "learning_rate": 5e-3, "weight_decay": 5e-4, "gradient_clamp": 1.0, "omega_1": 1.0, "omega_2": 0.3, "seed": 5,
     }  # fmt: skip
@@ -61,6 +62,46 @@ def test_step__round_0_is_cross_entropy_on_the_bank_and_later_rounds_the_total()
     bootstrap.begin_epoch(later, rank=0)
     terms = bootstrap.step(*_batch(), later, 0)
     assert terms["loss"] == terms["total"] != terms["cross_entropy"]
+
+
+def _step_in_round(number, **changes):
+    """Terms of a step and the student after it, in a round without or with a teacher."""
+    bootstrap, epoch = _bootstrap(**changes), Epoch(number, number, number > 0, 0.05)
+    bootstrap.begin_epoch(epoch, rank=0)
+    terms = bootstrap.step(*_batch(), epoch, 0)
+    return terms, bootstrap.student.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "term"),
+    [
+        ({"diversity": "upper_triangle"}, "diversity"),
+        ({"foreground_above": 0.8}, "uncertainty"),
+        ({"omega_1": 0.0}, None),
+        ({"omega_2": 0.0}, None),
+    ],
+    ids=["diversity", "uncertainty", "omega_1", "omega_2"],
+)
+def test_step__a_variant_changes_its_own_term_and_rounds_with_a_teacher_alone(changes, term):
+    (usual, trained), (terms, other) = _step_in_round(1), _step_in_round(1, **changes)
+    assert {name for name in usual if usual[name] != terms[name]} == {"total", "loss"} | ({term} if term else set())
+    assert not _equal(trained, other)
+    # Round 0 is cross-entropy alone (Eq. 9).
+    assert _equal(_step_in_round(0)[1], _step_in_round(0, **changes)[1])
+
+
+def test_step__foreground_is_where_a_concept_of_the_bank_scores():
+    tokens, scores = _batch()
+    # All patches but those of one image, whatever the background class says of them.
+    scores = scores.clamp(min=0.2)
+    scores[1, :-1] = 0.05
+    bootstrap, epoch = _bootstrap(foreground_above=0.1), Epoch(1, 1, True, 0.05)
+    bootstrap.begin_epoch(epoch, rank=0)
+    bootstrap.student.eval()
+    logits = bootstrap.student(tokens, (4, 4))[0][:, :-1]
+    top = logits.softmax(1).sort(1).values
+    want = 1 - (top[:, -1] - top[:, -2])[[0, 2, 3]].mean()
+    assert bootstrap.step(tokens, scores, epoch, 0)["uncertainty"] == pytest.approx(want.item(), abs=1e-5)
 
 
 def test_step__updates_equal_a_plain_rewrite():
@@ -144,6 +185,24 @@ def test_begin_epoch__teacher_is_a_frozen_copy_and_round_0_is_remembered():
     bootstrap.begin_epoch(EPOCHS[3], rank=0)
     assert _equal(round_1, bootstrap.teacher.state_dict())
     assert _equal(round_0, bootstrap.trained)
+
+
+@pytest.mark.parametrize(("student", "width"), [(Classifier(4, 24), 24), (PyramidDecoder(Classifier(4, 24), 24), 3840)])
+def test_step__trains_all_of_another_decoder_and_none_of_its_teacher(student, width):
+    bootstrap = _bootstrap(student)
+    tokens, scores = torch.randn(4, 16, width, generator=torch.Generator().manual_seed(0)), _batch()[1]
+    initial = _weights(bootstrap.student)
+    bootstrap.begin_epoch(FIRST, rank=0)
+    bootstrap.step(tokens, scores, FIRST, 0)
+    trained = _weights(bootstrap.student)
+    later = Epoch(1, 1, True, 0.05)
+    bootstrap.begin_epoch(later, rank=0)
+    assert _equal(initial, bootstrap.student.state_dict())
+    bootstrap.step(tokens, scores, later, 0)
+    # The teacher of a pyramid is a copy with its own.
+    assert _equal(trained, bootstrap.teacher.state_dict())
+    for weights in (trained, bootstrap.student.state_dict()):
+        assert not [name for name in initial if torch.equal(initial[name], weights[name])]
 
 
 def test_begin_epoch__dropout_differs_between_workers_and_epochs_and_not_between_runs():

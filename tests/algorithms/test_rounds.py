@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,19 @@ def test_schedule__worked_by_hand():
 
 def test_schedule__one_epoch_keeps_the_first_alpha():
     assert schedule((1,), (0.03, 0.1)) == [Epoch(0, 0, False, 0.03)]
+
+
+def test_schedule__restart_begins_each_round_anew_and_steps_by_a_hundredth():
+    epochs = schedule((2, 4, 1, 2), (0.03, 0.05), "restart")
+    assert [e.alpha for e in epochs] == pytest.approx([0.03, 0.04, 0.03, 0.04, 0.05, 0.05, 0.03, 0.03, 0.04])
+    # Nothing but alpha differs.
+    linear = schedule((2, 4, 1, 2), (0.03, 0.05))
+    assert [replace(e, alpha=0.0) for e in epochs] == [replace(e, alpha=0.0) for e in linear]
+
+
+@pytest.mark.parametrize("how", ["linear", "restart"])
+def test_schedule__no_peer_weight_at_all(how):
+    assert {e.alpha for e in schedule((2, 3), (0.0, 0.0), how)} == {0.0}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import torch
 
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 
 
 def _decoder(num_classes=5, dropout=0.0, seed=0):
@@ -64,3 +64,15 @@ def test_mask_transformer__gradient_reaches_every_weight():
     logits, classes = decoder(_tokens(), (3, 4))
     (logits.square().sum() * logits[0, 0, 0, 0] + classes.sum()).backward()
     assert [name for name, weight in decoder.named_parameters() if weight.grad is None] == []
+
+
+def test_classifier__is_a_1x1_convolution():
+    torch.manual_seed(0)
+    classifier, tokens = Classifier(5, 24), _tokens()
+    logits, classes = classifier(tokens, (3, 4))
+    maps = tokens.transpose(1, 2).reshape(2, 24, 3, 4)
+    want = torch.nn.functional.conv2d(maps, classifier.head.weight[:, :, None, None], classifier.head.bias)
+    torch.testing.assert_close(logits, want)
+    # No sequence of patches, no embeddings of classes: only its weights tell one class from another.
+    for image in classes:
+        torch.testing.assert_close(image, torch.stack([row / row.norm() for row in classifier.head.weight]))

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torchvision.models.resnet import Bottleneck
 
-from tests.builders import random_images, tiny_encoder
+from tests.builders import random_images, small_resnet, tiny_encoder
+from transfgu_ray.algorithms.resnet import Backbone
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
 
 
@@ -61,6 +63,16 @@ def test_read_tokens__do_not_depend_on_how_many_windows_share_a_forward(monkeypa
     together = read_tokens(encoder, images, 16)
     monkeypatch.setattr("transfgu_ray.algorithms.tokens._WINDOWS_A_FORWARD", 5)
     assert torch.allclose(read_tokens(encoder, images, 16), together, atol=1e-6)
+
+
+def test_read_tokens__of_a_backbone_are_on_the_patch_grid_of_the_encoder(monkeypatch):
+    encoder, images, seen = tiny_encoder(), random_images(2, 32, 48), []
+    backbone = Backbone(small_resnet(Bottleneck))
+    monkeypatch.setattr(encoder, "all_tokens", seen.append)
+    tokens = read_tokens(encoder, images, None, backbone)
+    assert torch.equal(tokens, backbone.read(images, (4, 6)))
+    assert tokens.shape == (2, 24, token_dim(24, None, "resnet50_fpn"))
+    assert seen == [], "the encoder is not run beside it"
 
 
 def test_token_dim__doubles_with_windows():

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.models.resnet import Bottleneck
 
+from tests.builders import small_resnet
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.rounds import sample_order, schedule
 from transfgu_ray.artifacts import Run
+from transfgu_ray.backbone import BACKBONE, load_run_backbone, resolve_backbone
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.pipeline import train_rounds
 from transfgu_ray.pipeline.cache_tokens import TokenCacher
@@ -110,8 +113,11 @@ def test_batches__of_cached_tokens_equal_samples_read_one_after_the_other(cached
 
 
 def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
-    """A copy of the run under another configuration, with its tokens."""
+    """A copy of the run under another configuration, with its backbone and tokens."""
     copy = Run(Folder(str(shutil.copytree(run.folder.path, folder))), config)
+    backbone = resolve_backbone(config)
+    if backbone is not None:
+        copy.folder.write_bytes(BACKBONE, backbone)
     cache_tokens(copy, config)
     return copy
 
@@ -130,22 +136,32 @@ def train_in_this_process(run: Run) -> list[dict[str, float]]:
     return json.loads(run.folder.read_bytes(train_rounds.HISTORY))
 
 
-@pytest.mark.parametrize("window", ["null", "16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("train.token_window=16",),
+        ("train.backbone_weights=random", "train.backbone=resnet50_fpn", "train.decoder=classifier"),
+    ],
+    ids=["tokens", "windows", "resnet"],
+)
 def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs(
-    cached_run: Run, tmp_path: Path, window: str
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
+    monkeypatch.setattr("transfgu_ray.algorithms.resnet._build", lambda: small_resnet(Bottleneck))
     # At the size of the working image a crop of all of it is the photograph whose tokens are cached.
     whole = ("train.augment={crop_scale: [1, 1], flip_prob: 0}", "train.crop_size=[64, 64]")
     runs = {}
     for tokens in ("live", "cached"):
-        config = configured(cached_run, tokens, *whole, f"train.token_window={window}")
+        config = configured(cached_run, tokens, *whole, *settings)
         runs[tokens] = with_tokens(cached_run, config, tmp_path / tokens)
     encoder = load_run_encoder(cached_run.folder, "float32", "cpu")
+    backbone = load_run_backbone(runs["live"].folder, runs["live"].config, "cpu")
     for live, cached in zip(*(read_batches(run, 1, config=run.config) for run in runs.values()), strict=True):
         side = runs["live"].config.train.token_window
-        seen, kept = (train_rounds._tokens(batch, encoder, side) for batch in (live, cached))
+        seen, kept = (train_rounds._tokens(batch, encoder, side, backbone) for batch in (live, cached))
         # Half a float16 step, and the last bits that a batch of another shape gives.
-        torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5)
+        torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5 * float(seen.abs().max()))
         assert torch.equal(live["scores"], cached["scores"])
     live, cached = map(train_in_this_process, runs.values())
     assert [row["round"] for row in cached] == [0, 1]

@@ -9,44 +9,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfgu_ray.algorithms.losses import bootstrap_targets, total_loss
+from transfgu_ray.algorithms.losses import bootstrap_targets, foreground_patches, total_loss
 from transfgu_ray.algorithms.rounds import Epoch
-from transfgu_ray.algorithms.segmenter import MaskTransformer
 
 
 class Bootstrap:
     """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
 
     Args:
-        student: the decoder with its initial weights.
+        student: the decoder with its initial weights: of tokens and a grid, class logits and class embeddings.
         learning_rate: Adam's rate.
         weight_decay: Adam's L2 term.
         gradient_clamp: each gradient entry is clamped to +- this.
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
         seed: fixes dropout and the shuffles of the peer loss.
+        diversity: pairs of the diversity loss; see `diversity_loss`.
+        foreground_above: T_bg of the patches that the uncertainty loss counts, see `foreground_patches`; None = all.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
     def __init__(
         self,
-        student: MaskTransformer,
+        student: nn.Module,
         learning_rate: float,
         weight_decay: float,
         gradient_clamp: float,
         omega_1: float,
         omega_2: float,
         seed: int,
+        diversity: str = "all_pairs",
+        foreground_above: float | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.student = student
         self.initial = copy.deepcopy(student.state_dict())
         self.trained: dict[str, Tensor] | None = None
-        self.teacher: MaskTransformer | None = None
+        self.teacher: nn.Module | None = None
         self._settings = (learning_rate, weight_decay)
         self._gradient_clamp = gradient_clamp
         self._omegas = (omega_1, omega_2)
         self._seed = seed
+        self._diversity = diversity
+        self._foreground_above = foreground_above
         self._parallel = wrap(student)
         self._optimiser = self._new_optimiser()
 
@@ -93,7 +98,9 @@ class Bootstrap:
         rng = np.random.default_rng([self._seed, epoch.index, step])
         shuffle = torch.from_numpy(rng.permutation(scores.shape[1])).to(targets.device)
         logits, classes = self._parallel(tokens, grid_hw)
-        terms = total_loss(logits, classes, targets, shuffle, epoch.alpha, *self._omegas)
+        above = self._foreground_above
+        foreground = None if above is None else foreground_patches(scores.float(), above)
+        terms = total_loss(logits, classes, targets, shuffle, epoch.alpha, *self._omegas, self._diversity, foreground)
         loss = terms["cross_entropy"] if epoch.round == 0 else terms["total"]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch.index}, step {step}")

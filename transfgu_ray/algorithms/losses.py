@@ -1,6 +1,7 @@
 """Bootstrapping losses (Eq. 9, 13-16). Letters: b images, k classes, d width, (h, w) patch grid."""
 
-from jaxtyping import Float, Int64
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,25 +27,56 @@ def peer_loss(
         logits: student output.
         targets: bootstrapped labels M.
         shuffle: one permutation of the K maps; M' are the labels that the shuffled maps give.
-        alpha: peer weight, 0.03 to 0.1.
+        alpha: peer weight, 0.03 to 0.1; 0 leaves the first term alone.
     """
     cross_entropy = functional.cross_entropy(logits, targets)
+    if alpha == 0:
+        return cross_entropy, cross_entropy
     return cross_entropy - alpha * functional.cross_entropy(logits, shuffle[targets]), cross_entropy
 
 
-def uncertainty_loss(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, ""]:
-    """1 - mean over positions of the gap between the two largest probabilities (Eq. 14), in [0, 1]."""
+def foreground_patches(scores: Float[Tensor, "b k h w"], threshold: float) -> Bool[Tensor, "b h w"]:
+    """Where any of the concepts scores above T_bg; the last class, the background of Eq. 8, is none (released code)."""
+    return scores[:, :-1].amax(1) > threshold
+
+
+def uncertainty_loss(
+    logits: Float[Tensor, "b k h w"], foreground: Bool[Tensor, "b h w"] | None = None
+) -> Float[Tensor, ""]:
+    """1 - mean over positions of the gap between the two largest probabilities (Eq. 14), in [0, 1].
+
+    Args:
+        logits: student output.
+        foreground: the positions that count, by probabilities without the last class, the background of Eq. 8
+            (released code); where there is none the loss is 0 (released: NaN). None = all positions and classes.
+    """
+    if foreground is None:
+        return 1 - _probability_gap(logits).mean()
+    uncertain = (1 - _probability_gap(logits[:, :-1])) * foreground
+    return uncertain.sum() / foreground.sum().clamp(min=1)
+
+
+def _probability_gap(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]:
     top = logits.softmax(1).topk(2, dim=1).values
-    return 1 - (top[:, 0] - top[:, 1]).mean()
+    return top[:, 0] - top[:, 1]
 
 
-def diversity_loss(classes: Float[Tensor, "b k d"]) -> Float[Tensor, ""]:
-    """1 + mean over all K x K pairs of the cosine between class embeddings (Eq. 15), in [1, 2].
+def diversity_loss(classes: Float[Tensor, "b k d"], pairs: str = "all_pairs") -> Float[Tensor, ""]:
+    """1 + mean over pairs of the cosine between an image's class embeddings (Eq. 15), in [0, 2].
+
+    Args:
+        classes: of unit length.
+        pairs: "all_pairs": K x K, each class with itself too (Eq. 15); "upper_triangle": each pair of two classes once
+            (released code).
 
     Departures: the embeddings have unit length, so C C^T is the cosine that the text names and is not divided by
     sqrt(d).
     """
-    return 1 + (classes @ classes.transpose(1, 2)).mean()
+    cosines = classes @ classes.transpose(1, 2)
+    if pairs == "all_pairs":
+        return 1 + cosines.mean()
+    row, column = torch.triu_indices(*cosines.shape[1:], offset=1, device=cosines.device)
+    return 1 + cosines[:, row, column].mean()
 
 
 def total_loss(
@@ -55,10 +87,27 @@ def total_loss(
     alpha: float,
     omega_1: float,
     omega_2: float,
+    pairs: str = "all_pairs",
+    foreground: Bool[Tensor, "b h w"] | None = None,
 ) -> dict[str, Tensor]:
-    """Every term and `total` = peer + omega_1 * diversity + omega_2 * uncertainty (Eq. 16), as scalars."""
+    """Every term and `total` = peer + omega_1 * diversity + omega_2 * uncertainty (Eq. 16), as scalars.
+
+    A term of weight 0 is told, and takes no part in the backward pass.
+
+    Args:
+        logits: student output.
+        classes: its class embeddings, of unit length.
+        targets: bootstrapped labels M.
+        shuffle: see `peer_loss`.
+        alpha: peer weight.
+        omega_1: weight of the diversity loss.
+        omega_2: weight of the uncertainty loss.
+        pairs: see `diversity_loss`.
+        foreground: see `uncertainty_loss`.
+    """
     peer, cross_entropy = peer_loss(logits, targets, shuffle, alpha)
-    diversity, uncertainty = diversity_loss(classes), uncertainty_loss(logits)
+    diversity = diversity_loss(classes if omega_1 else classes.detach(), pairs)
+    uncertainty = uncertainty_loss(logits if omega_2 else logits.detach(), foreground)
     total = peer + omega_1 * diversity + omega_2 * uncertainty
     return {
         "total": total,

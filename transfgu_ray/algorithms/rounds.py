@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+# What alpha rises by from an epoch to the next where each round starts it anew (released code).
+_ALPHA_STEP = 0.01
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -24,15 +27,24 @@ class Epoch:
     alpha: float
 
 
-def schedule(round_epochs: Sequence[int], alpha: tuple[float, float]) -> list[Epoch]:
-    """All epochs in order; alpha rises linearly from the first to the last (supplement, Training Details)."""
+def schedule(round_epochs: Sequence[int], alpha: tuple[float, float], alpha_schedule: str = "linear") -> list[Epoch]:
+    """All epochs in order.
+
+    Args:
+        round_epochs: epochs of each round.
+        alpha: first and last weight of the peer loss.
+        alpha_schedule: "linear": from the first to the last epoch (supplement, Training Details); "restart": each
+            round begins at alpha[0] and rises by 0.01 an epoch, up to alpha[1] (released code).
+    """
+    low, high = alpha
     total = sum(round_epochs)
     epochs: list[Epoch] = []
     for number, length in enumerate(round_epochs):
         for i in range(length):
             index = len(epochs)
             share = index / (total - 1) if total > 1 else 0.0
-            epochs.append(Epoch(index, number, number > 0 and i == 0, alpha[0] + (alpha[1] - alpha[0]) * share))
+            weight = low + (high - low) * share if alpha_schedule == "linear" else min(low + _ALPHA_STEP * i, high)
+            epochs.append(Epoch(index, number, number > 0 and i == 0, weight))
     return epochs
 
 

@@ -1,4 +1,4 @@
-"""The decoder: Segmenter's mask transformer (Strudel et al., ICCV 2021), Eq. 2 of the paper.
+"""The decoders: Segmenter's mask transformer (Strudel et al., ICCV 2021), Eq. 2 of the paper; Table 4's classifier.
 
 Letters: b images, k classes, d width, (h, w) patch grid.
 """
@@ -57,3 +57,28 @@ class MaskTransformer(nn.Module):
         classes = functional.normalize(tokens[:, -num_classes:] @ self.proj_classes, dim=-1)
         masks = self.mask_norm(patches @ classes.transpose(1, 2))
         return masks.transpose(1, 2).unflatten(-1, grid_hw), classes
+
+
+class Classifier(nn.Module):
+    """A 1x1 convolution from patch tokens to class logits (Table 4).
+
+    Args:
+        num_classes: K, plus one where there is a background channel.
+        d_encoder: width of the tokens.
+    """
+
+    def __init__(self, num_classes: int, d_encoder: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(d_encoder, num_classes)
+
+    def forward(
+        self, patch_tokens: Float[Tensor, "b hw d"], grid_hw: tuple[int, int]
+    ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
+        """Class logits on the patch grid, and what stands for the class embeddings of Eq. 15: a class's weights.
+
+        The paper does not say what the diversity loss of a classifier is; the L2-normalised weights, the same in all
+        images, are ours.
+        """
+        classes = functional.normalize(self.head.weight, dim=-1)
+        logits = self.head(patch_tokens).transpose(1, 2).unflatten(-1, grid_hw)
+        return logits, classes.expand(len(patch_tokens), -1, -1)

@@ -1,4 +1,4 @@
-"""What the decoder reads of an image: patch tokens of the whole, or dense tokens gathered from small windows."""
+"""What the decoder reads of an image: patch tokens of the whole, dense tokens of windows, or features of a ResNet."""
 
 from itertools import product
 
@@ -7,18 +7,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.resnet import STAGE_CHANNELS, Backbone
 
 # Windows of one forward; bounds its memory whatever the image's size.
 _WINDOWS_A_FORWARD = 1024
 
 
-def token_dim(embed_dim: int, window: int | None) -> int:
-    """Width of what `read_tokens` gives of an encoder of width d: d, or 2 d for windows."""
+def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> int:
+    """Width of what `read_tokens` gives of an encoder of width d: d, 2 d for windows, or the ResNet's 3840."""
+    if backbone == "resnet50_fpn":
+        return sum(STAGE_CHANNELS)
     return embed_dim if window is None else 2 * embed_dim
 
 
 @torch.no_grad()
-def read_tokens(encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], window: int | None) -> Float[Tensor, "b hw c"]:
+def read_tokens(
+    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], window: int | None, backbone: Backbone | None = None
+) -> Float[Tensor, "b hw c"]:
     """Tokens of each patch, float32, row by row: x^patch of Eq. 2, or dense tokens (ours).
 
     With windows, the encoder reads every square window of that side, one patch apart, by itself. A patch gets the
@@ -30,7 +35,10 @@ def read_tokens(encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], window: int 
         encoder: frozen.
         images: RGB in 0-255 on the encoder's device, at least as large as a window.
         window: side in px, a multiple of the patch; None = the patch tokens of the whole image.
+        backbone: read instead of the encoder, whose patch grid stays (Table 4).
     """
+    if backbone is not None:
+        return backbone.read(images, encoder.grid_hw((images.shape[2], images.shape[3])))
     if window is None:
         return encoder.patch_tokens(images)
     patch, side = encoder.patch_size, window // encoder.patch_size

@@ -164,6 +164,17 @@ def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
         raise WeightsError(f"{source} is not a readable safetensors file: {error}") from None
 
 
+def read_state(data: bytes, source: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a PyTorch checkpoint in the layouts that `load_vit` names.
+
+    Raises:
+        WeightsError: the bytes are neither.
+    """
+    if _is_safetensors(data):
+        return read_safetensors(data, source)[0]
+    return _unwrap(_read_checkpoint(data, source), source)
+
+
 def hash_weights(state: dict[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors, in order of name."""
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from transfgu_ray.algorithms.baselines import (
 )
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
 from transfgu_ray.algorithms.weights import load_untrained
+from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import to_working
@@ -61,13 +62,15 @@ class PatchFeatures:
             if name == "patch_tokens":
                 self._of[name] = encoder.patch_tokens
             elif name == "decoder_tokens":
-                self._of[name] = partial(read_tokens, encoder, window=config.train.token_window)
+                backbone = load_run_backbone(run, config, device)
+                self._of[name] = partial(read_tokens, encoder, window=config.train.token_window, backbone=backbone)
             elif name == "random_vit":
                 data, source = run.read_bytes(ENCODER), run.uri_of(ENCODER)
                 self._of[name] = load_untrained(data, source, config.seed, precision, device).patch_tokens
             else:
                 self._of[name] = partial(patch_colours, patch_size=encoder.patch_size)
-        special = {"raw_colour": 3, "decoder_tokens": token_dim(encoder.embed_dim, config.train.token_window)}
+        of_decoder = token_dim(encoder.embed_dim, config.train.token_window, config.train.backbone)
+        special = {"raw_colour": 3, "decoder_tokens": of_decoder}
         self.widths = {name: special.get(name, encoder.embed_dim) for name in self._of}
 
     def __call__(self, working: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import torch
 
 from transfgu_ray.algorithms.cached_tokens import encode_tokens
 from transfgu_ray.algorithms.tokens import read_tokens
+from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import to_working
@@ -29,6 +30,7 @@ class TokenCacher(PartWorker):
         self._config = RunConfig.model_validate(config)
         self._run = Folder(part["run_uri"])
         self._encoder = load_run_encoder(self._run, self._config.encoder.precision, self.device)
+        self._backbone = load_run_backbone(self._run, self._config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part.
@@ -44,7 +46,8 @@ class TokenCacher(PartWorker):
         self._check_as_in_the_bank(unit, image_ids, stats)
         tokens: list[bytes] = []
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):
-            found = read_tokens(self._encoder, torch.from_numpy(batch).to(self.device), config.train.token_window)
+            images = torch.from_numpy(batch).to(self.device)
+            found = read_tokens(self._encoder, images, config.train.token_window, self._backbone)
             tokens += map(encode_tokens, found.cpu().numpy())
         grid_h, grid_w = self._encoder.grid_hw(config.train_crop_size)
         columns = {

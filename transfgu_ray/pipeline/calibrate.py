@@ -19,10 +19,11 @@ from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.pseudo_labels import encode_scores
 from transfgu_ray.algorithms.rounds import schedule
 from transfgu_ray.algorithms.tokens import read_tokens
+from transfgu_ray.backbone import BACKBONE, load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import to_working
-from transfgu_ray.model import ModelConfig, build_decoder
+from transfgu_ray.model import build_decoder
 from transfgu_ray.pipeline.baselines import PatchFeatures
 from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.extract_features import FeatureExtractor
@@ -30,6 +31,7 @@ from transfgu_ray.pipeline.fit_concepts import concept_groups
 from transfgu_ray.pipeline.parts import PartStats, decode_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, UnitWorker, stream_units
+from transfgu_ray.pipeline.train_rounds import bootstrap_settings, model_config
 from transfgu_ray.pipeline.trainer import new_trainer
 from transfgu_ray.prior import ENCODER, load_run_encoder
 from transfgu_ray.schemas import build_table, concepts_schema, to_parquet
@@ -123,23 +125,19 @@ class Calibrator(UnitWorker):
     def _time_training(self, image: Any) -> dict[str, float]:
         config = self._config
         encoder = load_run_encoder(self._run, config.encoder.precision, self.device)
-        kinds = ("any",) * (config.num_concepts + config.has_background)
-        window = config.train.token_window
-        layers = config.train.decoder_layers, config.train.decoder_heads
-        model = ModelConfig(config.inference_size, kinds, *layers, config.encoder.precision, "", window)
-        student = build_decoder(model, encoder.embed_dim, config.train.dropout).to(self.device)
-        train = config.train
-        bootstrap = Bootstrap(
-            student, train.learning_rate, train.weight_decay, train.gradient_clamp, train.omega_1, train.omega_2, seed=0
-        )
+        backbone = load_run_backbone(self._run, config, self.device)
+        train, window = config.train, config.train.token_window
+        model = model_config(config, ["any"] * config.num_concepts, "")
+        student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
+        bootstrap = Bootstrap(student, **bootstrap_settings(config))
         epochs = schedule(train.round_epochs, train.alpha)
         grid_hw = encoder.grid_hw(config.train_crop_size)
         crops = self._batch([image], config.train_crop_size, train.batch_size)
-        scores = torch.rand(len(crops), len(kinds), *grid_hw, device=self.device)
-        kept = read_tokens(encoder, crops[:1], window)
+        scores = torch.rand(len(crops), len(model.kinds), *grid_hw, device=self.device)
+        kept = read_tokens(encoder, crops[:1], window, backbone)
 
         def read(count: int) -> torch.Tensor:
-            return read_tokens(encoder, crops[:count], window)
+            return read_tokens(encoder, crops[:count], window, backbone)
 
         def step(count: int) -> None:
             bootstrap.step(kept.expand(count, -1, -1), scores[:count], epochs[-1], 0)
@@ -150,7 +148,7 @@ class Calibrator(UnitWorker):
 
         how, rng = Augmentation(**train.augment.model_dump()), np.random.default_rng(0)
         photo = torch.from_numpy(to_working(image, config.data.image_size))
-        maps = torch.rand(len(kinds), *encoder.grid_hw(config.cam_image_size))
+        maps = torch.rand(len(model.kinds), *encoder.grid_hw(config.cam_image_size))
 
         def sample(count: int) -> None:
             for _ in range(count):
@@ -178,9 +176,22 @@ class Calibrator(UnitWorker):
 
 
 def calibrate(
-    config: RunConfig, encoder: bytes, root: Folder, images: Sequence[ImageRef], resources: Resources
+    config: RunConfig,
+    encoder: bytes,
+    backbone: bytes | None,
+    root: Folder,
+    images: Sequence[ImageRef],
+    resources: Resources,
 ) -> dict[str, Any]:
     """Median over the workers of each piece's seconds, all workers timing at once as they work in a run.
+
+    Args:
+        config: of the run.
+        encoder: what `resolve_encoder` gives.
+        backbone: what `resolve_backbone` gives.
+        root: the dataset.
+        images: its photographs.
+        resources: workers and devices.
 
     Returns:
         Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin.
@@ -191,6 +202,8 @@ def calibrate(
     with tempfile.TemporaryDirectory() as folder:
         run = Folder(folder)
         run.write_bytes(ENCODER, encoder)
+        if backbone is not None:
+            run.write_bytes(BACKBONE, backbone)
         _write_stand_in_concepts(run, config)
         start = time.perf_counter()
         arguments = {"run_uri": run.uri, "config": config.model_dump(mode="json")}

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from transfgu_ray.backbone import resolve_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import list_images, open_root
 from transfgu_ray.errors import DataError
@@ -29,11 +30,11 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     images = list_images(config.data, config.data.benchmark.train_split).images
     scored = list_scored(config)
     num_scored = min(config.evaluate.num_samples, len(images)) if scored is None else len(scored.images)
-    encoder = resolve_encoder(config)
+    encoder, backbone = resolve_encoder(config), resolve_backbone(config)
     start = time.perf_counter()
     with ray_session(address, config.runtime) as resources:
         start_ray = time.perf_counter() - start
-        pieces = calibrate(config, encoder, root, images, resources)
+        pieces = calibrate(config, encoder, backbone, root, images, resources)
     if "refused" in pieces:
         first = pieces["refused"][0]
         raise DataError(f"none of the photographs tried can be used; the first, {first['image_id']}: {first['reason']}")

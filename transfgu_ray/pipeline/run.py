@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from transfgu_ray.artifacts import STAGES, Run
+from transfgu_ray.backbone import backbone_file_sha256, resolve_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
@@ -43,8 +44,8 @@ def run_stages(
     root = open_root(config.data)
     listing = list_images(config.data, config.data.benchmark.train_split)
     _check_early(config, listing)
-    inputs = f"{listing.fingerprint} {_weights_identity(run)}"
-    fingerprints = {stage: run.fingerprint(stage, inputs) for stage in STAGES}
+    inputs = _stage_inputs(run, listing)
+    fingerprints = {stage: run.fingerprint(stage, inputs[stage]) for stage in STAGES}
     pending = [stage for stage in stages if not _is_current(run, stage, fingerprints[stage], overwrite)]
     for stage in STAGES[: STAGES.index(stages[0])]:
         if run.require(stage)["fingerprint"] != fingerprints[stage]:
@@ -58,13 +59,23 @@ def run_stages(
             extract_listing(config)
         if "evaluate" in pending:
             list_scored(config)
-        encoder = resolve_encoder(config) if "extract" in pending else None
+        weights = {
+            "encoder": resolve_encoder(config) if "extract" in pending else None,
+            "backbone": resolve_backbone(config) if "train" in pending else None,
+        }
         with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
-                    run, root, listing, resources, fingerprints[stage], encoder, tracked, progress=lambda done: None
+                    run,
+                    root,
+                    listing,
+                    resources,
+                    fingerprints[stage],
+                    **weights,
+                    tracked=tracked,
+                    progress=lambda _: None,
                 )
-                _run_stage(context, stage, inputs, reporter)
+                _run_stage(context, stage, inputs[stage], reporter)
     return {stage: run.require(stage) for stage in stages}
 
 
@@ -83,12 +94,18 @@ def _is_current(run: Run, stage: str, fingerprint: str, overwrite: bool) -> bool
     return False
 
 
-def _weights_identity(run: Run) -> str:
-    """Hash of the weights file; what the run recorded where the file is gone."""
-    found = weights_file_sha256(run.config.encoder)
-    if found is None:
-        found = (run.manifest("extract") or {}).get("weights_file_sha256")
-    return str(found)
+def _stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
+    """What each stage is made of beside its settings: the photographs, and the weights files that it follows from.
+
+    Where a file is gone, it is what the run recorded.
+    """
+    encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
+    inputs = dict.fromkeys(STAGES, f"{listing.fingerprint} {encoder}")
+    if run.config.train.backbone != "prior":
+        own = backbone_file_sha256(run.config.train) or (run.manifest("train") or {}).get("backbone_file_sha256")
+        for stage in STAGES[STAGES.index("train") :]:
+            inputs[stage] += f" {own}"
+    return inputs
 
 
 def _check_early(config: RunConfig, listing: Listing) -> None:

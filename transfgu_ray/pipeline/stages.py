@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.artifacts import Run
+from transfgu_ray.backbone import BACKBONE, backbone_file_sha256
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images
 from transfgu_ray.errors import DataError
@@ -27,6 +28,7 @@ class Context:
         resources: workers and devices.
         fingerprint: of the stage.
         encoder: safetensors bytes of the encoder; None where extract is not pending.
+        backbone: safetensors bytes of the student's own backbone; None where it has none, or train is not pending.
         tracked: the MLflow run; None outside `transfgu run`.
         progress: takes items done.
     """
@@ -37,6 +39,7 @@ class Context:
     resources: Resources
     fingerprint: str
     encoder: bytes | None
+    backbone: bytes | None
     tracked: Any
     progress: Progress
 
@@ -117,6 +120,8 @@ def _train(context: Context) -> dict[str, Any]:
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     kinds, _ = read_concepts(run.folder)
+    if context.backbone is not None:
+        run.folder.write_bytes(BACKBONE, context.backbone)
     cached, items_an_epoch, peak_mb = {}, 1, 0
     if config.train.features == "cached":
         table = _table_of_photographs(context, TOKENS, TokenCacher)
@@ -152,6 +157,7 @@ def _train(context: Context) -> dict[str, Any]:
         "train_workers": resources.train_workers,
         "last_losses": result.history[-1],
         "weights_sha256": weights_sha256,
+        "backbone_file_sha256": backbone_file_sha256(config.train),
     }
 
 

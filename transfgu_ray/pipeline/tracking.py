@@ -18,7 +18,7 @@ from transfgu_ray.scores import scores_by_method
 from transfgu_ray.storage import Folder
 
 _RECORD = "mlflow.json"
-_MODEL_FILES = ("config.json", "encoder.safetensors", "decoder.safetensors")
+_MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
 _NOT_TERMS = ("epoch",)
 
 
@@ -168,7 +168,7 @@ def _log_model(run: Folder, folder: Path, name: str, run_id: str) -> str:
     package = Path(transfgu_ray.__file__).parent
     folder.mkdir()
     model = Folder(run.uri_of("model"))
-    for file in _MODEL_FILES:
+    for file in filter(model.exists, _MODEL_FILES):
         (folder / file).write_bytes(model.read_bytes(file))
     depth = np.uint8 if len(load_model_config(model).kinds) <= 256 else np.uint16
     signature = ModelSignature(

@@ -14,8 +14,10 @@ import torch
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.resnet import Backbone
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
 from transfgu_ray.algorithms.tokens import read_tokens
+from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
@@ -42,6 +44,8 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
         precision=config.encoder.precision,
         weights_sha256=weights_sha256,
         token_window=config.train.token_window,
+        decoder=config.train.decoder,
+        backbone=config.train.backbone,
     )
 
 
@@ -131,6 +135,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     encoder = load_run_encoder(run, config.encoder.precision, str(device))
     bootstrap = _new_bootstrap(config, ModelConfig(**settings["model"]), encoder)
+    backbone = None if config.train.features == "cached" else load_run_backbone(run, config, str(device))
     grid_hw = encoder.grid_hw(config.train_crop_size)
     history: list[dict[str, float]] = []
     checkpoint = ray.train.get_checkpoint()
@@ -141,13 +146,14 @@ def train_loop(settings: dict[str, Any]) -> None:
         history = state["history"]
     index = bank_index(run)
     resumed_at_epoch = len(history)
-    epochs = schedule(config.train.round_epochs, config.train.alpha)[resumed_at_epoch:]
-    steps, _ = steps_per_epoch(len(index) * config.train.epoch_repeats, config.train.batch_size, world_size)
+    train = config.train
+    epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
+    steps, _ = steps_per_epoch(len(index) * train.epoch_repeats, train.batch_size, world_size)
     batches = _batches(index, run.uri, config, epochs, rank, world_size, grid_hw, settings["num_readers"], device)
     for epoch in epochs:
         bootstrap.begin_epoch(epoch, rank)
         terms = [
-            bootstrap.step(_tokens(batch, encoder, config.train.token_window), batch["scores"], epoch, step)
+            bootstrap.step(_tokens(batch, encoder, train.token_window, backbone), batch["scores"], epoch, step)
             for step, batch in enumerate(itertools.islice(batches, steps))
         ]
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
@@ -172,21 +178,31 @@ def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encode
 
     torch.manual_seed(config.seed)
     student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
-    return Bootstrap(
-        student,
-        learning_rate=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        gradient_clamp=config.train.gradient_clamp,
-        omega_1=config.train.omega_1,
-        omega_2=config.train.omega_2,
-        seed=config.seed,
-        wrap=prepare_model,
-    )
+    return Bootstrap(student, **bootstrap_settings(config), wrap=prepare_model)
 
 
-def _tokens(batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None) -> torch.Tensor:
+def bootstrap_settings(config: RunConfig) -> dict[str, Any]:
+    """What a `Bootstrap` is told of the configuration."""
+    train = config.train
+    return {
+        "learning_rate": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "gradient_clamp": train.gradient_clamp,
+        "omega_1": train.omega_1,
+        "omega_2": train.omega_2,
+        "seed": config.seed,
+        "diversity": train.diversity,
+        "foreground_above": config.cam.background_threshold if train.uncertainty == "foreground" else None,
+    }
+
+
+def _tokens(
+    batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None, backbone: Backbone | None
+) -> torch.Tensor:
     """What the decoder reads of a batch: the tokens that came with it, or those of its images."""
-    return batch["tokens"].float() if "tokens" in batch else read_tokens(encoder, batch["image"], token_window)
+    if "tokens" in batch:
+        return batch["tokens"].float()
+    return read_tokens(encoder, batch["image"], token_window, backbone)
 
 
 def _batches(
