@@ -49,6 +49,15 @@ def test_get_preset__released_as_the_published_code():
     assert (lip.train.batch_size, lip.train_crop_size, lip.inference_size) == (512, (240, 120), (640, 320))
     assert (voc.train.epoch_repeats, voc.extract.window_fracs) == (20, (0.6, 0.5, 0.4, 0.3))
     assert (voc.cam.gradient_scale, voc.cam.keep_mass, voc.cam.exclusion) == (1 / 8, 0.8, False)
+    assert (voc.train.alpha_schedule, voc.train.diversity) == ("restart", "upper_triangle")
+    # Only where Eq. 8 gives a background does the published code look at the foreground alone.
+    for name, which in (
+        ("voc", "foreground"),
+        ("coco80", "foreground"),
+        ("lip5", "foreground"),
+        ("coco_stuff27", "all"),
+    ):
+        assert get_preset("released", name).train.uncertainty == which
 
 
 def test_configure__the_dataset_may_be_named_anywhere(tmp_path):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.errors import DataError, TransfguError
+from transfgu_ray.errors import ConfigError, DataError, TransfguError
 from transfgu_ray.terminal import Terminal
 
 app = typer.Typer(
@@ -261,6 +261,48 @@ def demo(
         overwrite=overwrite,
         quiet=quiet,
     )
+
+
+@app.command()
+def ablate(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Where the runs and ablations.md go.")],
+    preset: Annotated[str, typer.Option(help="Recipe that the variants change; see `transfgu presets`.")] = "demo",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    num_seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, seeds 0, 1, ...")] = 3,
+    only: Annotated[list[str], typer.Option(help="One variant; may be given often. Default: all.")] = [],  # noqa: B006
+    resnet: Annotated[str, typer.Option(help="Weights of the ResNet-50: a checkpoint file, or 'random'.")] = "random",
+    num_scenes: Annotated[int, typer.Option(min=1, help="Scenes to learn from, where --data is not given.")] = 160,
+    ray_address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's ablations, Tables 3, 4 and 5: every variant and seed, resumed where it stopped."""
+    from transfgu_ray.ablations import VARIANTS, ablation_tables
+    from transfgu_ray.pipeline.ablate import ablate as verb
+    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.storage import Folder
+
+    unknown = [name for name in only if name not in VARIANTS]
+    if unknown:
+        raise ConfigError(f"unknown variant {unknown[0]!r}; allowed for --only: {', '.join(VARIANTS)}")
+    terminal, target, notes = Terminal(quiet), Folder(folder), []
+    if data is None:
+        data = target.uri_of("scenes")
+        write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
+        notes.append(f"{num_scenes} rendered scenes to learn from, {DEMO_SCENES['num_val']} to score.")
+    if resnet == "random":
+        notes.append("The ResNet-50 has random weights; DINO's are given with --resnet.")
+    resolved = configure(preset, config, [*_named(dataset, data, weights), "evaluate.baselines=[]", *assignments])
+    resnet = resnet if resnet == "random" else str(_absolute(resnet))
+    metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
+    tables = ablation_tables(metrics, notes)
+    target.write_bytes("ablations.md", tables.encode())
+    terminal.note(tables)
+    terminal.note(f"tables: {target.uri_of('ablations.md')}")
 
 
 @app.command()

@@ -138,6 +138,6 @@ COCO_80 = Benchmark(
     # Unlabelled pixels are void, all stuff is background (released).
     class_of_id=dict.fromkeys(range(len(_THING_NAMES), len(_NAME_OF_ID)), 0)
     | {i: class_id for class_id, i in enumerate(_USED_THINGS, start=1)},
-    settings=_settings(_ROUNDS),
+    settings=_settings(_ROUNDS, **{"train.uncertainty": "foreground"}),
     num_images=_ANNOTATED,
 )

@@ -37,11 +37,12 @@ def _lip(names: tuple[str, ...], class_of_part: tuple[int, ...], released: dict[
 
 
 def _sizes(resize: int) -> dict[str, Any]:
-    """Sizes of the published code: labels at twice `resize` by `resize` px, crops at half, scores at 640 x 320."""
+    """What the published code does: labels at twice `resize` by `resize` px, crops at half, scores at 640 x 320."""
     return {
         "cam.image_size": (2 * resize, resize),
         "train.crop_size": (resize, resize // 2),
         "train.inference_size": (640, 320),
+        "train.uncertainty": "foreground",
     }
 
 

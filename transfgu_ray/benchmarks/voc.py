@@ -28,6 +28,7 @@ VOC = Benchmark(
             "train.crop_size": (160, 160),
             "train.inference_size": (320, 320),
             "train.epoch_repeats": 20,
+            "train.uncertainty": "foreground",
         },
     },
     num_images={"train": 1_464, "val": 1_449},

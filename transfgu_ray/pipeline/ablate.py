@@ -1,0 +1,70 @@
+"""The ablation grid: one run a variant and seed, in one Ray, what variants share computed once a seed."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transfgu_ray.ablations import FULL, VARIANTS
+from transfgu_ray.artifacts import OUTPUTS, Run
+from transfgu_ray.config import RunConfig, build_config
+from transfgu_ray.pipeline.run import Reporter, run_stages
+from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.storage import Folder
+
+# Variants differ in training alone.
+_SHARED = ("extract", "concepts", "labels")
+_STAGES = (*_SHARED, "train", "evaluate")
+
+
+def ablate(
+    folder: Folder,
+    config: RunConfig,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    resnet: str,
+    address: str | None,
+    reporter: Reporter,
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs `FOLDER/seed_N/VARIANT` for every variant and seed; variant -> metrics.json of each seed.
+
+    Finished runs are left alone, so that an interrupted call goes on where it stopped.
+
+    Args:
+        folder: where the runs go.
+        config: what the variants change.
+        variants: names of `ablations.VARIANTS`.
+        seeds: one run of each variant a seed.
+        resnet: `train.backbone_weights` of the variants with a ResNet-50.
+        address: Ray to use.
+        reporter: progress of the stages.
+
+    Raises:
+        TransfguError: settings, data, weights or a run folder are unusable.
+    """
+    metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    with ray_session(address, config.runtime):
+        for seed in seeds:
+            uris = {name: folder.uri_of(f"seed_{seed}/{name}") for name in (FULL, *variants)}
+            for name in variants:
+                settings = [f"seed={seed}", *VARIANTS[name].settings]
+                if any("resnet50" in setting for setting in settings):
+                    settings.append(f"train.backbone_weights={json.dumps(resnet)}")
+                run = Run.open(uris[name], build_config(config, None, settings))
+                if name != FULL:
+                    _copy_shared(Run.open(uris[FULL], build_config(config, None, [f"seed={seed}"])), run, reporter)
+                run_stages(run, _STAGES, address, reporter)
+                metrics[name].append(json.loads(run.folder.read_bytes("metrics.json")))
+    return metrics
+
+
+def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
+    """Gives a run the stages that it shares with another one, each manifest last."""
+    if target.manifest(_SHARED[-1]) is not None:
+        return
+    run_stages(source, _SHARED, None, reporter)
+    for stage in _SHARED:
+        for output in OUTPUTS[stage]:
+            names = [name for name, _ in source.folder.files(output)] or [output]
+            for name in names:
+                target.folder.write_bytes(name, source.folder.read_bytes(name))
+        target.folder.write_bytes(f"{stage}.json", source.folder.read_bytes(f"{stage}.json"))
