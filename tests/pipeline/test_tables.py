@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders import make_folder
-from tests.pipeline.conftest import TINY, Silent, make_run, transfgu
+from tests.pipeline.conftest import Silent, make_run, transfgu
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.pipeline.build_labels import BankBuilder
 from transfgu_ray.pipeline.extract_features import FeatureExtractor
@@ -137,24 +138,21 @@ def test_tables__damaged_and_foreign_parts_are_made_again(undisturbed: Run, phot
 @pytest.mark.ray
 def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings = [
-        word
-        for setting in (*TINY, "data.region_mode=things_and_stuff", "train.round_epochs=[1, 4]")
-        for word in ("--set", setting)
-    ]
-    arguments = ("run", str(folder), "--preset", "tiny_cpu", "--data", str(photographs), *settings)
-    for sign in ("features/part-*.parquet", "train/rounds-*/checkpoint_manager_snapshot.json"):
-        process = transfgu(*arguments)
-        wait_for(folder, sign, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    shutil.copytree(undisturbed.folder.path, folder)
+    # What kills between two parts leave.
+    for stage, name in (("extract", "features"), ("labels", "labels")):
+        (folder / f"{stage}.json").unlink()
+        sorted(folder.glob(f"{name}/part-*.parquet"))[-1].unlink()
+    changes = ("--set", "train.round_epochs=[1, 4]", "--set", "runtime.num_blocks=null", "--overwrite")
+    process = transfgu("run", str(folder), *changes)
+    wait_for(folder, "train/rounds-*/checkpoint_manager_snapshot.json", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     assert not (folder / "train.json").exists()
-    # What a kill between two parts of the labels leaves.
-    (folder / "labels.json").unlink()
-    sorted(folder.glob("labels/part-*.parquet"))[-1].unlink()
     run = Run.open(str(folder), None)
     run_stages(run, STAGES, None, Silent())
-    assert run.require("labels")["parts_resumed"] == len(list(folder.glob("labels/part-*.parquet"))) - 1 > 0
+    for stage, name in (("extract", "features"), ("labels", "labels")):
+        assert run.require(stage)["parts_resumed"] == len(list(folder.glob(f"{name}/part-*.parquet"))) - 1 > 0
     for name in ("features", "concepts.parquet", "labels"):
         assert table(folder, name).equals(table(Path(undisturbed.folder.path), name))
     history = json.loads((folder / "train/history.json").read_bytes())

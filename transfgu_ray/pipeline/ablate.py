@@ -64,7 +64,7 @@ def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
     run_stages(source, _SHARED, None, reporter)
     for stage in _SHARED:
         for output in OUTPUTS[stage]:
-            names = [name for name, _ in source.folder.files(output)] or [output]
-            for name in names:
+            is_file = source.folder.is_file(output)
+            for name in [output] if is_file else [name for name, _ in source.folder.files(output)]:
                 target.folder.write_bytes(name, source.folder.read_bytes(name))
         target.folder.write_bytes(f"{stage}.json", source.folder.read_bytes(f"{stage}.json"))
