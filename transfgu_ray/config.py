@@ -74,6 +74,11 @@ class EncoderConfig(Section):
         default_factory=dict,
         description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
     )
+    pos_embed_interpolation: Literal["timm", "dino"] = Field(
+        "timm",
+        description="of positions learned at another size: timm = antialiased bicubic to the size; dino = bicubic by "
+        "a scale factor with DINO's 0.1 (released); encoders without learned positions take timm only",
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
 
 

@@ -46,7 +46,14 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
     if source == "hub":
         _require_hub(config)
     from transfgu_ray.algorithms.encoder import Encoder
-    from transfgu_ray.algorithms.weights import build_vit, dump_encoder, is_encoder_file, load_vit, random_vit
+    from transfgu_ray.algorithms.weights import (
+        build_vit,
+        dump_encoder,
+        is_encoder_file,
+        load_vit,
+        random_vit,
+        with_interpolation,
+    )
 
     name, overrides, data = config.name, dict(config.overrides), b""
     if source == "hub":
@@ -57,9 +64,10 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
         data = _read_weights(source)
         vit = load_vit(data, source, name, overrides)
     # Refuses what is no plain vision transformer.
-    Encoder(vit)
+    Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
     # Our own files carry their architecture and are kept as they are.
-    return data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    return with_interpolation(data, source, config.pos_embed_interpolation)
 
 
 def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
