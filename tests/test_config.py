@@ -99,6 +99,10 @@ def test_build_config__tells_every_problem_at_once():
         (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),
         (["train.augment.crop_scale=[0,1]"], r"crop_scale must be \(low, high\)"),
+        (
+            ["train.decoder_weights=voc_decoder.pt", "train.token_window=16"],
+            "token_window must be null when train.decoder_weights is set",
+        ),
         (["train.features=cached"], "jitter_prob, grey_prob and blur_prob must be 0 when train.features is cached"),
         (
             ["train.features=cached", "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0.1}"],

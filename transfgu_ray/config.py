@@ -185,6 +185,11 @@ class TrainConfig(Section):
         description="live: the encoder reads every augmented crop (paper); cached: it reads each whole photograph "
         "once, and the decoder learns from crops of the tokens by RoIAlign, without colour augmentation (ours)",
     )
+    decoder_weights: str | None = Field(
+        None,
+        description="a decoder published with the paper (*_decoder.pt) in place of training: `trained` and "
+        "`bootstrapped` both score it, and the settings of training are without effect; null = train",
+    )
     decoder_layers: Positive = Field(2, description="transformer layers of the decoder")
     decoder_heads: Positive = Field(6, description="attention heads of the decoder")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the decoder")
@@ -275,6 +280,8 @@ class RunConfig(Section):
             )
         if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
             raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
+        if self.train.decoder_weights is not None and self.train.token_window is not None:
+            raise ValueError("train.token_window must be null when train.decoder_weights is set; it reads patch tokens")
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")

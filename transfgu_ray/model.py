@@ -34,6 +34,7 @@ class ModelConfig:
         precision: arithmetic of the encoder.
         weights_sha256: hash of the encoder's weights.
         token_window: what the decoder reads; see `read_tokens`.
+        norm_eps: epsilon of the norms in the decoder's blocks.
     """
 
     image_size: tuple[int, int]
@@ -43,6 +44,7 @@ class ModelConfig:
     precision: str
     weights_sha256: str
     token_window: int | None = None
+    norm_eps: float = 1e-6
 
     @property
     def background_id(self) -> int | None:
@@ -92,7 +94,8 @@ class Segmenter(nn.Module):
 def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> MaskTransformer:
     """The decoder that a model configuration describes for an encoder of some width, untrained."""
     width = token_dim(embed_dim, config.token_window)
-    return MaskTransformer(len(config.kinds), width, config.decoder_layers, config.decoder_heads, dropout)
+    layers, heads = config.decoder_layers, config.decoder_heads
+    return MaskTransformer(len(config.kinds), width, layers, heads, dropout, config.norm_eps)
 
 
 def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig, name: str = "decoder") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transfgu_ray.config import EncoderConfig, RunConfig
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
-from transfgu_ray.storage import Folder
+from transfgu_ray.storage import Folder, read_file
 
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.encoder import Encoder
@@ -90,9 +90,8 @@ def weights_file_sha256(config: EncoderConfig) -> str | None:
 def _read_weights(source: str) -> bytes:
     if source == "bundled":
         return _read_bundled()
-    folder, _, name = source.rpartition("/")
     try:
-        return Folder(folder or ".").read_bytes(name)
+        return read_file(source)
     except (OSError, ArtifactError):
         raise WeightsError(
             f"encoder.weights={source} cannot be read; give 'hub', 'bundled', 'random' or the path of a checkpoint"

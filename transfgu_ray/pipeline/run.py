@@ -15,7 +15,7 @@ from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
 from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, list_scored, progress_total
 from transfgu_ray.pipeline.stream import peak_memory_mb
-from transfgu_ray.prior import resolve_encoder, weights_file_sha256
+from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 
 
 class Reporter(Protocol):
@@ -45,7 +45,9 @@ def run_stages(
     listing = list_images(config.data, BENCHMARKS[config.data.dataset].train_split)
     _check_early(config, listing)
     inputs = f"{listing.fingerprint} {_weights_identity(run)}"
-    fingerprints = {stage: run.fingerprint(stage, inputs) for stage in STAGES}
+    decoded = inputs + _decoder_identity(run)
+    before = STAGES[: STAGES.index("train")]
+    fingerprints = {stage: run.fingerprint(stage, inputs if stage in before else decoded) for stage in STAGES}
     pending = [stage for stage in stages if not _is_current(run, stage, fingerprints[stage], overwrite)]
     for stage in STAGES[: STAGES.index(stages[0])]:
         if run.require(stage)["fingerprint"] != fingerprints[stage]:
@@ -58,6 +60,10 @@ def run_stages(
         if "evaluate" in pending:
             list_scored(config)
         encoder = resolve_encoder(config) if "extract" in pending else None
+        if "train" in pending and config.train.decoder_weights is not None:
+            from transfgu_ray.pipeline.import_decoder import check_decoder
+
+            check_decoder(config, encoder or run.folder.read_bytes(ENCODER))
         with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
@@ -88,6 +94,16 @@ def _weights_identity(run: Run) -> str:
     if found is None:
         found = (run.manifest("extract") or {}).get("weights_file_sha256")
     return str(found)
+
+
+def _decoder_identity(run: Run) -> str:
+    """Hash of the published decoder, or what the run recorded where the file is gone; empty where it trains."""
+    source = run.config.train.decoder_weights
+    if source is None:
+        return ""
+    from transfgu_ray.pipeline.import_decoder import decoder_sha256
+
+    return f" {decoder_sha256(source) or (run.manifest('train') or {}).get('imported')}"
 
 
 def _check_early(config: RunConfig, listing: Listing) -> None:
