@@ -113,6 +113,14 @@ def test_build_config__tells_every_problem_at_once():
             ["train.backbone=resnet50_fpn", "train.backbone_weights=random", "train.token_window=16"],
             "token_window has no use when train.backbone is resnet50_fpn",
         ),
+        (
+            ["train.decoder_weights=voc_decoder.pt", "train.decoder=classifier"],
+            "train.decoder_weights holds a segmenter that reads the prior",
+        ),
+        (
+            ["train.decoder_weights=voc_decoder.pt", "train.token_window=16"],
+            "token_window must be null when train.decoder_weights is set",
+        ),
         (["train.features=cached"], "jitter_prob, grey_prob and blur_prob must be 0 when train.features is cached"),
         (
             ["train.features=cached", "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0.1}"],

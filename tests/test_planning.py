@@ -49,6 +49,11 @@ def test_plan_stages__cached_features_are_read_once():
     assert train.seconds == pytest.approx(20 + 150 * 0.51 + 10 + 50 * 0.21)
 
 
+def test_plan_stages__a_published_decoder_is_not_trained():
+    train = plan("train.decoder_weights=voc_decoder.pt")["train"]
+    assert (train.forwards, train.seconds) == (0, 0)
+
+
 def test_plan_stages__no_prior_has_no_forward_for_the_foreground():
     assert plan("data.region_mode=no_prior")["extract"].forwards == 800
 

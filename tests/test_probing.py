@@ -48,7 +48,9 @@ def test_probe__tables_with_masks_by_hand(tmp_path, weights):
     assert result.rank_me == pytest.approx(rank_me(queries), rel=1e-4)
     ious = []
     tokens = encoder.prefix(pixels["val"])
-    for i, found in enumerate(above_mean(encoder.saliency(tokens, encoder.class_row(tokens), (4, 4), "attention"))):
+    for i, found in enumerate(
+        above_mean(encoder.saliency(tokens, encoder.class_row(tokens, (4, 4)), (4, 4), "attention"))
+    ):
         truth = np.array(picture(images["val"][i].mask)) == 255
         large = np.kron(found.numpy(), np.ones((8, 8), dtype=bool))
         ious.append((truth & large).sum() / (truth | large).sum())

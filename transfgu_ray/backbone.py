@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transfgu_ray.config import RunConfig, TrainConfig
 from transfgu_ray.errors import ArtifactError, WeightsError
-from transfgu_ray.storage import Folder, resolve
+from transfgu_ray.storage import Folder, read_file
 
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.resnet import Backbone
@@ -25,7 +25,7 @@ def resolve_backbone(config: RunConfig) -> bytes | None:
         return None
     from transfgu_ray.algorithms.resnet import dump_resnet, load_resnet, random_resnet
 
-    return dump_resnet(random_resnet(config.seed) if source == "random" else load_resnet(_read_file(source), source))
+    return dump_resnet(random_resnet(config.seed) if source == "random" else load_resnet(_read(source), source))
 
 
 def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone | None":
@@ -43,16 +43,14 @@ def backbone_file_sha256(config: TrainConfig) -> str | None:
     if source is None or source == "random":
         return None
     try:
-        return hashlib.sha256(_read_file(source)).hexdigest()
+        return hashlib.sha256(_read(source)).hexdigest()
     except WeightsError:
         return None
 
 
-def _read_file(source: str) -> bytes:
+def _read(source: str) -> bytes:
     try:
-        fs, path = resolve(source)
-        with fs.open_input_stream(path) as stream:
-            return stream.read()
+        return read_file(source)
     except (OSError, ArtifactError):
         raise WeightsError(
             f"train.backbone_weights={source} cannot be read; give 'random' or the path of a checkpoint"

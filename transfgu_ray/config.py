@@ -92,6 +92,11 @@ class EncoderConfig(Section):
         default_factory=dict,
         description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
     )
+    pos_embed_interpolation: Literal["timm", "dino"] = Field(
+        "timm",
+        description="of positions learned at another size: timm = antialiased bicubic to the size; dino = bicubic by "
+        "a scale factor with DINO's 0.1 (released); encoders without learned positions take timm only",
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
 
 
@@ -221,6 +226,11 @@ class TrainConfig(Section):
     )
     decoder: Literal["segmenter", "classifier"] = Field(
         "segmenter", description="segmenter: mask transformer (paper); classifier: one 1x1 convolution (Table 4)"
+    )
+    decoder_weights: str | None = Field(
+        None,
+        description="a decoder published with the paper (*_decoder.pt) in place of training: `trained` and "
+        "`bootstrapped` both score it, and the settings of training are without effect; null = train",
     )
     decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
     decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
@@ -354,6 +364,8 @@ class RunConfig(Section):
             )
         if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
             raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
+        if self.train.decoder_weights is not None and self.train.token_window is not None:
+            raise ValueError("train.token_window must be null when train.decoder_weights is set; it reads patch tokens")
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
@@ -381,6 +393,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.backbone_weights={train.backbone_weights or 'null'} does not go with train.backbone="
                 f"{train.backbone}: resnet50_fpn needs 'random' or the path of a checkpoint, prior must have null"
+            )
+        if train.decoder_weights is not None and (train.backbone, train.decoder) != ("prior", "segmenter"):
+            raise ValueError(
+                "train.decoder_weights holds a segmenter that reads the prior; set train.backbone to prior and "
+                "train.decoder to segmenter"
             )
         if train.backbone != "prior" and train.token_window is not None:
             raise ValueError("train.token_window has no use when train.backbone is resnet50_fpn; set it to null")

@@ -37,6 +37,7 @@ class ModelConfig:
         token_window: what the decoder reads; see `read_tokens`.
         decoder: `segmenter` or `classifier`.
         backbone: `prior`, or `resnet50_fpn` where the decoder reads backbone.safetensors instead of the encoder.
+        norm_eps: epsilon of the norms in the decoder's blocks.
     """
 
     image_size: tuple[int, int]
@@ -48,6 +49,7 @@ class ModelConfig:
     token_window: int | None = None
     decoder: str = "segmenter"
     backbone: str = "prior"
+    norm_eps: float = 1e-6
 
     @property
     def background_id(self) -> int | None:
@@ -105,7 +107,8 @@ def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> 
     if config.decoder == "classifier":
         decoder = Classifier(num_classes, width)
     else:
-        decoder = MaskTransformer(num_classes, width, config.decoder_layers, config.decoder_heads, dropout)
+        layers, heads = config.decoder_layers, config.decoder_heads
+        decoder = MaskTransformer(num_classes, width, layers, heads, dropout, config.norm_eps)
     return decoder if config.backbone == "prior" else PyramidDecoder(decoder, width)
 
 

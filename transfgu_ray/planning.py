@@ -87,6 +87,8 @@ def plan_stages(
 
 def _plan_training(config: RunConfig, pieces: dict[str, Any], num_images: int, cluster: Cluster) -> StagePlan:
     train, ranks = config.train, cluster.train_workers
+    if train.decoder_weights is not None:
+        return StagePlan("train", 0, 0, 0.0)
     visits = num_images * train.epoch_repeats
     steps, per_worker = steps_per_epoch(visits, train.batch_size, ranks)
     epochs = sum(train.round_epochs)

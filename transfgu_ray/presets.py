@@ -40,6 +40,7 @@ def released() -> RunConfig:
     """What the published code does where it departs from the text. Sized for GPUs; score: not run."""
     return RunConfig(
         preset="released",
+        encoder=EncoderConfig(pos_embed_interpolation="dino"),
         # A mean over a batch of 8 photographs divides its gradient; four fifths of a map's mass are kept.
         cam=CamConfig(gradient_scale=1 / 8, keep_mass=0.8, exclusion=False),
         train=TrainConfig(alpha_schedule="restart", diversity="upper_triangle"),

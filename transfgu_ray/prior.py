@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transfgu_ray.config import EncoderConfig, RunConfig
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
-from transfgu_ray.storage import Folder
+from transfgu_ray.storage import Folder, read_file
 
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.encoder import Encoder
@@ -46,7 +46,14 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
     if source == "hub":
         _require_hub(config)
     from transfgu_ray.algorithms.encoder import Encoder
-    from transfgu_ray.algorithms.weights import build_vit, dump_encoder, is_encoder_file, load_vit, random_vit
+    from transfgu_ray.algorithms.weights import (
+        build_vit,
+        dump_encoder,
+        is_encoder_file,
+        load_vit,
+        random_vit,
+        with_interpolation,
+    )
 
     name, overrides, data = config.name, dict(config.overrides), b""
     if source == "hub":
@@ -57,9 +64,10 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
         data = _read_weights(source)
         vit = load_vit(data, source, name, overrides)
     # Refuses what is no plain vision transformer.
-    Encoder(vit)
+    Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
     # Our own files carry their architecture and are kept as they are.
-    return data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    return with_interpolation(data, source, config.pos_embed_interpolation)
 
 
 def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
@@ -82,9 +90,8 @@ def weights_file_sha256(config: EncoderConfig) -> str | None:
 def _read_weights(source: str) -> bytes:
     if source == "bundled":
         return _read_bundled()
-    folder, _, name = source.rpartition("/")
     try:
-        return Folder(folder or ".").read_bytes(name)
+        return read_file(source)
     except (OSError, ArtifactError):
         raise WeightsError(
             f"encoder.weights={source} cannot be read; give 'hub', 'bundled', 'random' or the path of a checkpoint"

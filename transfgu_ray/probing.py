@@ -175,7 +175,8 @@ def _decode(image: EncodedImage, size: int) -> _Picture:
 def _look(encoder: Encoder, size: int, pictures: list[_Picture], seen: _Seen) -> None:
     """Class tokens of a batch, and how well each prior finds the object."""
     tokens = encoder.prefix(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(encoder.device))
-    row = encoder.class_row(tokens)
+    grid_hw = encoder.grid_hw((size, size))
+    row = encoder.class_row(tokens, grid_hw)
     seen.labels += [picture.label for picture in pictures]
     seen.tokens.append(row.tail(row.context).cpu())
     masked = [i for i, picture in enumerate(pictures) if picture.is_object is not None]
@@ -184,7 +185,7 @@ def _look(encoder: Encoder, size: int, pictures: list[_Picture], seen: _Seen) ->
     truth = torch.from_numpy(np.stack([pictures[i].is_object for i in masked]))
     ious = []
     for prior in PRIORS:
-        found = above_mean(encoder.saliency(tokens, row, encoder.grid_hw((size, size)), prior)).cpu()[masked]
+        found = above_mean(encoder.saliency(tokens, row, grid_hw, prior)).cpu()[masked]
         found = found.repeat_interleave(encoder.patch_size, 1).repeat_interleave(encoder.patch_size, 2)
         ious.append(mask_iou(found, truth))
     seen.ious.append(torch.stack(ious, 1))

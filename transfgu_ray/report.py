@@ -51,7 +51,7 @@ def write_report(run: Run) -> int:
         num_refused=len(refusals),
         strips=strips,
         legend=_legend(model, metrics, colours["pred"]),
-        loss_figure=_loss_figure(history),
+        loss_figure=_loss_figure(history) if history else None,
     )
     run.folder.write_bytes("report.html", page.encode())
     return len(strips)

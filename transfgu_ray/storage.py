@@ -123,3 +123,14 @@ class Folder:
             self.fs.delete_dir(self.join(name))
         elif kind == pafs.FileType.File:
             self.fs.delete_file(self.join(name))
+
+
+def read_file(uri: str) -> bytes:
+    """Content of a single file at a path or URI.
+
+    Raises:
+        OSError: there is no such file.
+        ArtifactError: the scheme is unknown.
+    """
+    folder, _, name = uri.rpartition("/")
+    return Folder(folder or ".").read_bytes(name)

@@ -3,7 +3,7 @@ import torch
 
 from tests.builders import random_images, shake, tiny_encoder
 from transfgu_ray.algorithms.cam import attention_gradients, keep_top_mass, response_maps
-from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.encoder import ClassRow, Encoder
 from transfgu_ray.algorithms.weights import random_vit
 from transfgu_ray.bench.published import plain_gradients
 
@@ -12,8 +12,31 @@ def _register_encoder() -> Encoder:
     return Encoder(shake(random_vit("vit_small_patch14_reg4_dinov2", {"depth": 2}, seed=0), scale=0.02))
 
 
+def _rope_encoder(name: str = "vit_small_patch16_dinov3", **overrides: int) -> Encoder:
+    overrides = {"depth": 2, "embed_dim": 48, "num_heads": 3} | overrides
+    return Encoder(shake(random_vit(name, overrides, seed=0), scale=0.1))
+
+
+def _split_bias_swiglu_encoder() -> Encoder:
+    return _rope_encoder("vit_small_plus_patch16_dinov3_qkvb")
+
+
+def _mixed_rope_encoder() -> Encoder:
+    return _rope_encoder("vit_small_patch16_rope_mixed_224")
+
+
+def _shared_keys_encoder() -> Encoder:
+    # Four queries a key, queries and keys normalised, three projections.
+    grouped = {"attn_type": "rope", "num_kv_heads": 1, "qkv_fused": False, "qk_norm": True, "scale_attn_inner": True}
+    return _rope_encoder(num_heads=4, **grouped)
+
+
 def _dino_encoder() -> Encoder:
     return Encoder(random_vit("vit_small_patch8_224.dino", {}, seed=0))
+
+
+def _row(encoder: Encoder, images: torch.Tensor) -> ClassRow:
+    return encoder.class_row(encoder.prefix(images), encoder.grid_hw(tuple(images.shape[2:])))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +49,20 @@ def _dino_encoder() -> Encoder:
         (_register_encoder, 56, 27),
         (_register_encoder, 56, 171),
         (_dino_encoder, 64, 27),
+        (_rope_encoder, 64, 1),
+        (_rope_encoder, 64, 3),
+        (_split_bias_swiglu_encoder, 64, 3),
+        (_mixed_rope_encoder, 48, 3),
+        (_shared_keys_encoder, 48, 3),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).strip("_"),
 )
 def test_attention_gradients__equal_k_backward_passes_through_the_network(build, size, num_concepts):
-    encoder, images = build(), random_images(2, size, size)
+    # Another size than the default, and no square.
+    encoder = build()
+    images = random_images(2, size, size + encoder.patch_size)
     centroids = torch.randn(num_concepts, encoder.embed_dim, generator=torch.Generator().manual_seed(1))
-    got = attention_gradients(encoder.class_row(encoder.prefix(images)), centroids)
+    got = attention_gradients(_row(encoder, images), centroids)
     want = plain_gradients(encoder, images, centroids)
     assert got.shape == want.shape
     # A map at a time: a small one must not hide behind a large one.
@@ -41,7 +71,7 @@ def test_attention_gradients__equal_k_backward_passes_through_the_network(build,
 
 def test_attention_gradients__more_concepts_than_one_chunk():
     encoder, images = tiny_encoder(), random_images(1, 24, 24)
-    row = encoder.class_row(encoder.prefix(images))
+    row = _row(encoder, images)
     centroids = torch.randn(300, encoder.embed_dim, generator=torch.Generator().manual_seed(1))
     apart = torch.cat([attention_gradients(row, c[None]) for c in centroids], dim=1)
     torch.testing.assert_close(attention_gradients(row, centroids), apart, rtol=1e-4, atol=1e-7)
@@ -49,7 +79,7 @@ def test_attention_gradients__more_concepts_than_one_chunk():
 
 def _maps(centroids, gradient_scale=1.0, keep_mass=None):
     encoder, images = tiny_encoder(), random_images(2, 32, 24)
-    row = encoder.class_row(encoder.prefix(images))
+    row = _row(encoder, images)
     return response_maps(encoder, row, centroids, (4, 3), gradient_scale, keep_mass)
 
 
@@ -61,7 +91,7 @@ def centroids():
 def test_response_maps__equal_the_formula(centroids):
     encoder, images = tiny_encoder(), random_images(2, 32, 24)
     gradients = plain_gradients(encoder, images, centroids)[:, :, 1:]
-    attention = encoder.class_row(encoder.prefix(images)).attention[:, :, 1:].mean(1)
+    attention = _row(encoder, images).attention[:, :, 1:].mean(1)
     assert (gradients > 0).any()
     assert (gradients < 0).any()
     for scale in (1.0, 0.125):

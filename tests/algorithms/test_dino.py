@@ -68,8 +68,8 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 STEPS = 10
 
 
-def network(masked: bool = True, seed: int = 0) -> DinoNetwork:
-    vit = shake(random_vit(TINY_VIT, TINY_OVERRIDES | {"img_size": 32}, seed), seed)
+def network(masked: bool = True, seed: int = 0, name: str = TINY_VIT) -> DinoNetwork:
+    vit = shake(random_vit(name, TINY_OVERRIDES | {"img_size": 32}, seed), seed)
     torch.manual_seed(seed)
     return DinoNetwork(vit, DinoHead(24, 12, 8, 16), masked, MEAN, STD)
 
@@ -142,13 +142,15 @@ def test_head__cosines_with_prototypes():
             assert head(tokens)[i, p].item() == pytest.approx(want.item(), abs=1e-5)
 
 
-def test_tokens__are_the_encoders():
-    net, photos = network(), images(num=2)[:, :, :32, :32]
+@pytest.mark.parametrize("name", [TINY_VIT, "vit_small_patch16_dinov3"])
+def test_tokens__are_the_encoders(name):
+    net, photos = network(name=name), images(num=2)[:, :, :32, :32]
     with torch.no_grad():
         tokens = net.tokens(photos.float() / 255)
     encoder = Encoder(copy.deepcopy(net.vit), MEAN, STD)
     torch.testing.assert_close(tokens[:, 0], encoder.cls_tokens(photos), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(tokens[:, 1:], encoder.patch_tokens(photos), atol=1e-5, rtol=1e-4)
+    patches = tokens[:, encoder.num_prefix_tokens :]
+    torch.testing.assert_close(patches, encoder.patch_tokens(photos), atol=1e-5, rtol=1e-4)
 
 
 def test_class_tokens__are_the_teachers_at_the_size_of_a_global_view():

@@ -35,7 +35,7 @@ def test_labeller__exclusion_follows_the_foreground():
     free, _ = _label(images)
     scores, foreground = _label(images, is_background=IS_BACKGROUND)
     encoder = tiny_encoder()
-    row = encoder.class_row(encoder.prefix(images))
+    row = encoder.class_row(encoder.prefix(images), (4, 4))
     assert torch.equal(foreground, above_mean(encoder.patch_attention(row, (4, 4))))
     allowed = foreground[:, None] != IS_BACKGROUND[None, :, None, None]
     assert torch.equal(scores[allowed], free[allowed])

@@ -12,9 +12,11 @@ from transfgu_ray.algorithms.weights import (
     dump_encoder,
     hash_weights,
     load_encoder,
+    load_untrained,
     load_vit,
     random_vit,
     read_safetensors,
+    with_interpolation,
 )
 from transfgu_ray.errors import WeightsError
 
@@ -196,3 +198,16 @@ def test_dump_encoder__half_precision_and_facts(vit):
     loaded = load_encoder(data, "mine").vit.state_dict()
     assert all(torch.equal(value, vit.state_dict()[name].half().float()) for name, value in loaded.items())
     assert len(data) < 0.6 * len(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES))
+
+
+def test_with_interpolation__is_kept_beside_the_weights(vit):
+    plain = dump_encoder(vit, TINY_VIT, TINY_OVERRIDES, facts={"recipe": "{}"})
+    assert load_encoder(plain, "e").pos_embed_interpolation == "timm"
+    assert with_interpolation(plain, "e", "timm") == plain
+    data = with_interpolation(plain, "e", "dino")
+    for encoder in (load_encoder(data, "e"), load_untrained(data, "e", seed=1)):
+        assert encoder.pos_embed_interpolation == "dino"
+    (state, facts), (was, before) = read_safetensors(data, "e"), read_safetensors(plain, "e")
+    assert facts == before | {"pos_embed_interpolation": "dino"}
+    assert hash_weights(state) == hash_weights(was)
+    assert load_encoder(with_interpolation(data, "e", "timm"), "e").pos_embed_interpolation == "timm"

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transfgu_ray.algorithms.blocks import embed_patches, run_blocks
 from transfgu_ray.algorithms.multicrop import MultiCrop, multi_crop
 
 
@@ -152,7 +153,7 @@ class DinoNetwork(nn.Module):
         embedded = vit.patch_embed((view - self.mean) / self.std)
         if mask is not None:
             embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
-        return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(embedded)))))
+        return vit.norm(run_blocks(vit, embed_patches(vit, embedded), (embedded.shape[1], embedded.shape[2])))
 
 
 class Dino:

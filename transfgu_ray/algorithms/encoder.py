@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, UInt8
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from transfgu_ray.algorithms import blocks
 from transfgu_ray.errors import WeightsError
 
 
@@ -36,13 +35,14 @@ class Encoder(nn.Module):
     """A timm vision transformer with a class token, frozen.
 
     Args:
-        vit: pre-norm `VisionTransformer` made with `dynamic_img_size=True`.
+        vit: pre-norm `VisionTransformer` or `Eva` made with `dynamic_img_size=True`.
         mean: RGB mean of the normalisation, in [0, 1].
         std: RGB deviation of the normalisation.
         precision: "float32", or "bfloat16" to run all but the last block's class row under autocast.
+        pos_embed_interpolation: "timm" or "dino", of learned positions at other sizes; see `blocks.embed_patches`.
 
     Raises:
-        WeightsError: the model has no class token, or blocks of another kind.
+        WeightsError: the model has no class token, blocks of another kind, or no learned positions to interpolate.
     """
 
     def __init__(
@@ -51,22 +51,30 @@ class Encoder(nn.Module):
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         precision: str = "float32",
+        pos_embed_interpolation: str = "timm",
     ) -> None:
         super().__init__()
-        if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+        if not isinstance(vit, blocks.MODELS) or vit.cls_token is None:
             raise WeightsError(
                 f"encoder.name gives a {type(vit).__name__}, which is not a timm vision transformer with a class "
                 "token; use one such as vit_small_patch8_224.dino"
             )
         last = vit.blocks[-1]
         attn = getattr(last, "attn", None)
-        if type(last) is not Block or type(attn) is not Attention or attn.gate is not None:
+        known = type(last) in blocks.BLOCKS and type(attn) in blocks.ATTENTIONS
+        if not known or getattr(attn, "gate", None) is not None:
             raise WeightsError(
                 f"the last block of this encoder is a {type(last).__name__} with {type(attn).__name__}, "
                 "whose class-token gradient is not implemented; use a plain pre-norm ViT"
             )
+        if pos_embed_interpolation != "timm" and vit.pos_embed is None:
+            raise WeightsError(
+                f"encoder.pos_embed_interpolation={pos_embed_interpolation}, but this encoder has no learned positions "
+                "to interpolate; leave it at timm"
+            )
         self.vit = vit.eval().requires_grad_(False)
         self.precision = precision
+        self.pos_embed_interpolation = pos_embed_interpolation
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -94,10 +102,10 @@ class Encoder(nn.Module):
         """Where the weights are."""
         return self.mean.device
 
-    def _embed(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
+    def _run(self, images: UInt8[Tensor, "b 3 y x"], part: slice) -> Float[Tensor, "b n d"]:
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        vit = self.vit
-        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
+        tokens = blocks.embed_patches(self.vit, self.vit.patch_embed(pixels), self.pos_embed_interpolation)
+        return blocks.run_blocks(self.vit, tokens, self.grid_hw((images.shape[2], images.shape[3])), part)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -106,14 +114,14 @@ class Encoder(nn.Module):
     def prefix(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
         """Tokens before the last block, float32, from RGB images in 0-255 on the encoder's device."""
         with self._autocast():
-            tokens = self.vit.blocks[:-1](self._embed(images))
+            tokens = self._run(images, slice(-1))
         return tokens.float()
 
     @torch.no_grad()
     def all_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
         """Final normalised tokens, float32: the class token, any registers, then the patches row by row."""
         with self._autocast():
-            tokens = self.vit.norm(self.vit.blocks(self._embed(images)))
+            tokens = self.vit.norm(self._run(images, slice(None)))
         return tokens.float()
 
     def patch_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw d"]:
@@ -121,36 +129,31 @@ class Encoder(nn.Module):
         return self.all_tokens(images)[:, self.num_prefix_tokens :]
 
     @torch.no_grad()
-    def class_row(self, tokens: Float[Tensor, "b n d"]) -> ClassRow:
+    def class_row(self, tokens: Float[Tensor, "b n d"], grid_hw: tuple[int, int]) -> ClassRow:
         """The last block for the class token only; the patch tokens' queries and MLP are never computed.
 
         Args:
             tokens: output of `prefix`.
+            grid_hw: their patch grid.
         """
         block = self.vit.blocks[-1]
-        attn = block.attn
-        b, n, _ = tokens.shape
-        m, e = attn.num_heads, attn.head_dim
-        normed = block.norm1(tokens)
-        weight_q, weight_kv = attn.qkv.weight.split([m * e, 2 * m * e])
-        bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([m * e, 2 * m * e])
-        query = nn.functional.linear(normed[:, 0], weight_q, bias_q).view(b, m, 1, e)
-        keys, values = nn.functional.linear(normed, weight_kv, bias_kv).view(b, n, 2, m, e).unbind(2)
-        scores = attn.q_norm(query) * attn.scale @ attn.k_norm(keys.transpose(1, 2)).transpose(-2, -1)
-        attention = scores.softmax(-1)
-        context = (attention @ values.transpose(1, 2)).reshape(b, m * e)
+        rope = blocks.rotations(self.vit, grid_hw)[-1]
+        attention, values = blocks.class_attention(block.attn, block.norm1(tokens), rope)
+        heads = values.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        context = (attention.unsqueeze(2) @ heads).flatten(1)
+        scale_attention, scale_mlp = blocks.layer_scales(block)
 
         def tail(context: Tensor) -> Tensor:
-            token = tokens[:, 0] + block.ls1(attn.proj(attn.norm(context)))
-            token = token + block.ls2(block.mlp(block.norm2(token)))
+            token = tokens[:, 0] + scale_attention(block.attn.proj(block.attn.norm(context)))
+            token = token + scale_mlp(block.mlp(block.norm2(token)))
             return self.vit.norm(token)
 
-        return ClassRow(attention.squeeze(2), values.reshape(b, n, m * e), context, tail)
+        return ClassRow(attention, values, context, tail)
 
     @torch.no_grad()
     def cls_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
         """Final normalised class tokens x^cls (Eq. 3), float32."""
-        row = self.class_row(self.prefix(images))
+        row = self.class_row(self.prefix(images), self.grid_hw((images.shape[2], images.shape[3])))
         return row.tail(row.context)
 
     @torch.no_grad()
@@ -169,7 +172,8 @@ class Encoder(nn.Module):
         if prior == "attention":
             return self.patch_attention(row, grid_hw)
         with self._autocast():
-            patches = self.vit.norm(self.vit.blocks[-1](tokens))[:, self.num_prefix_tokens :].float()
+            last = blocks.run_blocks(self.vit, tokens, grid_hw, slice(-1, None))
+            patches = self.vit.norm(last)[:, self.num_prefix_tokens :].float()
         return (patches - patches.mean(1, keepdim=True)).norm(dim=-1).unflatten(-1, grid_hw)
 
     def patch_attention(self, row: ClassRow, grid_hw: tuple[int, int]) -> Float[Tensor, "b h w"]:

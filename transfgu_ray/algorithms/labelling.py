@@ -45,7 +45,7 @@ class Labeller:
         """Scores in [0, 1] of all K concepts and the foreground mask, on the patch grid."""
         grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
         tokens = self.encoder.prefix(images)
-        row = self.encoder.class_row(tokens)
+        row = self.encoder.class_row(tokens, grid_hw)
         if self.windows is None:
             maps = response_maps(self.encoder, row, self.centroids, grid_hw, self.gradient_scale, self.keep_mass)
         else:

@@ -3,6 +3,8 @@
 Letters: b images, k classes, d width, (h, w) patch grid.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
@@ -19,16 +21,26 @@ class MaskTransformer(nn.Module):
         num_layers: transformer blocks (released: 2).
         num_heads: attention heads (released: 6); must divide d_encoder.
         dropout: dropout in MLP and projections (released: 0.1).
+        norm_eps: epsilon of the blocks' norms (ours: 1e-6; released: 1e-5).
     """
 
     def __init__(
-        self, num_classes: int, d_encoder: int, num_layers: int = 2, num_heads: int = 6, dropout: float = 0.1
+        self,
+        num_classes: int,
+        d_encoder: int,
+        num_layers: int = 2,
+        num_heads: int = 6,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         d = d_encoder
         self.cls_emb = nn.Parameter(torch.empty(1, num_classes, d))
         self.proj_dec = nn.Linear(d, d)
-        self.blocks = nn.ModuleList(Block(d, num_heads, qkv_bias=True, proj_drop=dropout) for _ in range(num_layers))
+        norm = partial(nn.LayerNorm, eps=norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(d, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(num_layers)
+        )
         self.decoder_norm = nn.LayerNorm(d)
         self.proj_patch = nn.Parameter(d**-0.5 * torch.randn(d, d))
         self.proj_classes = nn.Parameter(d**-0.5 * torch.randn(d, d))

@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from transfgu_ray.algorithms.encoder import Encoder
+from transfgu_ray.algorithms.layouts import backbone_state, to_timm
 from transfgu_ray.errors import WeightsError
 
 FORMAT = "transfgu-encoder-1"
+_INTERPOLATION = "pos_embed_interpolation"
 
 
 def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = False) -> nn.Module:
@@ -47,9 +49,9 @@ def random_vit(name: str, overrides: dict[str, int | str], seed: int) -> nn.Modu
 def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str]) -> nn.Module:
     """A timm model with weights from the bytes of a file.
 
-    Accepts our own safetensors (the architecture in the file wins over `name`), any other safetensors, and
-    PyTorch checkpoints in the original DINO layouts: a bare state dict, or one under `teacher` / `student` /
-    `state_dict` / `model`, with `module.` and `backbone.` prefixes. Never unpickles objects.
+    Accepts our own safetensors (the architecture in the file wins over `name`), and state dicts under timm's names
+    or in the layouts of `layouts`, as safetensors or as a PyTorch checkpoint. Never unpickles objects. Every tensor
+    of the model must be there, and every tensor of the file must be the model's or be known to lie beside it.
 
     Args:
         data: the file's content.
@@ -60,26 +62,30 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str
     Raises:
         WeightsError: the file cannot be read or its tensors do not fit the architecture.
     """
-    if _is_safetensors(data):
-        state, metadata = read_safetensors(data, source)
-        if metadata.get("format") == FORMAT:
-            name, overrides = metadata["name"], json.loads(metadata["overrides"])
-    else:
-        state = _unwrap(_read_checkpoint(data, source), source)
+    checkpoint, metadata = read_safetensors(data, source) if _is_safetensors(data) else (None, {})
+    is_own = metadata.get("format") == FORMAT
+    if is_own:
+        name, overrides = metadata["name"], json.loads(metadata["overrides"])
+    elif checkpoint is None:
+        checkpoint = read_checkpoint(data, source)
     vit = build_vit(name, overrides)
-    wanted = vit.state_dict()
-    missing = [key for key in wanted if key not in state]
-    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if missing or wrong:
-        problem = (
-            f"lacks {missing[0]} ({len(missing)} tensors in all)"
-            if missing
-            else (f"has {wrong[0]} of shape {tuple(state[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}")
-        )
+    state = checkpoint if is_own else to_timm(checkpoint, vit, source, name)
+    if problem := misfit(state, vit.state_dict()):
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
-    # A classification or projection head beside the backbone is not needed.
-    vit.load_state_dict({key: state[key].float() for key in wanted})
+    vit.load_state_dict({key: value.float() for key, value in state.items()})
     return vit
+
+
+def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """What is first wrong with a state dict, to follow "it"; None where it is just what is wanted."""
+    if missing := [key for key in wanted if key not in state]:
+        return f"lacks {missing[0]} ({len(missing)} tensors in all)"
+    if unknown := [key for key in state if key not in wanted]:
+        return f"holds {unknown[0]}, which has no place in it ({len(unknown)} tensors in all)"
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            return f"has {key} of shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    return None
 
 
 def dump_encoder(
@@ -149,7 +155,18 @@ def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
 
 def _as_encoder(vit: nn.Module, metadata: dict[str, str], precision: str, device: str) -> Encoder:
     mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
-    return Encoder(vit, mean, std, precision).to(device)
+    return Encoder(vit, mean, std, precision, metadata.get(_INTERPOLATION, "timm")).to(device)
+
+
+def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:
+    """What `dump_encoder` made, saying how positions are interpolated; the same bytes where it says so already.
+
+    Files that say nothing are of "timm".
+    """
+    state, metadata = read_safetensors(data, source)
+    if metadata.get(_INTERPOLATION, "timm") == interpolation:
+        return data
+    return safetensors.torch.save(state, metadata | {_INTERPOLATION: interpolation})
 
 
 def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -165,14 +182,14 @@ def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
 
 
 def read_state(data: bytes, source: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a PyTorch checkpoint in the layouts that `load_vit` names.
+    """Tensors of a safetensors file, or of a PyTorch checkpoint in the wrappers that its authors publish.
 
     Raises:
         WeightsError: the bytes are neither.
     """
     if _is_safetensors(data):
         return read_safetensors(data, source)[0]
-    return _unwrap(_read_checkpoint(data, source), source)
+    return backbone_state(read_checkpoint(data, source), source)
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:
@@ -200,7 +217,12 @@ def _is_safetensors(data: bytes) -> bool:
     return data[8:9] == b"{"
 
 
-def _read_checkpoint(data: bytes, source: str) -> Any:
+def read_checkpoint(data: bytes, source: str) -> Any:
+    """What a PyTorch file holds, tensors and plain containers alone.
+
+    Raises:
+        WeightsError: it is no such file, or holds other objects.
+    """
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a file that is not a plain checkpoint
@@ -209,20 +231,3 @@ def _read_checkpoint(data: bytes, source: str) -> Any:
             f"{source} is not a checkpoint of plain tensors ({type(error).__name__}: {reason}); pickled objects are "
             "never loaded, so save its state_dict alone"
         ) from None
-
-
-def _unwrap(checkpoint: Any, source: str) -> dict[str, Tensor]:
-    # DINO publishes the teacher as its result; the student is the noisier of the two.
-    for key in ("teacher", "student", "state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, dict):
-        raise WeightsError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")
-    state = {}
-    for key, value in checkpoint.items():
-        if isinstance(value, Tensor):
-            for prefix in ("module.", "backbone."):
-                key = key.removeprefix(prefix)
-            state[key] = value
-    return state

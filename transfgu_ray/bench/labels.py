@@ -64,7 +64,8 @@ def measure(device: str) -> Findings:
 def gradient_error(encoder: Encoder, images: Tensor, concepts: Tensor) -> float:
     """Largest difference from K backward passes, by the largest gradient."""
     plain = plain_gradients(encoder, images, concepts)
-    ours = attention_gradients(encoder.class_row(encoder.prefix(images)), concepts)
+    row = encoder.class_row(encoder.prefix(images), encoder.grid_hw((images.shape[2], images.shape[3])))
+    ours = attention_gradients(row, concepts)
     return ((ours - plain).abs().max() / plain.abs().max()).item()
 
 

@@ -189,7 +189,9 @@ class FeatureExtractor(PartWorker):
             return
         for _, batch in batched_rows(working, self._image_batch):
             tokens = encoder.prefix(self._host_tensor(batch).to(self.device, non_blocking=True))
-            saliency = encoder.saliency(tokens, encoder.class_row(tokens), grid_hw, config.extract.foreground_prior)
+            saliency = encoder.saliency(
+                tokens, encoder.class_row(tokens, grid_hw), grid_hw, config.extract.foreground_prior
+            )
             for mask in above_mean(saliency).cpu().numpy():
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)
 

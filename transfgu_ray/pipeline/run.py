@@ -15,7 +15,7 @@ from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
 from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, extract_listing, list_scored, progress_total
 from transfgu_ray.pipeline.stream import peak_memory_mb
-from transfgu_ray.prior import resolve_encoder, weights_file_sha256
+from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 
 
 class Reporter(Protocol):
@@ -63,6 +63,10 @@ def run_stages(
             "encoder": resolve_encoder(config) if "extract" in pending else None,
             "backbone": resolve_backbone(config) if "train" in pending else None,
         }
+        if "train" in pending and config.train.decoder_weights is not None:
+            from transfgu_ray.pipeline.import_decoder import check_decoder
+
+            check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
         with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
@@ -101,10 +105,15 @@ def _stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
     """
     encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
     inputs = dict.fromkeys(STAGES, f"{listing.fingerprint} {encoder}")
-    if run.config.train.backbone != "prior":
-        own = backbone_file_sha256(run.config.train) or (run.manifest("train") or {}).get("backbone_file_sha256")
-        for stage in STAGES[STAGES.index("train") :]:
-            inputs[stage] += f" {own}"
+    train, recorded, own = run.config.train, run.manifest("train") or {}, []
+    if train.backbone != "prior":
+        own.append(backbone_file_sha256(train) or recorded.get("backbone_file_sha256"))
+    if train.decoder_weights is not None:
+        from transfgu_ray.pipeline.import_decoder import decoder_sha256
+
+        own.append(decoder_sha256(train.decoder_weights) or recorded.get("imported"))
+    for stage in STAGES[STAGES.index("train") :]:
+        inputs[stage] = " ".join(map(str, (inputs[stage], *own)))
     return inputs
 
 

@@ -48,6 +48,8 @@ def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
     """How many items a stage works through, and what they are."""
     if stage in ("extract", "labels"):
         return len(listing.images), "photographs"
+    if stage == "train" and run.config.train.decoder_weights is not None:
+        return 1, "decoder"
     if stage == "train":
         epochs = sum(run.config.train.round_epochs)
         if run.config.train.features == "live":
@@ -119,6 +121,11 @@ def _train(context: Context) -> dict[str, Any]:
 
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
+    if config.train.decoder_weights is not None:
+        from transfgu_ray.pipeline.import_decoder import import_decoder
+
+        context.progress(1)
+        return import_decoder(run.folder, config, weights_sha256)
     kinds, _ = read_concepts(run.folder)
     if context.backbone is not None:
         run.folder.write_bytes(BACKBONE, context.backbone)

@@ -1,0 +1,142 @@
+"""What timm's transformers compute a block at a time, `VisionTransformer` and `Eva` (rotary positions) alike.
+
+Letters: b images, n tokens (prefix + patches), d embedding, m heads, e = d / m, (h, w) patch grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Kinds whose class-token row `class_attention` and `layer_scales` can compute alone.
+MODELS = (VisionTransformer, Eva)
+BLOCKS = (Block, EvaBlock)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+
+
+def embed_patches(
+    vit: nn.Module, patches: Float[Tensor, "b h w d"], interpolation: str = "timm"
+) -> Float[Tensor, "b n d"]:
+    """Tokens before the first block: prefix and patches with their learned positions.
+
+    Args:
+        vit: made with `dynamic_img_size=True`.
+        patches: output of its patch embedding.
+        interpolation: of positions learned on another grid: "timm", antialiased bicubic to the size; "dino", see
+            `dino_positions`.
+    """
+    if interpolation == "timm":
+        tokens = vit._pos_embed(patches)
+        # Eva gives its rotations too, which `run_blocks` asks for apart.
+        return vit.norm_pre(tokens[0] if isinstance(vit, Eva) else tokens)
+    grid_hw = (patches.shape[1], patches.shape[2])
+    with_prefix = not vit.no_embed_class
+    positions = dino_positions(
+        vit.pos_embed, vit.patch_embed.grid_size, grid_hw, vit.num_prefix_tokens if with_prefix else 0
+    )
+    prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    flat = patches.flatten(1, 2)
+    tokens = torch.cat([*prefix, flat if with_prefix else flat + positions], dim=1)
+    return vit.norm_pre(tokens + positions if with_prefix else tokens)
+
+
+def dino_positions(
+    pos_embed: Float[Tensor, "1 _ d"], native_hw: tuple[int, int], grid_hw: tuple[int, int], num_prefix: int
+) -> Float[Tensor, "1 _ d"]:
+    """Learned positions on another patch grid: bicubic by a scale factor of (side + 0.1) / native side, no antialias.
+
+    The 0.1 is not without effect: the scale factor is also the step between samples.
+
+    Args:
+        pos_embed: positions of prefix tokens, then of the patches row by row.
+        native_hw: patch grid that they were learned on; on the same grid they stay as they are.
+        grid_hw: patch grid wanted.
+        num_prefix: how many positions belong to no patch.
+
+    Reference: `interpolate_pos_encoding` of DINO (Caron et al., ICCV 2021), kept in TransFGU's released code.
+    Departures: none.
+    """
+    if grid_hw == tuple(native_hw):
+        return pos_embed
+    scale = tuple((side + 0.1) / native for side, native in zip(grid_hw, native_hw, strict=True))
+    patches = pos_embed[:, num_prefix:].unflatten(1, native_hw).permute(0, 3, 1, 2)
+    patches = functional.interpolate(patches, scale_factor=scale, mode="bicubic")
+    return torch.cat([pos_embed[:, :num_prefix], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def run_blocks(
+    vit: nn.Module, tokens: Float[Tensor, "b n d"], grid_hw: tuple[int, int], part: slice = slice(None)
+) -> Float[Tensor, "b n d"]:
+    """Tokens after some of the blocks, of images with a patch grid of (h, w)."""
+    for block, rope in list(zip(vit.blocks, rotations(vit, grid_hw), strict=True))[part]:
+        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+    return tokens
+
+
+def rotations(vit: nn.Module, grid_hw: tuple[int, int]) -> list[Tensor | None]:
+    """Rotary positions of the patches for each block; None where the model has none."""
+    rope = getattr(vit, "rope", None)
+    if rope is None:
+        return [None] * len(vit.blocks)
+    of_grid = rope.get_embed(shape=list(grid_hw))
+    # Mixed rotations are learned for every block.
+    return list(of_grid) if vit.rope_mixed else [of_grid] * len(vit.blocks)
+
+
+def class_attention(
+    attn: nn.Module, tokens: Float[Tensor, "b n d"], rope: Tensor | None
+) -> tuple[Float[Tensor, "b m n"], Float[Tensor, "b n c"]]:
+    """Post-softmax attention of the class token, and the values of all tokens, heads side by side.
+
+    Args:
+        attn: one of `ATTENTIONS`, without a gate.
+        tokens: the block's input after its norm.
+        rope: rotary positions of the patches.
+    """
+    m, e = attn.num_heads, attn.head_dim
+    weight, bias = _projections(attn)
+    sizes = [m * e, len(weight) - m * e]
+    weight_q, weight_kv = weight.split(sizes)
+    bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
+    query = functional.linear(tokens[:, 0], weight_q, bias_q).unflatten(-1, (m, 1, e))
+    keys, values = functional.linear(tokens, weight_kv, bias_kv).unflatten(-1, (2, -1, e)).unbind(2)
+    query, keys = attn.q_norm(query), attn.k_norm(keys.transpose(1, 2))
+    if rope is not None:
+        # The class token has no place in the image, so its query stays as it is, like the keys of the prefix.
+        prefix, patches = keys.split([attn.num_prefix_tokens, keys.shape[2] - attn.num_prefix_tokens], dim=2)
+        keys = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2)
+    if (shared := m // keys.shape[1]) > 1:
+        keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=2)
+    attention = (query * attn.scale @ keys.transpose(-2, -1)).softmax(-1)
+    return attention.squeeze(2), values.flatten(2)
+
+
+def _projections(attn: nn.Module) -> tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"] | None]:
+    """Weight and bias of queries, keys and values, one below the other, however they are stored."""
+    if attn.qkv is None:
+        parts = [attn.q_proj, attn.k_proj, attn.v_proj]
+        weight = torch.cat([part.weight for part in parts])
+        if all(part.bias is None for part in parts):
+            return weight, None
+        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        return weight, torch.cat(biases)
+    if isinstance(attn, EvaAttention):
+        apart = attn.q_bias is not None
+        return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if apart else None
+    return attn.qkv.weight, attn.qkv.bias
+
+
+def layer_scales(block: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What a block multiplies its attention and its MLP with before they are added to the tokens."""
+    if isinstance(block, EvaBlock):
+        return _scale_by(block.gamma_1), _scale_by(block.gamma_2)
+    return block.ls1, block.ls2
+
+
+def _scale_by(gamma: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: tokens if gamma is None else gamma * tokens

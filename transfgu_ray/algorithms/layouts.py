@@ -1,0 +1,126 @@
+"""State dicts as their authors publish them, brought to the tensor names of timm's model.
+
+| prior | layout of the file | `encoder.name`, beside its timm weights |
+|---|---|---|
+| DINO, iBOT | bare, or under `teacher`, else `student` or `state_dict` | vit_small_patch8_224.dino, ... |
+| MoCo v3 | `state_dict` with `module.base_encoder` | vit_base_patch16_224.dino; ViT-S has 12 heads: `num_heads: 12` |
+| MAE | `model`, with or without the decoder | vit_base_patch16_224.mae |
+| DINOv2 | bare, `register_tokens` where it has registers | vit_small_patch14_dinov2, vit_small_patch14_reg4_dinov2 |
+| DINOv3 | bare, `storage_tokens` | vit_small_patch16_dinov3; `_qkvb` where biases are not 0 |
+"""
+
+import re
+from typing import Any
+
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from transfgu_ray.errors import WeightsError
+
+# What is published beside a backbone and is no part of it: heads and predictors of the pretraining, MAE's decoder,
+# tokens that stand for masked patches, the other encoder of MoCo, constants that timm computes.
+_BESIDE = re.compile(
+    r"(head|dino_head|ibot_head|predictor|projectors|momentum_encoder|decoder_\w+|local_cls_norm)\..*"
+    r"|mask_token|masked_embed|decoder_pos_embed|rope_embed\.periods|.*\.attn\.qkv\.bias_mask"
+)
+_RENAMED = [
+    (re.compile(r"^(register|storage)_tokens$"), "reg_token"),
+    # Gated MLPs: DINOv2 stacks two matrices, DINOv3 keeps them apart.
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w1\."), ".mlp.fc1_g."),
+    (re.compile(r"\.mlp\.w2\."), ".mlp.fc1_x."),
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+]
+_RENAMED_IN_EVA = [(re.compile(r"\.ls([12])\.gamma$"), r".gamma_\1")]
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# The width alone does not say it, and timm's ViT-S has 6.
+_MOCO_HEADS = {384: 12}
+
+
+def to_timm(checkpoint: Any, vit: nn.Module, source: str, name: str) -> dict[str, Tensor]:
+    """The backbone's tensors under timm's names, without what is known to lie beside a backbone.
+
+    Of DINO and iBOT the teacher is taken, their published result; of MoCo v3 the base encoder, as its published
+    linear classification does.
+
+    Args:
+        checkpoint: what the file holds.
+        vit: the model to be filled; a file of MoCo v3 sets its normalisation, for which timm has no name.
+        source: the file's name, for messages.
+        name: the model's timm name, for messages.
+
+    Raises:
+        WeightsError: no state dict, or heads that cannot be those of the model.
+    """
+    state = backbone_state(checkpoint, source)
+    if any(key.startswith("base_encoder.") for key in state):
+        state = {key: value for key, value in state.items() if not key.startswith("momentum_encoder.")}
+        state = {key.removeprefix("base_encoder."): value for key, value in state.items()}
+        _expect_moco(vit, source, name)
+    state = {key: value for key, value in state.items() if not _BESIDE.fullmatch(key)}
+    if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
+        # timm keeps positions of the patches alone: the class token's is part of the token.
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    renamed = _RENAMED + (_RENAMED_IN_EVA if isinstance(vit, Eva) else [])
+    for pattern, new in renamed:
+        state = {pattern.sub(new, key): value for key, value in state.items()}
+    return _split_biases(state, vit) if isinstance(vit, Eva) else state
+
+
+def backbone_state(checkpoint: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of its wrappers (`teacher`, `state_dict`, ...) and without their prefixes.
+
+    Raises:
+        WeightsError: it holds no state dict.
+    """
+    return _strip(_unwrap(checkpoint, source))
+
+
+def _unwrap(checkpoint: Any, source: str) -> dict[str, Any]:
+    # DINO publishes the teacher as its result; the student is the noisier of the two.
+    for key in ("teacher", "student", "state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(f"{source} holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
+def _strip(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    state = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, Tensor):
+            for prefix in ("module.", "backbone."):
+                key = key.removeprefix(prefix)
+            state[key] = value
+    return state
+
+
+def _expect_moco(vit: nn.Module, source: str, name: str) -> None:
+    heads = _MOCO_HEADS.get(vit.embed_dim)
+    found = vit.blocks[0].attn.num_heads
+    if heads is not None and found != heads:
+        raise WeightsError(
+            f"{source} is a MoCo v3 ViT-S, which has {heads} attention heads, not the {found} of encoder.name={name}; "
+            f"set encoder.overrides={{num_heads: {heads}}}"
+        )
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **_IMAGENET}
+
+
+def _split_biases(state: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
+    """DINOv3 keeps one bias for queries, keys and values and masks that of the keys; timm's models lack the latter."""
+    split = {}
+    for key, value in state.items():
+        block, found, _ = key.partition("attn.qkv.bias")
+        if not found or key in vit.state_dict():
+            split[key] = value
+            continue
+        query, _, values = value.chunk(3)
+        if f"{block}attn.q_bias" in vit.state_dict():
+            split |= {f"{block}attn.q_bias": query, f"{block}attn.v_bias": values}
+        elif query.any() or values.any():
+            # Refused by whoever loads it: the model has no place for it.
+            split[key] = value
+    return split
