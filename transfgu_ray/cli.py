@@ -363,8 +363,10 @@ def bench(
     from transfgu_ray.bench.table import run_parts, table_rows
 
     terminal = Terminal(quiet=False)
-    found = run_parts(only, threads, lambda part: typer.echo(f"measuring {part} ...", err=True))
-    _write_json(json_file, found)
+    found: dict[str, Any] = {}
+    for found in run_parts(only, threads, lambda part: typer.echo(f"measuring {part} ...", err=True)):
+        # After each part: all of them take half an hour.
+        _write_json(json_file, found)
     machine = found["machine"]
     terminal.table(table_rows(found["targets"]), ["what", "target", "value", "reached"])
     terminal.note(f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, {threads} thread(s)")

@@ -67,7 +67,7 @@ def test_differing__counts_parts_that_are_not_the_same_in_every_round():
 
 def test_run_parts__unknown_part():
     with pytest.raises(ConfigError, match="labels, extract"):
-        run_parts(["speed"], 1, print)
+        next(run_parts(["speed"], 1, print))
 
 
 def test_run_parts__one_part(monkeypatch):
@@ -76,7 +76,7 @@ def test_run_parts__one_part(monkeypatch):
         PARTS, "bank", lambda device: type("F", (), {"targets": [Target("x", "<=", 2, 1.5)], "details": {"s": 1}})
     )
     threads = torch.get_num_threads()
-    found = run_parts(["bank"], threads, lambda name: None)
+    (found,) = run_parts(["bank"], threads, lambda name: None)
     assert found["targets"] == [{"name": "x", "sense": "<=", "target": 2, "value": 1.5, "reached": True}]
     assert found["details"] == {"bank": {"s": 1}}
     assert table_rows(found["targets"]) == [["x", "<= 2", "1.5", "yes"]]

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ PARTS: dict[str, Callable[[str], Findings]] = {
 }
 
 
-def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]) -> dict[str, Any]:
-    """Runs the named parts (none = all) and returns what `--json` writes.
+def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Runs the named parts (none = all) and gives, after each, what `--json` writes of all so far.
 
     Args:
         names: of `PARTS`.
@@ -39,14 +39,6 @@ def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]
         raise ConfigError(f"--only {unknown[0]}: no such part; allowed: {', '.join(PARTS)}")
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    targets, details = [], {}
-    for name, measure in PARTS.items():
-        if names and name not in names:
-            continue
-        on_part(name)
-        found = measure(device)
-        targets += [target.as_json() for target in found.targets]
-        details[name] = found.details
     machine = {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -54,7 +46,16 @@ def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads,
     }
-    return {"targets": targets, "details": details, "machine": machine, "versions": library_versions()}
+    targets: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    for name, measure in PARTS.items():
+        if names and name not in names:
+            continue
+        on_part(name)
+        found = measure(device)
+        targets += [target.as_json() for target in found.targets]
+        details[name] = found.details
+        yield {"targets": targets, "details": details, "machine": machine, "versions": library_versions()}
 
 
 def table_rows(targets: Sequence[dict[str, Any]]) -> list[list[str]]:
