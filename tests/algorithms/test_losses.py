@@ -158,6 +158,15 @@ def test_total_loss__cross_entropy_alone_is_all_that_three_zeros_leave():
     assert terms["diversity"] > 0 < terms["uncertainty"]
 
 
+def test_total_loss__terms_of_weight_zero_are_not_in_the_backward_pass():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    classes = torch.nn.functional.normalize(torch.randn(1, 3, 4), dim=-1).requires_grad_()
+    targets = torch.zeros(1, 2, 2, dtype=torch.int64)
+    terms = total_loss(logits, classes, targets, torch.tensor([1, 2, 0]), 0.0, 0.0, 0.0)
+    assert [name for name, term in terms.items() if term.requires_grad] == ["total", "cross_entropy", "peer"]
+    assert terms["peer"] is terms["cross_entropy"]
+
+
 def test_total_loss__hands_its_choices_on():
     rng = torch.Generator().manual_seed(4)
     logits, foreground = torch.randn(2, 5, 3, 3, generator=rng), torch.rand(2, 3, 3, generator=rng) > 0.5
