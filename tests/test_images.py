@@ -243,7 +243,7 @@ def test_resize_label__invents_no_ids():
     assert np.array_equal(resize_label(got, (5, 9)), got)
 
 
-@pytest.mark.parametrize("size", [(64, 48), (48, 64), (31, 77), (101, 40), (40, 40), (20, 90)])
+@pytest.mark.parametrize("size", [(64, 48), (31, 77), (101, 40), (40, 40), (59, 37), (37, 59)])
 @pytest.mark.parametrize("name", ["BILINEAR", "NEAREST"])
 def test_centre_crop__is_what_the_published_evaluations_call(size, name):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
