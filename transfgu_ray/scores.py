@@ -15,6 +15,9 @@ _BASELINE_TITLES = {
     "decoder_tokens": "k-means, decoder's tokens",
     "random_vit": "k-means, untrained ViT",
     "raw_colour": "k-means, colours",
+    "iic": "IIC head, patch tokens",
+    "picie": "PiCIE head, patch tokens",
+    "mask_contrast": "k-means, foreground masks",
 }
 # An object class counts as found from this IoU on.
 _FOUND_IOU = 0.3

@@ -210,7 +210,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     kinds = load_model_config(Folder(run.folder.uri_of("model"))).kinds
     centroids, drawn = {}, {}
     if scored is not None and config.evaluate.baselines:
-        centroids, table = fit_baselines(
+        centroids, drawn = fit_baselines(
             run.folder,
             config,
             context.fingerprint,
@@ -220,7 +220,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
             context.resources,
             context.progress,
         )
-        drawn = {"baselines": {"photographs": table.stats.images, "patches": table.num_rows}}
+        drawn = {"baselines": drawn}
     stats, confusions, peak_mb = evaluate(
         run.folder, config, context.root, images, scored is not None, centroids, context.resources, context.progress
     )
