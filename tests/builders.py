@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
+from scipy.optimize import linear_sum_assignment
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -242,3 +243,29 @@ def _voc_palette() -> list[int]:
             for channel in range(3):
                 palette[label, channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
     return palette.reshape(-1).tolist()
+
+
+def make_two_views(
+    num_groups: int, num_each: int, width: int = 8, seed: int = 0
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Tokens, two views of them and their group: groups lie around the unit vectors of their own.
+
+    The last dimension is of each token and view apart, either high or low, and varies more than the groups do.
+    """
+    rng = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(num_groups), num_each)
+
+    def look() -> np.ndarray:
+        tokens = np.eye(width)[truth] + rng.normal(0, 0.1, (len(truth), width))
+        tokens[:, -1] = rng.choice([-1.5, 1.5], len(truth)) + rng.normal(0, 0.1, len(truth))
+        return tokens.astype(np.float32)
+
+    tokens, *views = look(), look(), look()
+    return tokens, views, truth
+
+
+def matched_share(found: np.ndarray, truth: np.ndarray) -> float:
+    """Share of the points whose cluster is matched to their group, one to one."""
+    counts = np.zeros((truth.max() + 1, found.max() + 1))
+    np.add.at(counts, (truth, found), 1)
+    return counts[linear_sum_assignment(counts, maximize=True)].sum() / len(truth)

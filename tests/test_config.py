@@ -100,6 +100,14 @@ def test_build_config__tells_every_problem_at_once():
         ),
         (["cam.response=windows", "cam.keep_mass=0.5"], "keep_mass have no use when cam.response is windows"),
         (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
+        (
+            ["evaluate.baselines=[iic,mask_contrast]"],
+            "mask_contrast clusters foreground masks, of which there are none when data.region_mode is no_prior",
+        ),
+        (
+            ["evaluate.baselines=[mask_contrast]", "data.region_mode=all_foreground"],
+            "there are none when data.region_mode is all_foreground; leave it out",
+        ),
         (["train.augment.crop_scale=[0.9,0.4]"], r"crop_scale must be \(low, high\) with 0 < low <= high"),
         (["train.augment.crop_scale=[0,1]"], r"crop_scale must be \(low, high\)"),
         (["train.uncertainty=foreground"], r"needs the background class of Eq\. 8 .* things_only or all_foreground"),

@@ -6,17 +6,18 @@ from transfgu_ray.presets import get_preset
 
 PIECES = {
     "start_stage": 10.0, "start_training": 20.0, "windows": 25.0, "kept_windows": 8.0, "decode": 0.01, "cut": 0.001,
-    "crop": 0.009, "foreground": 0.04, "label": 0.09, "bank_bytes": 1000.0, "baselines": 0.5, "read_tokens": 0.2,
-    "sample": 0.01, "first_round_step": 0.3, "step": 0.6, "mask": 0.1, "kmeans": 1e-9, "token_forwards": 1,
+    "crop": 0.009, "foreground": 0.04, "label": 0.09, "bank_bytes": 1000.0, "baselines": 0.5, "views": 0.0,
+    "read_tokens": 0.2, "sample": 0.01, "first_round_step": 0.3, "step": 0.6, "mask": 0.1, "kmeans": 1e-9,
+    "token_forwards": 1,
 }  # fmt: skip
 RESNET = ("train.backbone_weights=random", "train.backbone=resnet50_fpn")
 TWO = Cluster(num_workers=2, train_workers=2, num_cores=2, shares_cores=True)
 
 
-def plan(*settings, cluster=TWO, num_images=100, num_scored=10):
+def plan(*settings, cluster=TWO, num_images=100, num_scored=10, **pieces):
     base = ("data.region_mode=things_and_stuff", "train.round_epochs=[1, 2]", "train.batch_size=20", *settings)
     config = build_config(get_preset("tiny_cpu"), None, base)
-    return {stage.stage: stage for stage in plan_stages(config, PIECES, num_images, num_scored, 96, cluster)}
+    return {stage.stage: stage for stage in plan_stages(config, PIECES | pieces, num_images, num_scored, 96, cluster)}
 
 
 def test_plan_stages__by_hand():
@@ -74,6 +75,14 @@ def test_plan_stages__wider_tokens_of_the_decoder_take_longer_to_cluster():
     # 3840 channels instead of 96.
     assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 150 * 50_000 * 96)
     assert more.forwards == plain.forwards
+
+
+def test_plan_stages__two_views_of_the_training_photographs_for_heads_that_share_their_tokens():
+    plain = plan("evaluate.baselines=[patch_tokens]")["evaluate"]
+    more = plan("evaluate.baselines=[patch_tokens, iic, picie]", views=0.2)["evaluate"]
+    kmeans = 1e-9 * 8 * 150 * 50_000 * 96
+    assert more.seconds - plain.seconds == pytest.approx(50 * 0.2 + 2 * kmeans)
+    assert more.forwards - plain.forwards == 200
 
 
 def test_plan_stages__twice_the_workers_halve_what_is_not_start():

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # "none" is for pos_embed; timm refuses what does not suit the key.
 Override = Positive | Literal["none"]
-Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour"]
+Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour", "iic", "picie", "mask_contrast"]
 # What encoder.weights may be beside a file.
 NAMED_WEIGHTS = ("hub", "bundled", "random")
 # What PiCIE and STEGO are scored at, px.
@@ -294,9 +294,11 @@ class EvaluateConfig(Section):
     baselines: tuple[Baseline, ...] = Field(
         (),
         strict=False,
-        description="k-means of patch features, scored beside the stages (ours): patch_tokens = "
+        description="scored beside the stages; k-means of patch features (ours): patch_tokens = "
         "the encoder's, decoder_tokens = what the decoder reads under train.token_window, random_vit = of the same "
-        "architecture untrained, raw_colour = mean RGB",
+        "architecture untrained, raw_colour = mean RGB; heads on the encoder's patch tokens: iic (Ji et al., ICCV "
+        "2019), picie (Cho et al., CVPR 2021); mask_contrast = k-means of whole foreground masks (Van Gansbeke et al., "
+        "ICCV 2021)",
     )
     num_samples: int = Field(6, ge=0, description="photographs shown in the report, chosen by the seed")
 
@@ -366,6 +368,11 @@ class RunConfig(Section):
             raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
         if self.train.decoder_weights is not None and self.train.token_window is not None:
             raise ValueError("train.token_window must be null when train.decoder_weights is set; it reads patch tokens")
+        if "mask_contrast" in self.evaluate.baselines and self.region_mode in ("all_foreground", "no_prior"):
+            raise ValueError(
+                "evaluate.baselines: mask_contrast clusters foreground masks, of which there are none when "
+                f"data.region_mode is {self.region_mode}; leave it out, or use things_only or things_and_stuff"
+            )
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")

@@ -6,7 +6,7 @@ from typing import Any
 from transfgu_ray.algorithms.rounds import steps_per_epoch
 from transfgu_ray.algorithms.tokens import token_dim
 from transfgu_ray.config import RunConfig
-from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
+from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS, OF_TWO_VIEWS, feature_of
 
 # A features row beside its class token, bytes (schemas.features_schema).
 _ROW_BYTES = 60
@@ -120,10 +120,13 @@ def _plan_evaluation(
         drawn = min(num_images, MAX_PHOTOS)
         passes = config.concepts.num_iterations * config.concepts.num_redos
         kmeans = pieces["kmeans"] * MAX_POINTS * (config.num_concepts + config.has_background) * passes * embed_dim
-        seconds += pieces["start_stage"] + drawn * (pieces["decode"] + pieces["baselines"]) / workers
+        of_drawn = pieces["decode"] + pieces["baselines"] + pieces["views"]
+        seconds += pieces["start_stage"] + drawn * of_drawn / workers
         of_decoder = "decoder_tokens" in config.evaluate.baselines
         wider = token_dim(embed_dim, config.train.token_window, config.train.backbone) / embed_dim - 1
-        # But for colours, which have three dimensions.
+        # The colours have three dimensions; heads take longer than k-means.
         seconds += kmeans * (baselines + of_decoder * wider)
-        forwards += (drawn + num_scored) * (baselines + of_decoder * (int(pieces["token_forwards"]) - 1))
+        features = len({feature_of(name) for name in config.evaluate.baselines})
+        forwards += (drawn + num_scored) * (features + of_decoder * (int(pieces["token_forwards"]) - 1))
+        forwards += drawn * (2 if any(name in OF_TWO_VIEWS for name in config.evaluate.baselines) else 0)
     return StagePlan("evaluate", forwards, 0, seconds)

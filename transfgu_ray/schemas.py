@@ -84,10 +84,11 @@ def tokens_schema() -> pa.Schema:
 def baseline_schema(widths: dict[str, int]) -> pa.Schema:
     """One row a drawn patch of a training photograph: what the bottom-up baselines cluster.
 
-    patch: index on the grid, row by row. Then one column a baseline: the patch's features.
+    patch: index on the grid, row by row. Then one column a kind of features: the patch's. view_1, view_2: the tokens of
+    one place in two views; its index is that of the patch, but on the grid of the first view.
 
     Args:
-        widths: features of each baseline.
+        widths: of each kind of features.
     """
     features = [pa.field(name, pa.list_(pa.float16(), width), nullable=False) for name, width in widths.items()]
     identity = [pa.field("image_id", pa.string(), nullable=False), pa.field("patch", pa.int32(), nullable=False)]

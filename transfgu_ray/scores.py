@@ -27,6 +27,9 @@ _TITLES = {
     "decoder_tokens": "k-means, decoder's tokens",
     "random_vit": "k-means, untrained ViT",
     "raw_colour": "k-means, colours",
+    "iic": "IIC head, patch tokens",
+    "picie": "PiCIE head, patch tokens",
+    "mask_contrast": "k-means, foreground masks",
     "chance": "chance",
     "majority": "majority class",
 }

@@ -12,10 +12,12 @@ from PIL import Image
 
 from tests.builders import encode_png, make_scenes, random_images
 from tests.pipeline.conftest import TINY
+from transfgu_ray.algorithms import iic, picie
 from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.artifacts import Run
 from transfgu_ray.config import build_config
 from transfgu_ray.datasets import list_images
+from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_label, resize_label
 from transfgu_ray.model import build_decoder, save_decoder
 from transfgu_ray.pipeline import evaluate as evaluation
@@ -117,7 +119,8 @@ def test_patch_sampler__draws_of_a_photograph_do_not_depend_on_the_others(untrai
 
 def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> None:
     draw(untrained, read_photos(untrained, "train"), patches_a_photo=20)
-    centroids = cluster_patches(untrained.folder.uri, untrained.config, 7, threads=1, use_gpu=False)
+    centroids, masks = cluster_patches(untrained.folder.uri, untrained.config, 7, threads=1, use_gpu=False)
+    assert masks == {}
     shapes = {name: values.shape for name, values in centroids.items()}
     assert shapes == {"patch_tokens": (7, 24), "decoder_tokens": (7, 48), "random_vit": (7, 24), "raw_colour": (7, 3)}
 
@@ -128,6 +131,58 @@ def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Ev
     centroids = {} if colours is None else {"raw_colour": colours}
     part = {"run_uri": run.folder.uri, "table": "confusions", "fingerprint": "", **BARE}
     return Evaluator(config, 16, [], centroids, **part)
+
+
+@pytest.fixture
+def of_heads(untrained: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run with the baselines that are more than k-means of patches, and one concept for all backgrounds."""
+    monkeypatch.setattr(iic, "_STEPS", 3)
+    monkeypatch.setattr(picie, "_EPOCHS", 1)
+    changes = ["evaluate.baselines=[iic, picie, mask_contrast]", "concepts.num_background=1"]
+    return Run(untrained.folder, build_config(untrained.config, None, changes))
+
+
+def test_patch_sampler__two_views_and_masks_do_not_depend_on_the_other_photographs(of_heads: Run) -> None:
+    photos = read_photos(of_heads, "train")
+    drawn = draw(of_heads, photos, patches_a_photo=10)
+    damaged = Photo(photos[0].image_id, b"", None, None)
+    again = draw(of_heads, [damaged, *photos[1:]], patches_a_photo=10)
+    for name, rows in again.items():
+        assert list(rows[0]) == ["image_id", "patch", "patch_tokens", "mask_contrast", "view_1", "view_2"]
+        assert rows == drawn[name]
+        # One embedding a mask of the photograph.
+        masks = {tuple(row["mask_contrast"]) for row in rows}
+        assert sorted(mask[0] for mask in masks) == [0, 1]
+    assert any(row["view_1"] != row["patch_tokens"] != row["view_2"] for row in rows)
+
+
+def test_cluster_patches__heads_are_scored_as_centroids_are(of_heads: Run) -> None:
+    draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
+    again, (heads, masks) = (
+        cluster_patches(of_heads.folder.uri, of_heads.config, 4, threads=1, use_gpu=False) for _ in range(2)
+    )
+    assert masks == {"foreground_masks": 3, "background_masks": 3}
+    assert {name: head.shape for name, head in heads.items()} == dict.fromkeys(
+        ("iic", "picie", "mask_contrast"), (4, 25)
+    )
+    assert all(np.array_equal(head, again[0][name]) for name, head in heads.items())
+    photos, part = read_photos(of_heads, "val"), {"run_uri": of_heads.folder.uri, "table": "confusions"}
+    Evaluator(of_heads.config.model_dump(mode="json"), 16, [], heads, fingerprint="", **part, **BARE).process(0, photos)
+    counts = read_counts(of_heads.folder, 16, 16)
+    assert list(counts) == [*STAGE_NAMES, *heads]
+    scored = sum((resize_label(decode_label(photo.label or b""), (32, 32)) != 255).sum() for photo in photos)
+    assert [of_method.sum() for of_method in counts.values()] == [scored] * 6
+    of_masks = counts["mask_contrast"].toarray().reshape(-1, 16, 16).sum((0, 1))
+    # Foreground and background of each photograph, and no third mask.
+    assert (of_masks > 0).sum() <= 1 + len(photos)
+    assert (of_masks[4:] == 0).all()
+
+
+def test_cluster_patches__fewer_photographs_than_clusters_of_masks_are_refused(of_heads: Run) -> None:
+    draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
+    config = build_config(of_heads.config, None, ["evaluate.baselines=[mask_contrast]"])
+    with pytest.raises(DataError, match="mask_contrast cannot make 4 clusters of 3 foreground masks"):
+        cluster_patches(of_heads.folder.uri, config, 5, threads=1, use_gpu=False)
 
 
 def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:

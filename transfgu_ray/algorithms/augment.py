@@ -44,14 +44,19 @@ def augment(
     cropped = crop_maps(scores, (left, top, left + width, top + height), tuple(image.shape[1:]), grid_hw)
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
+    return recolour(crop, how, rng), cropped
+
+
+def recolour(image: UInt8[Tensor, "3 y x"], how: Augmentation, rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
+    """Colour jitter, greyness and blur, each at random; every pixel keeps its place."""
     if rng.random() < how.jitter_prob:
-        crop = _jitter(crop, rng)
+        image = _jitter(image, rng)
     if rng.random() < how.grey_prob:
-        crop = transforms.rgb_to_grayscale(crop, num_output_channels=3)
+        image = transforms.rgb_to_grayscale(image, num_output_channels=3)
     if rng.random() < how.blur_prob:
         sigma = rng.uniform(1.0, 2.0)
-        crop = transforms.gaussian_blur(crop, kernel_size=[9, 9], sigma=[sigma, sigma])
-    return crop, cropped
+        image = transforms.gaussian_blur(image, kernel_size=[9, 9], sigma=[sigma, sigma])
+    return image
 
 
 def random_crop_box(

@@ -1,7 +1,7 @@
-"""Bottom-up segmentation to compare with: k-means of patch features, without concepts, response maps or a decoder.
+"""Bottom-up segmentation to compare with: clusters of patch features, without concepts, response maps or a decoder.
 
-The features of some patches of the training photographs are clustered; a pixel of another photograph is of the cluster
-whose centroid is nearest to its features.
+The features of some patches of the training photographs are clustered by k-means; a pixel of another photograph is of
+the cluster whose centroid is nearest to its features. The heads of `iic`, `picie` and `mask_contrast` stand beside it.
 """
 
 import numpy as np
@@ -36,21 +36,31 @@ def fit_centroids(
     num_redos: int,
     use_gpu: bool,
     name: str,
+    points_are: str = "patches",
 ) -> Float32[np.ndarray, "k d"]:
     """k-means over all points, as for concepts, but that a cluster may stay without any.
 
     Raises:
         DataError: fewer points than clusters, or points that are no numbers.
     """
-    if len(points) < num_clusters:
-        raise DataError(
-            f"the baseline {name} cannot make {num_clusters} clusters of {len(points)} patches; lower "
-            "concepts.num_concepts or leave it out of evaluate.baselines"
-        )
+    require_points(len(points), num_clusters, name, points_are)
     fitted = fit_concepts(
         points, num_clusters, seed, num_iterations, num_redos, 0, max_points=None, use_gpu=use_gpu, group=name
     )
     return fitted.centroids
+
+
+def require_points(num_points: int, num_clusters: int, name: str, points_are: str = "patches") -> None:
+    """Refuses to cluster too little.
+
+    Raises:
+        DataError: fewer points than clusters.
+    """
+    if num_points < num_clusters:
+        raise DataError(
+            f"the baseline {name} cannot make {num_clusters} clusters of {num_points} {points_are}; lower "
+            "concepts.num_concepts or leave it out of evaluate.baselines"
+        )
 
 
 def centroid_maps(
@@ -62,4 +72,12 @@ def centroid_maps(
     features: upsampled bilinearly, their argmax is the centroid nearest to the bilinearly upsampled features.
     """
     maps = 2 * features @ centroids.T - centroids.square().sum(1)
+    return maps.transpose(1, 2).unflatten(2, grid_hw)
+
+
+def linear_maps(
+    features: Float[Tensor, "b hw d"], head: Float[Tensor, "k d+1"], grid_hw: tuple[int, int]
+) -> Float[Tensor, "b k h w"]:
+    """Maps of a linear head, whose last column is its bias."""
+    maps = features @ head[:, :-1].T + head[:, -1]
     return maps.transpose(1, 2).unflatten(2, grid_hw)

@@ -1,4 +1,4 @@
-"""Bottom-up baselines: patches drawn from the training photographs -> centroids -> maps of other photographs."""
+"""Bottom-up baselines: patches drawn from the training photographs -> clusters -> maps of other photographs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,9 +12,14 @@ from transfgu_ray.algorithms.baselines import (
     draw_patches,
     draw_photos,
     fit_centroids,
+    linear_maps,
     patch_colours,
 )
+from transfgu_ray.algorithms.iic import fit_iic
+from transfgu_ray.algorithms.mask_contrast import fit_masks, mask_maps, read_mask_features
+from transfgu_ray.algorithms.picie import fit_picie
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
+from transfgu_ray.algorithms.views import token_views
 from transfgu_ray.algorithms.weights import load_untrained
 from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
@@ -24,7 +29,6 @@ from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import (
     PartStats,
     PartWorker,
-    TableResult,
     build_table_of_parts,
     decode_photos,
     read_table,
@@ -40,10 +44,19 @@ MAX_POINTS = 50_000
 MAX_PHOTOS = 2_000
 _TABLE = "baselines"
 _PHOTOS_A_UNIT = 16
+# Heads on patch tokens, which they learn from two views of them.
+OF_TWO_VIEWS = ("iic", "picie")
+_VIEWS = ("view_1", "view_2")
+_MAPS = {"iic": linear_maps, "picie": linear_maps, "mask_contrast": mask_maps}
+
+
+def feature_of(baseline: str) -> str:
+    """The features that a baseline clusters; those of the same name but for heads on patch tokens."""
+    return "patch_tokens" if baseline in OF_TWO_VIEWS else baseline
 
 
 class PatchFeatures:
-    """What each baseline of a run knows about a patch.
+    """What the baselines of a run know about a patch.
 
     Args:
         run: run folder with its encoder.
@@ -53,12 +66,12 @@ class PatchFeatures:
 
     def __init__(self, run: Folder, config: RunConfig, device: str) -> None:
         precision = config.encoder.precision
-        encoder = load_run_encoder(run, precision, device)
+        self._encoder = encoder = load_run_encoder(run, precision, device)
         self.grid_hw = encoder.grid_hw(config.data.image_size)
         self.device = device
         self._batch_size = config.cam.batch_size
         self._of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        for name in config.evaluate.baselines:
+        for name in map(feature_of, config.evaluate.baselines):
             if name == "patch_tokens":
                 self._of[name] = encoder.patch_tokens
             elif name == "decoder_tokens":
@@ -67,11 +80,19 @@ class PatchFeatures:
             elif name == "random_vit":
                 data, source = run.read_bytes(ENCODER), run.uri_of(ENCODER)
                 self._of[name] = load_untrained(data, source, config.seed, precision, device).patch_tokens
+            elif name == "mask_contrast":
+                prior = config.extract.foreground_prior
+                self._of[name] = partial(read_mask_features, encoder, foreground_prior=prior)
             else:
                 self._of[name] = partial(patch_colours, patch_size=encoder.patch_size)
-        of_decoder = token_dim(encoder.embed_dim, config.train.token_window, config.train.backbone)
-        special = {"raw_colour": 3, "decoder_tokens": of_decoder}
-        self.widths = {name: special.get(name, encoder.embed_dim) for name in self._of}
+        self.has_views = any(name in OF_TWO_VIEWS for name in config.evaluate.baselines)
+        special = {
+            "raw_colour": 3,
+            "decoder_tokens": token_dim(encoder.embed_dim, config.train.token_window, config.train.backbone),
+            "mask_contrast": 1 + encoder.embed_dim,
+        }
+        columns = [*self._of, *(_VIEWS if self.has_views else ())]
+        self.widths = {name: special.get(name, encoder.embed_dim) for name in columns}
 
     def __call__(self, working: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
         """Features (patches, width) of each photograph at its working size, row by row."""
@@ -80,13 +101,29 @@ class PatchFeatures:
             found = {name: extract(inputs) for name, extract in self._of.items()}
             yield from ({name: values[i] for name, values in found.items()} for i in range(len(batch)))
 
+    def views(
+        self, working: list[np.ndarray], rngs: Sequence[np.random.Generator]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Two views (patches, width) of each photograph's patch tokens; none where no baseline learns from them.
+
+        Args:
+            working: photographs at their working size.
+            rngs: one a photograph.
+        """
+        if not self.has_views:
+            yield from ({} for _ in working)
+            return
+        for rows, batch in batched_rows(np.array(working), self._batch_size):
+            views = token_views(self._encoder, torch.from_numpy(batch), rngs[rows])
+            yield from (dict(zip(_VIEWS, pair, strict=True)) for pair in zip(*views, strict=True))
+
 
 class BaselineMapper:
     """Photographs -> one map stack (K, h, w) a baseline.
 
     Args:
         features: of the same run.
-        centroids: of each baseline.
+        centroids: of each baseline, or its linear head.
     """
 
     def __init__(self, features: PatchFeatures, centroids: dict[str, np.ndarray]) -> None:
@@ -97,7 +134,10 @@ class BaselineMapper:
         """The maps of each photograph at its working size, in order of the centroids."""
         grid_hw = self._features.grid_hw
         for found in self._features(working):
-            yield [centroid_maps(found[name][None], c, grid_hw)[0] for name, c in self._centroids.items()]
+            yield [
+                _MAPS.get(name, centroid_maps)(found[feature_of(name)][None], c, grid_hw)[0]
+                for name, c in self._centroids.items()
+            ]
 
 
 class PatchSampler(PartWorker):
@@ -121,12 +161,15 @@ class PatchSampler(PartWorker):
         image_ids: list[str] = []
         patches = [np.empty(0, dtype=np.int32)]
         columns = {name: [np.empty((0, width), dtype=np.float16)] for name, width in features.widths.items()}
-        for image_id, found in zip(working, features(list(working.values())), strict=True):
+        # A stream of its own beside the draw's.
+        rngs = [np.random.default_rng([self._config.seed, numbers[image_id], 1]) for image_id in working]
+        images = list(working.values())
+        for image_id, plain, views in zip(working, features(images), features.views(images, rngs), strict=True):
             height, width = features.grid_hw
             drawn = draw_patches(height * width, self._patches_a_photo, self._config.seed, numbers[image_id])
             image_ids += [image_id] * len(drawn)
             patches.append(drawn.astype(np.int32))
-            for name, values in found.items():
+            for name, values in (plain | views).items():
                 columns[name].append(values.cpu().numpy()[drawn].astype(np.float16))
         table = build_table(
             {
@@ -155,8 +198,8 @@ def fit_baselines(
     num_clusters: int,
     resources: Resources,
     progress: Progress,
-) -> tuple[dict[str, np.ndarray], TableResult]:
-    """Centroids (clusters, width) of each baseline, and what became of the photographs.
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """What `cluster_patches` gives, and with it how many photographs and patches were drawn.
 
     At most MAX_POINTS patches of at most MAX_PHOTOS photographs, as many of each photograph, drawn by the seed.
 
@@ -172,32 +215,48 @@ def fit_baselines(
     )
     task = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
-        centroids = ray.get(task.remote(run.uri, config, num_clusters, resources.threads, resources.device == "cuda"))
-    return centroids, result
+        centroids, counts = ray.get(
+            task.remote(run.uri, config, num_clusters, resources.threads, resources.device == "cuda")
+        )
+    return centroids, {"photographs": result.stats.images, "patches": result.num_rows, **counts}
 
 
 def cluster_patches(
     run_uri: str, config: RunConfig, num_clusters: int, threads: int, use_gpu: bool
-) -> dict[str, np.ndarray]:
-    """Centroids of each baseline from the table of drawn patches.
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """From the table of drawn patches: centroids (clusters, width) of each baseline, or its head; and counts of masks.
 
     Raises:
-        DataError: fewer patches than clusters.
+        DataError: fewer patches or masks than clusters.
     """
     import faiss
 
     faiss.omp_set_num_threads(threads)
-    centroids = {}
+    torch.set_num_threads(threads)
+    run, seed, device = Folder(run_uri), config.seed, "cuda" if use_gpu else "cpu"
+    lloyd = config.concepts.num_iterations, config.concepts.num_redos
+    centroids, counts = {}, {}
     for name in config.evaluate.baselines:
-        column = read_table(Folder(run_uri), _TABLE, [name])[name].combine_chunks()
-        points = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
-        centroids[name] = fit_centroids(
-            np.ascontiguousarray(points, dtype=np.float32),
-            num_clusters,
-            config.seed,
-            config.concepts.num_iterations,
-            config.concepts.num_redos,
-            use_gpu,
-            name,
-        )
-    return centroids
+        used = _VIEWS if name == "iic" else ("patch_tokens", *_VIEWS) if name == "picie" else (name,)
+        points = [_read_features(run, column) for column in used]
+        if name == "iic":
+            centroids[name] = fit_iic(*points, num_clusters, seed, device)
+        elif name == "picie":
+            centroids[name] = fit_picie(*points, num_clusters, seed, *lloyd, device)
+        elif name == "mask_contrast":
+            photos = read_table(run, _TABLE, ["image_id"])["image_id"].to_numpy()
+            _, photos = np.unique(photos, return_inverse=True)
+            num_background = config.num_background + config.has_background
+            groups = num_clusters - num_background, num_background
+            centroids[name], masks = fit_masks(*points, photos, *groups, seed, *lloyd, use_gpu)
+            counts = dict(zip(("foreground_masks", "background_masks"), masks, strict=True))
+        else:
+            centroids[name] = fit_centroids(*points, num_clusters, seed, *lloyd, use_gpu, name)
+    return centroids, counts
+
+
+def _read_features(run: Folder, column: str) -> np.ndarray:
+    """One column of the table of drawn patches, float32 (patches, width)."""
+    values = read_table(run, _TABLE, [column])[column].combine_chunks()
+    points = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
+    return np.ascontiguousarray(points, dtype=np.float32)

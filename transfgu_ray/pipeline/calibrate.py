@@ -115,11 +115,15 @@ class Calibrator(UnitWorker):
             "label": seconds_an_item(label, len(batch)),
             "bank_bytes": sum(len(pa.compress(part, "zstd", asbytes=True)) for part in stored),
             "baselines": 0.0,
+            "views": 0.0,
         }
         if config.evaluate.baselines:
             features = PatchFeatures(self._run, config, self.device)
             whole = list(self._batch(images, config.data.image_size, config.cam.batch_size).cpu().numpy())
             found["baselines"] = seconds_an_item(lambda count: list(features(whole[:count])), len(whole))
+            rngs = [np.random.default_rng(0)] * len(whole)
+            if features.has_views:
+                found["views"] = seconds_an_item(lambda count: list(features.views(whole[:count], rngs)), len(whole))
         return found
 
     def _time_training(self, image: Any) -> dict[str, float]:

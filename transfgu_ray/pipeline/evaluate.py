@@ -203,7 +203,7 @@ def evaluate(
         root: the dataset.
         images: photographs to score, or to look at.
         scored: whether they have labels.
-        centroids: of each baseline.
+        centroids: of each baseline, or its linear head.
         resources: workers and devices.
         progress: takes photographs done.
     """

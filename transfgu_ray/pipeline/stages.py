@@ -233,7 +233,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     kinds = load_model_config(Folder(run.folder.uri_of("model"))).kinds
     centroids, drawn = {}, {}
     if scored is not None and config.evaluate.baselines:
-        centroids, table = fit_baselines(
+        centroids, drawn = fit_baselines(
             run.folder,
             config,
             context.fingerprint,
@@ -243,7 +243,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
             context.resources,
             context.progress,
         )
-        drawn = {"baselines": {"photographs": table.stats.images, "patches": table.num_rows}}
+        drawn = {"baselines": drawn}
     # The photographs that are scored are no part of the run's input.
     fingerprint = context.fingerprint if scored is None else f"{context.fingerprint} {scored.fingerprint}"
     result = evaluate(
