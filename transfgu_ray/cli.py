@@ -232,7 +232,7 @@ def probe(
         rows.append(["chance", f"{100 * result.knn_chance:.2f} %"])
     rows.append(["RankMe", f"{result.rank_me:.1f}"])
     rows += [[f"IoU of {prior}", f"{100 * iou:.2f} %"] for prior, iou in result.object_iou.items()]
-    terminal.table(rows, ["probe", weights])
+    terminal.table(rows, ["probe", weights], words=(1,))
 
 
 @app.command()
@@ -502,7 +502,7 @@ def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -
     }
     if "knn_top1" in manifest:
         shown["k-NN top-1"] = f"{100 * manifest['knn_top1']:.2f} % (chance {100 * manifest['knn_chance']:.2f} %)"
-    terminal.table([[name, value] for name, value in shown.items()], ["pretrain", opened.folder.uri])
+    terminal.table([[name, value] for name, value in shown.items()], ["pretrain", opened.folder.uri], words=(1,))
     _note_refused(terminal, manifest["refused"])
     for alarm in manifest["alarms"]:
         terminal.note(f"warning: {alarm}")
