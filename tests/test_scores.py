@@ -96,6 +96,20 @@ def test_metrics_json__policy_and_protocol_reach_every_score():
         assert got["baselines"]["chance"]["coverage"] == pytest.approx(16 / 18)
 
 
+def test_metrics_json__intervals_keep_the_match_of_the_split():
+    # Two photographs that call the same two classes by each other's concepts; the first has more pixels.
+    confusions = np.zeros((2, 16, 16), dtype=np.int64)
+    confusions[0, [0, 1], [0, 1]] = 30
+    confusions[1, [0, 1], [1, 0]] = 10
+    photo, classes, concepts = confusions.nonzero()
+    counts = photo_counts(photo, classes, concepts, confusions[photo, classes, concepts], confusions.shape)
+    got = metrics_json(_config(), "val", 2, dict.fromkeys(STAGE_NAMES, counts), KINDS, "f" * 64)
+    last = got["stages"]["bootstrapped"]
+    assert last["pixel_accuracy"] == 0.75
+    # A resample of the second photograph alone, matched by itself, would be all right.
+    assert last["pixel_accuracy_interval"] == [0.0, 1.0]
+
+
 def test_metrics_json__refined_stands_beside_the_stages():
     plain = _metrics(_confusions(8))
     got = _metrics(_confusions(8) | {"refined": _confusions(9)["initial"]})

@@ -14,6 +14,7 @@ from transfgu_ray.algorithms.metrics import (
     foreground_iou,
     majority_confusion,
     score,
+    score_matched,
     score_merged,
 )
 from transfgu_ray.config import RunConfig
@@ -110,7 +111,7 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str
         confusion = confusion_of(total_counts(of_method))
         scores[name] = _score(config, confusion)
         numbers[name] = _numbers(config, confusion, scores[name])
-        intervals = score_intervals(of_method, config.seed, lambda cells, of=confusion_of: _score(config, of(cells)))
+        intervals = score_intervals(of_method, config.seed, partial(_resampled, config, confusion_of, scores[name]))
         numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
         if name in (*STAGE_NAMES, REFINED):
             numbers[name]["foreground_iou"] = foreground_iou(confusion, is_thing, is_background)
@@ -124,6 +125,14 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str
 
 def _score(config: RunConfig, confusion: np.ndarray) -> Score:
     return score(confusion, config.evaluate.unmatched, config.evaluate.protocol)
+
+
+def _resampled(
+    config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score, cells: np.ndarray
+) -> Score:
+    """Scores of a resample by the match of the whole split: one of its own would favour every resample."""
+    rule = config.evaluate.unmatched, config.evaluate.protocol
+    return score_matched(confusion_of(cells), found.class_of_concept, *rule)
 
 
 def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str, Any]:

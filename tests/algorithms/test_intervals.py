@@ -65,8 +65,6 @@ def test_score_intervals__equals_a_plain_loop_over_resamples(monkeypatch):
     counts = sparse(np.random.default_rng(0).integers(0, 60, (7, CLASSES, CONCEPTS)))
     miou, accuracy = score_intervals(counts, 5, score_of)
     found = [score_of(total) for total in resampled_counts(counts, 5)]
-    # Every resample has a match of its own.
-    assert len({tuple(each.class_of_concept) for each in found}) > 1
     for interval, name in ((miou, "miou"), (accuracy, "pixel_accuracy")):
         assert interval == [np.percentile([getattr(each, name) for each in found], level) for level in (2.5, 97.5)]
     assert (miou, accuracy) == score_intervals(counts, 5, score_of)

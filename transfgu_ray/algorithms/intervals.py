@@ -1,8 +1,8 @@
 """Bootstrap intervals over photographs, from confusion counts that are kept sparse a photograph.
 
-Reference: Efron and Tibshirani (1993), percentile interval. Departures: none; concepts are matched to classes anew in
-each resample, so that the interval holds the uncertainty of the match too. A resample repeats some photographs and
-misses others, which favours the match, so that an interval of few photographs may lie above the score itself.
+Reference: Efron and Tibshirani (1993), percentile interval. Departures: concepts keep the classes that the whole split
+gave them. A resample repeats some photographs and misses others: with a match of its own, and without the rare classes
+that it misses, it would score higher than the split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +77,7 @@ def score_intervals(
     Args:
         counts: of each photograph that has a labelled pixel; the others could not change a score.
         seed: of the draws.
-        score_of: scores of the counts of a resample; gives the concepts their classes.
+        score_of: scores of the counts of a resample.
     """
     found = [score_of(total) for total in resampled_counts(counts, seed)]
     values = [[each.miou, each.pixel_accuracy] for each in found]
