@@ -39,7 +39,7 @@ def test_tables__of_known_variants_and_all_of_them():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants__change_the_demo_into_another_recipe(name):
     settings = [*VARIANTS[name].settings]
-    if any("resnet50" in setting for setting in settings):
+    if VARIANTS[name].reads_resnet:
         settings.append("train.backbone_weights=random")
     demo = get_preset("demo")
     changed = build_config(demo, None, settings)

@@ -16,10 +16,12 @@ class Variant:
     Attributes:
         title: for people.
         settings: what it changes.
+        reads_resnet: whether it takes `train.backbone_weights` too.
     """
 
     title: str
     settings: tuple[str, ...] = ()
+    reads_resnet: bool = False
 
 
 _RESNET = ("train.backbone=resnet50_fpn", "train.token_window=null")
@@ -27,9 +29,11 @@ _NO_PEER, _NO_DIVERSITY, _NO_UNCERTAINTY = "train.alpha=[0, 0]", "train.omega_1=
 
 VARIANTS: Mapping[str, Variant] = {
     FULL: Variant("ViT, segmenter, all losses"),
-    "resnet_segmenter": Variant("ResNet-50 + FPN, segmenter", _RESNET),
+    "resnet_segmenter": Variant("ResNet-50 + FPN, segmenter", _RESNET, reads_resnet=True),
     "vit_classifier": Variant("ViT, classifier", ("train.decoder=classifier",)),
-    "resnet_classifier": Variant("ResNet-50 + FPN, classifier", (*_RESNET, "train.decoder=classifier")),
+    "resnet_classifier": Variant(
+        "ResNet-50 + FPN, classifier", (*_RESNET, "train.decoder=classifier"), reads_resnet=True
+    ),
     "ce": Variant("CE", (_NO_PEER, _NO_DIVERSITY, _NO_UNCERTAINTY)),
     "peer": Variant("CE, peer", (_NO_DIVERSITY, _NO_UNCERTAINTY)),
     "peer_uncertainty": Variant("CE, peer, uncertainty", (_NO_DIVERSITY,)),

@@ -4,8 +4,9 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from transfgu_ray.config import RunConfig, TrainConfig
-from transfgu_ray.errors import ArtifactError, WeightsError
-from transfgu_ray.storage import Folder, read_file
+from transfgu_ray.errors import WeightsError
+from transfgu_ray.prior import read_weights_file
+from transfgu_ray.storage import Folder
 
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.resnet import Backbone
@@ -49,9 +50,4 @@ def backbone_file_sha256(config: TrainConfig) -> str | None:
 
 
 def _read(source: str) -> bytes:
-    try:
-        return read_file(source)
-    except (OSError, ArtifactError):
-        raise WeightsError(
-            f"train.backbone_weights={source} cannot be read; give 'random' or the path of a checkpoint"
-        ) from None
+    return read_weights_file(source, "train.backbone_weights", "give 'random' or the path of a checkpoint")

@@ -10,7 +10,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import yaml
+from jaxtyping import Int16
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from transfgu_ray.benchmarks import BENCHMARKS, Benchmark, named_benchmark
@@ -423,6 +425,11 @@ class RunConfig(Section):
     def class_kinds(self) -> tuple[str, ...]:
         """Label id -> `thing` or `stuff` at the granularity in force."""
         return self.data.benchmark.kinds(self.concepts.granularity)
+
+    @property
+    def label_table(self) -> Int16[np.ndarray, " 256"]:
+        """Class of every id that a label file can hold; see `Benchmark.label_table`."""
+        return self.data.benchmark.label_table(self.concepts.granularity)
 
     @property
     def has_background(self) -> bool:

@@ -90,12 +90,24 @@ def weights_file_sha256(config: EncoderConfig) -> str | None:
 def _read_weights(source: str) -> bytes:
     if source == "bundled":
         return _read_bundled()
+    return read_weights_file(source, "encoder.weights", "give 'hub', 'bundled', 'random' or the path of a checkpoint")
+
+
+def read_weights_file(source: str, setting: str, advice: str) -> bytes:
+    """Content of the file that a setting names.
+
+    Args:
+        source: path or URI.
+        setting: its name, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
     try:
         return read_file(source)
     except (OSError, ArtifactError):
-        raise WeightsError(
-            f"encoder.weights={source} cannot be read; give 'hub', 'bundled', 'random' or the path of a checkpoint"
-        ) from None
+        raise WeightsError(f"{setting}={source} cannot be read; {advice}") from None
 
 
 def _read_bundled() -> bytes:

@@ -15,7 +15,7 @@ from transfgu_ray.artifacts import Run
 from transfgu_ray.config import build_config
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.pipeline.extract_features import FeatureExtractor
-from transfgu_ray.pipeline.stages import extract_listing
+from transfgu_ray.pipeline.stages import list_labelled
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.presets import get_preset
 from transfgu_ray.prior import ENCODER, resolve_encoder
@@ -34,8 +34,9 @@ def extract(folder: Path, data: Path, *settings: str) -> tuple[list[dict], dict]
     def read(name: str) -> bytes | None:
         return (data / name).read_bytes() if (data / name).exists() else None
 
-    images = extract_listing(run.config).images
-    worker.process(0, [Photo(each.image_id, read(each.image_id), read(each.label_id), None) for each in images])
+    listing = list_labelled(run.config)
+    assert listing is not None
+    worker.process(0, [Photo(each.image_id, read(each.image_id), read(each.label_id), None) for each in listing.images])
     part = pq.read_table(folder / "features/part-000000.parquet")
     return part.to_pylist(), json.loads(part.schema.metadata[b"stats"])
 

@@ -71,8 +71,12 @@ def centroid_maps(
     They are the negated squared distances without the features' own norm, which all K share, and so linear in the
     features: upsampled bilinearly, their argmax is the centroid nearest to the bilinearly upsampled features.
     """
-    maps = 2 * features @ centroids.T - centroids.square().sum(1)
-    return maps.transpose(1, 2).unflatten(2, grid_hw)
+    return closeness(features, centroids).transpose(1, 2).unflatten(2, grid_hw)
+
+
+def closeness(features: Float[Tensor, "*n d"], centroids: Float[Tensor, "k d"]) -> Float[Tensor, "*n k"]:
+    """Negated squared distances to the centroids, but for the features' own norm, which all K share."""
+    return 2 * features @ centroids.T - centroids.square().sum(1)
 
 
 def linear_maps(

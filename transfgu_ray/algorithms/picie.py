@@ -6,7 +6,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from transfgu_ray.algorithms.baselines import fit_centroids
+from transfgu_ray.algorithms.baselines import closeness, fit_centroids
 
 # Released: width, epochs, k-means iterations of an epoch and learning rate. Ours: the steps of an epoch.
 _WIDTH = 128
@@ -82,7 +82,7 @@ def fit_picie(
             features.cpu().numpy(), num_clusters, seed, num_iterations, num_redos, device == "cuda", "picie"
         )
         centroids = torch.from_numpy(found).to(device)
-        return centroids, (2 * features @ centroids.T - centroids.square().sum(1)).argmax(1)
+        return centroids, closeness(features, centroids).argmax(1)
 
     for _ in range(_EPOCHS):
         clusterings = [cluster(view, _KMEANS_ITERATIONS, 1) for view in views]

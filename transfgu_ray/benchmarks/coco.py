@@ -97,11 +97,10 @@ def _settings(released_rounds: tuple[int, ...], **released: Any) -> dict[str, di
     return {"paper": row, "released": row | _RELEASED | {"train.round_epochs": released_rounds} | released}
 
 
+_LAYOUT: dict[str, Any] = {"layout": "coco", "train_split": "train", "evaluate_split": "val"}
 _STUFF_27: dict[str, Any] = {
-    "layout": "coco",
+    **_LAYOUT,
     "region_mode": "things_and_stuff",
-    "train_split": "train",
-    "evaluate_split": "val",
     "class_names": _COARSE,
     "class_kinds": tuple("thing" if name in _THINGS else "stuff" for name in _COARSE),
     "class_of_id": {i: _COARSE.index(_COARSE_OF_NAME[name]) for i, name in enumerate(_NAME_OF_ID)},
@@ -117,10 +116,8 @@ COCO_STUFF_27_CURATED = Benchmark(
 )
 COCO_STUFF_171 = Benchmark(
     expects=_EXPECTS,
-    layout="coco",
+    **_LAYOUT,
     region_mode="things_and_stuff",
-    train_split="train",
-    evaluate_split="val",
     class_names=tuple(_NAME_OF_ID[i] for i in _USED),
     class_kinds=tuple("thing" if i in _USED_THINGS else "stuff" for i in _USED),
     class_of_id={i: class_id for class_id, i in enumerate(_USED)},
@@ -129,10 +126,8 @@ COCO_STUFF_171 = Benchmark(
 )
 COCO_80 = Benchmark(
     expects=_EXPECTS,
-    layout="coco",
+    **_LAYOUT,
     region_mode="things_only",
-    train_split="train",
-    evaluate_split="val",
     class_names=("background", *(_NAME_OF_ID[i] for i in _USED_THINGS)),
     class_kinds=("stuff", *["thing"] * len(_USED_THINGS)),
     # Unlabelled pixels are void, all stuff is background (released).

@@ -47,7 +47,7 @@ def ablate(
             uris = {name: folder.uri_of(f"seed_{seed}/{name}") for name in (FULL, *variants)}
             for name in variants:
                 settings = [f"seed={seed}", *VARIANTS[name].settings]
-                if any("resnet50" in setting for setting in settings):
+                if VARIANTS[name].reads_resnet:
                     settings.append(f"train.backbone_weights={json.dumps(resnet)}")
                 run = Run.open(uris[name], build_config(config, None, settings))
                 if name != FULL:

@@ -15,7 +15,7 @@ from transfgu_ray.algorithms.pamr import refined_argmax
 from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores, encode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import ImageRefused, centre_crop, decode_label, resize_label, to_classes, to_working
+from transfgu_ray.images import centre_crop, resize_label, to_working
 from transfgu_ray.model import load_model
 from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
 from transfgu_ray.pipeline.build_labels import load_labeller
@@ -25,7 +25,7 @@ from transfgu_ray.pipeline.parts import (
     PartWorker,
     TableResult,
     build_table_of_parts,
-    decode_photos,
+    decode_labelled,
     part_files,
     read_part,
 )
@@ -58,7 +58,8 @@ class Evaluator(PartWorker):
         self._config = config = RunConfig.model_validate(config)
         self._run = Folder(part["run_uri"])
         self._num_classes = num_classes
-        self._label_table = config.data.benchmark.label_table(config.concepts.granularity)
+        # Nothing is scored where there are no classes.
+        self._label_table = config.label_table if num_classes else None
         self._samples = {image_id: number for number, image_id in enumerate(samples)}
         self._labeller = load_labeller(self._run, config, self.device)
         model = Folder(self._run.uri_of("model"))
@@ -71,17 +72,12 @@ class Evaluator(PartWorker):
         """Writes the unit's samples, then its part; nothing is counted where there are no classes."""
         stats, limits = PartStats(), self._config.data
         image_ids, images, targets = [], [], []
-        for photo, image in decode_photos(photos, limits.min_side_px, limits.max_pixels, stats):
-            try:
-                target = self._read_target(photo)
-            except ImageRefused as refusal:
-                stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
-                continue
+        decoded = decode_labelled(photos, limits.min_side_px, limits.max_pixels, self._label_table, stats)
+        for photo, image, target in decoded:
             image, target = self._frame(image, target)
             image_ids.append(photo.image_id)
             images.append(image)
             targets.append(target)
-        stats.images = len(images)
         columns: dict[str, list[Any]] = {field.name: [] for field in confusions_schema()}
         for image_id, image, target, masks in zip(image_ids, images, targets, self._predict(images), strict=True):
             if target is not None:
@@ -89,14 +85,6 @@ class Evaluator(PartWorker):
             if image_id in self._samples:
                 self._write_sample(self._samples[image_id], image, masks, target)
         return self.write(unit, build_table(columns, confusions_schema()), stats)
-
-    def _read_target(self, photo: Photo) -> np.ndarray | None:
-        """Label ids; None where nothing is scored."""
-        if not self._num_classes:
-            return None
-        if photo.label is None:
-            raise ImageRefused("its label cannot be read")
-        return to_classes(decode_label(photo.label), self._label_table)
 
     def _frame(self, image: Image.Image, target: np.ndarray | None) -> tuple[Image.Image, np.ndarray | None]:
         """What of the photograph and its label the protocol looks at; all that follows sees nothing else of them."""

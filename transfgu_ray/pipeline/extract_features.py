@@ -19,9 +19,9 @@ from transfgu_ray.algorithms.windows import (
     to_original,
 )
 from transfgu_ray.config import RunConfig
-from transfgu_ray.images import ImageRefused, cut_crops, decode_label, resize_label, to_classes, to_working
+from transfgu_ray.images import cut_crops, resize_label, to_working
 from transfgu_ray.pipeline.ahead import made_ahead
-from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
+from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_labelled
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.schemas import build_table, features_schema
@@ -49,6 +49,10 @@ class _Windows:
     foreground_fracs: np.ndarray
 
 
+def _column(windows: list[_Windows], name: str, dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0), *(getattr(of_image, name) for of_image in windows)]).astype(dtype)
+
+
 class FeatureExtractor(PartWorker):
     """One unit of photographs -> one part of the features table."""
 
@@ -61,9 +65,7 @@ class FeatureExtractor(PartWorker):
         # Whole images are larger than crops: as many at a time as give about the same number of pixels.
         self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
         self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
-        self._label_table = None
-        if config.extract.windows == "ground_truth":
-            self._label_table = config.data.benchmark.label_table(config.concepts.granularity)
+        self._label_table = config.label_table if config.extract.windows == "ground_truth" else None
         # A GPU reads crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
         on_gpu = self.device == "cuda"
         self._num_cutters = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
@@ -72,17 +74,13 @@ class FeatureExtractor(PartWorker):
         """Writes the unit's part."""
         config, stats = self._config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
-        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
-            if self._label_table is not None:
-                try:
-                    labels.append(self._read_label(photo))
-                except ImageRefused as refusal:
-                    stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
-                    continue
+        limits = config.data.min_side_px, config.data.max_pixels
+        for photo, image, classes in decode_labelled(photos, *limits, self._label_table, stats):
+            if classes is not None:
+                labels.append(resize_label(classes, config.data.image_size))
             image_ids.append(photo.image_id)
             sizes.append((image.height, image.width))
             working.append(to_working(image, config.data.image_size))
-        stats.images = len(working)
         windows = self._regions(labels, stats) if labels else self._sliding(working, stats)
         kept = [(i, c) for i, of_image in enumerate(windows) for c in range(len(of_image.kinds))]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
@@ -94,19 +92,14 @@ class FeatureExtractor(PartWorker):
         original = [
             to_original(of_image, config.data.image_size, size) for of_image, size in zip(boxes, sizes, strict=True)
         ]
-        empty = [np.empty(0)]
         table = build_table(
             {
                 "image_id": [image_ids[i] for i, _ in kept],
-                "crop_id": np.concatenate([of_image.crop_ids for of_image in windows] or empty).astype(np.int32),
+                "crop_id": _column(windows, "crop_ids", np.int32),
                 "box_xyxy": np.concatenate([*original, np.empty((0, 4))]).astype(np.int32),
-                "window_frac": np.concatenate([of_image.window_fracs for of_image in windows] or empty).astype(
-                    np.float32
-                ),
+                "window_frac": _column(windows, "window_fracs", np.float32),
                 "kind": [kind for of_image in windows for kind in of_image.kinds],
-                "foreground_frac": np.concatenate([of_image.foreground_fracs for of_image in windows] or empty).astype(
-                    np.float32
-                ),
+                "foreground_frac": _column(windows, "foreground_fracs", np.float32),
                 "cls_token": tokens,
             },
             features_schema(self._encoder.embed_dim),
@@ -141,12 +134,6 @@ class FeatureExtractor(PartWorker):
                 _Windows(keep, boxes[keep], fracs, [kinds[c] for c in keep], things[class_ids[keep]].astype(np.float64))
             )
         return found
-
-    def _read_label(self, photo: Photo) -> np.ndarray:
-        """Classes at the working size."""
-        if photo.label is None:
-            raise ImageRefused("its label cannot be read")
-        return resize_label(to_classes(decode_label(photo.label), self._label_table), self._config.data.image_size)
 
     @property
     def embed_dim(self) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 from transfgu_ray.algorithms.released import NORM_EPS, ReleasedDecoder, background_last, read_released_decoder
 from transfgu_ray.algorithms.weights import load_encoder
 from transfgu_ray.config import RunConfig
-from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
+from transfgu_ray.errors import ConfigError, WeightsError
 from transfgu_ray.model import save_decoder
 from transfgu_ray.pipeline.fit_concepts import read_concepts
 from transfgu_ray.pipeline.train_rounds import HISTORY, model_config
-from transfgu_ray.prior import ENCODER
-from transfgu_ray.storage import Folder, read_file
+from transfgu_ray.prior import ENCODER, read_weights_file
+from transfgu_ray.storage import Folder
 
 
 def decoder_sha256(source: str) -> str | None:
@@ -79,9 +79,4 @@ def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[
 
 
 def _read(source: str) -> bytes:
-    try:
-        return read_file(source)
-    except (OSError, ArtifactError):
-        raise WeightsError(
-            f"train.decoder_weights={source} cannot be read; give a published *_decoder.pt, or null to train"
-        ) from None
+    return read_weights_file(source, "train.decoder_weights", "give a published *_decoder.pt, or null to train")

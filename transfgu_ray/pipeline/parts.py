@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import ImageRefused, decode_rgb
+from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_classes
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
 from transfgu_ray.schemas import to_parquet
@@ -52,11 +53,32 @@ def decode_photos(
     photos: list[Photo], min_side_px: int, max_pixels: int, stats: PartStats
 ) -> Iterator[tuple[Photo, Any]]:
     """Each readable photograph with its decoded RGB image; the others are entered as refused."""
+    for photo, image, _ in decode_labelled(photos, min_side_px, max_pixels, None, stats):
+        yield photo, image
+
+
+def decode_labelled(
+    photos: list[Photo], min_side_px: int, max_pixels: int, table: np.ndarray | None, stats: PartStats
+) -> Iterator[tuple[Photo, Any, np.ndarray | None]]:
+    """Each readable photograph with its decoded RGB image and its label's classes; the others are entered as refused.
+
+    Args:
+        photos: as read.
+        min_side_px: see `decode_rgb`.
+        max_pixels: see `decode_rgb`.
+        table: see `to_classes`; None where no labels are wanted.
+        stats: what becomes of each is counted here.
+    """
     for photo in photos:
         try:
             if photo.data is None:
                 raise ImageRefused(photo.error)
-            yield photo, decode_rgb(photo.data, min_side_px, max_pixels)
+            image, classes = decode_rgb(photo.data, min_side_px, max_pixels), None
+            if table is not None:
+                if photo.label is None:
+                    raise ImageRefused("its label cannot be read")
+                classes = to_classes(decode_label(photo.label), table)
+            yield photo, image, classes
         except ImageRefused as refusal:
             stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
         else:

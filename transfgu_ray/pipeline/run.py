@@ -13,7 +13,7 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, extract_listing, list_scored, progress_total
+from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, list_labelled, list_scored, progress_total
 from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 
@@ -56,7 +56,7 @@ def run_stages(
     if pending:
         # Before anything is started: bad weights and sizes, and missing labels, are told at once.
         if "extract" in pending:
-            extract_listing(config)
+            list_labelled(config)
         if "evaluate" in pending:
             list_scored(config)
         weights = {

@@ -75,7 +75,7 @@ def _extract(context: Context) -> dict[str, Any]:
     # Resolved here once: workers and the finished model all use this very file.
     assert context.encoder is not None
     run.folder.write_bytes(ENCODER, context.encoder)
-    result = _table_of_photographs(context, "features", FeatureExtractor, extract_listing(config).images)
+    result = _table_of_photographs(context, "features", FeatureExtractor, list_labelled(config))
     _require_some(result.stats, len(context.listing.images))
     return _table_content(context, result) | {
         "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
@@ -168,18 +168,20 @@ def _train(context: Context) -> dict[str, Any]:
     }
 
 
-def extract_listing(config: RunConfig) -> Listing:
-    """The photographs that are learned from, with their labels only where those cut the windows.
+def list_labelled(config: RunConfig) -> Listing | None:
+    """The photographs that are learned from with their labels; None where those do not cut the windows.
 
     Raises:
         DataError: there are none, or their labels are missing.
     """
-    by_labels = config.extract.windows == "ground_truth"
-    granularity = config.concepts.granularity if by_labels else None
-    return list_images(config.data, config.data.benchmark.train_split, granularity)
+    if config.extract.windows != "ground_truth":
+        return None
+    return list_images(config.data, config.data.benchmark.train_split, config.concepts.granularity)
 
 
-def _table_of_photographs(context: Context, table: str, worker: Any, images: Any = None, **arguments: Any) -> Any:
+def _table_of_photographs(
+    context: Context, table: str, worker: Any, listing: Listing | None = None, **arguments: Any
+) -> Any:
     """A table of the training photographs, brought up to date; see `parts.build_table_of_parts`."""
     from transfgu_ray.pipeline.parts import build_table_of_parts
 
@@ -189,7 +191,7 @@ def _table_of_photographs(context: Context, table: str, worker: Any, images: Any
         table,
         context.fingerprint,
         context.root,
-        context.listing.images if images is None else images,
+        (listing or context.listing).images,
         config.extract.images_per_part,
         worker,
         {"config": config.model_dump(mode="json"), **arguments},
