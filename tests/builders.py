@@ -269,3 +269,43 @@ def matched_share(found: np.ndarray, truth: np.ndarray) -> float:
     counts = np.zeros((truth.max() + 1, found.max() + 1))
     np.add.at(counts, (truth, found), 1)
     return counts[linear_sum_assignment(counts, maximize=True)].sum() / len(truth)
+
+
+def make_trial(number: int, point: dict[str, object], score: float | None, miou: float | None, **more: object) -> dict:
+    """A trial as sweep.json has it; finished, with K = 16, unless told otherwise."""
+    return {
+        "id": f"{number:02}" * 8,
+        "run": f"/nowhere/{number:02}",
+        "point": point,
+        "status": "finished",
+        "epochs": 14,
+        "num_concepts": 16,
+        "score": score,
+        "components": {},
+        "miou": miou,
+        "pixel_accuracy": miou,
+        "seconds": 60.0,
+        "model_version": None,
+        "mlflow_run_id": None,
+        "error": None,
+    } | more
+
+
+def make_sweep(space: dict[str, object], trials: list[dict], **more: object) -> dict:
+    """What readers need of a sweep.json; without evidence unless told otherwise."""
+    return {
+        "name": "sweep",
+        "preset": "demo",
+        "dataset": "scenes",
+        "split": "val",
+        "objective": "score",
+        "sampler": "grid",
+        "scheduler": "none",
+        "seed": 0,
+        "num_photos_probed": 32,
+        "space": space,
+        "base": {"seed": 0, "train.alpha": [0.03, 0.1]},
+        "shared": [{"stage": "extract", "fingerprint": "f" * 64, "seconds": 12.5, "used_by": len(trials)}],
+        "trials": trials,
+        "evidence": None,
+    } | more

@@ -1,24 +1,21 @@
 """report.html: one self-contained page made from a run's artifacts alone."""
 
 import base64
-import io
 import itertools
 import json
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.config import flatten
 from transfgu_ray.model import ModelConfig, load_model_config
-from transfgu_ray.palette import class_colours, overlay
+from transfgu_ray.pages import figure_png, hex_colour, render, sample_mask, sample_numbers, sample_photo, strip_jpeg
+from transfgu_ray.palette import class_colours
 from transfgu_ray.scores import score_lines, score_table
 from transfgu_ray.storage import Folder
 
-_COLUMNS = ("photo", "initial", "trained", "bootstrapped", "truth")
-_STRIP_HEIGHT_PX = 180
+_MASKS = ("initial", "trained", "bootstrapped", "truth")
 _MAX_REFUSALS_SHOWN = 50
 
 
@@ -27,19 +24,16 @@ def write_report(run: Run) -> int:
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     model = load_model_config(Folder(run.folder.uri_of("model")))
     colours = matched_colours(model, metrics)
-    numbers = sorted(
-        {name.split("/")[1] for name, _ in run.folder.files("samples", recursive=True) if name.count("/") == 2}
-    )
     strips = []
-    for number in numbers:
-        data, titles = _strip(run.folder, number, colours, metrics)
+    for number in sample_numbers(run.folder):
+        data, titles = _strip(run.folder, number, colours)
         run.folder.write_bytes(f"samples/strip_{number}.jpg", data)
         strips.append({"jpeg": base64.b64encode(data).decode(), "titles": titles})
     history = json.loads(run.folder.read_bytes("train/history.json"))
     manifests = [m for m in (run.manifest(stage) for stage in STAGES) if m is not None]
     refusals = {r["image_id"]: r["reason"] for m in manifests for r in m["refused"]}
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("transfgu_ray"), autoescape=True)
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         name=run.folder.uri.rstrip("/").rpartition("/")[2],
         config=run.config,
         settings=flatten(run.config.model_dump(mode="json")),
@@ -53,7 +47,7 @@ def write_report(run: Run) -> int:
         legend=_legend(model, metrics, colours["pred"]),
         loss_figure=_loss_figure(history) if history else None,
     )
-    run.folder.write_bytes("report.html", page.encode())
+    run.folder.write_bytes("report.html", page)
     return len(strips)
 
 
@@ -69,23 +63,15 @@ def matched_colours(model: ModelConfig, metrics: dict[str, Any]) -> dict[str, np
     return {"pred": pred, "truth": truth}
 
 
-def _strip(
-    folder: Folder, number: str, colours: dict[str, np.ndarray], metrics: dict[str, Any]
-) -> tuple[bytes, list[str]]:
-    photo = Image.open(io.BytesIO(folder.read_bytes(f"samples/{number}/photo.jpg"))).convert("RGB")
+def _strip(run: Folder, number: str, colours: dict[str, np.ndarray]) -> tuple[bytes, list[str]]:
+    photo = sample_photo(run, number)
     panels, titles = [photo], ["photograph"]
-    for name in _COLUMNS[1:]:
-        if folder.exists(f"samples/{number}/{name}.png"):
-            mask = np.asarray(Image.open(io.BytesIO(folder.read_bytes(f"samples/{number}/{name}.png"))))
-            panels.append(overlay(photo, mask, colours["truth" if name == "truth" else "pred"], opacity=0.7))
+    for name in _MASKS:
+        panel = sample_mask(run, number, name, photo, colours["truth" if name == "truth" else "pred"])
+        if panel is not None:
+            panels.append(panel)
             titles.append(name)
-    width = round(photo.width * _STRIP_HEIGHT_PX / photo.height)
-    strip = Image.new("RGB", (len(panels) * (width + 4) - 4, _STRIP_HEIGHT_PX), "white")
-    for i, panel in enumerate(panels):
-        strip.paste(panel.resize((width, _STRIP_HEIGHT_PX)), (i * (width + 4), 0))
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue(), titles
+    return strip_jpeg(panels), titles
 
 
 def _legend(model: ModelConfig, metrics: dict[str, Any], colours: np.ndarray) -> list[dict[str, str]]:
@@ -94,8 +80,7 @@ def _legend(model: ModelConfig, metrics: dict[str, Any], colours: np.ndarray) ->
     for class_id, kind in enumerate(model.kinds):
         name = "background" if kind == "none" else f"concept {class_id}"
         matched = f" → {names[class_id]}" if class_id in names else ""
-        red, green, blue = colours[class_id]
-        entries.append({"label": name + matched, "colour": f"#{red:02x}{green:02x}{blue:02x}"})
+        entries.append({"label": name + matched, "colour": hex_colour(colours[class_id])})
     return entries
 
 
@@ -113,6 +98,4 @@ def _loss_figure(history: list[dict[str, float]]) -> str:
     axes.set_xlabel("epoch (dotted: a new round)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return figure_png(figure)

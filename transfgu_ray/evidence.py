@@ -1,0 +1,167 @@
+"""What the trials of a sweep show: which is best, whether the label-free score finds it, and tables that tell it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from scipy.stats import spearmanr
+
+# Two trials are always in one order or the other: a rank correlation says nothing of them.
+_MIN_TRIALS = 3
+_ID_DIGITS = 8
+_NOT_MEASURED = ""
+
+
+def ranked(trials: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The finished trials of which a value is known, the highest first; of equals the earliest first.
+
+    Args:
+        trials: in the order in which they were drawn, as in sweep.json.
+        name: `score`, `miou`, or a component of the score.
+    """
+    known = [trial for trial in trials if trial["status"] == "finished" and value_of(trial, name) is not None]
+    return sorted(known, key=lambda trial: value_of(trial, name), reverse=True)
+
+
+def best_trial(trials: Iterable[Mapping[str, Any]], objective: str) -> Mapping[str, Any] | None:
+    """The finished trial with the highest `score` or `miou`, of equals the earliest; None where none has one."""
+    return next(iter(ranked(trials, objective)), None)
+
+
+def value_of(trial: Mapping[str, Any], name: str) -> float | None:
+    """A trial's `score`, `miou` or one of the score's components; None where it was not measured."""
+    return trial[name] if name in ("score", "miou") else (trial["components"] or {}).get(name)
+
+
+def evidence(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]] | None:
+    """Whether the label-free score, and each of its components alone, finds the trial that labels would choose.
+
+    Args:
+        trials: in the order in which they were drawn, as in sweep.json.
+
+    Returns:
+        `score` and each component -> {"spearman": rank correlation with mIoU over the finished trials, -1..1,
+        "regret_miou": the best finished trial's mIoU less that of the trial with the highest value, 0..1}; both null
+        for what fewer than three trials have, the correlation also where all values, or all mIoU, are equal. None
+        where fewer than three finished trials have an mIoU.
+    Reference: Spearman (1904), via scipy.stats.spearmanr, equal values at their mean rank. Departures: none.
+    """
+    labelled = [trial for trial in trials if trial["status"] == "finished" and trial["miou"] is not None]
+    if len(labelled) < _MIN_TRIALS:
+        return None
+    names = dict.fromkeys(name for trial in labelled for name in trial["components"] or {})
+    return {name: _evidence_of(labelled, name) for name in ("score", *names)}
+
+
+def _evidence_of(labelled: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
+    chosen = ranked(labelled, name)
+    if len(chosen) < _MIN_TRIALS:
+        return {"spearman": None, "regret_miou": None}
+    values, mious = [value_of(trial, name) for trial in chosen], [trial["miou"] for trial in chosen]
+    varies = len(set(values)) > 1 and len(set(mious)) > 1
+    return {
+        "spearman": float(spearmanr(values, mious).statistic) if varies else None,
+        "regret_miou": max(trial["miou"] for trial in labelled) - chosen[0]["miou"],
+    }
+
+
+def evidence_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, the score and each component a row: how well it ranks the trials, and what its choice costs.
+
+    Args:
+        sweep: content of a sweep.json whose `evidence` is not null.
+    """
+    header = ["chosen by", "Spearman's rho", "regret, mIoU points", "its trial", "its mIoU, %"]
+    rows = []
+    for name, found in sweep["evidence"].items():
+        labelled = [trial for trial in sweep["trials"] if trial["miou"] is not None]
+        chosen = best_trial(labelled, name) if found["regret_miou"] is not None else None
+        rows.append(
+            [
+                "score" if name == "score" else f"{name} alone",
+                _number(found["spearman"]),
+                _number(found["regret_miou"], 100),
+                _NOT_MEASURED if chosen is None else short_id(chosen),
+                _NOT_MEASURED if chosen is None else _number(chosen["miou"], 100),
+            ]
+        )
+    return header, rows
+
+
+def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
+    """What the evidence is about, or why there is none; the best trial by labels where there is some."""
+    labelled = ranked(sweep["trials"], "miou")
+    if not labelled:
+        return ["not scored: no finished trial has an mIoU, so nothing tells what the choice is worth"]
+    if sweep["evidence"] is None:
+        return [f"not scored: {len(labelled)} finished trials have an mIoU; a rank correlation needs {_MIN_TRIALS}"]
+    best = labelled[0]
+    return [
+        f"{len(labelled)} finished trials, split {sweep['split']}; the best by labels is {short_id(best)} with "
+        f"{_number(best['miou'], 100)} % mIoU"
+    ]
+
+
+def sweep_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, a trial each, the best by the sweep's objective first, those that did not finish last.
+
+    Columns without a single value are left out.
+
+    Args:
+        sweep: content of a sweep.json.
+    """
+    trials = sweep["trials"]
+    first = ranked(trials, sweep["objective"])
+    # No two trials have one identity.
+    known = {trial["id"] for trial in first}
+    trials = [*first, *(trial for trial in trials if trial["id"] not in known)]
+    settings = varying(sweep["space"])
+    components = dict.fromkeys(name for trial in trials for name in trial["components"] or {})
+    columns = {
+        "trial": [short_id(trial) for trial in trials],
+        **{title: [_setting(trial, name) for trial in trials] for name, title in short_names(settings).items()},
+        "K": [_count(trial["num_concepts"]) for trial in trials],
+        "status": [trial["status"] for trial in trials],
+        "epochs": [_count(trial["epochs"]) for trial in trials],
+        **{name: [_number(value_of(trial, name)) for trial in trials] for name in ("score", *components)},
+        "mIoU, %": [_number(trial["miou"], 100) for trial in trials],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells) or not cells}
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def varying(space: Mapping[str, Any]) -> list[str]:
+    """The settings that a sweep draws from more than one value."""
+    return [name for name, values in space.items() if not isinstance(values, list) or len(values) > 1]
+
+
+def short_names(settings: Sequence[str]) -> dict[str, str]:
+    """Setting -> its last part where no other has the same: train.omega_1 is omega_1."""
+    last = [name.rpartition(".")[2] for name in settings]
+    return {name: short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)}
+
+
+def short_id(trial: Mapping[str, Any]) -> str:
+    """The digits of a trial's identity that are shown."""
+    return trial["id"][:_ID_DIGITS]
+
+
+def value_text(value: Any) -> str:
+    """A setting's value on one line, numbers to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _setting(trial: Mapping[str, Any], name: str) -> str:
+    return value_text(trial["point"][name]) if name in trial["point"] else _NOT_MEASURED
+
+
+def _count(value: int | None) -> str:
+    return _NOT_MEASURED if value is None else str(value)
+
+
+def _number(value: float | None, scale: float = 1) -> str:
+    return _NOT_MEASURED if value is None else f"{scale * value:.2f}"
