@@ -16,8 +16,8 @@ from transfgu_ray.storage import Folder
 STAGES = ("extract", "concepts", "labels", "train", "evaluate", "report", "register")
 # Sections that each stage reads beside those of the stages before it.
 _SECTIONS = {
-    "extract": ("seed", "data", "encoder", "extract"),
-    "concepts": ("concepts",),
+    "extract": ("data", "encoder", "extract"),
+    "concepts": ("seed", "concepts"),
     "labels": ("cam",),
     "train": ("train",),
     "evaluate": ("evaluate",),
@@ -97,11 +97,41 @@ class Run:
 
     def fingerprint(self, stage: str, inputs: str) -> str:
         """Hash of every setting and input that the stage's output depends on."""
+        return _hash([self._sections(stage), inputs])
+
+    def tokens_fingerprint(self, inputs: str) -> str:
+        """Hash of what the table of cached tokens depends on, which is less than what training does.
+
+        Args:
+            inputs: of the stage train.
+        """
+        train = _identity(self.config)["train"]
+        read = {name: train[name] for name in ("crop_size", "token_window", "backbone", "backbone_weights")}
+        seed = self.config.seed if train["backbone_weights"] == "random" else None
+        return _hash([self._sections("extract"), read, seed, self.config.cam.batch_size, inputs])
+
+    def settings_key(self, stage: str) -> str:
+        """Sixteen hex digits that name every setting that the stage's output depends on."""
+        return _hash([self._sections(stage)])[:16]
+
+    def _sections(self, stage: str) -> dict[str, Any]:
         values = _identity(self.config)
         upto = STAGES[: STAGES.index(stage) + 1]
         sections = {name: values[name] for step in upto for name in _SECTIONS[step]}
-        text = json.dumps([sections, inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        # Random weights follow from the seed; nothing else of the first stage does.
+        return sections | ({"seed": self.config.seed} if self.config.encoder.weights == "random" else {})
+
+    def copy_stage(self, source: "Run", stage: str) -> None:
+        """Takes over a finished stage of another run, its manifest last."""
+        for output in OUTPUTS[stage]:
+            self.copy_output(source, output)
+        self.folder.copy_from(source.folder, f"{stage}.json")
+
+    def copy_output(self, source: "Run", output: str) -> None:
+        """Takes over a file, or the files of a table, of another run."""
+        is_file = source.folder.is_file(output)
+        for name in [output] if is_file else [name for name, _ in source.folder.files(output)]:
+            self.folder.copy_from(source.folder, name)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """A finished stage's manifest, or None."""
@@ -147,6 +177,10 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

@@ -305,6 +305,77 @@ def ablate(
     terminal.note(f"tables: {target.uri_of('ablations.md')}")
 
 
+class Sampler(StrEnum):
+    """How a sweep chooses its points."""
+
+    GRID = "grid"
+    RANDOM = "random"
+    OPTUNA = "optuna"
+
+
+class Scheduler(StrEnum):
+    """What stops the trials of a sweep early."""
+
+    NONE = "none"
+    ASHA = "asha"
+    MEDIAN = "median"
+
+
+class Objective(StrEnum):
+    """What a sweep chooses by."""
+
+    SCORE = "score"
+    MIOU = "miou"
+
+
+@app.command()
+def tune(
+    folder: Annotated[str, typer.Argument(metavar="SWEEP", help="Where trials, sweep.json and sweep.html go.")],
+    space: Annotated[
+        str, typer.Option(help="What varies: a YAML file, or 'paper' for alpha, omega_1, omega_2, K.")
+    ] = "paper",
+    preset: Annotated[str, typer.Option(help="Recipe that the trials change; see `transfgu presets`.")] = "demo",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    num_trials: Annotated[int | None, typer.Option(min=1, help="Points to try; a grid tries all.")] = None,
+    sampler: Annotated[Sampler, typer.Option(help="How points are chosen.")] = Sampler.RANDOM,
+    scheduler: Annotated[Scheduler, typer.Option(help="What stops trials by their epochs' score.")] = Scheduler.NONE,
+    objective: Annotated[
+        Objective, typer.Option(help="score: without labels. miou: by the labels of the validation photographs.")
+    ] = Objective.SCORE,
+    num_scenes: Annotated[int, typer.Option(min=1, help="Scenes to learn from, where --data is not given.")] = 120,
+    ray_address: Address = None,
+    tracking_uri: TrackingUri = None,
+    quiet: Quiet = False,
+) -> None:
+    """A sweep over alpha, omega_1, omega_2, K or other settings, chosen without labels; resumed where it stopped."""
+    from transfgu_ray.evidence import evidence_table, sweep_table
+    from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
+    from transfgu_ray.pipeline.tune import tune as verb
+    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.spaces import read_space
+    from transfgu_ray.storage import Folder
+
+    terminal, target = Terminal(quiet), Folder(folder)
+    if data is None and preset == "demo" and dataset is None:
+        data = target.uri_of("scenes")
+        write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
+    named = [*_named(dataset, data, weights), "evaluate.baselines=[]"]
+    if tracking_uri is not None:
+        named.append(f"tracking.uri={json.dumps(tracking_uri)}")
+    # Trials side by side use the cores better than workers side by side.
+    resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
+    planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
+    sweep = verb(target, resolved, planned, ray_address, terminal)
+    for header, rows in (sweep_table(sweep), evidence_table(sweep)):
+        terminal.table(rows, header)
+    terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")
+
+
 @app.command()
 def plan(
     preset: Annotated[str, typer.Option(help="Recipe to start from; see `transfgu presets`.")] = "paper",

@@ -194,3 +194,17 @@ def _at(values: Sequence[Any] | Range, share: float) -> Any:
 def plain_space(space: Space) -> dict[str, Any]:
     """The space as JSON or YAML holds it."""
     return {key: asdict(values) if isinstance(values, Range) else list(values) for key, values in space.items()}
+
+
+def plain_settings(space: Space) -> dict[str, Any]:
+    """Each setting by itself with its values, or its range, as JSON holds them."""
+    settings: dict[str, Any] = {}
+    for key, values in plain_space(space).items():
+        if _SEPARATOR not in key:
+            settings[key] = values
+            continue
+        for point in (expand({key: value}) for value in values):
+            for name, value in point.items():
+                settings.setdefault(name, [])
+                settings[name] += [] if value in settings[name] else [value]
+    return settings

@@ -130,6 +130,7 @@ def train_in_this_process(run: Run) -> list[dict[str, float]]:
         "model": asdict(train_rounds.model_config(run.config, ["foreground"] * 4, "")),
         "threads": 1,
         "num_readers": 2,
+        "sibling": None,
     }
     alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
     new_trainer(train_rounds.train_loop, settings, run.folder, "rounds", alone).fit()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transfgu_ray.ablations import FULL, VARIANTS
-from transfgu_ray.artifacts import OUTPUTS, Run
+from transfgu_ray.artifacts import Run
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.pipeline.run import Reporter, run_stages
 from transfgu_ray.pipeline.session import ray_session
@@ -63,8 +63,4 @@ def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
         return
     run_stages(source, _SHARED, None, reporter)
     for stage in _SHARED:
-        for output in OUTPUTS[stage]:
-            is_file = source.folder.is_file(output)
-            for name in [output] if is_file else [name for name, _ in source.folder.files(output)]:
-                target.folder.write_bytes(name, source.folder.read_bytes(name))
-        target.folder.write_bytes(f"{stage}.json", source.folder.read_bytes(f"{stage}.json"))
+        target.copy_stage(source, stage)

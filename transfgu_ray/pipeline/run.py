@@ -8,12 +8,20 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.backbone import backbone_file_sha256, resolve_backbone
+from transfgu_ray.backbone import BACKBONE, backbone_file_sha256, resolve_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.stages import STAGE_FUNCTIONS, Context, list_labelled, list_scored, progress_total
+from transfgu_ray.pipeline.stages import (
+    STAGE_FUNCTIONS,
+    Context,
+    Trial,
+    build_tokens,
+    list_labelled,
+    list_scored,
+    progress_total,
+)
 from transfgu_ray.pipeline.stream import peak_memory_mb
 from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 
@@ -31,11 +39,20 @@ def run_stages(
     address: str | None,
     reporter: Reporter,
     overwrite: bool = False,
+    trial: Trial | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Brings the named stages up to date and returns their manifests.
 
     A stage finished with the same settings and input is left alone. MLflow records the call when it includes
     `register`, the last stage of a whole run.
+
+    Args:
+        run: run folder and configuration.
+        stages: neighbours, in order.
+        address: Ray to use.
+        reporter: progress.
+        overwrite: make again what was made with other settings.
+        trial: what a sweep wants of the run.
 
     Raises:
         TransfguError: settings, data, weights or run folder are unusable.
@@ -67,7 +84,7 @@ def run_stages(
             from transfgu_ray.pipeline.import_decoder import check_decoder
 
             check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
-        with _tracking(run, pending) as tracked, ray_session(address, config.runtime) as resources:
+        with _tracking(run, pending, trial) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
                     run,
@@ -75,12 +92,46 @@ def run_stages(
                     listing,
                     resources,
                     fingerprints[stage],
+                    inputs[stage],
                     **weights,
                     tracked=tracked,
+                    trial=trial,
                     progress=lambda _: None,
                 )
-                _run_stage(context, stage, inputs[stage], reporter)
+                _run_stage(context, stage, reporter)
     return {stage: run.require(stage) for stage in stages}
+
+
+def cache_tokens(run: Run, reporter: Reporter) -> None:
+    """Makes the table of cached tokens of a run with a finished bank, for other runs to take over; Ray is running.
+
+    Raises:
+        TransfguError: weights, photographs or run folder are unusable.
+    """
+    root, config = open_root(run.config.data), run.config
+    listing = list_images(config.data, config.data.benchmark.train_split)
+    inputs = _stage_inputs(run, listing)["train"]
+    backbone = resolve_backbone(config)
+    if backbone is not None:
+        run.folder.write_bytes(BACKBONE, backbone)
+    with (
+        ray_session(None, config.runtime) as resources,
+        reporter.stage("tokens", len(listing.images), "photographs") as progress,
+    ):
+        context = Context(
+            run,
+            root,
+            listing,
+            resources,
+            run.fingerprint("train", inputs),
+            inputs,
+            encoder=None,
+            backbone=None,
+            tracked=None,
+            trial=None,
+            progress=progress,
+        )
+        build_tokens(context)
 
 
 def _is_current(run: Run, stage: str, fingerprint: str, overwrite: bool) -> bool:
@@ -133,21 +184,18 @@ def _check_early(config: RunConfig, listing: Listing) -> None:
 
 
 @contextlib.contextmanager
-def _tracking(run: Run, pending: Sequence[str]) -> Iterator[Any]:
+def _tracking(run: Run, pending: Sequence[str], trial: Trial | None) -> Iterator[Any]:
     if "register" not in pending:
         yield None
         return
     from transfgu_ray.pipeline import tracking
 
-    tracked = tracking.begin(run.folder, run.config)
-    try:
+    tracked = tracking.begin(run.folder, run.config, trial and trial.parent)
+    with tracking.ended_on_error(tracked):
         yield tracked
-    except BaseException as error:
-        tracking.end(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
 
 
-def _run_stage(context: Context, stage: str, inputs: str, reporter: Reporter) -> None:
+def _run_stage(context: Context, stage: str, reporter: Reporter) -> None:
     started = time.perf_counter()
     total, unit = progress_total(context.run, stage, context.listing)
     with reporter.stage(stage, total, unit) as progress:
@@ -163,6 +211,6 @@ def _run_stage(context: Context, stage: str, inputs: str, reporter: Reporter) ->
             "peak_memory_mb": max(peak_memory_mb(), content.get("peak_memory_mb", 0)),
             "num_workers": context.resources.num_workers,
             "device": context.resources.device,
-            "input_fingerprint": inputs,
+            "input_fingerprint": context.inputs,
         },
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 
 from transfgu_ray.algorithms.augment import Augmentation, augment
 from transfgu_ray.algorithms.cached_tokens import augment_tokens, decode_tokens
@@ -79,7 +79,7 @@ def load_samples(
             )
             sample = {"tokens": crop.half().numpy()}
         else:
-            image = _read_photo(record["path"], settings)
+            image = torch.from_numpy(_read_photo(record["path"], settings, settings.data.image_size))
             crop, cropped = augment(image, maps, settings.train_crop_size, grid_hw, how, rng)
             sample = {"image": crop.numpy()}
         for name, values in (sample | {"scores": cropped.half().numpy()}).items():
@@ -87,11 +87,19 @@ def load_samples(
     return {name: np.stack(values) for name, values in seen.items()}
 
 
-def _read_photo(uri: str, config: RunConfig) -> torch.Tensor:
+def read_photos(
+    places: pa.Table, run: Folder, config: RunConfig, size: tuple[int, int]
+) -> UInt8[np.ndarray, "b 3 y x"]:
+    """Whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
+    rows = [read_row(run, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
+    return np.stack([_read_photo(row["path"], config, size) for row in rows])
+
+
+def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     fs, path = resolve(uri)
     with fs.open_input_stream(path) as stream:
         photo = decode_rgb(stream.read(), config.data.min_side_px, config.data.max_pixels)
-    return torch.from_numpy(to_working(photo, config.data.image_size))
+    return to_working(photo, size)
 
 
 def _stored_scores(record: dict[str, Any]) -> torch.Tensor:

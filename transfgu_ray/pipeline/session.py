@@ -43,8 +43,14 @@ class Resources:
 
 
 @contextmanager
-def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resources]:
+def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = False) -> Iterator[Resources]:
     """Connects to the Ray at `address`, or starts a local one on loopback and stops it afterwards.
+
+    Args:
+        address: of a cluster; None = start one.
+        runtime: workers and devices.
+        dashboard: start a local one with its dashboard. Without it, nobody frees what a training inside a trial holds
+            when the trial is stopped: Ray Train asks the dashboard whether its controller lives.
 
     Raises:
         ConfigError: no cluster answers at `address`, or it has no GPU where cuda was asked for.
@@ -70,7 +76,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig) -> Iterator[Resourc
         slots = max(os.cpu_count() or 1, 4)
         where = {
             "num_cpus": slots,
-            "include_dashboard": False,
+            "include_dashboard": dashboard,
             "object_store_memory": runtime.object_store_mb * 2**20,
         }
         with _silenced_stderr():

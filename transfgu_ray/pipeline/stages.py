@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transfgu_ray.artifacts import Run
@@ -13,8 +13,27 @@ from transfgu_ray.datasets import Listing, list_images
 from transfgu_ray.errors import DataError
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Progress
+from transfgu_ray.pipeline.tracking import Tracked
 from transfgu_ray.prior import ENCODER, weights_file_sha256
 from transfgu_ray.storage import Folder
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a sweep wants of a run beside its model.
+
+    Attributes:
+        parent: MLflow run of the sweep.
+        tags: of the registered model.
+        sibling: run of another seed whose bank a second student learns from, so that every epoch can be measured
+            without labels; None = nothing is measured.
+        on_epoch: takes the history so far whenever there is more of it.
+    """
+
+    parent: Tracked
+    tags: Mapping[str, str]
+    sibling: Run | None
+    on_epoch: Callable[[list[dict[str, float]]], None]
 
 
 @dataclass(frozen=True)
@@ -27,9 +46,11 @@ class Context:
         listing: photographs of the training split.
         resources: workers and devices.
         fingerprint: of the stage.
+        inputs: what the stage is made of beside its settings; part of the fingerprint.
         encoder: safetensors bytes of the encoder; None where extract is not pending.
         backbone: safetensors bytes of the student's own backbone; None where it has none, or train is not pending.
         tracked: the MLflow run; None outside `transfgu run`.
+        trial: what a sweep wants of the run; None outside one.
         progress: takes items done.
     """
 
@@ -38,9 +59,11 @@ class Context:
     listing: Listing
     resources: Resources
     fingerprint: str
+    inputs: str
     encoder: bytes | None
     backbone: bytes | None
     tracked: Any
+    trial: Trial | None
     progress: Progress
 
 
@@ -114,9 +137,7 @@ def _labels(context: Context) -> dict[str, Any]:
 def _train(context: Context) -> dict[str, Any]:
     from transfgu_ray.algorithms.rounds import steps_per_epoch
     from transfgu_ray.pipeline import tracking
-    from transfgu_ray.pipeline.cache_tokens import TokenCacher
     from transfgu_ray.pipeline.fit_concepts import read_concepts
-    from transfgu_ray.pipeline.samples import TOKENS
     from transfgu_ray.pipeline.train_rounds import model_config, train
 
     run, config, resources = context.run, context.run.config, context.resources
@@ -131,10 +152,8 @@ def _train(context: Context) -> dict[str, Any]:
         run.folder.write_bytes(BACKBONE, context.backbone)
     cached, items_an_epoch, peak_mb = {}, 1, 0
     if config.train.features == "cached":
-        table = _table_of_photographs(context, TOKENS, TokenCacher)
-        num_bytes = sum(size for _, size in run.folder.files(TOKENS))
-        cached = {"cached_tokens": {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}}
-        items_an_epoch, peak_mb = len(context.listing.images), table.peak_mb
+        cached["cached_tokens"], peak_mb = build_tokens(context)
+        items_an_epoch = len(context.listing.images)
     reported = 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:
@@ -143,9 +162,17 @@ def _train(context: Context) -> dict[str, Any]:
         reported = len(history)
         if context.tracked is not None:
             tracking.log_epochs(context.tracked, history)
+        if context.trial is not None:
+            context.trial.on_epoch(history)
 
     result = train(
-        run.folder, config, model_config(config, kinds, weights_sha256), context.fingerprint, resources, on_epoch
+        run.folder,
+        config,
+        model_config(config, kinds, weights_sha256),
+        context.fingerprint,
+        resources,
+        on_epoch,
+        context.trial and context.trial.sibling,
     )
     images = run.require("labels")["images"]
     visits = images * config.train.epoch_repeats
@@ -166,6 +193,17 @@ def _train(context: Context) -> dict[str, Any]:
         "weights_sha256": weights_sha256,
         "backbone_file_sha256": backbone_file_sha256(config.train),
     }
+
+
+def build_tokens(context: Context) -> tuple[dict[str, int], int]:
+    """Brings the table of cached tokens up to date; what the manifest says of it, and a worker's peak memory, MB."""
+    from transfgu_ray.pipeline.cache_tokens import TokenCacher
+    from transfgu_ray.pipeline.samples import TOKENS
+
+    tokens = replace(context, fingerprint=context.run.tokens_fingerprint(context.inputs))
+    table = _table_of_photographs(tokens, TOKENS, TokenCacher)
+    num_bytes = sum(size for _, size in context.run.folder.files(TOKENS))
+    return {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}, table.peak_mb
 
 
 def list_labelled(config: RunConfig) -> Listing | None:
@@ -200,7 +238,7 @@ def _table_of_photographs(
     )
 
 
-def _scored_split(config: RunConfig) -> str | None:
+def scored_split(config: RunConfig) -> str | None:
     """The split that is scored; None for a dataset without labels."""
     split = config.data.benchmark.evaluate_split
     return split and (config.evaluate.split or split)
@@ -212,7 +250,7 @@ def list_scored(config: RunConfig) -> Listing | None:
     Raises:
         DataError: the split or its labels are missing.
     """
-    split = _scored_split(config)
+    split = scored_split(config)
     return None if split is None else list_images(config.data, split, config.concepts.granularity)
 
 
@@ -263,7 +301,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     if scored is not None:
         _require_some(stats, len(images))
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
-    metrics = metrics_json(config, _scored_split(config), stats.images, counts, kinds, weights_sha256)
+    metrics = metrics_json(config, scored_split(config), stats.images, counts, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
     return {
         "rows_in": stats.images + len(stats.refused),
@@ -297,7 +335,9 @@ def _register(context: Context) -> dict[str, Any]:
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
     artifacts = ["config.yaml", "metrics.json", "report.html", *strips]
-    registered = tracking.register(tracked, run.folder, run.config, metrics, artifacts)
+    registered = tracking.register(
+        tracked, run.folder, run.config, metrics, artifacts, context.trial.tags if context.trial else {}
+    )
     context.progress(1)
     return {"rows_in": 1, "rows_out": 1, "refused": [], **registered}
 

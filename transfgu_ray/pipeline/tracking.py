@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from transfgu_ray.model import load_model_config
 from transfgu_ray.scores import scores_by_method
 from transfgu_ray.storage import Folder
 
-_RECORD = "mlflow.json"
+RECORD = "mlflow.json"
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
 _NOT_TERMS = ("epoch",)
+# The tag that MLflow's own page nests runs by.
+PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,29 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
     return f"sqlite:///{Path(run.uri).parent / 'mlflow.db'}"
 
 
-def begin(run: Folder, config: RunConfig) -> Tracked:
-    """The MLflow run of a run folder: the one it had, or a new one when the configuration changed."""
-    client, uri = _client(tracking_uri(run, config))
+def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Tracked:
+    """The MLflow run of a run folder: the one it had, or a new one when the configuration changed.
+
+    Args:
+        run: the run folder.
+        config: its configuration.
+        parent: of a trial.
+    """
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
-    record = json.loads(run.read_bytes(_RECORD)) if run.exists(_RECORD) else {}
+    return open_run(run, config, identity, {} if parent is None else {PARENT: parent.run_id})
+
+
+def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
+    """The MLflow run of a folder: the one it had, or a new one when what it is made of changed.
+
+    Args:
+        folder: keeps the id.
+        config: says where it is tracked.
+        identity: what the folder is made of; its parameters.
+        tags: of a new run.
+    """
+    client, uri = connect(tracking_uri(folder, config))
+    record = json.loads(folder.read_bytes(RECORD)) if folder.exists(RECORD) else {}
     if record.get("uri") == uri and record.get("config") == identity and _has_run(client, record["run_id"]):
         client.update_run(record["run_id"], status="RUNNING")
         return Tracked(uri, record["run_id"])
@@ -69,17 +90,18 @@ def begin(run: Folder, config: RunConfig) -> Tracked:
         experiment_id = client.create_experiment(config.tracking.experiment, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
-    name = run.uri.rstrip("/").rpartition("/")[2]
-    run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": run.uri}).info.run_id
+    name = folder.uri.rstrip("/").rpartition("/")[2]
+    run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": folder.uri, **tags}).info.run_id
     for key, value in flatten(identity).items():
         client.log_param(run_id, key, value)
-    run.write_bytes(_RECORD, json.dumps({"uri": uri, "run_id": run_id, "config": identity}, indent=1).encode())
+    record = {"uri": uri, "run_id": run_id, "config": identity}
+    folder.write_bytes(RECORD, json.dumps(record, indent=1).encode())
     return Tracked(uri, run_id)
 
 
 def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
     """Logs the losses of the epochs that the run does not have yet, so that a resumed epoch is there once."""
-    client, _ = _client(tracked.uri)
+    client, _ = connect(tracked.uri)
     known = {metric.step for metric in client.get_metric_history(tracked.run_id, "train/loss")}
     for epoch in history:
         if epoch["epoch"] not in known:
@@ -89,7 +111,12 @@ def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
 
 
 def register(
-    tracked: Tracked, run: Folder, config: RunConfig, metrics: dict[str, Any], artifacts: list[str]
+    tracked: Tracked,
+    run: Folder,
+    config: RunConfig,
+    metrics: dict[str, Any],
+    artifacts: list[str],
+    more_tags: Mapping[str, str],
 ) -> dict[str, Any]:
     """Logs scores and artifacts, logs the model and registers it once; returns name and version.
 
@@ -99,10 +126,11 @@ def register(
         config: its configuration.
         metrics: content of metrics.json.
         artifacts: names in the run folder to keep with the MLflow run.
+        more_tags: of the model beside those that follow from the run.
     """
     import mlflow
 
-    client, uri = _client(tracked.uri)
+    client, uri = connect(tracked.uri)
     for name, value in flatten(scores_by_method(metrics)).items():
         # An interval is a list, which MLflow has no metric for; metrics.json, kept below, holds it.
         if isinstance(value, float):
@@ -129,15 +157,21 @@ def register(
     }
     if metrics["stages"]:
         tags["miou"] = f"{metrics['stages']['bootstrapped']['miou']:.6f}"
-    for key, value in tags.items():
+    for key, value in (tags | more_tags).items():
         client.set_model_version_tag(name, version, key, value)
     client.set_terminated(tracked.run_id, status="FINISHED")
     return {"model_name": name, "model_version": int(version), "tracking_uri": uri, "mlflow_run_id": tracked.run_id}
 
 
-def end(tracked: Tracked, status: str) -> None:
-    """Closes the MLflow run as FAILED or KILLED."""
-    _client(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
+@contextlib.contextmanager
+def ended_on_error(tracked: Tracked) -> Iterator[None]:
+    """Closes the MLflow run as FAILED, or as KILLED by the keyboard, when what follows raises."""
+    try:
+        yield
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        connect(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
+        raise
 
 
 def fetch_model(model_uri: str, uri: str | None) -> str:
@@ -148,7 +182,7 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
     """
     import mlflow
 
-    _, uri = _client(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    _, uri = connect(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
@@ -214,7 +248,12 @@ def _has_run(client: Any, run_id: str) -> bool:
         return False
 
 
-def _client(uri: str) -> tuple[Any, str]:
+def connect(uri: str) -> tuple[Any, str]:
+    """A client of a tracking server and registry, and the URI.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 

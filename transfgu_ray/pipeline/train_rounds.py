@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.resnet import Backbone
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
+from transfgu_ray.algorithms.selection import Probe, agreement, score
 from transfgu_ray.algorithms.tokens import read_tokens
+from transfgu_ray.artifacts import Run
 from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
-from transfgu_ray.pipeline.samples import TOKENS, bank_index, load_samples
+from transfgu_ray.pipeline.samples import TOKENS, bank_index, load_samples, read_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
@@ -30,6 +33,8 @@ from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
 _STATE = "state.pt"
+# Photographs that every epoch of a trial is measured on.
+NUM_PROBED = 32
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
 _SAMPLES_A_TASK = 32
 
@@ -71,6 +76,7 @@ def train(
     fingerprint: str,
     resources: Resources,
     on_epoch: Callable[[list[dict[str, float]]], None],
+    sibling: Run | None = None,
 ) -> TrainResult:
     """Trains, or continues an interrupted training, and writes the model.
 
@@ -80,7 +86,9 @@ def train(
         model_config: goes into the model folder.
         fingerprint: of the stage.
         resources: workers and device.
-        on_epoch: called in this process with the losses of all epochs so far, whenever there are more.
+        on_epoch: called in this process with the history of all epochs so far, whenever there is more of it.
+        sibling: run of another seed with a bank of the same photographs. A second student learns from it, and the
+            history tells what both of an epoch are worth without labels; the first student is not touched by it.
     """
     # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
     name = f"rounds-{fingerprint[:16]}"
@@ -96,6 +104,7 @@ def train(
         "model": asdict(model_config),
         "threads": resources.threads,
         "num_readers": max(1, resources.num_cores // resources.train_workers),
+        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
     }
     trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources)
     seen = 0
@@ -134,34 +143,49 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     encoder = load_run_encoder(run, config.encoder.precision, str(device))
-    bootstrap = _new_bootstrap(config, ModelConfig(**settings["model"]), encoder)
-    backbone = None if config.train.features == "cached" else load_run_backbone(run, config, str(device))
-    grid_hw = encoder.grid_hw(config.train_crop_size)
-    history: list[dict[str, float]] = []
+    reads_backbone = settings["sibling"] is not None or config.train.features == "live"
+    backbone = load_run_backbone(run, config, str(device)) if reads_backbone else None
+    model = ModelConfig(**settings["model"])
     checkpoint = ray.train.get_checkpoint()
+    history: list[dict[str, float]] = []
+    state: dict[str, Any] = {}
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             state = torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
-        bootstrap.load_state_dict(state["bootstrap"])
         history = state["history"]
-    index = bank_index(run)
     resumed_at_epoch = len(history)
     train = config.train
     epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
-    steps, _ = steps_per_epoch(len(index) * train.epoch_repeats, train.batch_size, world_size)
-    batches = _batches(index, run.uri, config, epochs, rank, world_size, grid_hw, settings["num_readers"], device)
+    feed = {
+        "epochs": epochs,
+        "rank": rank,
+        "world_size": world_size,
+        "grid_hw": encoder.grid_hw(config.train_crop_size),
+        "num_readers": settings["num_readers"],
+        "device": device,
+    }
+
+    def new_learner(name: str, of: dict[str, Any]) -> _Learner:
+        own, folder = RunConfig.model_validate(of["config"]), Folder(of["run_uri"])
+        bootstrap = _new_bootstrap(own, model, encoder)
+        if name in state:
+            bootstrap.load_state_dict(state[name])
+        return _Learner(bootstrap, bank_index(folder), folder, own, feed)
+
+    learners = {"bootstrap": new_learner("bootstrap", settings)}
+    if settings["sibling"] is not None:
+        learners["sibling"] = new_learner("sibling", settings["sibling"])
+    students = [learner.bootstrap.student for learner in learners.values()]
+    probe = _new_probe(run, config, model, encoder, backbone) if len(students) > 1 and rank == 0 else None
     for epoch in epochs:
-        bootstrap.begin_epoch(epoch, rank)
-        terms = [
-            bootstrap.step(_tokens(batch, encoder, train.token_window, backbone), batch["scores"], epoch, step)
-            for step, batch in enumerate(itertools.islice(batches, steps))
-        ]
-        history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **mean_terms(terms)})
+        terms, *_ = [learner.learn(epoch, rank, encoder, backbone) for learner in learners.values()]
+        measured = {} if probe is None else _measure(probe, *students, len(model.kinds))
+        history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
         with tempfile.TemporaryDirectory() as directory:
             saved = None
             if rank == 0:
                 state = {
-                    "bootstrap": bootstrap.state_dict(),
+                    **{name: learner.bootstrap.state_dict() for name, learner in learners.items()},
                     "history": history,
                     "peak_memory_mb": peak_memory_mb(),
                     "resumed_at_epoch": resumed_at_epoch,
@@ -171,6 +195,50 @@ def train_loop(settings: dict[str, Any]) -> None:
             ray.train.report(history[-1], checkpoint=saved)
         if rank == 0:
             run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+
+
+class _Learner:
+    """A student and the bank that it learns from."""
+
+    def __init__(self, bootstrap: Bootstrap, index: pa.Table, run: Folder, config: RunConfig, feed: dict[str, Any]):
+        self.bootstrap = bootstrap
+        self._token_window = config.train.token_window
+        visits = len(index) * config.train.epoch_repeats
+        self._steps, _ = steps_per_epoch(visits, config.train.batch_size, feed["world_size"])
+        self._batches = _batches(index, run.uri, config, **feed)
+
+    def learn(self, epoch: Epoch, rank: int, encoder: Encoder, backbone: Backbone | None) -> dict[str, float]:
+        """One epoch; the mean of each loss term."""
+        self.bootstrap.begin_epoch(epoch, rank)
+        terms = [
+            self.bootstrap.step(_tokens(batch, encoder, self._token_window, backbone), batch["scores"], epoch, step)
+            for step, batch in enumerate(itertools.islice(self._batches, self._steps))
+        ]
+        return mean_terms(terms)
+
+
+def _new_probe(
+    run: Folder, config: RunConfig, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
+) -> Probe:
+    """Photographs of the bank that are the same in every trial."""
+    index = bank_index(run)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_PROBED])
+    photos = read_photos(index.take(pa.array(chosen)), run, config, model.image_size)
+    return Probe(
+        torch.from_numpy(photos).to(encoder.device),
+        lambda images: read_tokens(encoder, images, model.token_window, backbone),
+        encoder.grid_hw(model.image_size),
+    )
+
+
+def _measure(probe: Probe, student: nn.Module, sibling: nn.Module, num_classes: int) -> dict[str, float]:
+    """What a student is worth without labels: each component, and their score."""
+    decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in (student, sibling)]
+    components = {
+        "agreement": agreement(*map(probe.labels, decoders), num_classes),
+        **probe.components(decoders[0], num_classes),
+    }
+    return components | {"score": score(components)}
 
 
 def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encoder) -> Bootstrap:

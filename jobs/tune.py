@@ -1,0 +1,8 @@
+"""`transfgu tune` under `ray job submit --working-dir . -- python jobs/tune.py ...`, on the job's own cluster."""
+
+import sys
+
+from transfgu_ray.cli import main
+
+sys.argv.insert(1, "tune")
+main()
