@@ -360,11 +360,13 @@ def tune(
     from transfgu_ray.spaces import read_space
     from transfgu_ray.storage import Folder
 
-    terminal, target = Terminal(quiet), Folder(folder)
+    terminal, target, rendered = Terminal(quiet), Folder(folder), []
     if data is None and preset == "demo" and dataset is None:
         data = target.uri_of("scenes")
         write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
-    named = [*_named(dataset, data, weights), "evaluate.baselines=[]"]
+        # Shorter than the demo: a sweep looks for an order of settings, not for the best model of one.
+        rendered = ["train.round_epochs=[2, 3]"]
+    named = [*_named(dataset, data, weights), "evaluate.baselines=[]", *rendered]
     if tracking_uri is not None:
         named.append(f"tracking.uri={json.dumps(tracking_uri)}")
     # Trials side by side use the cores better than workers side by side.

@@ -93,7 +93,8 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
     name = folder.uri.rstrip("/").rpartition("/")[2]
     run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": folder.uri, **tags}).info.run_id
     for key, value in flatten(identity).items():
-        client.log_param(run_id, key, value)
+        # MLflow takes no commas in names.
+        client.log_param(run_id, key.replace(", ", " and "), value)
     record = {"uri": uri, "run_id": run_id, "config": identity}
     folder.write_bytes(RECORD, json.dumps(record, indent=1).encode())
     return Tracked(uri, run_id)

@@ -156,9 +156,10 @@ def _tune(
     progress: Any,
 ) -> None:
     """Ray Tune over the points, or over what Optuna suggests where they are None."""
-    # Read by Tune where it is used: no loggers of its own, and Ctrl-C ends the sweep instead of a part of it.
+    # Tune shall log and say nothing of its own, and Ctrl-C shall end the sweep instead of a part of it.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune as ray_tune
 
     from transfgu_ray.pipeline.tune_search import POINT, OptunaSearch, new_scheduler, to_text
