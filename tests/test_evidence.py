@@ -97,7 +97,7 @@ def test_evidence_lines__what_it_is_about_or_why_there_is_none():
     (line,) = evidence_lines(make_sweep(SPACE, trials, evidence=evidence(trials)))
     assert line == "5 finished trials, split val; the best by labels is 01010101 with 50.00 % mIoU"
     (line,) = evidence_lines(make_sweep(SPACE, trials[:2]))
-    assert "2 finished trials have an mIoU" in line
+    assert "finished trials with an mIoU: 2; a rank correlation needs 3" in line
     (line,) = evidence_lines(make_sweep(SPACE, [make_trial(0, {}, 0.5, None)]))
     assert "no finished trial has an mIoU" in line
 
@@ -110,26 +110,27 @@ def test_sweep_table__best_first_and_those_without_a_result_last():
         make_trial(2, point | {"train.omega_1": 1.0}, 0.5, 0.4, components={"usage": 1.0}),
         make_trial(3, point, 0.9, None, status="stopped", epochs=3),
     ]
-    header, rows = sweep_table(make_sweep(SPACE, trials))
-    assert header == ["trial", "omega_1", "alpha", "K", "status", "epochs", "score", "usage", "mIoU, %"]
+    header, rows = sweep_table(make_sweep(SPACE, trials), components=True)
+    assert header == ["trial", "omega_1", "alpha", "status", "epochs", "K", "score", "usage", "mIoU, %"]
     assert rows == [
-        ["02020202", "1", "[0.03, 0.1]", "16", "finished", "14", "0.50", "1.00", "40.00"],
-        ["01010101", "0.3", "[0.03, 0.1]", "16", "finished", "14", "0.25", "0.75", "50.00"],
-        ["00000000", "0.3", "[0.03, 0.1]", "", "failed", "0", "", "", ""],
-        ["03030303", "0.3", "[0.03, 0.1]", "16", "stopped", "3", "0.90", "", ""],
+        ["02020202", "1", "[0.03, 0.1]", "finished", "14", "16", "0.500", "1.000", "40.00"],
+        ["01010101", "0.3", "[0.03, 0.1]", "finished", "14", "16", "0.250", "0.750", "50.00"],
+        ["00000000", "0.3", "[0.03, 0.1]", "failed", "0", "", "", "", ""],
+        ["03030303", "0.3", "[0.03, 0.1]", "stopped", "3", "16", "0.900", "", ""],
     ]
+    assert "usage" not in sweep_table(make_sweep(SPACE, trials))[0], "the terminal is narrow"
     by_labels = sweep_table(make_sweep(SPACE, trials, objective="miou"))[1]
     assert [row[0][:2] for row in by_labels] == ["01", "02", "00", "03"]
 
 
 def test_sweep_table__columns_without_a_value_are_left_out():
     header, _ = sweep_table(make_sweep(SPACE, [make_trial(0, {"train.omega_1": 0.0}, 0.5, None)]))
-    assert header == ["trial", "omega_1", "K", "status", "epochs", "score"]
+    assert header == ["trial", "omega_1", "status", "epochs", "K", "score"]
 
 
 def test_varying__more_than_one_value():
     space = SPACE | {"train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
-    assert varying(space) == ["train.omega_1", "train.alpha", "train.learning_rate"]
+    assert varying(space) == {name: space[name] for name in ("train.omega_1", "train.alpha", "train.learning_rate")}
 
 
 def test_short_names__whole_where_two_would_be_equal():

@@ -94,7 +94,7 @@ def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
     if not labelled:
         return ["not scored: no finished trial has an mIoU, so nothing tells what the choice is worth"]
     if sweep["evidence"] is None:
-        return [f"not scored: {len(labelled)} finished trials have an mIoU; a rank correlation needs {_MIN_TRIALS}"]
+        return [f"not scored: finished trials with an mIoU: {len(labelled)}; a rank correlation needs {_MIN_TRIALS}"]
     best = labelled[0]
     return [
         f"{len(labelled)} finished trials, split {sweep['split']}; the best by labels is {short_id(best)} with "
@@ -102,41 +102,44 @@ def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sweep_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def sweep_table(sweep: Mapping[str, Any], components: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows, a trial each, the best by the sweep's objective first, those that did not finish last.
 
-    Columns without a single value are left out.
+    The columns between `trial` and `epochs` hold words: what the sweep varies, and the trial's status. Columns without
+    a single value are left out.
 
     Args:
         sweep: content of a sweep.json.
+        components: whether those of the score are columns, too; with them the table is wider than most terminals.
     """
     trials = sweep["trials"]
     first = ranked(trials, sweep["objective"])
     # No two trials have one identity.
     known = {trial["id"] for trial in first}
     trials = [*first, *(trial for trial in trials if trial["id"] not in known)]
-    settings = varying(sweep["space"])
-    components = dict.fromkeys(name for trial in trials for name in trial["components"] or {})
+    measured = dict.fromkeys(name for trial in trials for name in trial["components"] or {}) if components else ()
+    titles = short_names(varying(sweep["space"]))
     columns = {
         "trial": [short_id(trial) for trial in trials],
-        **{title: [_setting(trial, name) for trial in trials] for name, title in short_names(settings).items()},
-        "K": [_count(trial["num_concepts"]) for trial in trials],
+        **{title: [_setting(trial, name) for trial in trials] for name, title in titles.items()},
         "status": [trial["status"] for trial in trials],
         "epochs": [_count(trial["epochs"]) for trial in trials],
-        **{name: [_number(value_of(trial, name)) for trial in trials] for name in ("score", *components)},
+        "K": [_count(trial["num_concepts"]) for trial in trials],
+        **{name: [_number(value_of(trial, name), digits=3) for trial in trials] for name in ("score", *measured)},
         "mIoU, %": [_number(trial["miou"], 100) for trial in trials],
     }
     columns = {title: cells for title, cells in columns.items() if any(cells) or not cells}
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def varying(space: Mapping[str, Any]) -> list[str]:
-    """The settings that a sweep draws from more than one value."""
-    return [name for name, values in space.items() if not isinstance(values, list) or len(values) > 1]
+def varying(space: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a sweep draws from more than one value, each with its values or its range."""
+    return {name: values for name, values in space.items() if not isinstance(values, list) or len(values) > 1}
 
 
-def short_names(settings: Sequence[str]) -> dict[str, str]:
+def short_names(settings: Iterable[str]) -> dict[str, str]:
     """Setting -> its last part where no other has the same: train.omega_1 is omega_1."""
+    settings = list(settings)
     last = [name.rpartition(".")[2] for name in settings]
     return {name: short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)}
 
@@ -163,5 +166,5 @@ def _count(value: int | None) -> str:
     return _NOT_MEASURED if value is None else str(value)
 
 
-def _number(value: float | None, scale: float = 1) -> str:
-    return _NOT_MEASURED if value is None else f"{scale * value:.2f}"
+def _number(value: float | None, scale: float = 1, digits: int = 2) -> str:
+    return _NOT_MEASURED if value is None else f"{scale * value:.{digits}f}"

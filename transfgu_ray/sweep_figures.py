@@ -18,6 +18,7 @@ _MAX_LABELS = 12
 _MAX_LABEL_CHARS = 18
 # Trials of one value lie this far apart at most, of the distance between values, so that none hides another.
 _SPREAD = 0.25
+_MAX_SPREAD = 0.16
 _STOPPED = "0.65"
 _BEST = "black"
 
@@ -46,8 +47,8 @@ def shown_trials(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def setting_axes(sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[Axis]:
     """An axis for each setting that the sweep varies."""
-    titles = short_names(varying(sweep["space"]))
-    return [_setting_axis(title, name, sweep["space"][name], trials) for name, title in titles.items()]
+    settings = varying(sweep["space"])
+    return [_setting_axis(title, name, settings[name], trials) for name, title in short_names(settings).items()]
 
 
 def parallel_coordinates(sweep: Mapping[str, Any]) -> "Figure | None":
@@ -66,8 +67,7 @@ def parallel_coordinates(sweep: Mapping[str, Any]) -> "Figure | None":
             axes_of.append(_value_axis(title, [_scaled(trial, name) for trial in trials]))
     figure = Figure(figsize=(max(6.5, 1.2 * len(axes_of) + 1.5), 3.9), layout="constrained")
     axes = figure.subplots()
-    spread = _spread(len(trials))
-    lines = np.stack([axis.places + axis.spacing * spread for axis in axes_of], axis=1)
+    lines = np.stack([axis.places + min(axis.spacing, _MAX_SPREAD) * _spread(len(trials)) for axis in axes_of], axis=1)
     best = best_trial(trials, sweep["objective"])
     colour_of = _colours(figure, axes, sweep, trials)
     # The best is drawn last, on top.
@@ -144,7 +144,7 @@ def score_against_miou(sweep: Mapping[str, Any]) -> "Figure | None":
     trials = ranked([trial for trial in sweep["trials"] if trial["miou"] is not None], "score")
     if len(trials) < 2:
         return None
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6, 2.9), layout="constrained")
     axes = figure.subplots()
     scores, mious = [trial["score"] for trial in trials], [100 * trial["miou"] for trial in trials]
     axes.scatter(scores, mious, s=26, color="#0072b2", alpha=0.75, linewidths=0)

@@ -54,7 +54,7 @@ def write_sweep_report(folder: Folder, sweep: Mapping[str, Any]) -> None:
         command=None if best is None else f"transfgu predict {shlex.quote(best['run'])} --images DIR --out DIR",
         evidence_table=evidence_table(sweep) if sweep["evidence"] else None,
         evidence_lines=evidence_lines(sweep),
-        trials_table=sweep_table(sweep),
+        trials_table=sweep_table(sweep, components=True),
         failed=[(trial, short_id(trial)) for trial in trials if trial["status"] == "failed"],
         space={name: _space_text(values) for name, values in sweep["space"].items()},
         base={name: value_text(value) for name, value in sweep["base"].items()},
@@ -121,8 +121,8 @@ class _Masks:
 
     def legend(self) -> list[dict[str, str]]:
         """The classes and their colours."""
-        shown = zip(self.class_names, self.colours["truth"], strict=True)
-        return [{"label": name, "colour": hex_colour(colour)} for name, colour in shown]
+        colours = self.colours["truth"]
+        return [{"label": name, "colour": hex_colour(colours[i])} for i, name in enumerate(self.class_names)]
 
 
 def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,6 @@ def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
             unread.append(f"{title} trial {short_id(trial)}")
     first = opened[0][1].number_of if opened else {}
     common = [photo for photo in first if all(photo in masks.number_of for _, masks in opened)]
-    legends = {masks.class_names: masks.legend() for _, masks in opened if masks.class_names}
     note = None
     if not order:
         note = "No trial finished."
@@ -146,7 +145,7 @@ def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "photos": [_panels(photo, opened) for photo in common[:_MAX_PHOTOS]],
         "num_photos": len(common),
-        "legends": list(legends.values()),
+        "legend": opened[0][1].legend() if opened else [],
         "unread": unread,
         "masks_note": note,
     }
@@ -156,10 +155,7 @@ def _panels(photo: bytes, opened: list[tuple[str, _Masks]]) -> list[dict[str, st
     first = opened[0][1]
     panels = {"photograph": sample_photo(first.folder, first.number_of[photo])}
     panels |= {title: masks.panel(photo, _MASK) for title, masks in opened}
-    # Trials that differ in the classes they are scored by differ in their truth.
-    truths = {masks.class_names: masks for _, masks in reversed(opened)}
-    for names, masks in truths.items():
-        panels["truth" if len(truths) == 1 else f"truth, {len(names)} classes"] = masks.panel(photo, "truth")
+    panels["truth"] = first.panel(photo, "truth")
     return [
         {"title": title, "jpeg": base64.b64encode(strip_jpeg([panel])).decode()}
         for title, panel in panels.items()
