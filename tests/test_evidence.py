@@ -133,14 +133,6 @@ def test_varying__more_than_one_value():
     assert varying(space) == {name: space[name] for name in ("train.omega_1", "train.alpha", "train.learning_rate")}
 
 
-def test_varying__settings_that_change_together_are_told_apart():
-    space = {
-        "concepts.num_concepts, concepts.num_background": [[16, 4], [6, 2], [8, 2]],
-        "seed, cam.exclusion": [[0, True]],
-    }
-    assert varying(space) == {"concepts.num_concepts": [16, 6, 8], "concepts.num_background": [4, 2]}
-
-
 def test_short_names__whole_where_two_would_be_equal():
     settings = ["train.batch_size", "cam.batch_size", "train.alpha", "seed"]
     assert list(short_names(settings).values()) == ["train.batch_size", "cam.batch_size", "alpha", "seed"]

@@ -352,7 +352,7 @@ def tune(
     quiet: Quiet = False,
 ) -> None:
     """A sweep over alpha, omega_1, omega_2, K or other settings, chosen without labels; resumed where it stopped."""
-    from transfgu_ray.evidence import evidence_table, sweep_table
+    from transfgu_ray.evidence import evidence_lines, evidence_table, sweep_table
     from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
     from transfgu_ray.pipeline.tune import tune as verb
     from transfgu_ray.presets import DEMO_SCENES, configure
@@ -373,8 +373,13 @@ def tune(
     resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
     planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
     sweep = verb(target, resolved, planned, ray_address, terminal)
-    for header, rows in (sweep_table(sweep), evidence_table(sweep)):
+    header, rows = sweep_table(sweep)
+    terminal.table(rows, header, words=tuple(range(1, header.index("epochs"))))
+    if sweep["evidence"]:
+        header, rows = evidence_table(sweep)
         terminal.table(rows, header)
+    for line in evidence_lines(sweep):
+        terminal.note(line)
     terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from transfgu_ray.spaces import expand
-
 # Two trials are always in one order or the other: a rank correlation says nothing of them.
 _MIN_TRIALS = 3
 _ID_DIGITS = 8
@@ -135,21 +133,8 @@ def sweep_table(sweep: Mapping[str, Any], components: bool = False) -> tuple[lis
 
 
 def varying(space: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a sweep draws from more than one value: each with its values, or with `low`, `high` and `log`.
-
-    Args:
-        space: as sweep.json has it; settings of one key are told apart.
-    """
-    found: dict[str, Any] = {}
-    for key, values in space.items():
-        if not isinstance(values, list):
-            found[key] = values
-            continue
-        for point in (expand({key: value}) for value in values):
-            for name, value in point.items():
-                known = found.setdefault(name, [])
-                known += [] if value in known else [value]
-    return {name: values for name, values in found.items() if not isinstance(values, list) or len(values) > 1}
+    """The settings that a sweep draws from more than one value, each with its values or its range."""
+    return {name: values for name, values in space.items() if not isinstance(values, list) or len(values) > 1}
 
 
 def short_names(settings: Iterable[str]) -> dict[str, str]:

@@ -122,15 +122,15 @@ def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
     return copy
 
 
-def train_in_this_process(run: Run) -> list[dict[str, float]]:
-    """Losses of each epoch of a training, run where it can be looked into."""
+def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str, float]]:
+    """History of a training, run where it can be looked into."""
     settings = {
         "run_uri": run.folder.uri,
         "config": run.config.model_dump(mode="json"),
         "model": asdict(train_rounds.model_config(run.config, ["foreground"] * 4, "")),
         "threads": 1,
         "num_readers": 2,
-        "sibling": None,
+        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
     }
     alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
     new_trainer(train_rounds.train_loop, settings, run.folder, "rounds", alone).fit()
@@ -190,3 +190,17 @@ def test_train_loop__on_cached_tokens_never_calls_the_encoder(
     assert calls == []
     train_in_this_process(live)
     assert calls == [4] * 4, "teacher and student share one forward a step"
+
+
+def test_train_loop__beside_a_sibling_learns_the_same_and_is_measured(cached_run: Run, tmp_path: Path) -> None:
+    config = configured(cached_run, "cached")
+    alone, watched = (with_tokens(cached_run, config, tmp_path / name) for name in ("alone", "watched"))
+    sibling = Run(watched.folder, config.model_copy(update={"seed": 7}))
+    want, found = train_in_this_process(alone), train_in_this_process(watched, sibling)
+    measured = ("agreement", "consistency", "silhouette", "usage", "score")
+    assert [{name: value for name, value in row.items() if name not in measured} for row in found] == want
+    assert all(-1 <= row[name] <= 1 for row in found for name in measured)
+    # Its twin of the same seed would agree in every patch.
+    twin = with_tokens(cached_run, config, tmp_path / "twin")
+    assert train_in_this_process(twin, twin)[-1]["agreement"] == pytest.approx(1)
+    assert found[-1]["agreement"] < 0.99
