@@ -52,10 +52,14 @@ def sample_mask(run: Folder, number: str, name: str, photo: Image.Image, colours
         photo: the photograph.
         colours: uint8 RGB of each class id, (classes, 3).
     """
-    path = f"samples/{number}/{name}.png"
-    if not run.exists(path):
+    if not run.exists(f"samples/{number}/{name}.png"):
         return None
-    return overlay(photo, np.asarray(Image.open(io.BytesIO(run.read_bytes(path)))), colours, opacity=0.7)
+    return overlay(photo, sample_labels(run, number, name), colours, opacity=0.7)
+
+
+def sample_labels(run: Folder, number: str, name: str) -> np.ndarray:
+    """One of the masks of a sample photograph, class ids (height, width)."""
+    return np.asarray(Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/{name}.png"))))
 
 
 def strip_jpeg(panels: Sequence[Image.Image]) -> bytes:

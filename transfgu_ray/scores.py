@@ -109,9 +109,9 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str
     numbers, scores = {}, {}
     for name, (of_method, confusion_of) in methods.items():
         confusion = confusion_of(total_counts(of_method))
-        scores[name] = _score(config, confusion)
+        scores[name] = score_confusion(config, confusion)
         numbers[name] = _numbers(config, confusion, scores[name])
-        intervals = score_intervals(of_method, config.seed, partial(_resampled, config, confusion_of, scores[name]))
+        intervals = score_intervals(of_method, config.seed, partial(score_resample, config, confusion_of, scores[name]))
         numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
         if name in (*STAGE_NAMES, REFINED):
             numbers[name]["foreground_iou"] = foreground_iou(confusion, is_thing, is_background)
@@ -119,15 +119,16 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str
         "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
         "refined": numbers.pop(REFINED, None),
         "baselines": numbers,
-        "per_class": _per_class(config, scores[STAGE_NAMES[-1]]),
+        "per_class": class_rows(config, scores[STAGE_NAMES[-1]]),
     }
 
 
-def _score(config: RunConfig, confusion: np.ndarray) -> Score:
+def score_confusion(config: RunConfig, confusion: np.ndarray) -> Score:
+    """Scores of a split by the configured policy and protocol."""
     return score(confusion, config.evaluate.unmatched, config.evaluate.protocol)
 
 
-def _resampled(
+def score_resample(
     config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score, cells: np.ndarray
 ) -> Score:
     """Scores of a resample by the match of the whole split: one of its own would favour every resample."""
@@ -150,7 +151,8 @@ def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str
     }
 
 
-def _per_class(config: RunConfig, found: Score) -> list[dict[str, Any]]:
+def class_rows(config: RunConfig, found: Score) -> list[dict[str, Any]]:
+    """IoU and concepts of each class, as `per_class` of metrics.json; the IoU of a class that is not scored is null."""
     classes = zip(config.class_names, config.class_kinds, found.class_iou, strict=True)
     return [
         {
@@ -189,16 +191,25 @@ def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = [f"{metrics['dataset']} {metrics['split']}{coarser}, %", *columns]
     titles = [_TITLES.get(name, name) for name in scores]
     return header, [
-        [title, *(_percent(*cell) for cell in cells)] for title, *cells in zip(titles, *columns.values(), strict=True)
+        [title, *(percent(*cell) for cell in cells)] for title, *cells in zip(titles, *columns.values(), strict=True)
     ]
 
 
-def _percent(value: float | None, interval: list[float] | None) -> str:
+def percent(value: float | None, interval: list[float] | None) -> str:
+    """A share in percent, and its interval where there is one; empty for None."""
     if value is None:
         return ""
     if interval is None:
         return f"{100 * value:.2f}"
     return f"{100 * value:.2f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def protocol_line(metrics: dict[str, Any]) -> str:
+    """How a metrics.json, or what else has its `protocol` and `unmatched`, was scored."""
+    return (
+        f"protocol {metrics['protocol']}; {_RULES[metrics['unmatched']]}; "
+        f"[ ] 95 % of {RESAMPLES} resamples of the photographs"
+    )
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
@@ -210,10 +221,7 @@ def score_lines(metrics: dict[str, Any]) -> list[str]:
     Args:
         metrics: content of a metrics.json that is scored.
     """
-    lines = [
-        f"protocol {metrics['protocol']}; {_RULES[metrics['unmatched']]}; "
-        f"[ ] 95 % of {RESAMPLES} resamples of the photographs"
-    ]
+    lines = [protocol_line(metrics)]
     last, baselines = metrics["stages"][STAGE_NAMES[-1]]["miou"], metrics["baselines"]
     best = max(baselines, key=lambda name: baselines[name]["miou"])
     if baselines[best]["miou"] > 0:

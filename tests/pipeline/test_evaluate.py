@@ -23,8 +23,9 @@ from transfgu_ray.model import build_decoder, save_decoder
 from transfgu_ray.pipeline import evaluate as evaluation
 from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
 from transfgu_ray.pipeline.build_labels import load_labeller
-from transfgu_ray.pipeline.evaluate import Evaluator, read_counts
+from transfgu_ray.pipeline.evaluate import Evaluator
 from transfgu_ray.pipeline.parts import part_files
+from transfgu_ray.pipeline.scoring import read_counts
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.pipeline.train_rounds import model_config
 from transfgu_ray.presets import get_preset

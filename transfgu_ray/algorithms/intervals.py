@@ -8,7 +8,7 @@ that it misses, it would score higher than the split.
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Float64, Int64, Integer
 from scipy.sparse import csr_array, vstack
 
 from transfgu_ray.algorithms.metrics import Score
@@ -69,10 +69,10 @@ def resampled_counts(counts: csr_array, seed: int) -> Iterator[Int64[np.ndarray,
         yield from times @ counts
 
 
-def score_intervals(
+def resampled_scores(
     counts: csr_array, seed: int, score_of: Callable[[np.ndarray], Score]
-) -> tuple[list[float], list[float]]:
-    """95 % intervals [low, high] of mIoU and pixel accuracy over photographs.
+) -> Float64[np.ndarray, "resamples 2"]:
+    """Scores of each resample, mIoU and pixel accuracy; see `resampled_counts`.
 
     Args:
         counts: of each photograph that has a labelled pixel; the others could not change a score.
@@ -80,6 +80,17 @@ def score_intervals(
         score_of: scores of the counts of a resample.
     """
     found = [score_of(total) for total in resampled_counts(counts, seed)]
-    values = [[each.miou, each.pixel_accuracy] for each in found]
-    miou, pixel_accuracy = np.percentile(values, _PERCENTILES, axis=0).T.tolist()
+    return np.array([[each.miou, each.pixel_accuracy] for each in found])
+
+
+def percentile_interval(values: Float64[np.ndarray, " resamples"]) -> list[float]:
+    """95 % interval [low, high] of a score, or of the difference of two on the same resamples."""
+    return np.percentile(values, _PERCENTILES).tolist()
+
+
+def score_intervals(
+    counts: csr_array, seed: int, score_of: Callable[[np.ndarray], Score]
+) -> tuple[list[float], list[float]]:
+    """95 % intervals [low, high] of mIoU and pixel accuracy over photographs; see `resampled_scores`."""
+    miou, pixel_accuracy = map(percentile_interval, resampled_scores(counts, seed, score_of).T)
     return miou, pixel_accuracy

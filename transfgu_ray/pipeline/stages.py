@@ -99,7 +99,7 @@ def _extract(context: Context) -> dict[str, Any]:
     assert context.encoder is not None
     run.folder.write_bytes(ENCODER, context.encoder)
     result = _table_of_photographs(context, "features", FeatureExtractor, list_labelled(config))
-    _require_some(result.stats, len(context.listing.images))
+    require_some(result.stats, len(context.listing.images))
     return _table_content(context, result) | {
         "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
@@ -130,7 +130,7 @@ def _labels(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline.build_labels import BankBuilder
 
     result = _table_of_photographs(context, "labels", BankBuilder, root_uri=context.root.uri)
-    _require_some(result.stats, len(context.listing.images))
+    require_some(result.stats, len(context.listing.images))
     return _table_content(context, result) | {"weights_sha256": context.run.require("extract")["weights_sha256"]}
 
 
@@ -257,8 +257,9 @@ def list_scored(config: RunConfig) -> Listing | None:
 def _evaluate(context: Context) -> dict[str, Any]:
     from transfgu_ray.model import load_model_config
     from transfgu_ray.pipeline.baselines import fit_baselines
-    from transfgu_ray.pipeline.evaluate import evaluate, read_counts
+    from transfgu_ray.pipeline.evaluate import evaluate
     from transfgu_ray.pipeline.samples import bank_image_ids
+    from transfgu_ray.pipeline.scoring import read_counts
     from transfgu_ray.scores import metrics_json
 
     run, config = context.run, context.run.config
@@ -299,7 +300,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     )
     stats = result.stats
     if scored is not None:
-        _require_some(stats, len(images))
+        require_some(stats, len(images))
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
     metrics = metrics_json(config, scored_split(config), stats.images, counts, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
@@ -342,7 +343,12 @@ def _register(context: Context) -> dict[str, Any]:
     return {"rows_in": 1, "rows_out": 1, "refused": [], **registered}
 
 
-def _require_some(stats: Any, num_images: int) -> None:
+def require_some(stats: Any, num_images: int) -> None:
+    """Refuses a table that has none of its photographs.
+
+    Raises:
+        DataError: none could be used.
+    """
     if not stats.images:
         first = stats.refused[0]
         raise DataError(

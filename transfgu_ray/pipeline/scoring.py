@@ -1,0 +1,195 @@
+"""Photographs, their labels and masks of any method -> confusion matrices and sample masks, one unit at a time."""
+
+import io
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.sparse import csr_array
+
+from transfgu_ray.algorithms.intervals import photo_counts, stack_counts
+from transfgu_ray.algorithms.metrics import IGNORE, confusion_matrix
+from transfgu_ray.config import RunConfig
+from transfgu_ray.datasets import ImageRef
+from transfgu_ray.images import centre_crop, resize_label, to_working
+from transfgu_ray.model import Segmenter, load_model_config
+from transfgu_ray.pipeline.extract_features import batched_rows
+from transfgu_ray.pipeline.parts import (
+    PartStats,
+    PartWorker,
+    TableResult,
+    build_table_of_parts,
+    decode_labelled,
+    part_files,
+    read_part,
+)
+from transfgu_ray.pipeline.session import Resources
+from transfgu_ray.pipeline.stream import Photo, Progress
+from transfgu_ray.schemas import build_table, confusions_schema
+from transfgu_ray.storage import Folder
+
+_TABLE = "confusions"
+_PHOTOS_A_UNIT = 16
+# How the published codes resize photographs before the centre crop; labels are always resized by nearest neighbour.
+_RESAMPLING = {"picie": Image.Resampling.BILINEAR, "stego": Image.Resampling.NEAREST}
+# Shown masks and photographs are at most this wide or high.
+_SAMPLE_PX = 480
+
+
+class Scorer(PartWorker):
+    """One unit of photographs -> one part of the table of confusions, and the sample masks among them.
+
+    Subclasses implement `predict`, and name in `shown` the methods that samples are made of. The run folder must hold a
+    model.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: dict[str, Any], num_classes: int, samples: list[str], **part: Any) -> None:
+        super().__init__(**part)
+        self.config = RunConfig.model_validate(config)
+        self.run = Folder(part["run_uri"])
+        self._num_classes = num_classes
+        self._num_concepts = len(load_model_config(Folder(self.run.uri_of("model"))).kinds)
+        # Nothing is scored where there are no classes.
+        self._label_table = self.config.label_table if num_classes else None
+        self._samples = {image_id: number for number, image_id in enumerate(samples)}
+
+    def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
+        """Mask of each method for each image, at the scored size."""
+        raise NotImplementedError
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes the unit's samples, then its part; nothing is counted where there are no classes."""
+        stats, limits = PartStats(), self.config.data
+        image_ids, images, targets = [], [], []
+        decoded = decode_labelled(photos, limits.min_side_px, limits.max_pixels, self._label_table, stats)
+        for photo, image, target in decoded:
+            image, target = frame(image, target, self.config)
+            image_ids.append(photo.image_id)
+            images.append(image)
+            targets.append(target)
+        columns: dict[str, list[Any]] = {field.name: [] for field in confusions_schema()}
+        for image_id, image, target, masks in zip(image_ids, images, targets, self.predict(images), strict=True):
+            if target is not None:
+                self._count(image_id, target, masks, columns)
+            if image_id in self._samples:
+                self._write_sample(self._samples[image_id], image, masks, target)
+        return self.write(unit, build_table(columns, confusions_schema()), stats)
+
+    def _count(
+        self, image_id: str, target: np.ndarray, masks: dict[str, np.ndarray], columns: dict[str, list[Any]]
+    ) -> None:
+        """Enters the photograph's confusion matrices, one a method."""
+        small = resize_label(target, self.config.evaluate_image_size)
+        for method, mask in masks.items():
+            confusion = confusion_matrix(small, mask, self._num_classes, self._num_concepts)
+            classes, concepts = confusion.nonzero()
+            columns["image_id"] += [image_id] * len(classes)
+            columns["method"] += [method] * len(classes)
+            columns["class_id"] += classes.tolist()
+            columns["concept_id"] += concepts.tolist()
+            columns["pixels"] += confusion[classes, concepts].tolist()
+
+    def _write_sample(
+        self, number: int, image: Image.Image, masks: dict[str, np.ndarray], target: np.ndarray | None
+    ) -> None:
+        scale = min(1.0, _SAMPLE_PX / max(image.size))
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        photo = io.BytesIO()
+        image.resize(size).save(photo, "JPEG", quality=88)
+        self.run.write_bytes(f"samples/{number:02d}/photo.jpg", photo.getvalue())
+        labelled = {name: masks[name] for name in self.shown} | ({} if target is None else {"truth": target})
+        for name, mask in labelled.items():
+            png = io.BytesIO()
+            depth = np.uint8 if mask.max() <= IGNORE else np.uint16
+            Image.fromarray(mask.astype(depth)).resize(size, Image.Resampling.NEAREST).save(png, "PNG")
+            self.run.write_bytes(f"samples/{number:02d}/{name}.png", png.getvalue())
+
+
+def frame(image: Image.Image, target: np.ndarray | None, config: RunConfig) -> tuple[Image.Image, np.ndarray | None]:
+    """What of the photograph and its label the protocol looks at; all that follows sees nothing else of them."""
+    resampling = _RESAMPLING.get(config.evaluate.protocol)
+    if resampling is None:
+        return image, target
+    side, _ = config.evaluate_image_size
+    if target is not None:
+        target = np.asarray(centre_crop(Image.fromarray(target), side, Image.Resampling.NEAREST))
+    return centre_crop(image, side, resampling), target
+
+
+def token_batches(model: Segmenter, images: list[Image.Image], batch_size: int) -> Iterator[torch.Tensor]:
+    """What the model's decoder reads of the images, (b, hw, c), batch by batch."""
+    if not images:
+        return
+    working = np.stack([to_working(image, model.config.image_size) for image in images])
+    for _, batch in batched_rows(working, batch_size):
+        yield model.read_tokens(torch.from_numpy(batch).to(model.encoder.device))
+
+
+def choose_samples(image_ids: list[str], count: int, seed: int) -> list[str]:
+    """Photographs to show, drawn by the seed, in order of name."""
+    chosen = np.random.default_rng(seed).permutation(len(image_ids))[:count]
+    return [image_ids[i] for i in sorted(chosen)]
+
+
+def score_photos(
+    run: Folder,
+    config: RunConfig,
+    fingerprint: str,
+    root: Folder,
+    images: list[ImageRef],
+    samples: list[str],
+    scored: bool,
+    scorer: type[Scorer],
+    arguments: dict[str, Any],
+    resources: Resources,
+    progress: Progress,
+) -> TableResult:
+    """Brings the table of confusions up to date, one part a unit; without labels it stays empty, and samples are made.
+
+    Args:
+        run: folder that holds the model; the table and the samples go there.
+        config: its configuration.
+        fingerprint: of what the table depends on.
+        root: the dataset.
+        images: photographs to score, or to choose from.
+        samples: those of them to look at.
+        scored: whether they have labels.
+        scorer: makes the masks.
+        arguments: of the scorer, beside those of every one.
+        resources: workers and devices.
+        progress: takes photographs done.
+    """
+    if not scored:
+        images = [image for image in images if image.image_id in set(samples)]
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "num_classes": len(config.class_names) if scored else 0,
+        "samples": samples,
+        **arguments,
+    }
+    return build_table_of_parts(
+        run, _TABLE, fingerprint, root, images, _PHOTOS_A_UNIT, scorer, arguments, resources, progress
+    )
+
+
+def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, csr_array]:
+    """Confusion matrices of each method, a flat row a photograph that has a labelled pixel; see `photo_counts`.
+
+    The rows of all methods are the same photographs. Empty where no pixel is labelled.
+    """
+    parts: dict[str, list[csr_array]] = {}
+    for name in part_files(run, _TABLE):
+        table = read_part(run, name, confusions_schema().names)
+        photo = table["image_id"].combine_chunks().dictionary_encode()
+        photos, method = photo.indices.to_numpy(), table["method"].to_numpy()
+        class_id, concept_id, pixels = (table[name].to_numpy() for name in ("class_id", "concept_id", "pixels"))
+        shape = len(photo.dictionary), num_classes, num_concepts
+        for each in dict.fromkeys(method):
+            rows = method == each
+            counts = photo_counts(photos[rows], class_id[rows], concept_id[rows], pixels[rows], shape)
+            parts.setdefault(each, []).append(counts)
+    return {each: stack_counts(counts) for each, counts in parts.items()}
