@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -177,6 +179,18 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def git_commit(folder: Path = Path(__file__).parents[1]) -> str | None:
+    """Commit of a checkout, by default that of this package, `-dirty` with changes; None where there is no checkout."""
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _hash(values: list[Any]) -> str:

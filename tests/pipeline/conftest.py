@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import make_folder
+from tests.builders import make_folder, make_voc
 from transfgu_ray.algorithms import intervals
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.config import RuntimeConfig, build_config
@@ -83,6 +83,17 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, photographs_with_refused:
     """A run that has its bank, in three parts of two, one and two photographs. To be copied, not changed."""
     folder = tmp_path_factory.mktemp("labelled") / "run"
     return make_run(folder, photographs_with_refused, stages=("extract", "concepts", "labels"))
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_voc(tmp_path_factory.mktemp("voc"), num_train=6, num_val=3)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: None) -> Run:
+    """A whole run on `voc`. To be copied, not changed."""
+    return make_run(tmp_path_factory.mktemp("whole") / "run", voc, dataset="voc")
 
 
 def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", overwrite: bool = False) -> Run:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.builders import make_folder, make_hostile_folder, make_voc
+from tests.builders import make_folder, make_hostile_folder
 from tests.pipeline.conftest import Silent, make_run, open_run
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.cli import Terminal
@@ -23,16 +23,6 @@ from transfgu_ray.pipeline.session import ray_session
 from transfgu_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_voc(tmp_path_factory.mktemp("voc"), num_train=6, num_val=3)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: None) -> Run:
-    return make_run(tmp_path_factory.mktemp("whole") / "run", voc, dataset="voc")
 
 
 def test_run__leaves_the_documented_files(finished: Run) -> None:
@@ -192,11 +182,12 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     assert sorted(metric.step for metric in losses) == [0, 1]
     version = client.get_model_version(registered["model_name"], registered["model_version"])
     assert version.run_id == registered["mlflow_run_id"]
+    assert {"recipe", "num_concepts", "weights_sha256", "miou", "dataset_fingerprint"} <= set(version.tags)
     artifacts = {item.path for item in client.list_artifacts(registered["mlflow_run_id"])}
     assert {"report.html", "metrics.json", "config.yaml", "samples"} <= artifacts
     # Registering again finds the version that is there.
     tracked = tracking.Tracked(registered["tracking_uri"], registered["mlflow_run_id"])
-    again = tracking.register(tracked, finished.folder, finished.config, metrics, ["metrics.json"])
+    again = tracking.register(tracked, finished.folder, finished.config, metrics, ["metrics.json"], {})
     assert again["model_version"] == registered["model_version"]
 
     mlflow.set_tracking_uri(registered["tracking_uri"])

@@ -332,13 +332,15 @@ def _register(context: Context) -> dict[str, Any]:
     run = context.run
     tracked = context.tracked
     # Epochs that an interrupted call had trained but not logged.
-    tracking.log_epochs(tracked, json.loads(run.folder.read_bytes("train/history.json")))
+    history = json.loads(run.folder.read_bytes("train/history.json"))
+    tracking.log_epochs(tracked, history)
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
     artifacts = ["config.yaml", "metrics.json", "report.html", *strips]
-    registered = tracking.register(
-        tracked, run.folder, run.config, metrics, artifacts, context.trial.tags if context.trial else {}
-    )
+    tags = {"dataset_fingerprint": context.listing.fingerprint, **(context.trial.tags if context.trial else {})}
+    if history and "score" in history[-1]:
+        tags["score"] = f"{history[-1]['score']:.6f}"
+    registered = tracking.register(tracked, run.folder, run.config, metrics, artifacts, tags)
     context.progress(1)
     return {"rows_in": 1, "rows_out": 1, "refused": [], **registered}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from transfgu_ray.artifacts import git_commit
 from transfgu_ray.config import RunConfig, flatten
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.model import load_model_config
@@ -156,6 +157,9 @@ def register(
         "dataset": config.data.dataset,
         "weights_sha256": metrics["weights_sha256"],
     }
+    commit = git_commit()
+    if commit is not None:
+        tags["git_commit"] = commit
     if metrics["stages"]:
         tags["miou"] = f"{metrics['stages']['bootstrapped']['miou']:.6f}"
     for key, value in (tags | more_tags).items():
@@ -175,6 +179,11 @@ def ended_on_error(tracked: Tracked) -> Iterator[None]:
         raise
 
 
+def registry_uri(uri: str | None) -> str:
+    """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
 def fetch_model(model_uri: str, uri: str | None) -> str:
     """Local folder with the files of a registered model, e.g. `models:/transfgu@champion`.
 
@@ -183,7 +192,7 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
     """
     import mlflow
 
-    _, uri = connect(uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    _, uri = connect(registry_uri(uri))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
