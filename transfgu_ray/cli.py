@@ -143,6 +143,56 @@ def predict(
     terminal.note(f"{stats.images} masks in {target.uri_of('masks')}, overlays in {target.uri_of('overlays')}")
 
 
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Name of a registered model; see `transfgu run`.")],
+    data: Annotated[str, typer.Option(help="Folder or URI of the photographs.")],
+    versions: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Which; the champion is always added. Default: all.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Layout of --data; see `transfgu datasets`. Default: the versions' own.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Where comparison.json, .md and .png go.")] = "transfgu-compare",
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Move the alias champion to the best version, if it is clearly better.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --promote: also if it is not clearly better.")] = False,
+    ray_address: Address = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI. Default: sqlite in the working directory.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Registered versions on the same photographs, by the same protocol, side by side."""
+    from transfgu_ray.comparison import class_table, comparison_lines, version_table
+    from transfgu_ray.pipeline.compare import compare as verb
+    from transfgu_ray.storage import Folder
+
+    if force and not promote:
+        raise ConfigError("--force has no use without --promote")
+    terminal, target, root = Terminal(quiet), Folder(out), str(_absolute(data))
+    numbers = _version_numbers(versions)
+    comparison = verb(model, numbers, dataset, root, target, tracking_uri, ray_address, terminal, promote, force)
+    for header, rows in (version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])):
+        # Intervals below their scores, so that versions keep to 80 columns.
+        cells = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+        terminal.table(cells, [header[0], *(name.replace(" ", "\n") for name in header[1:])])
+    for line in comparison_lines(comparison):
+        terminal.note(line)
+    _note_refused(terminal, comparison["refused"])
+    if comparison["promotion"]:
+        terminal.note(comparison["promotion"]["sentence"])
+    terminal.note(f"side by side: {target.uri_of('comparison.png')}")
+
+
+def _version_numbers(text: str | None) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--versions {text} must be numbers with commas between them, e.g. 1,3") from None
+
+
 class Pictures(StrEnum):
     """What `transfgu render` makes."""
 
