@@ -110,7 +110,7 @@ class Trials:
 
     def describe(self) -> list[dict[str, Any]]:
         """The trials that have ended as sweep.json tells them, in the order of their ids."""
-        return [self._describe(name, note) for name, note in self._notes.items() if note["status"] != "running"]
+        return [self._describe(name, note) for name, note in sorted(self._notes.items()) if note["status"] != "running"]
 
     def _describe(self, name: str, note: Mapping[str, Any]) -> dict[str, Any]:
         folder, config = self.folder_of(name), self.config(note["point"])
