@@ -1,6 +1,9 @@
 """Set-up that must come before anything imports the package, and fixtures that every suite shares."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,15 @@ install_import_hook("transfgu_ray.algorithms", "beartype.beartype")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)
+
+# Ray reads these when it is imported, whichever test is the first to do so. Its socket paths must stay short, which
+# pytest's own folders are not; the token stays out of HOME.
+_RAY_FOLDER = tempfile.mkdtemp(prefix="r")
+_TOKEN = Path(_RAY_FOLDER, "token")
+_TOKEN.touch(mode=0o600)
+_TOKEN.write_text("a" * 64)
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(_TOKEN), RAY_TMPDIR=_RAY_FOLDER)
+atexit.register(shutil.rmtree, _RAY_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture

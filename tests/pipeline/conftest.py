@@ -1,11 +1,8 @@
 """One local Ray for all pipeline tests, and runs small enough to make in seconds."""
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,15 +56,8 @@ class Silent:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    # Ray's socket paths must stay short, which pytest's own folders are not; the token stays out of HOME.
-    folder = tempfile.mkdtemp(prefix="r")
-    token = Path(folder) / "token"
-    token.touch(mode=0o600)
-    token.write_text("a" * 64)
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_TMPDIR=folder)
     with ray_session(None, RuntimeConfig(object_store_mb=200)):
         yield
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

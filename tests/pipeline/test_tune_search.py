@@ -3,7 +3,8 @@ import json
 import pytest
 from ray.tune.search import Searcher
 
-from transfgu_ray.pipeline.tune_search import POINT, OptunaSearch
+from transfgu_ray.pipeline.trials import POINT
+from transfgu_ray.pipeline.tune_search import OptunaSearch
 from transfgu_ray.spaces import Range
 
 SPACE = {"train.omega_1": (0.0, 1.0, 3.0), "a.k, a.b": ([16, 4], [6, 2])}

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from transfgu_ray.algorithms.metrics import match_concepts
 
+# Photographs that a student is measured on.
+NUM_PROBED = 32
 COMPONENTS = ("agreement", "consistency", "silhouette", "usage")
 # Side of the second look at a photograph, as a share of its own.
 _CROP = 0.75

@@ -9,11 +9,11 @@ from transfgu_ray.artifacts import Run
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.pipeline.run import Reporter, run_stages
 from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.pipeline.shared_stages import SHARED
 from transfgu_ray.storage import Folder
 
 # Variants differ in training alone.
-_SHARED = ("extract", "concepts", "labels")
-_STAGES = (*_SHARED, "train", "evaluate")
+_STAGES = (*SHARED, "train", "evaluate")
 
 
 def ablate(
@@ -59,8 +59,8 @@ def ablate(
 
 def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
     """Gives a run the stages that it shares with another one, each manifest last."""
-    if target.manifest(_SHARED[-1]) is not None:
+    if target.manifest(SHARED[-1]) is not None:
         return
-    run_stages(source, _SHARED, None, reporter)
-    for stage in _SHARED:
+    run_stages(source, SHARED, None, reporter)
+    for stage in SHARED:
         target.copy_stage(source, stage)

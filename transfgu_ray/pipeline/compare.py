@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.inference import upsample_argmax
-from transfgu_ray.algorithms.selection import Probe, score
+from transfgu_ray.algorithms.selection import NUM_PROBED, Probe, score
 from transfgu_ray.comparison import (
     best_version,
     comparison_markdown,
@@ -36,7 +36,6 @@ from transfgu_ray.scores import STAGE_NAMES
 from transfgu_ray.storage import Folder
 
 _METHOD = STAGE_NAMES[-1]
-_NUM_PROBED = 32
 _NUM_SHOWN = 6
 # A version is timed for at least so long.
 _TIMED_SECONDS = 1.0
@@ -139,7 +138,7 @@ def compare(
     """
     registry = Registry(name, uri)
     entries, listing, has_labels = enter(registry, registry.versions(numbers), dataset, data, out)
-    probed = _choose(listing.images, _NUM_PROBED)
+    probed = _choose(listing.images, NUM_PROBED)
     num_scored = len(listing.images) if has_labels else min(len(probed), _NUM_SHOWN)
     with (
         reporter.stage("compare", (len(probed) + num_scored) * len(entries), "photographs") as progress,

@@ -76,10 +76,8 @@ class SharedStages:
 
     def _open(self, stage: str, config: RunConfig) -> Run:
         """The shared run of a stage; of the settings after it, it has those of the base."""
-        changed = {"seed": config.seed, "extract": config.extract}
+        changed = {"extract": config.extract}
         if stage == "labels":
-            changed |= {"concepts": config.concepts, "cam": config.cam}
-        else:
-            changed |= {"seed": self._base.seed}
+            changed |= {"seed": config.seed, "concepts": config.concepts, "cam": config.cam}
         run = Run(self._folder, self._base.model_copy(update=changed))
         return Run.open(self._folder.uri_of(f"shared/{stage}-{run.settings_key(stage)}"), run.config)

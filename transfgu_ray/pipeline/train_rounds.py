@@ -17,7 +17,7 @@ from transfgu_ray.algorithms.bootstrap import Bootstrap, mean_terms
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.resnet import Backbone
 from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule, steps_per_epoch
-from transfgu_ray.algorithms.selection import Probe, agreement, score
+from transfgu_ray.algorithms.selection import NUM_PROBED, Probe, agreement, score
 from transfgu_ray.algorithms.tokens import read_tokens
 from transfgu_ray.artifacts import Run
 from transfgu_ray.backbone import load_run_backbone
@@ -33,8 +33,6 @@ from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
 _STATE = "state.pt"
-# Photographs that every epoch of a trial is measured on.
-NUM_PROBED = 32
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
 _SAMPLES_A_TASK = 32
 

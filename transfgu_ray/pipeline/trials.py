@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from transfgu_ray.algorithms.selection import COMPONENTS
 from transfgu_ray.artifacts import Run
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.errors import TransfguError
@@ -19,8 +20,9 @@ from transfgu_ray.storage import Folder
 # What a trial's own process takes of Ray's CPUs: it waits for others.
 DRIVER_CPUS = 0.1
 STAGES = ("train", "evaluate", "report", "register")
-_COMPONENTS = ("agreement", "consistency", "silhouette", "usage")
 _NOTE = "trial.json"
+# A point is handed to trials as text, so that Tune does not look for searches inside its lists.
+POINT = "point"
 # Apart from the seeds that people give.
 _SIBLING_SEED = 1_000_000
 
@@ -128,7 +130,7 @@ class Trials:
             "epochs": len(history),
             "num_concepts": config.num_concepts,
             "score": last.get("score"),
-            "components": {each: last[each] for each in _COMPONENTS if each in last},
+            "components": {each: last[each] for each in COMPONENTS if each in last},
             "miou": scored.get("miou"),
             "pixel_accuracy": scored.get("pixel_accuracy"),
             "seconds": round(sum(manifest["seconds"] for manifest in manifests), 3),
@@ -157,7 +159,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
 
     base, folder = RunConfig.model_validate(settings["base"]), Folder(settings["folder"])
     trials, shared = Trials(folder, base), SharedStages(folder, base)
-    point, objective = json.loads(values["point"]), settings["objective"]
+    point, objective = json.loads(values[POINT]), settings["objective"]
     run = trials.begin(point)
     reported = 0
 

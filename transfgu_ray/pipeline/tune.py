@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transfgu_ray.algorithms.selection import NUM_PROBED
 from transfgu_ray.config import RunConfig, build_config, difference, flatten
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.run import Reporter
@@ -14,7 +15,7 @@ from transfgu_ray.pipeline.shared_stages import SharedStages
 from transfgu_ray.pipeline.stages import scored_split
 from transfgu_ray.pipeline.sweep_tracking import begin_sweep, end_sweep, settle_trials
 from transfgu_ray.pipeline.tracking import Tracked, ended_on_error, tracking_uri
-from transfgu_ray.pipeline.trials import DRIVER_CPUS, Trials, run_trial, sibling_of, trial_resources
+from transfgu_ray.pipeline.trials import DRIVER_CPUS, POINT, Trials, run_trial, sibling_of, trial_resources
 from transfgu_ray.spaces import Range, Space, assignments, grid_points, plain_settings, plain_space, random_points
 from transfgu_ray.storage import Folder
 
@@ -162,26 +163,25 @@ def _tune(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune as ray_tune
 
-    from transfgu_ray.pipeline.tune_search import POINT, OptunaSearch, new_scheduler, to_text
+    from transfgu_ray.pipeline.tune_search import OptunaSearch, new_scheduler, to_text
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
     class Ended(ray_tune.Callback):
         """Notes what became of a trial as soon as it has ended."""
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_complete(self, trial: Any, **info: Any) -> None:
             self._note(trial, "stopped")
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        def on_trial_error(self, trial: Any, **info: Any) -> None:
             self._note(trial, "failed")
 
         def _note(self, trial: Any, otherwise: str) -> None:
             point = json.loads(trial.config[POINT])
-            ended.end(point, otherwise)
-            _write(folder, base, plan, ended)
+            trials.end(point, otherwise)
+            _write(folder, base, plan, trials)
             progress(1)
 
-    ended = trials
     resources, concurrent = trial_resources(base)
     settings = {
         "folder": folder.uri,
@@ -224,7 +224,6 @@ def _tune(
 def _write(folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials) -> dict[str, Any]:
     """Brings sweep.json up to date; returns its content."""
     from transfgu_ray.evidence import best_trial, evidence
-    from transfgu_ray.pipeline.train_rounds import NUM_PROBED
 
     found = trials.describe()
     configs = [trials.config(trial["point"]) for trial in found]

@@ -8,10 +8,9 @@ import optuna
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from transfgu_ray.pipeline.trials import POINT
 from transfgu_ray.spaces import Range, Space, expand
 
-# A point is handed to trials as text, so that Tune does not look for searches inside its lists.
-POINT = "point"
 # After so many known suggestions in a row there is nothing new that is worth trying.
 _MAX_KNOWN = 100
 
