@@ -60,9 +60,10 @@ def test_silhouette__of_two_points__is_1_and_of_one_label_0():
     assert silhouette(tokens, torch.tensor([1, 1, 1])) == 0
 
 
-def test_usage__is_the_share_of_equally_used_classes():
-    assert usage(np.array([0, 1, 0, 1]), 4) == pytest.approx(0.5)
-    assert usage(np.array([0, 0, 0, 0]), 4) == pytest.approx(0.25)
+def test_usage__is_the_number_of_equally_used_classes():
+    assert usage(np.array([0, 1, 0, 1]), 4) == pytest.approx(2)
+    assert usage(np.array([0, 0, 0, 0]), 4) == pytest.approx(1)
+    assert usage(np.array([0, 0, 0, 1]), 4) == pytest.approx(4 / 3**0.75)
 
 
 def _decode(tokens, grid_hw):
@@ -97,8 +98,14 @@ def test_probe__sees_a_decoder_that_knows_places_alone_as_inconsistent():
     assert Probe(images, _read, (8, 8)).components(decode, 2)["consistency"] < 0.1
 
 
-def test_score__grows_with_every_component():
-    base = {"agreement": 0.5, "consistency": 0.5, "silhouette": 0.2, "usage": 0.5}
-    for name in base:
-        assert score(base | {name: base[name] + 0.1}) > score(base)
-    assert score({name: base[name] for name in base if name != "agreement"}) > 0
+def test_score__counts_the_classes_that_are_found_again():
+    components = {"agreement": 0.5, "consistency": 0.7, "silhouette": 0.2, "usage": 8.0}
+    assert score(components) == pytest.approx(4.8)
+    assert score({name: components[name] for name in ("consistency", "usage")}) == pytest.approx(5.6)
+
+
+def test_score__of_noise_and_of_one_class_is_low():
+    noise = {"agreement": 0.0, "consistency": 0.0, "usage": 16.0}
+    one_class = {"agreement": 0.0, "consistency": 0.0, "usage": 1.0}
+    two_sure_classes = {"agreement": 1.0, "consistency": 1.0, "usage": 2.0}
+    assert score(noise) == score(one_class) == 0 < score(two_sure_classes)

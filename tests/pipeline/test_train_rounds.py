@@ -199,7 +199,8 @@ def test_train_loop__beside_a_sibling_learns_the_same_and_is_measured(cached_run
     want, found = train_in_this_process(alone), train_in_this_process(watched, sibling)
     measured = ("agreement", "consistency", "silhouette", "usage", "score")
     assert [{name: value for name, value in row.items() if name not in measured} for row in found] == want
-    assert all(-1 <= row[name] <= 1 for row in found for name in measured)
+    assert all(-1 <= row[name] <= 1 for row in found for name in measured[:3])
+    assert all(1 <= row["usage"] <= config.num_concepts + 1 for row in found)
     # Its twin of the same seed would agree in every patch.
     twin = with_tokens(cached_run, config, tmp_path / "twin")
     assert train_in_this_process(twin, twin)[-1]["agreement"] == pytest.approx(1)

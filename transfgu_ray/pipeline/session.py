@@ -57,6 +57,8 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray prints this amid the progress whenever trials, which have several processes each, run side by side.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
     is_local = address in (None, "local")
     if is_local:
         # Ray's own switch for single machines, read on import: without it every process listens on all interfaces.

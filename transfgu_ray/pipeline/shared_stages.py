@@ -1,5 +1,6 @@
 """What trials have in common, made once: runs below SWEEP/shared, named by the settings that they depend on."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,19 +66,24 @@ class SharedStages:
 
     def describe(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
         """Each stage of the shared runs: its fingerprint, its seconds, and how many of these trials use it."""
+        banks = [self._place("labels", config) for config in configs]
+        used_by = Counter(run.folder.uri for run in banks)
         stages: dict[str, dict[str, Any]] = {}
-        for config in configs:
-            run = self.bank(config)
+        for run in {run.folder.uri: run for run in banks}.values():
             for manifest in filter(None, map(run.manifest, SHARED)):
                 entry = {"stage": manifest["stage"], "fingerprint": manifest["fingerprint"], "used_by": 0}
                 entry |= {"seconds": manifest["seconds"]}
-                stages.setdefault(manifest["fingerprint"], entry)["used_by"] += 1
+                stages.setdefault(manifest["fingerprint"], entry)["used_by"] += used_by[run.folder.uri]
         return sorted(stages.values(), key=lambda entry: SHARED.index(entry["stage"]))
 
     def _open(self, stage: str, config: RunConfig) -> Run:
+        place = self._place(stage, config)
+        return Run.open(place.folder.uri, place.config)
+
+    def _place(self, stage: str, config: RunConfig) -> Run:
         """The shared run of a stage; of the settings after it, it has those of the base."""
         changed = {"extract": config.extract}
         if stage == "labels":
             changed |= {"seed": config.seed, "concepts": config.concepts, "cam": config.cam}
         run = Run(self._folder, self._base.model_copy(update=changed))
-        return Run.open(self._folder.uri_of(f"shared/{stage}-{run.settings_key(stage)}"), run.config)
+        return Run(Folder(self._folder.uri_of(f"shared/{stage}-{run.settings_key(stage)}")), run.config)

@@ -22,6 +22,8 @@ from transfgu_ray.storage import Folder
 RECORD = "mlflow.json"
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
 _NOT_TERMS = ("epoch",)
+# MLflow takes no more at a time.
+_PARAMS_A_CALL = 100
 # The tag that MLflow's own page nests runs by.
 PARENT = "mlflow.parentRunId"
 
@@ -80,6 +82,7 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
     record = json.loads(folder.read_bytes(RECORD)) if folder.exists(RECORD) else {}
     if record.get("uri") == uri and record.get("config") == identity and _has_run(client, record["run_id"]):
         client.update_run(record["run_id"], status="RUNNING")
+        _log_params(client, record["run_id"], identity)
         return Tracked(uri, record["run_id"])
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
@@ -93,12 +96,21 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
         experiment_id = experiment.experiment_id
     name = folder.uri.rstrip("/").rpartition("/")[2]
     run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": folder.uri, **tags}).info.run_id
-    for key, value in flatten(identity).items():
-        # MLflow takes no commas in names.
-        client.log_param(run_id, key.replace(", ", " and "), value)
+    # At once, so that a kill leaves no run that its folder does not know.
     record = {"uri": uri, "run_id": run_id, "config": identity}
     folder.write_bytes(RECORD, json.dumps(record, indent=1).encode())
+    _log_params(client, run_id, identity)
     return Tracked(uri, run_id)
+
+
+def _log_params(client: Any, run_id: str, identity: dict[str, Any]) -> None:
+    """Logs what a run is made of; what it has is left as it is."""
+    from mlflow.entities import Param
+
+    # MLflow takes no commas in names.
+    params = [Param(key.replace(", ", " and "), str(value)) for key, value in flatten(identity).items()]
+    for start in range(0, len(params), _PARAMS_A_CALL):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
 
 
 def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:

@@ -101,7 +101,8 @@ def train(
         "config": config.model_dump(mode="json"),
         "model": asdict(model_config),
         "threads": resources.threads,
-        "num_readers": max(1, resources.num_cores // resources.train_workers),
+        # Two students read for themselves.
+        "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
     }
     trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources)

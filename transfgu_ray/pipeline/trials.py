@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from transfgu_ray.algorithms.selection import COMPONENTS
@@ -20,7 +21,6 @@ from transfgu_ray.storage import Folder
 # What a trial's own process takes of Ray's CPUs: it waits for others.
 DRIVER_CPUS = 0.1
 STAGES = ("train", "evaluate", "report", "register")
-_NOTE = "trial.json"
 # A point is handed to trials as text, so that Tune does not look for searches inside its lists.
 POINT = "point"
 # Apart from the seeds that people give.
@@ -64,10 +64,13 @@ class Trials:
     def __init__(self, folder: Folder, base: RunConfig) -> None:
         self._folder = folder
         self._base = base
-        self._notes: dict[str, dict[str, Any]] = {}
-        names = {name.split("/")[1] for name, _ in folder.files("trials", recursive=True) if name.endswith(_NOTE)}
-        for name in sorted(names):
-            self._notes[name] = json.loads(folder.read_bytes(f"trials/{name}/{_NOTE}"))
+        self._described: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def _notes(self) -> dict[str, dict[str, Any]]:
+        """What became of each trial by its id, in the order of ids."""
+        names = [name for name, _ in self._folder.files("trials") if name.endswith(".json")]
+        return {name.removeprefix("trials/").removesuffix(".json"): _read_json(self._folder, name) for name in names}
 
     @property
     def ended(self) -> set[str]:
@@ -90,29 +93,32 @@ class Trials:
         """Opens the run folder of a trial."""
         name = self.id_of(point)
         run = Run.open(self.folder_of(name).uri, self.config(point))
-        self._note(name, {"point": dict(point), "status": "running", "error": None})
+        self._write_note(name, {"point": dict(point), "status": "running", "error": None})
         return run
 
     def fail(self, point: Mapping[str, Any], error: str) -> None:
         """Notes why a trial failed."""
-        self._note(self.id_of(point), {"point": dict(point), "status": "failed", "error": error})
+        self._write_note(self.id_of(point), {"point": dict(point), "status": "failed", "error": error})
 
     def end(self, point: Mapping[str, Any], otherwise: str) -> None:
         """Notes what became of a trial: finished where its last stage is, else what Tune says."""
         name = self.id_of(point)
-        folder = self.folder_of(name)
         # The trial itself has noted its error.
-        note = json.loads(folder.read_bytes(_NOTE)) if folder.exists(_NOTE) else {"point": dict(point), "error": None}
-        finished = folder.exists(f"{STAGES[-1]}.json")
-        self._note(name, note | {"status": "finished" if finished else otherwise})
+        note = _read_json(self._folder, _note_name(name)) or {"point": dict(point), "error": None}
+        finished = self.folder_of(name).exists(f"{STAGES[-1]}.json")
+        self._notes[name] = note | {"status": "finished" if finished else otherwise}
+        self._described.pop(name, None)
+        self._write_note(name, self._notes[name])
 
-    def _note(self, name: str, note: dict[str, Any]) -> None:
-        self._notes[name] = note
-        self.folder_of(name).write_bytes(_NOTE, json.dumps(note, indent=1).encode())
+    def _write_note(self, name: str, note: Mapping[str, Any]) -> None:
+        self._folder.write_bytes(_note_name(name), json.dumps(note, indent=1).encode())
 
     def describe(self) -> list[dict[str, Any]]:
         """The trials that have ended as sweep.json tells them, in the order of their ids."""
-        return [self._describe(name, note) for name, note in sorted(self._notes.items()) if note["status"] != "running"]
+        ended = {name: note for name, note in sorted(self._notes.items()) if note["status"] != "running"}
+        for name in ended.keys() - self._described.keys():
+            self._described[name] = self._describe(name, ended[name])
+        return [self._described[name] for name in ended]
 
     def _describe(self, name: str, note: Mapping[str, Any]) -> dict[str, Any]:
         folder, config = self.folder_of(name), self.config(note["point"])
@@ -193,6 +199,10 @@ class _Silent:
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
         yield lambda more, words="": None
+
+
+def _note_name(trial: str) -> str:
+    return f"trials/{trial}.json"
 
 
 def _read_json(folder: Folder, name: str) -> Any:

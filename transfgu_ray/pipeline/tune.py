@@ -207,6 +207,8 @@ def _tune(
             scheduler=new_scheduler(plan.scheduler, epochs),
             num_samples=num_samples,
             max_concurrent_trials=concurrent,
+            # Saves each trial the start of a process; one that is stopped must end, to leave the CPUs of its training.
+            reuse_actors=plan.scheduler == "none",
         ),
         run_config=ray_tune.RunConfig(
             name="tune",
