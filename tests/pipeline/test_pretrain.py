@@ -144,6 +144,7 @@ def test_open_sources__val_root_replaces_the_tables_own(tmp_path: Path) -> None:
     assert [(s.num_images("train"), s.num_images("val")) for s in open_sources(table)] == [(5, 0), (0, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_pretrain__killed_and_continued_equals_a_bare_loop(tmp_path: Path, local_ray: None) -> None:
     data, out = tmp_path / "data", tmp_path / "out"

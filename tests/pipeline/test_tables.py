@@ -135,6 +135,7 @@ def test_tables__damaged_and_foreign_parts_are_made_again(undisturbed: Run, phot
     assert not list((tmp_path / "run" / "features").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

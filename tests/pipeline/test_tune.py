@@ -36,6 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, labelled: Run) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunConfig, tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "sweep"))
