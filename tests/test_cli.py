@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, make_coco, make_folder, make_scenes, make_table
+from transfgu_ray import claims
 from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
 from transfgu_ray.cli import main
 from transfgu_ray.datasets import list_images
+from transfgu_ray.storage import Folder
 
 
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -52,6 +54,31 @@ def test_run__bad_input(
     data = make_folder(tmp_path / "data", num_images=2)
     base = ("run", str(tmp_path / "run"), "--preset", "tiny_cpu", "--data", str(data))
     assert words in refusal(capsys, monkeypatch, *base, *extra)
+
+
+@pytest.mark.parametrize("command", [("run", "--preset", "tiny_cpu"), ("pretrain",), ("tune", "--num-trials", "2")])
+def test_commands__refuse_a_folder_where_another_process_is_at_work(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_DYING_S", 0.1)
+    data, (name, *options) = make_folder(tmp_path / "data", num_images=2), command
+    with claims.claimed(Folder(str(tmp_path / "out"))):
+        message = refusal(capsys, monkeypatch, name, str(tmp_path / "out"), "--data", str(data), *options)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [claims.CLAIM], "nothing is touched"
+    assert f"is at work in {tmp_path / 'out'}" in message
+
+
+def test_main__stopped_by_sigterm_says_so(tmp_path: Path) -> None:
+    script = (
+        "import transfgu_ray.cli as cli, time; cli.app = lambda: (print('up', flush=True), time.sleep(60)); cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "transfgu: stopped; the same command goes on from here\n"
+    assert process.returncode == 143
 
 
 def test_run__unwritable_folder(

@@ -3,12 +3,13 @@
 import itertools
 import json
 import os
+import signal
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -79,9 +80,11 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         quiet: Quiet = False,
     ) -> None:
         from transfgu_ray.artifacts import STAGES, Run
+        from transfgu_ray.claims import claimed
         from transfgu_ray.config import build_config
         from transfgu_ray.pipeline.run import run_stages
         from transfgu_ray.presets import configure
+        from transfgu_ray.storage import Folder
 
         named = _named(dataset, data, weights)
         if tracking_uri is not None:
@@ -93,9 +96,10 @@ def _verb(name: str, text: str) -> Callable[..., None]:
                 build_config(stored, config, changes) if stored else configure(preset or "paper", config, changes)
             )
         terminal = Terminal(quiet)
-        opened = Run.open(folder, resolved, overwrite)
         stages = STAGES if name == "run" else (name,)
-        _close(terminal, opened, run_stages(opened, stages, ray_address, terminal, overwrite))
+        with claimed(Folder(folder)):
+            opened = Run.open(folder, resolved, overwrite)
+            _close(terminal, opened, run_stages(opened, stages, ray_address, terminal, overwrite))
 
     app.command(name=name, help=text)(command)
     return command
@@ -240,10 +244,12 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Images to an encoder, where no public prior fits: DINO without labels, resumed where it stopped."""
+    from transfgu_ray.claims import claimed
     from transfgu_ray.config import build_config
     from transfgu_ray.pipeline.pretrain import pretrain as verb
     from transfgu_ray.pretrain_folder import PretrainFolder
     from transfgu_ray.pretrain_presets import get_pretrain_preset
+    from transfgu_ray.storage import Folder
 
     shorthand = {"data.root": _absolute(data), "data.val_root": _absolute(val)}
     named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
@@ -252,8 +258,9 @@ def pretrain(
         base = None if preset else PretrainFolder.stored_config(folder)
         resolved = build_config(base or get_pretrain_preset(preset or "photos"), config, [*named, *assignments])
     terminal = Terminal(quiet)
-    opened = PretrainFolder.open(folder, resolved, overwrite)
-    _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
+    with claimed(Folder(folder)):
+        opened = PretrainFolder.open(folder, resolved, overwrite)
+        _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
 
 
 @app.command()
@@ -331,6 +338,7 @@ def ablate(
 ) -> None:
     """The paper's ablations, Tables 3, 4 and 5: every variant and seed, resumed where it stopped."""
     from transfgu_ray.ablations import VARIANTS, ablation_tables
+    from transfgu_ray.claims import claimed
     from transfgu_ray.pipeline.ablate import ablate as verb
     from transfgu_ray.presets import DEMO_SCENES, configure
     from transfgu_ray.scenes import write_scenes
@@ -348,7 +356,8 @@ def ablate(
         notes.append("The ResNet-50 has random weights; DINO's are given with --resnet.")
     resolved = configure(preset, config, [*_named(dataset, data, weights), "evaluate.baselines=[]", *assignments])
     resnet = resnet if resnet == "random" else str(_absolute(resnet))
-    metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
+    with claimed(target):
+        metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
     tables = ablation_tables(metrics, notes)
     target.write_bytes("ablations.md", tables.encode())
     terminal.note(tables)
@@ -402,6 +411,7 @@ def tune(
     quiet: Quiet = False,
 ) -> None:
     """A sweep over alpha, omega_1, omega_2, K or other settings, chosen without labels; resumed where it stopped."""
+    from transfgu_ray.claims import claimed
     from transfgu_ray.evidence import evidence_lines, evidence_table, sweep_table
     from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
     from transfgu_ray.pipeline.tune import tune as verb
@@ -422,7 +432,8 @@ def tune(
     # Trials side by side use the cores better than workers side by side.
     resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
     planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
-    sweep = verb(target, resolved, planned, ray_address, terminal)
+    with claimed(target):
+        sweep = verb(target, resolved, planned, ray_address, terminal)
     header, rows = sweep_table(sweep)
     terminal.table(rows, header, words=tuple(range(1, header.index("epochs"))))
     if sweep["evidence"]:
@@ -660,15 +671,36 @@ def _note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
         terminal.note(line)
 
 
+class _Stopped(BaseException):
+    """SIGTERM, as `ray job stop` and schedulers send it."""
+
+
+def _on_sigterm(*_: object) -> None:
+    raise _Stopped
+
+
 def main() -> None:
-    """Entry point: user errors are one sentence and exit code 2."""
+    """Entry point: user errors are one sentence and exit code 2; what is stopped says so, with 128 + the signal."""
     # Third-party deprecations are for us, not for the people who run this.
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app()
     except TransfguError as error:
         typer.echo(f"transfgu: {error}", err=True)
         sys.exit(2)
+    except _Stopped:
+        _exit_stopped(signal.SIGTERM)
+    except SystemExit as error:
+        # What typer makes of Ctrl-C.
+        if error.code == 128 + signal.SIGINT:
+            _exit_stopped(signal.SIGINT)
+        raise
+
+
+def _exit_stopped(by: int) -> NoReturn:
+    typer.echo("transfgu: stopped; the same command goes on from here", err=True)
+    sys.exit(128 + by)
 
 
 if __name__ == "__main__":

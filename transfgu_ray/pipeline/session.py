@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,11 +83,11 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
             "include_dashboard": dashboard,
             "object_store_memory": runtime.object_store_mb * 2**20,
         }
-        with _silenced_stderr():
+        with _quiet_start():
             ray.init(**where, **quiet)
     else:
         try:
-            with _silenced_stderr():
+            with _quiet_start():
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
@@ -98,8 +100,12 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
 
 
 @contextmanager
-def _silenced_stderr() -> Iterator[None]:
-    """Drops what Ray's C++ core prints while it starts (its own log level); errors still come as exceptions."""
+def _quiet_start() -> Iterator[None]:
+    """Drops what Ray's C++ core prints while it starts (its own log level); errors still come as exceptions.
+
+    Keeps what SIGTERM does, too: Ray would end the process at once, before anything is closed.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -110,6 +116,8 @@ def _silenced_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _resources(runtime: RuntimeConfig) -> Resources:

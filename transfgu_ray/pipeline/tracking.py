@@ -182,11 +182,11 @@ def register(
 
 @contextlib.contextmanager
 def ended_on_error(tracked: Tracked) -> Iterator[None]:
-    """Closes the MLflow run as FAILED, or as KILLED by the keyboard, when what follows raises."""
+    """Closes the MLflow run as FAILED, or as KILLED by Ctrl-C or SIGTERM, when what follows raises."""
     try:
         yield
     except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
         connect(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
         raise
 

@@ -1,0 +1,133 @@
+"""One writer a folder: a note of who works in it, kept fresh while they do."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.storage import Folder
+
+CLAIM = ".claim.json"
+BEAT_S = 5.0
+# Longer than two beats, so that one that is late does not count as none.
+PATIENCE_S = 13.0
+# Until a process that was killed has left the process table.
+_DYING_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Who works in a folder.
+
+    Attributes:
+        id: of this claim.
+        host: of the process; with the boot, so that a restarted machine is another.
+        pid: of the process.
+        started: when, in ticks of its machine; a later process of the same id has another.
+        beats: grows while the process lives.
+    """
+
+    id: str
+    host: str
+    pid: int
+    started: str
+    beats: int
+
+
+@contextlib.contextmanager
+def claimed(folder: Folder) -> Iterator[None]:
+    """Keeps a folder to this process, and refuses where another one works in it.
+
+    A process of this machine is asked for by its id. One of another machine lives while its note changes: no clock is
+    compared, so a folder that a lost machine has left is taken over after `PATIENCE_S`.
+
+    Raises:
+        ArtifactError: another process works there.
+    """
+    owner = _read(folder)
+    if owner is not None and _lives(owner, folder):
+        raise ArtifactError(
+            f"process {owner.pid} of {owner.host.partition(' ')[0]} is at work in {folder.uri}; wait until it ends, or "
+            "use another folder"
+        )
+    mine = _Owner(uuid.uuid4().hex, _host(), os.getpid(), _started(os.getpid()), 0)
+    _write(folder, mine)
+    # Of two that found it free at the same time, the one that wrote last has it.
+    found = _read(folder)
+    if found is None or found.id != mine.id:
+        raise ArtifactError(f"another process began in {folder.uri} at the same moment; use another folder")
+    done = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not done.wait(BEAT_S):
+            beats += 1
+            # Whoever finds the storage failing is the work itself, not its note.
+            with contextlib.suppress(ArtifactError):
+                _write(folder, _Owner(**asdict(mine) | {"beats": beats}))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            folder.delete(CLAIM)
+
+
+def _lives(owner: _Owner, folder: Folder) -> bool:
+    here = owner.host == _host()
+    end = time.monotonic() + (_DYING_S if here else PATIENCE_S)
+    while time.monotonic() < end:
+        if here and _started(owner.pid) != owner.started:
+            return False
+        if not here and _read(folder) != owner:
+            return True
+        time.sleep(0.2)
+    return here
+
+
+def _read(folder: Folder) -> _Owner | None:
+    """The note; None where there is none, or it is damaged."""
+    try:
+        return _Owner(**json.loads(folder.read_bytes(CLAIM)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(folder: Folder, owner: _Owner) -> None:
+    folder.write_bytes(CLAIM, json.dumps(asdict(owner)).encode())
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started; None where it is gone or only its entry is left."""
+    try:
+        # The name before it may hold spaces and brackets.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    # Machines without /proc.
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return ""
+    except OSError:
+        return None
+    return ""
