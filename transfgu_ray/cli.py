@@ -435,10 +435,10 @@ def tune(
     with claimed(target):
         sweep = verb(target, resolved, planned, ray_address, terminal)
     header, rows = sweep_table(sweep)
-    terminal.table(rows, header, words=tuple(range(1, header.index("epochs"))))
+    terminal.table(rows, [name.replace("_", "_\n").replace(" ", "\n") for name in header])
     if sweep["evidence"]:
         header, rows = evidence_table(sweep)
-        terminal.table(rows, header)
+        terminal.table(rows, [name.replace(", ", ",\n") for name in header])
     for line in evidence_lines(sweep):
         terminal.note(line)
     terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")

@@ -102,29 +102,35 @@ def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sweep_table(sweep: Mapping[str, Any], components: bool = False) -> tuple[list[str], list[list[str]]]:
+def sweep_table(sweep: Mapping[str, Any], wide: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows, a trial each, the best by the sweep's objective first, those that did not finish last.
 
-    The columns between `trial` and `epochs` hold words: what the sweep varies, and the trial's status. Columns without
-    a single value are left out.
+    Columns without a single value are left out.
 
     Args:
         sweep: content of a sweep.json.
-        components: whether those of the score are columns, too; with them the table is wider than most terminals.
+        wide: with the components of the score, and with status, epochs and K also where they tell nothing: wider than
+            most terminals.
     """
     trials = sweep["trials"]
     first = ranked(trials, sweep["objective"])
     # No two trials have one identity.
     known = {trial["id"] for trial in first}
     trials = [*first, *(trial for trial in trials if trial["id"] not in known)]
-    measured = dict.fromkeys(name for trial in trials for name in trial["components"] or {}) if components else ()
+    measured = dict.fromkeys(name for trial in trials for name in trial["components"] or {}) if wide else ()
     titles = short_names(varying(sweep["space"]))
-    columns = {
-        "trial": [short_id(trial) for trial in trials],
-        **{title: [_setting(trial, name) for trial in trials] for name, title in titles.items()},
+    settings = {title: [_setting(trial, name) for trial in trials] for name, title in titles.items()}
+    about = {
         "status": [trial["status"] for trial in trials],
         "epochs": [_count(trial["epochs"]) for trial in trials],
         "K": [_count(trial["num_concepts"]) for trial in trials],
+    }
+    if not wide:
+        about = {name: cells for name, cells in about.items() if len(set(cells)) > 1 and cells not in settings.values()}
+    columns = {
+        "trial": [short_id(trial) for trial in trials],
+        **settings,
+        **about,
         **{name: [_number(value_of(trial, name), digits=3) for trial in trials] for name in ("score", *measured)},
         "mIoU, %": [_number(trial["miou"], 100) for trial in trials],
     }

@@ -54,7 +54,7 @@ def write_sweep_report(folder: Folder, sweep: Mapping[str, Any]) -> None:
         command=None if best is None else f"transfgu predict {shlex.quote(best['run'])} --images DIR --out DIR",
         evidence_table=evidence_table(sweep) if sweep["evidence"] else None,
         evidence_lines=evidence_lines(sweep),
-        trials_table=sweep_table(sweep, components=True),
+        trials_table=sweep_table(sweep, wide=True),
         failed=[(trial, short_id(trial)) for trial in trials if trial["status"] == "failed"],
         space={name: _space_text(values) for name, values in sweep["space"].items()},
         base={name: value_text(value) for name, value in sweep["base"].items()},
