@@ -100,12 +100,12 @@ def test_probe__sees_a_decoder_that_knows_places_alone_as_inconsistent():
 
 def test_score__counts_the_classes_that_are_found_again():
     components = {"agreement": 0.5, "consistency": 0.7, "silhouette": 0.2, "usage": 8.0}
-    assert score(components) == pytest.approx(4.8)
+    assert score(components) == pytest.approx(2.8)
     assert score({name: components[name] for name in ("consistency", "usage")}) == pytest.approx(5.6)
 
 
 def test_score__of_noise_and_of_one_class_is_low():
-    noise = {"agreement": 0.0, "consistency": 0.0, "usage": 16.0}
+    noise = {"agreement": -0.01, "consistency": -0.01, "usage": 16.0}
     one_class = {"agreement": 0.0, "consistency": 0.0, "usage": 1.0}
     two_sure_classes = {"agreement": 1.0, "consistency": 1.0, "usage": 2.0}
     assert score(noise) == score(one_class) == 0 < score(two_sure_classes)

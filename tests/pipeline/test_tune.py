@@ -1,6 +1,8 @@
 """A sweep over real trials: what is shared, what is measured, what MLflow keeps, and what a second call does."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -90,6 +92,53 @@ def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunCon
     assert settle_trials(Tracked(uri, parent), stopped) == 1
     assert client.get_run(orphan.info.run_id).info.lifecycle_stage == "deleted"
     assert client.get_run(stopped[0]["mlflow_run_id"]).info.status == "KILLED"
+
+
+# A Ray of its own: the shared one has no dashboard, without which Ray does not free what a stopped training holds.
+STOPPED = """
+import json, sys, time
+from ray.util.placement_group import placement_group_table
+from tests.pipeline.conftest import Silent
+from transfgu_ray.config import RunConfig
+from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.pipeline.tune import SweepPlan, tune
+from transfgu_ray.storage import Folder
+import ray
+
+base = RunConfig.model_validate(json.loads(sys.argv[2]))
+plan = SweepPlan({"train.learning_rate": (0.01, 0.001, 1e-4, 1e-6)}, 4, "optuna", "asha", "score")
+with ray_session(None, base.runtime, dashboard=True):
+    sweep = tune(Folder(sys.argv[1]), base, plan, None, Silent())
+    end = time.monotonic() + 60
+    while True:
+        left = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        free = ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+        if time.monotonic() > end or (free and not left):
+            break
+        time.sleep(0.5)
+print(json.dumps({"left": left, "free": free, "sweep": sweep["trials"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(base: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-c", STOPPED, str(folder), base.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["left"] == []
+    assert found["free"]
+    trials = {trial["point"]["train.learning_rate"]: trial for trial in found["sweep"]}
+    assert trials.keys() == {0.01, 0.001, 1e-4, 1e-6}
+    statuses = [trial["status"] for trial in trials.values()]
+    assert set(statuses) == {"finished", "stopped"}
+    assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
+    assert {trial["epochs"] for trial in trials.values() if trial["status"] == "stopped"} == {1}
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
+    assert runs == [{"finished": "FINISHED", "stopped": "KILLED"}[status] for status in statuses]
 
 
 @pytest.mark.parametrize(

@@ -68,17 +68,17 @@ def usage(labels: Int64[np.ndarray, "*n"], num_classes: int) -> float:
 
 
 def score(components: Mapping[str, float]) -> float:
-    """The objective of a sweep: `usage` times the mean of agreement and consistency, 0 to the number of classes.
+    """The objective of a sweep: `usage` x agreement x consistency, at most the number of classes.
 
-    How many classes are in use, counting of each what another student, or another look, finds again: few classes agree
-    more easily and many are easily noise, so neither factor says anything alone. Silhouette is measured beside it and
-    left out: it did not rank trials.
+    How many classes are in use, and what share of their patches both another student and another look find again.
+    Students of few concepts agree more, and noise uses many classes, so no factor says anything alone. Silhouette is
+    measured beside it and left out: it did not rank trials.
 
     Args:
-        components: by name; one that was not measured is left out of the mean.
+        components: by name; of agreement and consistency, one that was not measured is left out.
     """
-    again = [components[name] for name in ("agreement", "consistency") if name in components]
-    return float(components["usage"] * np.mean(again))
+    again = [max(components[name], 0) for name in ("agreement", "consistency") if name in components]
+    return float(components["usage"] * np.prod(again))
 
 
 class _View(NamedTuple):

@@ -91,7 +91,9 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
             if uri.startswith("sqlite:")
             else None
         )
-        experiment_id = client.create_experiment(config.tracking.experiment, artifact_location=location)
+        # Without it MLflow's page opens on traces of language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        experiment_id = client.create_experiment(config.tracking.experiment, location, kind)
     else:
         experiment_id = experiment.experiment_id
     name = folder.uri.rstrip("/").rpartition("/")[2]

@@ -167,11 +167,12 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     trials, shared = Trials(folder, base), SharedStages(folder, base)
     point, objective = json.loads(values[POINT]), settings["objective"]
     run = trials.begin(point)
-    reported = 0
+    # The last epoch is told at the end of all: a scheduler would stop a trained trial before it is scored.
+    epochs, reported = sum(run.config.train.round_epochs) - 1, 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         nonlocal reported
-        for epoch in history[reported:] if objective == "score" else []:
+        for epoch in history[reported:epochs] if objective == "score" else []:
             tune.report({"score": epoch["score"], "epoch": epoch["epoch"] + 1})
         reported = len(history)
 
