@@ -219,5 +219,43 @@ def test_list_images__refuses_a_name_that_is_not_utf8(tmp_path):
     make_folder(tmp_path)
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb"):
         pass
-    with pytest.raises(DataError, match=r"not UTF-8, .*caf\\xe9\.jpg.*rename it"):
-        _ids(tmp_path)
+    (refused,) = list_images(DataConfig(root=str(tmp_path)), "").refused
+    assert refused == {"image_id": "caf\\xe9.jpg", "reason": "name is not UTF-8"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such links or names")
+def test_list_images__names_what_it_does_not_follow(tmp_path):
+    data, outside = make_folder(tmp_path / "data", num_images=2), make_folder(tmp_path / "outside", num_images=1)
+    (data / "sub").mkdir()
+    (data / "sub" / "PHOTO.jpg").write_bytes(b"1")
+    (data / "sub" / "photo.JPG").write_bytes(b"2")
+    (data / "new\nline.jpg").write_bytes(b"3")
+    (data / "sub" / "loop").symlink_to(data)
+    (data / "twice.jpg").symlink_to(data / "photo_000.jpg")
+    (data / "leads out").symlink_to(outside)
+    (data / "leads out.jpg").symlink_to(outside / "photo_000.jpg")
+    (data / "broken.jpg").symlink_to(data / "nowhere.jpg")
+    (data / "notes.txt").symlink_to(outside / "photo_000.jpg")
+    (tmp_path / "through a link").symlink_to(data)
+    for root in (data, tmp_path / "through a link"):
+        listing = list_images(DataConfig(root=str(root)), "")
+        assert [image.image_id for image in listing.images] == [
+            "new\nline.jpg", "photo_000.jpg", "photo_001.jpg", "sub/PHOTO.jpg",
+        ]  # fmt: skip
+        assert {refusal["image_id"]: refusal["reason"] for refusal in listing.refused} == {
+            "broken.jpg": "link to nothing",
+            "leads out": "link out of the folder",
+            "leads out.jpg": "link out of the folder",
+            "sub/loop": "link within the folder",
+            "sub/photo.JPG": "named as another but for case: sub/PHOTO.jpg",
+            "twice.jpg": "link within the folder",
+        }
+        assert listing.num_other_files == 1
+
+
+def test_list_images__nothing_but_links(tmp_path):
+    outside = make_folder(tmp_path / "outside", num_images=1)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jpg").symlink_to(outside / "photo_000.jpg")
+    with pytest.raises(DataError, match=r"can be used: 1 names were refused, .*a\.jpg: link out of the folder"):
+        _ids(tmp_path / "data")

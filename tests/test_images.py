@@ -140,9 +140,9 @@ def test_decode_rgb__first_frame_of_many():
         (b"hello, I am a text file", "not an image"),
         (_bytes(_photo((400, 300)), "JPEG")[:1500], "damaged: .*truncated"),
         (_bytes(_photo())[:120], "damaged|not an image"),
-        (_bytes(Image.new("RGB", (1, 1))), r"1 x 1 px: the shorter side is below data\.min_side_px=8"),
-        (_bytes(Image.new("RGB", (20000, 7))), "20000 x 7 px: the shorter side"),
-        (_bytes(Image.new("L", (1001, 1000))), r"1001 x 1000 px is above data\.max_pixels=1000000"),
+        (_bytes(Image.new("RGB", (1, 1))), r"too small: 1 x 1 px, below data\.min_side_px=8"),
+        (_bytes(Image.new("RGB", (20000, 7))), "too small: 20000 x 7 px"),
+        (_bytes(Image.new("L", (1001, 1000))), r"too large: 1001 x 1000 px, above data\.max_pixels=1000000"),
         (_bytes(Image.fromarray(np.full((9, 9), -1.0, np.float32)), "TIFF"), "pixel values outside 0-65535"),
         (_bytes(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"), "pixel values outside 0-65535"),
     ],
@@ -223,10 +223,10 @@ def test_decode_label__palette_and_grey_keep_their_ids():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (_bytes(_photo()), "8-bit palette or greyscale PNG, not mode RGB"),
-        (b"text", "label damaged"),
-        (b"", "label damaged"),
-        (_bytes(Image.effect_noise((64, 64), 60))[:600], "label damaged"),
+        (_bytes(_photo()), "8-bit palette or greyscale PNG: mode RGB"),
+        (b"text", "its label is damaged"),
+        (b"", "its label is damaged"),
+        (_bytes(Image.effect_noise((64, 64), 60))[:600], "its label is damaged"),
     ],
     ids=["colour", "text", "empty", "cut"],
 )

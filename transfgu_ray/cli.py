@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from transfgu_ray.errors import ConfigError, DataError, TransfguError
-from transfgu_ray.terminal import Terminal
+from transfgu_ray.terminal import Terminal, printable
 
 app = typer.Typer(
     name="transfgu",
@@ -139,7 +139,7 @@ def predict(
     target.write_bytes(".transfgu", b"")
     target.delete(".transfgu")
     with (
-        terminal.stage("predict", len(photos), "photographs") as progress,
+        terminal.stage("predict", len(photos.images), "photographs") as progress,
         ray_session(ray_address, RuntimeConfig()) as resources,
     ):
         stats = verb.predict(source, root, photos, target, resources, progress)
@@ -653,7 +653,7 @@ def _note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int =
         return
     terminal.note(f"refused {len(refused)} photographs:")
     for refusal in refused[:most]:
-        terminal.note(f"  {refusal['image_id']}: {refusal['reason']}")
+        terminal.note(printable(f"  {refusal['image_id']}: {refusal['reason']}"))
     if len(refused) > most:
         terminal.note(f"  and {len(refused) - most} more, named in the manifests")
 
@@ -687,7 +687,7 @@ def main() -> None:
     try:
         app()
     except TransfguError as error:
-        typer.echo(f"transfgu: {error}", err=True)
+        typer.echo(printable(f"transfgu: {error}"), err=True)
         sys.exit(2)
     except _Stopped:
         _exit_stopped(signal.SIGTERM)

@@ -322,6 +322,9 @@ class RuntimeConfig(Section):
     threads: Positive = Field(1, description="torch and FAISS threads a worker (two on a busy core are slower)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where Ray grants a GPU")
     object_store_mb: Positive = Field(500, description="object store of a local Ray, MB")
+    max_refused_share: Fraction = Field(
+        0.5, description="extract stops when more than this share of the photographs is refused (ours)"
+    )
 
 
 class RunConfig(Section):

@@ -1,10 +1,12 @@
 """Which photographs a dataset holds, and where its labels are."""
 
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from transfgu_ray.benchmarks import Benchmark
 from transfgu_ray.config import DataConfig
@@ -30,10 +32,17 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Listing:
-    """Photographs in order of image_id, and how many other files were passed over."""
+    """What a folder holds.
+
+    Attributes:
+        images: photographs in order of image_id.
+        num_other_files: files that are none, passed over.
+        refused: links and names that cannot be used, each with its reason, in order of image_id.
+    """
 
     images: tuple[ImageRef, ...]
     num_other_files: int
+    refused: tuple[dict[str, str], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +93,12 @@ def list_images(config: DataConfig, split: str, granularity: str | None = None) 
         raise DataError(
             f"data.root={config.root} holds a name that is not UTF-8, {error.object!r}; rename it"
         ) from None
+    if not listing.images and listing.refused:
+        first = listing.refused[0]
+        raise DataError(
+            f"no photograph in {config.root} can be used: {len(listing.refused)} names were refused, the first, "
+            f"{first['image_id']}: {first['reason']}"
+        )
     if not listing.images:
         of_split = f"dataset {config.dataset}, split {split}" if split else f"dataset {config.dataset}"
         hint = "" if config.dataset == "folder" else "; a plain tree of photographs is dataset folder"
@@ -152,7 +167,8 @@ def _list_cityscapes(root: Folder, benchmark: Benchmark, split: str, granularity
 
     listing = _photos_of(root, f"leftImg8bit/{split}", mask_of, recursive=True)
     images = tuple(image for image in listing.images if image.image_id.endswith(_LEFT))
-    return Listing(images, listing.num_other_files + len(listing.images) - len(images)), masks
+    num_other_files = listing.num_other_files + len(listing.images) - len(images)
+    return replace(listing, images=images, num_other_files=num_other_files), masks
 
 
 _IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(\d+)')
@@ -184,13 +200,60 @@ def _photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[
 
 
 def _photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
-    images, others = [], 0
-    for path, num_bytes in root.files(name, recursive):
-        if path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith("."):
-            images.append(ImageRef(path, mask_of(path), num_bytes))
-        else:
+    images, others, names = [], 0, {}
+    found, refused = _walk(root, name) if recursive and root.is_local else (root.files(name, recursive), [])
+    for path, num_bytes in found:
+        if not _is_photo(path):
             others += 1
-    return Listing(tuple(images), others)
+        elif (twin := names.setdefault(path.casefold(), path)) != path:
+            refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
+        else:
+            images.append(ImageRef(path, mask_of(path), num_bytes))
+    return Listing(tuple(images), others, tuple(sorted(refused, key=itemgetter("image_id"))))
+
+
+def _is_photo(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith(".")
+
+
+def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
+    """Files below a local folder with their sizes, sorted, and what is refused with its reason.
+
+    Links below the folder are not followed: they show a photograph twice, lead out of the folder, or in circles.
+    """
+    top, found, refused = os.path.realpath(root.path), [], []
+
+    def refuse(path: str, reason: str) -> None:
+        shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        refused.append({"image_id": shown, "reason": reason})
+
+    def unreadable(error: OSError) -> None:
+        refuse(os.path.relpath(error.filename, root.path), f"folder cannot be read: {error.strerror}")
+
+    walked = os.walk(root.join(name), onerror=unreadable) if root.exists(name) else ()
+    for folder, folders, files in walked:
+        for each, is_folder in [*((name, True) for name in folders), *((name, False) for name in files)]:
+            path = os.path.join(folder, each)
+            shown = os.path.relpath(path, root.path)
+            if not _is_utf8(each):
+                refuse(shown, "name is not UTF-8")
+                if is_folder:
+                    folders.remove(each)
+            elif os.path.islink(path) and (is_folder or _is_photo(each)):
+                inside = os.path.realpath(path).startswith(f"{top}{os.sep}") or os.path.realpath(path) == top
+                where = "within" if inside else "out of"
+                refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
+            elif not is_folder:
+                found.append((shown.replace(os.sep, "/"), os.lstat(path).st_size))
+    return sorted(found), refused
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _LAYOUTS: dict[str, Callable[[Folder, Benchmark, str, str], _Layout]] = {

@@ -69,12 +69,14 @@ class Source:
         units: all images, in order.
         fingerprint: hash of names and sizes of the files.
         num_other_files: files that were passed over.
+        refused: names that cannot be used, each with its reason.
     """
 
     root: Folder
     units: tuple[Unit, ...]
     fingerprint: str
     num_other_files: int
+    refused: tuple[dict[str, str], ...] = ()
 
     def num_images(self, split: str) -> int:
         """How many images a split has, readable or not."""
@@ -152,7 +154,7 @@ def _photographs(uri: str) -> Source:
     labels = labels if len(set(labels)) > 1 else []
     slices = [slice(start, start + _IMAGES_PER_UNIT) for start in range(0, len(names), _IMAGES_PER_UNIT)]
     units = [Unit("train", len(names[s]), names=tuple(names[s]), labels=tuple(labels[s])) for s in slices]
-    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.num_other_files)
+    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.num_other_files, listing.refused)
 
 
 def _tables(root: Folder, sizes: dict[str, int], num_other_files: int) -> Source:

@@ -38,14 +38,14 @@ def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > max_pixels:
-            raise ImageRefused(f"{width} x {height} px is above data.max_pixels={max_pixels}")
+            raise ImageRefused(f"too large: {width} x {height} px, above data.max_pixels={max_pixels}")
         if min(width, height) < min_side_px:
-            raise ImageRefused(f"{width} x {height} px: the shorter side is below data.min_side_px={min_side_px}")
+            raise ImageRefused(f"too small: {width} x {height} px, below data.min_side_px={min_side_px}")
         return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ImageRefused("not an image") from None
     except Image.DecompressionBombError:
-        raise ImageRefused(f"more pixels than data.max_pixels={max_pixels}") from None
+        raise ImageRefused(f"too large: above data.max_pixels={max_pixels}") from None
     except _DAMAGED as error:
         raise ImageRefused(f"damaged: {' '.join(str(error).split())[:120]}") from None
 
@@ -118,10 +118,10 @@ def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
     try:
         image = Image.open(io.BytesIO(data))
         if image.mode not in ("P", "L"):
-            raise ImageRefused(f"a label must be an 8-bit palette or greyscale PNG, not mode {image.mode}")
+            raise ImageRefused(f"its label is no 8-bit palette or greyscale PNG: mode {image.mode}")
         return np.asarray(image)
     except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise ImageRefused(f"label damaged: {error}") from None
+        raise ImageRefused(f"its label is damaged: {error}") from None
 
 
 def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]) -> UInt8[np.ndarray, "h w"]:
@@ -138,7 +138,7 @@ def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]
     if classes.min() < 0:
         known = np.flatnonzero(table >= 0)
         raise ImageRefused(
-            f"its label holds the unknown id {label[classes < 0].min()}; known are {', '.join(_runs(known))}"
+            f"its label holds an unknown id: {label[classes < 0].min()}; known are {', '.join(_runs(known))}"
         )
     return classes.astype(np.uint8)
 

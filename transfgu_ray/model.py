@@ -15,7 +15,7 @@ from transfgu_ray.algorithms.inference import upsample_argmax
 from transfgu_ray.algorithms.resnet import Backbone, PyramidDecoder, load_backbone
 from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
-from transfgu_ray.algorithms.weights import load_encoder, read_safetensors
+from transfgu_ray.algorithms.weights import load_encoder, not_finite, read_safetensors
 from transfgu_ray.errors import ArtifactError, WeightsError
 from transfgu_ray.images import to_working
 from transfgu_ray.storage import Folder
@@ -143,6 +143,8 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
         raise WeightsError(
             f"{folder.uri_of(decoder)}.safetensors does not fit the config.json beside it; take both from one run"
         ) from None
+    if unusable := not_finite(state):
+        raise WeightsError(f"{folder.uri_of(decoder)}.safetensors {unusable}; train it again")
     return Segmenter(encoder, module.to(device), config, backbone)
 
 

@@ -60,6 +60,11 @@ class Folder:
         """The path or URI of a name, for use in another process."""
         return posixpath.join(self.uri, name)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a file system of this machine."""
+        return self.fs.type_name == "local"
+
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
         return self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound
@@ -125,7 +130,7 @@ class Folder:
         Raises:
             ArtifactError: the target cannot be written.
         """
-        if self.fs.type_name == source.fs.type_name == "local":
+        if self.is_local and source.is_local:
             self.delete(name)
             self.fs.create_dir(posixpath.dirname(self.join(name)), recursive=True)
             # Other disks, and file systems without second names.

@@ -4,6 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    """A line break, an escape sequence or the like, as names of files may hold, as the letters that stand for it."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class Terminal:
     """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
 

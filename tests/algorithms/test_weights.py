@@ -138,6 +138,14 @@ def test_load_vit__refuses_truncated_safetensors(vit):
         _load(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_load_vit__refuses_what_is_no_number(vit, bad):
+    state = {name: value.clone() for name, value in vit.state_dict().items()}
+    state["blocks.1.mlp.fc1.weight"][3, 4] = bad
+    with pytest.raises(WeightsError, match=r"values in blocks\.1\.mlp\.fc1\.weight \(1 tensors in all\)"):
+        _load(safetensors.torch.save(state))
+
+
 def test_load_vit__refuses_a_list_of_tensors(tmp_path):
     with pytest.raises(WeightsError, match="holds a list, not a state dict"):
         _load(_saved([torch.zeros(2)], tmp_path))

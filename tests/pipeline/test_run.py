@@ -123,6 +123,20 @@ def test_run__hostile_folder(tmp_path: Path, local_ray: None) -> None:
         assert sum(manifest["refused_by_reason"].values()) == len(bad)
 
 
+def test_run__too_much_refused_stops_after_extract_and_goes_on_once_allowed(tmp_path: Path, local_ray: None) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    for i in range(3):
+        (data / f"bad_{i}.jpg").write_text("no picture")
+    (data / "link.jpg").symlink_to(data / "photo_000.jpg")
+    reasons = "3 x not an image, 1 x link within the folder"
+    with pytest.raises(DataError, match=rf"^4 of 6 photographs were refused, .*=0\.5 allows: {reasons}; mend them"):
+        make_run(tmp_path / "run", data, stages=("extract",))
+    run = make_run(tmp_path / "run", data, "runtime.max_refused_share=0.7", stages=("extract",))
+    manifest = run.require("extract")
+    assert manifest["parts_resumed"] == manifest["parts"], "nothing is extracted again"
+    assert (manifest["rows_in"], manifest["images"], len(manifest["refused"])) == (6, 2, 4)
+
+
 def test_run__nothing_readable(tmp_path: Path, local_ray: None) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jpg").write_text("no picture")

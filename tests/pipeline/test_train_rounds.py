@@ -11,14 +11,15 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from tests.builders import small_resnet
+from transfgu_ray.algorithms.bootstrap import Bootstrap
 from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.rounds import sample_order, schedule
+from transfgu_ray.algorithms.rounds import Epoch, sample_order, schedule
 from transfgu_ray.artifacts import Run
 from transfgu_ray.backbone import BACKBONE, load_run_backbone, resolve_backbone
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.pipeline import train_rounds
 from transfgu_ray.pipeline.cache_tokens import TokenCacher
-from transfgu_ray.pipeline.samples import bank_index, load_samples
+from transfgu_ray.pipeline.samples import bank_image_ids, bank_index, load_samples
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.pipeline.trainer import new_trainer
@@ -169,6 +170,29 @@ def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs
     for row, want in zip(cached, live, strict=True):
         # A loss is a mean over many tokens, whose roundings are of either sign: it moves by less than one of them may.
         assert row == pytest.approx(want, rel=2.0**-11)
+
+
+def test_train_loop__a_loss_that_is_no_number_names_its_photographs_and_stops_when_it_comes_again(
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_tokens(cached_run, configured(cached_run, "cached"), tmp_path / "run")
+    real = Bootstrap.step
+
+    def poisoned(self: Bootstrap, tokens: torch.Tensor, scores: torch.Tensor, epoch: Epoch, step: int) -> object:
+        if (epoch.index, step) == (1, 1):
+            tokens = torch.full_like(tokens, torch.nan)
+        return real(self, tokens, scores, epoch, step)
+
+    monkeypatch.setattr(Bootstrap, "step", poisoned)
+    ids = bank_image_ids(run.folder)
+    batch = sorted({ids[place] for place in sample_order(run.config.seed, 1, 5, 1, 2, 4, 1)[0, 1]})
+    words = f"the loss is nan in epoch 1, step 1, on {', '.join(batch)}"
+    for _ in range(2):
+        with pytest.raises(Exception, match=words):
+            train_in_this_process(run)
+    with pytest.raises(Exception, match=f"{words}, and again after a restart from the last checkpoint; lower"):
+        train_in_this_process(run)
+    assert not run.folder.exists("model/decoder.safetensors")
 
 
 def test_train_loop__on_cached_tokens_never_calls_the_encoder(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfgu_ray.algorithms.segmenter import MaskTransformer
-from transfgu_ray.algorithms.weights import misfit, read_checkpoint
+from transfgu_ray.algorithms.weights import misfit, not_finite, read_checkpoint
 from transfgu_ray.errors import WeightsError
 
 # The published blocks take torch's LayerNorm as it comes.
@@ -58,6 +58,8 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
         wanted = MaskTransformer(num_classes, width, num_layers, num_heads=1).state_dict()
     if problem := misfit(state, wanted):
         raise WeightsError(f"{source} is not a published decoder of {num_layers} layers: it {problem}")
+    if unusable := not_finite(state):
+        raise WeightsError(f"{source} {unusable}; take another copy of it")
     return ReleasedDecoder(state, num_classes, width, num_layers)
 
 

@@ -72,8 +72,16 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str
     state = checkpoint if is_own else to_timm(checkpoint, vit, source, name)
     if problem := misfit(state, vit.state_dict()):
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
+    if unusable := not_finite(state):
+        raise WeightsError(f"{source} {unusable}; train it again, or take another checkpoint of it")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
     return vit
+
+
+def not_finite(state: dict[str, Tensor]) -> str | None:
+    """What of a state dict is no number, to follow its name; None where all are."""
+    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    return f"holds NaN or infinite values in {bad[0]} ({len(bad)} tensors in all)" if bad else None
 
 
 def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:

@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from transfgu_ray.algorithms.halving import halved
 from transfgu_ray.algorithms.labelling import Labeller
 from transfgu_ray.algorithms.pseudo_labels import encode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import to_working
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.fit_concepts import read_concepts
-from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos
+from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_photos, require_finite
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.schemas import build_table, labels_schema
@@ -60,12 +61,14 @@ class BankBuilder(PartWorker):
             columns["width_px"].append(image.width)
             working.append(to_working(image, config.cam_image_size))
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):
-            scores, foreground = self._labeller(torch.from_numpy(batch).to(self.device))
-            grid_h, grid_w = foreground.shape[1:]
-            columns["grid_h"] += [grid_h] * len(batch)
-            columns["grid_w"] += [grid_w] * len(batch)
-            for name, values in zip(("scores", "low", "high"), encode_scores(scores), strict=True):
-                columns[name] += [image.tobytes() for image in values.cpu().numpy()]
-            columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
+            for scores, foreground in halved(self._labeller, torch.from_numpy(batch).to(self.device), stats.halve):
+                begun = columns["image_id"][len(columns["grid_h"]) :]
+                require_finite(scores.amax((2, 3)).cpu().numpy(), begun[: len(scores)], "scores")
+                grid_h, grid_w = foreground.shape[1:]
+                columns["grid_h"] += [grid_h] * len(scores)
+                columns["grid_w"] += [grid_w] * len(scores)
+                for name, values in zip(("scores", "low", "high"), encode_scores(scores), strict=True):
+                    columns[name] += [image.tobytes() for image in values.cpu().numpy()]
+                columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
         table: pa.Table = build_table(columns, labels_schema())
         return self.write(unit, table, stats, row_group_size=1)

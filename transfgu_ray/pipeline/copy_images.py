@@ -53,7 +53,7 @@ def copy_images(
     progress(sum(unit.num_images for _, unit in units) - sum(units[i][1].num_images for i in missing))
     for number in _stream({i: units[i] for i in missing}, out, config, fingerprint, resources):
         progress(units[number][1].num_images)
-    total, tables = PartStats(), []
+    total, tables = PartStats(refused=[refusal for source in sources for refusal in source.refused]), []
     for number in range(len(units)):
         footer = read_footer(out, _unit_file(number), fingerprint)
         if footer is None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from transfgu_ray.algorithms.encoder import above_mean
+from transfgu_ray.algorithms.halving import halved
 from transfgu_ray.algorithms.windows import (
     DROPPED,
     classify_regions,
@@ -21,7 +22,7 @@ from transfgu_ray.algorithms.windows import (
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import cut_crops, resize_label, to_working
 from transfgu_ray.pipeline.ahead import made_ahead
-from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_labelled
+from transfgu_ray.pipeline.parts import PartStats, PartWorker, decode_labelled, require_finite
 from transfgu_ray.pipeline.stream import Photo
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.schemas import build_table, features_schema
@@ -88,7 +89,10 @@ class FeatureExtractor(PartWorker):
         boxes = [of_image.boxes for of_image in windows]
         for rows, crops in made_ahead(lambda b: (b[0], self._crops(working, boxes, b[1])), batches, self._num_cutters):
             on_device = crops.to(self.device, non_blocking=True)
-            tokens[rows] = self._encoder.cls_tokens(on_device).cpu().numpy()
+            tokens[rows] = np.concatenate(
+                [part.cpu().numpy() for part in halved(self._encoder.cls_tokens, on_device, stats.halve)]
+            )
+        require_finite(tokens, [image_ids[i] for i, _ in kept], "class tokens")
         original = [
             to_original(of_image, config.data.image_size, size) for of_image, size in zip(boxes, sizes, strict=True)
         ]

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transfgu_ray.datasets import ImageRef
+from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_classes
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
@@ -30,11 +31,17 @@ class PartStats:
         images: photographs that are in the table.
         refused: those that are not, each with its reason.
         dropped: crops (or the like) left out, by reason.
+        halvings: how often a batch was halved, since the GPU had no memory for it.
     """
 
     images: int = 0
     refused: list[dict[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    halvings: int = 0
+
+    def halve(self) -> None:
+        """Counts a batch that was halved."""
+        self.halvings += 1
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts something left out."""
@@ -45,6 +52,7 @@ class PartStats:
         """Counts another unit's photographs too."""
         self.images += other.images
         self.refused += other.refused
+        self.halvings += other.halvings
         for reason, count in other.dropped.items():
             self.drop(reason, count)
 
@@ -83,6 +91,26 @@ def decode_labelled(
             stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})
         else:
             stats.images += 1
+
+
+def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> None:
+    """Refuses numbers that would spread through everything after them.
+
+    Args:
+        values: a row an item.
+        image_ids: the photograph of each row.
+        what: they are, for the message.
+
+    Raises:
+        DataError: some are NaN or infinite.
+    """
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+    if bad.any():
+        names = sorted({image_ids[row] for row in np.flatnonzero(bad)})
+        raise DataError(
+            f"the {what} of {len(names)} photographs are NaN or infinite, the first, {names[0]}; try "
+            "encoder.precision=float32, or other weights"
+        )
 
 
 class PartWorker(UnitWorker):

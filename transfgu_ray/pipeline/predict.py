@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from transfgu_ray.config import DataConfig
-from transfgu_ray.datasets import ImageRef, list_images, open_root
+from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.model import load_model
 from transfgu_ray.palette import class_colours, overlay, palette_image
@@ -70,28 +70,29 @@ def output_stems(image_ids: list[str]) -> dict[str, str]:
     return {image_id: image_id if taken[stem] > 1 else stem for image_id, stem in stems.items()}
 
 
-def list_photos(images_uri: str) -> tuple[Folder, tuple[ImageRef, ...]]:
+def list_photos(images_uri: str) -> tuple[Folder, Listing]:
     """The photographs below a folder.
 
     Raises:
         DataError: there are none.
     """
     config = DataConfig(root=images_uri)
-    return open_root(config), list_images(config, "").images
+    return open_root(config), list_images(config, "")
 
 
 def predict(
-    model: Folder, root: Folder, images: tuple[ImageRef, ...], out: Folder, resources: Resources, progress: Progress
+    model: Folder, root: Folder, photos: Listing, out: Folder, resources: Resources, progress: Progress
 ) -> PartStats:
     """Writes a mask and an overlay of every readable photograph.
 
     Raises:
         DataError: none can be read.
     """
+    images = photos.images
     stems = output_stems([image.image_id for image in images])
     units = dict(enumerate(split_units(images, _IMAGES_A_UNIT)))
     arguments: dict[str, Any] = {"model_uri": model.uri, "out_uri": out.uri, "stems": stems}
-    total = PartStats()
+    total = PartStats(refused=list(photos.refused))
     for result in stream_units(root, units, Predictor, arguments, resources):
         total.add(PartStats(**json.loads(result.result)))
         progress(len(units[result.unit]))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from transfgu_ray.config import RuntimeConfig
 from transfgu_ray.errors import ConfigError
@@ -16,6 +17,7 @@ from transfgu_ray.errors import ConfigError
 # A worker and the reading task that feeds it fit on one CPU together, so that one CPU is enough to make progress.
 WORKER_CPUS = 0.75
 READER_CPUS = 0.25
+_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
             "include_dashboard": dashboard,
             "object_store_memory": runtime.object_store_mb * 2**20,
         }
-        with _quiet_start():
-            ray.init(**where, **quiet)
+        _start(**where, **quiet)
     else:
         try:
             with _quiet_start():
@@ -97,6 +98,22 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
         yield _resources(runtime)
     finally:
         ray.shutdown()
+
+
+def _start(**settings: Any) -> None:
+    """Starts a local Ray, again where a busy machine takes longer than the half minute that Ray waits for itself."""
+    import ray
+
+    for attempt in range(_STARTS):
+        try:
+            with _quiet_start():
+                ray.init(**settings)
+            return
+        # Ray raises no narrower class.
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
+                raise
+            ray.shutdown()
 
 
 @contextmanager

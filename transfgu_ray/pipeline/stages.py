@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,9 @@ def _extract(context: Context) -> dict[str, Any]:
     run.folder.write_bytes(ENCODER, context.encoder)
     result = _table_of_photographs(context, "features", FeatureExtractor, list_labelled(config))
     require_some(result.stats, len(context.listing.images))
-    return _table_content(context, result) | {
+    content = _table_content(context, result)
+    _require_most(content, config.runtime.max_refused_share)
+    return content | {
         "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
         "other_files_passed_over": context.listing.num_other_files,
@@ -304,11 +306,12 @@ def _evaluate(context: Context) -> dict[str, Any]:
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
     metrics = metrics_json(config, scored_split(config), stats.images, counts, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
+    refused = [*(context.listing if scored is None else scored).refused, *stats.refused]
     return {
-        "rows_in": stats.images + len(stats.refused),
+        "rows_in": stats.images + len(refused),
         "rows_out": stats.images,
-        "refused": stats.refused,
-        "refused_by_reason": count_reasons(stats.refused),
+        "refused": refused,
+        "refused_by_reason": count_reasons(refused),
         "scored": metrics["scored"],
         "parts": result.num_parts,
         "parts_resumed": result.num_resumed,
@@ -358,24 +361,42 @@ def require_some(stats: Any, num_images: int) -> None:
         )
 
 
+def _require_most(content: Mapping[str, Any], max_refused_share: float) -> None:
+    """Refuses a table that lacks more of its photographs than is allowed.
+
+    Raises:
+        DataError: it does.
+    """
+    num_refused, total = len(content["refused"]), content["rows_in"]
+    if num_refused > max_refused_share * total:
+        reasons = sorted(content["refused_by_reason"].items(), key=lambda item: -item[1])
+        raise DataError(
+            f"{num_refused} of {total} photographs were refused, more than runtime.max_refused_share="
+            f"{max_refused_share} allows: {', '.join(f'{count} x {reason}' for reason, count in reasons)}; mend them, "
+            "or raise it and go on"
+        )
+
+
 def _table_content(context: Context, result: Any) -> dict[str, Any]:
     stats = result.stats
+    refused = [*context.listing.refused, *stats.refused]
     return {
-        "rows_in": stats.images + len(stats.refused),
+        "rows_in": stats.images + len(refused),
         "rows_out": result.num_rows,
         "images": stats.images,
-        "refused": stats.refused,
-        "refused_by_reason": count_reasons(stats.refused),
+        "refused": refused,
+        "refused_by_reason": count_reasons(refused),
         "dropped": stats.dropped,
+        "batches_halved": stats.halvings,
         "parts": result.num_parts,
         "parts_resumed": result.num_resumed,
         "peak_memory_mb": result.peak_mb,
     }
 
 
-def count_reasons(refused: list[dict[str, str]]) -> dict[str, int]:
-    """How often each reason for a refusal occurs."""
-    return dict(Counter(refusal["reason"] for refusal in refused))
+def count_reasons(refused: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """How often each reason for a refusal occurs; what follows a colon is of the one photograph."""
+    return dict(Counter(refusal["reason"].partition(":")[0] for refusal in refused))
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {

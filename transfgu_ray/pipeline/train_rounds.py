@@ -22,9 +22,10 @@ from transfgu_ray.algorithms.tokens import read_tokens
 from transfgu_ray.artifacts import Run
 from transfgu_ray.backbone import load_run_backbone
 from transfgu_ray.config import RunConfig
+from transfgu_ray.errors import DataError
 from transfgu_ray.model import ModelConfig, build_decoder, save_decoder
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
-from transfgu_ray.pipeline.samples import TOKENS, bank_index, load_samples, read_photos
+from transfgu_ray.pipeline.samples import TOKENS, bank_image_ids, bank_index, load_samples, read_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
@@ -33,6 +34,8 @@ from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
 _STATE = "state.pt"
+# Where an epoch met a loss that is no number.
+_STUMBLE = "train/stumble.json"
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
 _SAMPLES_A_TASK = 32
 
@@ -176,8 +179,13 @@ def train_loop(settings: dict[str, Any]) -> None:
         learners["sibling"] = new_learner("sibling", settings["sibling"])
     students = [learner.bootstrap.student for learner in learners.values()]
     probe = _new_probe(run, config, model, encoder, backbone) if len(students) > 1 and rank == 0 else None
+    _stop_where_it_stumbled_twice(run)
     for epoch in epochs:
-        terms, *_ = [learner.learn(epoch, rank, encoder, backbone) for learner in learners.values()]
+        try:
+            terms, *_ = [learner.learn(epoch, rank, encoder, backbone) for learner in learners.values()]
+        except FloatingPointError as error:
+            _stumble(run, str(error))
+            raise
         measured = {} if probe is None else _measure(probe, *students, len(model.kinds))
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
         with tempfile.TemporaryDirectory() as directory:
@@ -196,24 +204,58 @@ def train_loop(settings: dict[str, Any]) -> None:
             run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
 
 
+def _stumble(run: Folder, words: str) -> None:
+    """Notes a loss that is no number: Ray Train starts the workers again at the last checkpoint."""
+    times = json.loads(run.read_bytes(_STUMBLE))["times"] if run.exists(_STUMBLE) else 0
+    run.write_bytes(_STUMBLE, json.dumps({"words": words, "times": times + 1}).encode())
+
+
+def _stop_where_it_stumbled_twice(run: Folder) -> None:
+    """A fault of the machine passes; what comes again from the same checkpoint will always come.
+
+    Raises:
+        DataError: the losses were no numbers twice.
+    """
+    stumble = json.loads(run.read_bytes(_STUMBLE)) if run.exists(_STUMBLE) else {"times": 0}
+    if stumble["times"] > 1:
+        raise DataError(
+            f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
+            "look at these photographs"
+        )
+
+
 class _Learner:
     """A student and the bank that it learns from."""
 
     def __init__(self, bootstrap: Bootstrap, index: pa.Table, run: Folder, config: RunConfig, feed: dict[str, Any]):
         self.bootstrap = bootstrap
         self._token_window = config.train.token_window
-        visits = len(index) * config.train.epoch_repeats
-        self._steps, _ = steps_per_epoch(visits, config.train.batch_size, feed["world_size"])
+        self._run, self._seed = run, config.seed
+        repeats = config.train.epoch_repeats
+        self._steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, feed["world_size"])
+        self._order = len(index), repeats, self._steps, per_worker, feed["world_size"]
         self._batches = _batches(index, run.uri, config, **feed)
 
     def learn(self, epoch: Epoch, rank: int, encoder: Encoder, backbone: Backbone | None) -> dict[str, float]:
-        """One epoch; the mean of each loss term."""
+        """One epoch; the mean of each loss term.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; the message names the photographs of the batch.
+        """
         self.bootstrap.begin_epoch(epoch, rank)
-        terms = [
-            self.bootstrap.step(_tokens(batch, encoder, self._token_window, backbone), batch["scores"], epoch, step)
-            for step, batch in enumerate(itertools.islice(self._batches, self._steps))
-        ]
+        terms = []
+        for step, batch in enumerate(itertools.islice(self._batches, self._steps)):
+            tokens = _tokens(batch, encoder, self._token_window, backbone)
+            try:
+                terms.append(self.bootstrap.step(tokens, batch["scores"], epoch, step))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, rank, step))}") from None
         return mean_terms(terms)
+
+    def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:
+        order = sample_order(self._seed, epoch.index, *self._order)[rank, step]
+        names = bank_image_ids(self._run)
+        return sorted({names[place] for place in order})
 
 
 def _new_probe(
