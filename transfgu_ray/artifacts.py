@@ -136,13 +136,14 @@ class Run:
             self.folder.copy_from(source.folder, name)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """A finished stage's manifest, or None."""
+        """A finished stage's manifest; None where there is none, or it is damaged."""
         if not self.folder.exists(f"{stage}.json"):
             return None
         try:
-            return json.loads(self.folder.read_bytes(f"{stage}.json"))
+            manifest = json.loads(self.folder.read_bytes(f"{stage}.json"))
         except ValueError:
             return None
+        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) else None
 
     def require(self, stage: str) -> dict[str, Any]:
         """The manifest of a stage that another needs.

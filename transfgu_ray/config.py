@@ -628,6 +628,8 @@ def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: st
         current = values.get(key)
         if isinstance(current, dict) and isinstance(change, dict):
             _merge(current, change, where, f"{path}{key}.")
+        elif not path and isinstance(current, dict):
+            raise ConfigError(f"{key} in {where} must hold settings of that section, such as `{next(iter(current))}:`")
         else:
             values[key] = _number(change)
 

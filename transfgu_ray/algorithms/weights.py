@@ -65,7 +65,7 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str
     checkpoint, metadata = read_safetensors(data, source) if _is_safetensors(data) else (None, {})
     is_own = metadata.get("format") == FORMAT
     if is_own:
-        name, overrides = metadata["name"], json.loads(metadata["overrides"])
+        name, overrides = _architecture(metadata, source)
     elif checkpoint is None:
         checkpoint = read_checkpoint(data, source)
     vit = build_vit(name, overrides)
@@ -139,8 +139,8 @@ def load_encoder(data: bytes, source: str, precision: str = "float32", device: s
         WeightsError: the bytes are of another format.
     """
     metadata = _encoder_metadata(data, source)
-    vit = load_vit(data, source, metadata["name"], json.loads(metadata["overrides"]))
-    return _as_encoder(vit, metadata, precision, device)
+    vit = load_vit(data, source, *_architecture(metadata, source))
+    return _as_encoder(vit, metadata, source, precision, device)
 
 
 def load_untrained(data: bytes, source: str, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
@@ -150,8 +150,8 @@ def load_untrained(data: bytes, source: str, seed: int, precision: str = "float3
         WeightsError: the bytes are of another format.
     """
     metadata = _encoder_metadata(data, source)
-    vit = random_vit(metadata["name"], json.loads(metadata["overrides"]), seed)
-    return _as_encoder(vit, metadata, precision, device)
+    vit = random_vit(*_architecture(metadata, source), seed)
+    return _as_encoder(vit, metadata, source, precision, device)
 
 
 def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
@@ -161,8 +161,26 @@ def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
     return metadata
 
 
-def _as_encoder(vit: nn.Module, metadata: dict[str, str], precision: str, device: str) -> Encoder:
-    mean, std = (tuple(json.loads(metadata[key])) for key in ("mean", "std"))
+def _architecture(metadata: dict[str, str], source: str) -> tuple[str, dict[str, int | str]]:
+    overrides = _fact(metadata, "overrides", source)
+    if not isinstance(overrides, dict) or "name" not in metadata:
+        raise WeightsError(f"{source} does not say which model it holds; it is damaged")
+    return metadata["name"], overrides
+
+
+def _fact(metadata: dict[str, str], key: str, source: str) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError):
+        raise WeightsError(f"{source} has no readable {key!r} in its metadata; it is damaged") from None
+
+
+def _as_encoder(vit: nn.Module, metadata: dict[str, str], source: str, precision: str, device: str) -> Encoder:
+    mean, std = (_fact(metadata, key, source) for key in ("mean", "std"))
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise WeightsError(f"{source} has no mean and deviation of three colours in its metadata; it is damaged")
+    mean, std = tuple(mean), tuple(std)
     return Encoder(vit, mean, std, precision, metadata.get(_INTERPOLATION, "timm")).to(device)
 
 
