@@ -57,7 +57,7 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("extract.window_fracs=[]", r"extract\.window_fracs=\[\].*at least 1 item"),
         ("train.learning_rate=.nan", r"train\.learning_rate=nan: must be greater than 0"),
         ("train.dropout=1", r"train\.dropout=1: must be less than 1"),
-        ("train=3", r"train=3: must be a valid dictionary"),
+        ("train=3", "train in --set train=3 must hold settings of that section, such as `crop_size:`"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("data.region_mode=everything", r"data\.region_mode='everything': must be 'things_and_stuff', 'things_only'"),
         ("evaluate.protocol=cause", r"evaluate\.protocol='cause': must be 'transfgu', 'picie' or 'stego'"),
