@@ -55,7 +55,7 @@ def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run
     for row, stage in ((bootstrapped, "bootstrapped"), (trained, "trained")):
         for name in ("miou", "miou_interval", "pixel_accuracy", "pixel_accuracy_interval", "coverage"):
             assert row[name] == metrics["stages"][stage][name]
-        assert -1 <= row["score"] <= 1
+        assert 0 <= row["score"] <= len(metrics["per_class"])
         assert set(row["components"]) == {"consistency", "silhouette", "usage"}
         assert row["photos_per_second"] > 0
     assert bootstrapped["per_class"] == metrics["per_class"]

@@ -131,9 +131,7 @@ def test_concepts__manifest_tells_passes_and_the_workers_memory(tmp_path: Path, 
     done = []
     resources = Resources(2, 1, 1, "cpu", 1, None)
     content = STAGE_FUNCTIONS["concepts"](
-        Context(
-            run, folder, Listing((), 0), resources, "", encoder=None, backbone=None, tracked=None, progress=done.append
-        )
+        Context(run, folder, Listing((), 0), resources, "", "", None, None, None, None, progress=done.append)
     )
     assert done == [1]
     assert (content["rows_in"], content["rows_out"]) == (NUM_ROWS, 9)

@@ -104,7 +104,7 @@ def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> N
     Raises:
         DataError: some are NaN or infinite.
     """
-    bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+    bad = ~np.isfinite(values).all(tuple(range(1, values.ndim)))
     if bad.any():
         names = sorted({image_ids[row] for row in np.flatnonzero(bad)})
         raise DataError(

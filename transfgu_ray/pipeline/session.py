@@ -81,6 +81,8 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
         where = {
+            # Not the cluster that happens to run on this machine.
+            "address": "local",
             "num_cpus": slots,
             "include_dashboard": dashboard,
             "object_store_memory": runtime.object_store_mb * 2**20,

@@ -22,6 +22,7 @@ from transfgu_ray.storage import Folder
 RECORD = "mlflow.json"
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
 _NOT_TERMS = ("epoch",)
+_SERVER = "MLFLOW_TRACKING_URI"
 # MLflow takes no more at a time.
 _PARAMS_A_CALL = 100
 # The tag that MLflow's own page nests runs by.
@@ -47,7 +48,7 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
     Raises:
         ConfigError: the run folder is remote and no URI is given.
     """
-    configured = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    configured = config.tracking.uri or os.environ.get(_SERVER)
     if configured:
         return configured
     if "://" in run.uri:
@@ -161,9 +162,7 @@ def register(
         if versions:
             version = versions[0].version
         else:
-            mlflow.set_tracking_uri(uri)
-            mlflow.set_registry_uri(uri)
-            with mlflow.start_run(run_id=tracked.run_id):
+            with _mlflow_at(uri), mlflow.start_run(run_id=tracked.run_id):
                 version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
     tags = {
         "recipe": config.preset,
@@ -183,6 +182,26 @@ def register(
 
 
 @contextlib.contextmanager
+def _mlflow_at(uri: str) -> Iterator[None]:
+    """MLflow's functions that take no client, at a server and its registry.
+
+    MLflow enters the server into the environment, where the next run of this process would take it for the user's.
+    """
+    import mlflow
+
+    given = os.environ.get(_SERVER)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        if given is not None:
+            os.environ[_SERVER] = given
+
+
+@contextlib.contextmanager
 def ended_on_error(tracked: Tracked) -> Iterator[None]:
     """Closes the MLflow run as FAILED, or as KILLED by Ctrl-C or SIGTERM, when what follows raises."""
     try:
@@ -195,7 +214,7 @@ def ended_on_error(tracked: Tracked) -> Iterator[None]:
 
 def registry_uri(uri: str | None) -> str:
     """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return uri or os.environ.get(_SERVER) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def fetch_model(model_uri: str, uri: str | None) -> str:
@@ -207,10 +226,9 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
     import mlflow
 
     _, uri = connect(registry_uri(uri))
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     try:
-        return str(Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri)) / "artifacts" / "model")
+        with _mlflow_at(uri):
+            return str(Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri)) / "artifacts" / "model")
     except (mlflow.exceptions.MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
