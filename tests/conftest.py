@@ -24,6 +24,9 @@ _TOKEN = Path(_RAY_FOLDER, "token")
 _TOKEN.touch(mode=0o600)
 _TOKEN.write_text("a" * 64)
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(_TOKEN), RAY_TMPDIR=_RAY_FOLDER)
+# On loopback alone, and without what `ray_session` would silence too late.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
 atexit.register(shutil.rmtree, _RAY_FOLDER, ignore_errors=True)
 
 

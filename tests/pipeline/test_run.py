@@ -204,8 +204,8 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     again = tracking.register(tracked, finished.folder, finished.config, metrics, ["metrics.json"], {})
     assert again["model_version"] == registered["model_version"]
 
-    mlflow.set_tracking_uri(registered["tracking_uri"])
-    loaded = mlflow.pyfunc.load_model(f"models:/{registered['model_name']}/{registered['model_version']}")
+    with tracking._mlflow_at(registered["tracking_uri"]):
+        loaded = mlflow.pyfunc.load_model(f"models:/{registered['model_name']}/{registered['model_version']}")
     photos = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
     direct = load_model(Folder(finished.folder.uri_of("model"))).segment([Image.fromarray(photo) for photo in photos])
     np.testing.assert_array_equal(loaded.predict(photos), np.stack(direct))

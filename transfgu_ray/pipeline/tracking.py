@@ -189,7 +189,7 @@ def _mlflow_at(uri: str) -> Iterator[None]:
     """
     import mlflow
 
-    given = os.environ.get(_SERVER)
+    given = {name: os.environ.get(name) for name in (_SERVER, "MLFLOW_REGISTRY_URI")}
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
@@ -197,8 +197,10 @@ def _mlflow_at(uri: str) -> Iterator[None]:
     finally:
         mlflow.set_tracking_uri(None)
         mlflow.set_registry_uri(None)
-        if given is not None:
-            os.environ[_SERVER] = given
+        for name, value in given.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
