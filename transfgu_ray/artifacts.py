@@ -137,10 +137,8 @@ class Run:
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """A finished stage's manifest; None where there is none, or it is damaged."""
-        if not self.folder.exists(f"{stage}.json"):
-            return None
         try:
-            manifest = json.loads(self.folder.read_bytes(f"{stage}.json"))
+            manifest = self.folder.read_json(f"{stage}.json")
         except ValueError:
             return None
         return manifest if isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) else None

@@ -1,6 +1,7 @@
 """One writer a folder: a note of who works in it, kept fresh while they do."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -8,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transfgu_ray.errors import ArtifactError
@@ -66,12 +67,12 @@ def claimed(folder: Folder) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        beats = 0
-        while not done.wait(BEAT_S):
-            beats += 1
+        for beats in itertools.count(1):
+            if done.wait(BEAT_S):
+                return
             # Whoever finds the storage failing is the work itself, not its note.
             with contextlib.suppress(ArtifactError):
-                _write(folder, _Owner(**asdict(mine) | {"beats": beats}))
+                _write(folder, replace(mine, beats=beats))
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -232,7 +232,7 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
 
     walked = os.walk(root.join(name), onerror=unreadable) if root.exists(name) else ()
     for folder, folders, files in walked:
-        for each, is_folder in [*((name, True) for name in folders), *((name, False) for name in files)]:
+        for each, is_folder in [*((each, True) for each in folders), *((each, False) for each in files)]:
             path = os.path.join(folder, each)
             shown = os.path.relpath(path, root.path)
             if not _is_utf8(each):
@@ -240,7 +240,7 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
                 if is_folder:
                     folders.remove(each)
             elif os.path.islink(path) and (is_folder or _is_photo(each)):
-                inside = os.path.realpath(path).startswith(f"{top}{os.sep}") or os.path.realpath(path) == top
+                inside = f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}")
                 where = "within" if inside else "out of"
                 refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
             elif not is_folder:

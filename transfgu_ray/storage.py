@@ -1,10 +1,12 @@
 """Folders, local or at any URI that pyarrow or fsspec opens, with writes that are whole or absent."""
 
 import contextlib
+import json
 import os
 import posixpath
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -84,6 +86,14 @@ class Folder:
         """The content of a file."""
         with self.fs.open_input_stream(self.join(name)) as stream:
             return stream.read()
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; None where there is none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return json.loads(self.read_bytes(name)) if self.exists(name) else None
 
     def try_read(self, name: str) -> tuple[bytes | None, str | None]:
         """The content of a file, or why it cannot be read."""

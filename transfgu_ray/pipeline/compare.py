@@ -146,7 +146,7 @@ def compare(
     ):
         for entry in entries:
             for file, _ in entry.version.model.files():
-                entry.model.write_bytes(file, entry.version.model.read_bytes(file))
+                entry.model.copy_from(entry.version.model, file)
         probes, stats = _probe(entries, probed, has_labels, resources, progress)
         refused = {refusal["image_id"] for refusal in stats.refused}
         shown = _choose([image for image in probed if image.image_id not in refused], _NUM_SHOWN)

@@ -6,10 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from transfgu_ray.algorithms.encoder import Encoder
 from transfgu_ray.algorithms.weights import random_vit, read_safetensors
@@ -17,11 +14,11 @@ from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.image_sources import Source, open_source
 from transfgu_ray.pipeline.copy_images import copy_images
 from transfgu_ray.pipeline.parts import PartStats
-from transfgu_ray.pipeline.pretrain_loop import PROGRESS, STATE, build_network, encoder_bytes, pretrain_loop
+from transfgu_ray.pipeline.pretrain_loop import PROGRESS, build_network, encoder_bytes, pretrain_loop
 from transfgu_ray.pipeline.session import Resources, ray_session
-from transfgu_ray.pipeline.stages import count_reasons
+from transfgu_ray.pipeline.stages import refusals
 from transfgu_ray.pipeline.stream import unwrapped_errors
-from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
+from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, read_state, watched_json
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, RESULT, PretrainFolder, training_name
 from transfgu_ray.storage import Folder
@@ -163,7 +160,7 @@ def _train(
     trainer = new_trainer(pretrain_loop, settings, Folder(out.uri_of("train")), name, resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with reporter.stage("train", total_steps, "steps") as progress:
-        known = json.loads(out.read_bytes(HISTORY)) if out.exists(HISTORY) else {"epochs": []}
+        known = out.read_json(HISTORY) or {"epochs": []}
         watcher = _Watcher(config, total_steps, len(known["epochs"]), progress, reporter.note)
         with (
             unwrapped_errors(),
@@ -177,8 +174,7 @@ def _train(
                 f"dino.warmup_frac (the encoder of the last checkpoint, if there was one, is {out.uri_of(LATEST)})"
             )
         progress(total_steps - watcher.steps)
-    with result.checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True)
+    return read_state(result.checkpoint)
 
 
 class _Watcher:
@@ -257,12 +253,10 @@ def _finish(
     return opened.write_manifest(
         fingerprint,
         {
-            "rows_in": stats.images + len(stats.refused),
+            **refusals(stats),
             "rows_out": stats.images,
             "images_train": counts[0],
             "images_val": counts[1],
-            "refused": stats.refused,
-            "refused_by_reason": count_reasons(stats.refused),
             "other_files_passed_over": sum(source.num_other_files for source in sources),
             "epochs": len(state["history"]["epochs"]),
             "steps": state["step"],

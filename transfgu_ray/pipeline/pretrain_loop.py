@@ -2,11 +2,9 @@
 
 import functools
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,12 @@ from transfgu_ray.algorithms.rounds import sample_order
 from transfgu_ray.algorithms.weights import dump_encoder, normalisation, random_vit
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.stream import peak_memory_mb
+from transfgu_ray.pipeline.trainer import read_state, report_state
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
 from transfgu_ray.storage import Folder
 from transfgu_ray.working_copies import NO_LABEL, Copies, fetch_copies, open_copies, read_copies
 
-STATE = "state.pt"
 PROGRESS = "train/progress.json"
 _PROGRESS_SECONDS = 2.0
 # Bytes that a reading task gives, one batch at least.
@@ -86,8 +84,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            state = torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True)
+        state = read_state(checkpoint)
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
     progress = _Progress(out, state) if rank == 0 else None
@@ -107,15 +104,13 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         if stretch.ends_epoch:
             probed = _is_probed(stretch.epoch, config) and rank == 0
             history["epochs"].append(_epoch_row(history, config, _probe(dino, copies, out, config) if probed else {}))
-        with tempfile.TemporaryDirectory() as directory:
-            saved = None
-            if rank == 0:
-                seconds = state["seconds"] + time.perf_counter() - began
-                reached = {"step": stretch.last, "seconds": seconds, "history": history}
-                facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_step": start}
-                torch.save({"dino": dino.state_dict(), **reached, **facts}, Path(directory) / STATE)
-                saved = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report({"step": stretch.last}, checkpoint=saved)
+        kept = None
+        if rank == 0:
+            seconds = state["seconds"] + time.perf_counter() - began
+            reached = {"step": stretch.last, "seconds": seconds, "history": history}
+            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_step": start}
+            kept = {"dino": dino.state_dict(), **reached, **facts}
+        report_state({"step": stretch.last}, kept)
         if rank == 0:
             out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
             out.write_bytes(HISTORY, json.dumps(history, indent=1).encode())

@@ -10,7 +10,7 @@ import yaml
 
 from transfgu_ray.config import RunConfig, flatten, parse_config
 from transfgu_ray.errors import ArtifactError, ConfigError
-from transfgu_ray.pipeline.tracking import connect, fetch_model, registry_uri
+from transfgu_ray.pipeline.tracking import connect, fetch_model, log_files, log_params, registry_uri
 from transfgu_ray.storage import Folder
 
 CHAMPION = "champion"
@@ -112,17 +112,12 @@ class Registry:
         try:
             numbers = [row["version"] for row in comparison["versions"]]
             params = {key: value for key, value in comparison.items() if not isinstance(value, list | dict)}
-            for key, value in (params | {"versions": ", ".join(map(str, numbers))}).items():
-                client.log_param(own_id, key, value)
+            log_params(client, own_id, params | {"versions": ", ".join(map(str, numbers))})
             for row in comparison["versions"]:
                 for key, value in flatten(row, f"version_{row['version']}/").items():
                     if isinstance(value, float):
                         client.log_metric(own_id, key.replace(".", "/"), value)
-            with tempfile.TemporaryDirectory() as directory:
-                for name, data in files.items():
-                    copy = Path(directory) / name
-                    copy.write_bytes(data)
-                    client.log_artifact(own_id, str(copy))
+            log_files(client, own_id, files.items())
         except BaseException:
             client.set_terminated(own_id, status="FAILED")
             raise

@@ -35,9 +35,9 @@ class SharedStages:
         Raises:
             TransfguError: settings, data or weights are unusable.
         """
-        banks = {run.folder.uri: run for run in map(self.bank, configs)}
         with_tokens: dict[str, Run] = {}
-        for run in banks.values():
+        for place, _ in self._banks(configs):
+            run = Run.open(place.folder.uri, place.config)
             features = self._open("extract", run.config)
             if run.manifest("extract") is None:
                 run_stages(features, SHARED[:1], None, reporter)
@@ -61,20 +61,24 @@ class SharedStages:
 
     def drop_tokens(self, configs: Iterable[RunConfig]) -> None:
         """Removes the cached tokens, which are large and of no use once every trial has ended."""
-        for config in configs:
-            self.bank(config).folder.delete(TOKENS)
+        for place, _ in self._banks(configs):
+            place.folder.delete(TOKENS)
 
     def describe(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
         """Each stage of the shared runs: its fingerprint, its seconds, and how many of these trials use it."""
-        banks = [self._place("labels", config) for config in configs]
-        used_by = Counter(run.folder.uri for run in banks)
         stages: dict[str, dict[str, Any]] = {}
-        for run in {run.folder.uri: run for run in banks}.values():
+        for run, uses in self._banks(configs):
             for manifest in filter(None, map(run.manifest, SHARED)):
                 entry = {"stage": manifest["stage"], "fingerprint": manifest["fingerprint"], "used_by": 0}
                 entry |= {"seconds": manifest["seconds"]}
-                stages.setdefault(manifest["fingerprint"], entry)["used_by"] += used_by[run.folder.uri]
+                stages.setdefault(manifest["fingerprint"], entry)["used_by"] += uses
         return sorted(stages.values(), key=lambda entry: SHARED.index(entry["stage"]))
+
+    def _banks(self, configs: Iterable[RunConfig]) -> list[tuple[Run, int]]:
+        """The distinct runs that hold the banks of trials, and how many of these use each."""
+        places = [self._place("labels", config) for config in configs]
+        used_by = Counter(place.folder.uri for place in places)
+        return [(place, used_by[uri]) for uri, place in {place.folder.uri: place for place in places}.items()]
 
     def _open(self, stage: str, config: RunConfig) -> Run:
         place = self._place(stage, config)

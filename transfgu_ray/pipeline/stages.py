@@ -306,12 +306,9 @@ def _evaluate(context: Context) -> dict[str, Any]:
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
     metrics = metrics_json(config, scored_split(config), stats.images, counts, kinds, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
-    refused = [*(context.listing if scored is None else scored).refused, *stats.refused]
     return {
-        "rows_in": stats.images + len(refused),
+        **refusals(stats, (context.listing if scored is None else scored).refused),
         "rows_out": stats.images,
-        "refused": refused,
-        "refused_by_reason": count_reasons(refused),
         "scored": metrics["scored"],
         "parts": result.num_parts,
         "parts_resumed": result.num_resumed,
@@ -379,13 +376,10 @@ def _require_most(content: Mapping[str, Any], max_refused_share: float) -> None:
 
 def _table_content(context: Context, result: Any) -> dict[str, Any]:
     stats = result.stats
-    refused = [*context.listing.refused, *stats.refused]
     return {
-        "rows_in": stats.images + len(refused),
+        **refusals(stats, context.listing.refused),
         "rows_out": result.num_rows,
         "images": stats.images,
-        "refused": refused,
-        "refused_by_reason": count_reasons(refused),
         "dropped": stats.dropped,
         "batches_halved": stats.halvings,
         "parts": result.num_parts,
@@ -394,9 +388,17 @@ def _table_content(context: Context, result: Any) -> dict[str, Any]:
     }
 
 
-def count_reasons(refused: Sequence[Mapping[str, str]]) -> dict[str, int]:
-    """How often each reason for a refusal occurs; what follows a colon is of the one photograph."""
-    return dict(Counter(refusal["reason"].partition(":")[0] for refusal in refused))
+def refusals(stats: Any, listed: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
+    """What a manifest says of the photographs that went in, and of those refused.
+
+    Args:
+        stats: what became of those that were read.
+        listed: refused before they were read.
+    """
+    refused = [*listed, *stats.refused]
+    # What follows a colon is of the one photograph.
+    reasons = Counter(refusal["reason"].partition(":")[0] for refusal in refused)
+    return {"rows_in": stats.images + len(refused), "refused": refused, "refused_by_reason": dict(reasons)}
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {

@@ -1,12 +1,10 @@
 """MLflow's side of a sweep: one parent run, a child a trial, and statuses that say what became of each."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transfgu_ray.config import RunConfig
-from transfgu_ray.pipeline.tracking import PARENT, Tracked, connect, open_run
+from transfgu_ray.pipeline.tracking import PARENT, Tracked, connect, log_files, open_run
 from transfgu_ray.storage import Folder
 
 # MLflow has no word for a trial that its scheduler stopped.
@@ -67,9 +65,5 @@ def end_sweep(parent: Tracked, folder: Folder, sweep: Mapping[str, Any], artifac
     for name, value in numbers.items():
         if value is not None:
             client.log_metric(parent.run_id, name, value)
-    with tempfile.TemporaryDirectory() as directory:
-        for name in artifacts:
-            copy = Path(directory) / name
-            copy.write_bytes(folder.read_bytes(name))
-            client.log_artifact(parent.run_id, str(copy))
+    log_files(client, parent.run_id, ((name, folder.read_bytes(name)) for name in artifacts))
     client.set_terminated(parent.run_id, status="FINISHED")

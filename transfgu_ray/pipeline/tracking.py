@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
         tags: of a new run.
     """
     client, uri = connect(tracking_uri(folder, config))
-    record = json.loads(folder.read_bytes(RECORD)) if folder.exists(RECORD) else {}
+    record = folder.read_json(RECORD) or {}
     if record.get("uri") == uri and record.get("config") == identity and _has_run(client, record["run_id"]):
         client.update_run(record["run_id"], status="RUNNING")
-        _log_params(client, record["run_id"], identity)
+        log_params(client, record["run_id"], identity)
         return Tracked(uri, record["run_id"])
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
@@ -102,18 +102,28 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
     # At once, so that a kill leaves no run that its folder does not know.
     record = {"uri": uri, "run_id": run_id, "config": identity}
     folder.write_bytes(RECORD, json.dumps(record, indent=1).encode())
-    _log_params(client, run_id, identity)
+    log_params(client, run_id, identity)
     return Tracked(uri, run_id)
 
 
-def _log_params(client: Any, run_id: str, identity: dict[str, Any]) -> None:
-    """Logs what a run is made of; what it has is left as it is."""
+def log_params(client: Any, run_id: str, values: dict[str, Any]) -> None:
+    """Logs parameters of a run; those that it has are left as they are."""
     from mlflow.entities import Param
 
     # MLflow takes no commas in names.
-    params = [Param(key.replace(", ", " and "), str(value)) for key, value in flatten(identity).items()]
+    params = [Param(key.replace(", ", " and "), str(value)) for key, value in flatten(values).items()]
     for start in range(0, len(params), _PARAMS_A_CALL):
         client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
+
+
+def log_files(client: Any, run_id: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """Keeps files with a run, by their names, which may hold folders."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, data in files:
+            copy = Path(directory, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(data)
+        client.log_artifacts(run_id, directory)
 
 
 def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
@@ -152,18 +162,18 @@ def register(
         # An interval is a list, which MLflow has no metric for; metrics.json, kept below, holds it.
         if isinstance(value, float):
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
-    with tempfile.TemporaryDirectory() as directory:
-        for name in artifacts:
-            copy = Path(directory) / Path(name).name
-            copy.write_bytes(run.read_bytes(name))
-            client.log_artifact(tracked.run_id, str(copy), str(Path(name).parent) if "/" in name else None)
-        name = config.tracking.model_name
-        versions = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == tracked.run_id]
-        if versions:
-            version = versions[0].version
-        else:
-            with _mlflow_at(uri), mlflow.start_run(run_id=tracked.run_id):
-                version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
+    log_files(client, tracked.run_id, ((name, run.read_bytes(name)) for name in artifacts))
+    name = config.tracking.model_name
+    versions = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == tracked.run_id]
+    if versions:
+        version = versions[0].version
+    else:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            _mlflow_at(uri),
+            mlflow.start_run(run_id=tracked.run_id),
+        ):
+            version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
     tags = {
         "recipe": config.preset,
         "num_concepts": str(config.num_concepts),

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +26,11 @@ from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.samples import TOKENS, bank_image_ids, bank_index, load_samples, read_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
-from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, watched_json
+from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, read_state, report_state, watched_json
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
-_STATE = "state.pt"
 # Where an epoch met a loss that is no number.
 _STUMBLE = "train/stumble.json"
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
@@ -120,8 +117,7 @@ def train(
 
     with unwrapped_errors(), watched_json(run, HISTORY, on_change):
         result = trainer.fit()
-    with result.checkpoint.as_directory() as directory:
-        state = torch.load(Path(directory) / _STATE, map_location="cpu", weights_only=True)
+    state = read_state(result.checkpoint)
     model = Folder(run.uri_of("model"))
     trained = state["bootstrap"]["trained"]
     # A single round has no teacher: what round 0 learned is the result.
@@ -149,12 +145,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     backbone = load_run_backbone(run, config, str(device)) if reads_backbone else None
     model = ModelConfig(**settings["model"])
     checkpoint = ray.train.get_checkpoint()
-    history: list[dict[str, float]] = []
-    state: dict[str, Any] = {}
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            state = torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
-        history = state["history"]
+    state: dict[str, Any] = {"history": []} if checkpoint is None else read_state(checkpoint, device)
+    history: list[dict[str, float]] = state["history"]
     resumed_at_epoch = len(history)
     train = config.train
     epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
@@ -188,25 +180,19 @@ def train_loop(settings: dict[str, Any]) -> None:
             raise
         measured = {} if probe is None else _measure(probe, *students, len(model.kinds))
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
-        with tempfile.TemporaryDirectory() as directory:
-            saved = None
-            if rank == 0:
-                state = {
-                    **{name: learner.bootstrap.state_dict() for name, learner in learners.items()},
-                    "history": history,
-                    "peak_memory_mb": peak_memory_mb(),
-                    "resumed_at_epoch": resumed_at_epoch,
-                }
-                torch.save(state, Path(directory) / _STATE)
-                saved = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(history[-1], checkpoint=saved)
+        kept = None
+        if rank == 0:
+            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_epoch": resumed_at_epoch}
+            of_students = {name: learner.bootstrap.state_dict() for name, learner in learners.items()}
+            kept = {**of_students, "history": history, **facts}
+        report_state(history[-1], kept)
         if rank == 0:
             run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
 
 
 def _stumble(run: Folder, words: str) -> None:
     """Notes a loss that is no number: Ray Train starts the workers again at the last checkpoint."""
-    times = json.loads(run.read_bytes(_STUMBLE))["times"] if run.exists(_STUMBLE) else 0
+    times = (run.read_json(_STUMBLE) or {"times": 0})["times"]
     run.write_bytes(_STUMBLE, json.dumps({"words": words, "times": times + 1}).encode())
 
 
@@ -216,7 +202,7 @@ def _stop_where_it_stumbled_twice(run: Folder) -> None:
     Raises:
         DataError: the losses were no numbers twice.
     """
-    stumble = json.loads(run.read_bytes(_STUMBLE)) if run.exists(_STUMBLE) else {"times": 0}
+    stumble = run.read_json(_STUMBLE) or {"times": 0}
     if stumble["times"] > 1:
         raise DataError(
             f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "

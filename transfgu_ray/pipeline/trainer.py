@@ -3,17 +3,23 @@
 import json
 import logging
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from transfgu_ray.pipeline.session import WORKER_CPUS, Resources
 from transfgu_ray.storage import Folder
 
 if TYPE_CHECKING:
+    from ray.train import Checkpoint
     from ray.train.torch import TorchTrainer
 
+_STATE = "state.pt"
 _MAX_WORKER_FAILURES = 2
 
 
@@ -65,6 +71,24 @@ def drop_torn_record(run: Folder, name: str) -> None:
             json.loads(run.read_bytes(record))
         except ValueError:
             run.delete(name)
+
+
+def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
+    """What `report_state` kept."""
+    with checkpoint.as_directory() as directory:
+        return torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
+
+
+def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+    """Reports progress to Ray Train, which every worker must; the one that has a state adds a checkpoint of it."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        saved = None
+        if state is not None:
+            torch.save(state, Path(directory) / _STATE)
+            saved = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(row, checkpoint=saved)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Trials:
     def _notes(self) -> dict[str, dict[str, Any]]:
         """What became of each trial by its id, in the order of ids."""
         names = [name for name, _ in self._folder.files("trials") if name.endswith(".json")]
-        return {name.removeprefix("trials/").removesuffix(".json"): _read_json(self._folder, name) for name in names}
+        return {name.removeprefix("trials/").removesuffix(".json"): self._folder.read_json(name) for name in names}
 
     @property
     def ended(self) -> set[str]:
@@ -104,7 +104,7 @@ class Trials:
         """Notes what became of a trial: finished where its last stage is, else what Tune says."""
         name = self.id_of(point)
         # The trial itself has noted its error.
-        note = _read_json(self._folder, _note_name(name)) or {"point": dict(point), "error": None}
+        note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "error": None}
         finished = self.folder_of(name).exists(f"{STAGES[-1]}.json")
         self._notes[name] = note | {"status": "finished" if finished else otherwise}
         self._described.pop(name, None)
@@ -123,9 +123,9 @@ class Trials:
     def _describe(self, name: str, note: Mapping[str, Any]) -> dict[str, Any]:
         folder, config = self.folder_of(name), self.config(note["point"])
         run = Run(folder, config)
-        history = _read_json(folder, "train/history.json") or []
+        history = folder.read_json("train/history.json") or []
         last = history[-1] if history else {}
-        stages = (_read_json(folder, "metrics.json") or {}).get("stages")
+        stages = (folder.read_json("metrics.json") or {}).get("stages")
         scored = (stages or {}).get("bootstrapped", {})
         manifests = [manifest for manifest in map(run.manifest, STAGES) if manifest is not None]
         return {
@@ -141,7 +141,7 @@ class Trials:
             "pixel_accuracy": scored.get("pixel_accuracy"),
             "seconds": round(sum(manifest["seconds"] for manifest in manifests), 3),
             "model_version": (run.manifest("register") or {}).get("model_version"),
-            "mlflow_run_id": (_read_json(folder, RECORD) or {}).get("run_id"),
+            "mlflow_run_id": (folder.read_json(RECORD) or {}).get("run_id"),
             "error": note["error"] if note["status"] == "failed" else None,
         }
 
@@ -204,7 +204,3 @@ class _Silent:
 
 def _note_name(trial: str) -> str:
     return f"trials/{trial}.json"
-
-
-def _read_json(folder: Folder, name: str) -> Any:
-    return json.loads(folder.read_bytes(name)) if folder.exists(name) else None

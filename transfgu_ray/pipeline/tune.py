@@ -136,14 +136,17 @@ def _run_missing(
         missing = len(points)
     if missing <= 0:
         return
-    configs = [build_config(base, None, assignments(point)) for point in shared]
-    if plan.objective == "score":
-        configs += [sibling_of(config) for config in configs]
+    configs = _with_siblings([build_config(base, None, assignments(point)) for point in shared], plan)
     stages = SharedStages(folder, base)
     stages.make(configs, reporter)
     with reporter.stage("trials", missing, "trials") as progress:
         _tune(folder, base, plan, trials, parent, points, missing, progress)
     stages.drop_tokens(configs)
+
+
+def _with_siblings(configs: list[RunConfig], plan: SweepPlan) -> list[RunConfig]:
+    """The trials, and the runs of another seed that the score compares them with."""
+    return [*configs, *(map(sibling_of, configs) if plan.objective == "score" else ())]
 
 
 def _tune(
@@ -163,24 +166,14 @@ def _tune(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune as ray_tune
 
-    from transfgu_ray.pipeline.tune_search import OptunaSearch, new_scheduler, to_text
+    from transfgu_ray.pipeline.tune_search import Ended, OptunaSearch, new_scheduler, to_text
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
-    class Ended(ray_tune.Callback):
-        """Notes what became of a trial as soon as it has ended."""
-
-        def on_trial_complete(self, trial: Any, **info: Any) -> None:
-            self._note(trial, "stopped")
-
-        def on_trial_error(self, trial: Any, **info: Any) -> None:
-            self._note(trial, "failed")
-
-        def _note(self, trial: Any, otherwise: str) -> None:
-            point = json.loads(trial.config[POINT])
-            trials.end(point, otherwise)
-            _write(folder, base, plan, trials)
-            progress(1)
+    def on_end(point: dict[str, Any], otherwise: str) -> None:
+        trials.end(point, otherwise)
+        _write(folder, base, plan, trials)
+        progress(1)
 
     resources, concurrent = trial_resources(base)
     settings = {
@@ -215,7 +208,7 @@ def _tune(
             storage_path=folder.path,
             storage_filesystem=folder.fs,
             verbose=0,
-            callbacks=[Ended()],
+            callbacks=[Ended(on_end)],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     ).fit()
@@ -228,9 +221,7 @@ def _write(folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials) -> 
     from transfgu_ray.evidence import best_trial, evidence
 
     found = trials.describe()
-    configs = [trials.config(trial["point"]) for trial in found]
-    if plan.objective == "score":
-        configs += [sibling_of(config) for config in configs]
+    configs = _with_siblings([trials.config(trial["point"]) for trial in found], plan)
     proof = evidence(found)
     of_score = (proof or {}).get("score", {})
     content = {

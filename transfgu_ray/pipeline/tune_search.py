@@ -1,10 +1,11 @@
 """Tune's schedulers, and Optuna as a search that never suggests a point twice."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
+from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -29,6 +30,25 @@ def new_scheduler(name: str, num_epochs: int) -> TrialScheduler:
     if name == "median":
         return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
     return FIFOScheduler()
+
+
+class Ended(Callback):
+    """Tells of each trial as soon as it has ended.
+
+    Args:
+        on_end: takes its point, and what it is unless its last stage is done: `stopped` or `failed`.
+    """
+
+    def __init__(self, on_end: Callable[[dict[str, Any], str], None]) -> None:
+        self._on_end = on_end
+
+    def on_trial_complete(self, trial: Any, **info: Any) -> None:
+        """Of a trial that came to its end, or was stopped."""
+        self._on_end(json.loads(trial.config[POINT]), "stopped")
+
+    def on_trial_error(self, trial: Any, **info: Any) -> None:
+        """Of a trial that raised."""
+        self._on_end(json.loads(trial.config[POINT]), "failed")
 
 
 class OptunaSearch(Searcher):
