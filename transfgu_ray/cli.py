@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from transfgu_ray.errors import ConfigError, DataError, TransfguError
+from transfgu_ray.errors import ConfigError, DataError, StalledError, TransfguError
 from transfgu_ray.terminal import Terminal, printable
 
 app = typer.Typer(
@@ -689,6 +689,9 @@ def main() -> None:
     except TransfguError as error:
         typer.echo(printable(f"transfgu: {error}"), err=True)
         sys.exit(2)
+    except StalledError as error:
+        typer.echo(f"transfgu: {error}", err=True)
+        sys.exit(1)
     except _Stopped:
         _exit_stopped(signal.SIGTERM)
     except SystemExit as error:

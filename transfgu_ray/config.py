@@ -325,6 +325,9 @@ class RuntimeConfig(Section):
     max_refused_share: Fraction = Field(
         0.5, description="extract stops when more than this share of the photographs is refused (ours)"
     )
+    stall_minutes: float = Field(
+        60, gt=0, description="a stage in which nothing is done for so long ends with an error (ours)"
+    )
 
 
 class RunConfig(Section):

@@ -1,10 +1,11 @@
-"""What the user can get wrong. Every message is one sentence: what, where, what is allowed, what to do.
+"""What can go wrong in words. Every message is one sentence: what, where, what is allowed, what to do.
 
 TransfguError          exit code 2
 +-- ConfigError        a setting is unknown, out of range, or differs from the run's
 +-- DataError          photographs, labels or lists are missing or unusable
 +-- WeightsError       encoder weights are missing or do not fit
 +-- ArtifactError      a run folder or model cannot be read or written
+StalledError           exit code 1: nothing was done for too long
 """
 
 
@@ -26,3 +27,7 @@ class WeightsError(TransfguError):
 
 class ArtifactError(TransfguError):
     """A run folder or a model cannot be read or written."""
+
+
+class StalledError(Exception):
+    """Nothing was done for so long that something must be stuck; the message names what. Exit code 1."""

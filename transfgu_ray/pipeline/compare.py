@@ -32,6 +32,7 @@ from transfgu_ray.pipeline.session import Resources, ray_session
 from transfgu_ray.pipeline.stages import require_some, scored_split
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, stream_units
 from transfgu_ray.pipeline.versions import Entry, enter
+from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.scores import STAGE_NAMES
 from transfgu_ray.storage import Folder
 
@@ -141,7 +142,8 @@ def compare(
     probed = _choose(listing.images, NUM_PROBED)
     num_scored = len(listing.images) if has_labels else min(len(probed), _NUM_SHOWN)
     with (
-        reporter.stage("compare", (len(probed) + num_scored) * len(entries), "photographs") as progress,
+        reporter.stage("compare", (len(probed) + num_scored) * len(entries), "photographs") as show,
+        unless_stalled("the comparison", RuntimeConfig().stall_minutes, show) as progress,
         ray_session(address, RuntimeConfig()) as resources,
     ):
         for entry in entries:

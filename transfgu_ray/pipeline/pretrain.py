@@ -14,11 +14,12 @@ from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.image_sources import Source, open_source
 from transfgu_ray.pipeline.copy_images import copy_images
 from transfgu_ray.pipeline.parts import PartStats
-from transfgu_ray.pipeline.pretrain_loop import PROGRESS, build_network, encoder_bytes, pretrain_loop
+from transfgu_ray.pipeline.pretrain_loop import build_network, encoder_bytes, pretrain_loop
 from transfgu_ray.pipeline.session import Resources, ray_session
 from transfgu_ray.pipeline.stages import refusals
 from transfgu_ray.pipeline.stream import unwrapped_errors
-from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, read_state, watched_json
+from transfgu_ray.pipeline.trainer import PULSE, drop_torn_record, new_trainer, read_state, watched_json
+from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, RESULT, PretrainFolder, training_name
 from transfgu_ray.storage import Folder
@@ -56,7 +57,10 @@ def pretrain(
     opened.require_space(0 if out.exists(COPIES) else found * 3 * config.data.source_size**2)
     with ray_session(address, config.runtime) as resources:
         check_workers(config, resources)
-        with reporter.stage("images", found, "images") as progress:
+        with (
+            reporter.stage("images", found, "images") as show,
+            unless_stalled("the copying of images", config.runtime.stall_minutes, show) as progress,
+        ):
             stats = copy_images(out, sources, config.data, _copies_key(config, images), resources, progress)
         num_train, num_val = _require_enough(out, config, stats)
         copied = time.perf_counter()
@@ -159,12 +163,15 @@ def _train(
     }
     trainer = new_trainer(pretrain_loop, settings, Folder(out.uri_of("train")), name, resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
-    with reporter.stage("train", total_steps, "steps") as progress:
+    with (
+        reporter.stage("train", total_steps, "steps") as show,
+        unless_stalled("the training", config.runtime.stall_minutes, show) as progress,
+    ):
         known = out.read_json(HISTORY) or {"epochs": []}
         watcher = _Watcher(config, total_steps, len(known["epochs"]), progress, reporter.note)
         with (
             unwrapped_errors(),
-            watched_json(out, PROGRESS, watcher.on_progress),
+            watched_json(out, PULSE, watcher.on_progress),
             watched_json(out, HISTORY, watcher.on_history),
         ):
             result = trainer.fit()

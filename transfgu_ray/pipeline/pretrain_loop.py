@@ -17,14 +17,12 @@ from transfgu_ray.algorithms.rounds import sample_order
 from transfgu_ray.algorithms.weights import dump_encoder, normalisation, random_vit
 from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.stream import peak_memory_mb
-from transfgu_ray.pipeline.trainer import read_state, report_state
+from transfgu_ray.pipeline.trainer import Pulse, read_state, report_state
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, identity
 from transfgu_ray.storage import Folder
 from transfgu_ray.working_copies import NO_LABEL, Copies, fetch_copies, open_copies, read_copies
 
-PROGRESS = "train/progress.json"
-_PROGRESS_SECONDS = 2.0
 # Bytes that a reading task gives, one batch at least.
 _TASK_BYTES = 8 * 2**20
 # Images that k-NN and RankMe look at.
@@ -87,7 +85,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         state = read_state(checkpoint)
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
-    progress = _Progress(out, state) if rank == 0 else None
+    pulse = Pulse(out)
     images = _batches(copies, config, out, (start, total_steps), rank, world_size, settings["num_readers"], device)
     began = time.perf_counter()
     for stretch in stretches(config.schedule.epochs, epoch_steps, config.schedule.checkpoint_steps, start):
@@ -97,8 +95,9 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
                 terms.append(dino.step(next(images), step))
             except FloatingPointError as error:
                 return {"diverged": str(error)}
-            if progress is not None:
-                progress(step + 1, terms[-1]["loss"])
+            if rank == 0:
+                rate = (step + 1 - start) / (time.perf_counter() - began)
+                pulse(step=step + 1, loss=terms[-1]["loss"], steps_per_second=rate)
         row = {"step": stretch.last, "epoch": stretch.epoch, **_mean_over_workers(terms, world_size, device)}
         history["checkpoints"].append(row)
         if stretch.ends_epoch:
@@ -134,23 +133,6 @@ def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str,
     """The backbone as float16 safetensors that say what they were trained by."""
     facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
     return dump_encoder(vit, config.encoder.name, dict(config.encoder.overrides), torch.float16, facts)
-
-
-class _Progress:
-    """Leaves the step in a file that the driver shows, at most every few seconds."""
-
-    def __init__(self, out: Folder, state: dict[str, Any]) -> None:
-        self._out = out
-        self._written = 0.0
-        self._first, self._began = state["step"], time.perf_counter()
-
-    def __call__(self, step: int, loss: float) -> None:
-        now = time.perf_counter()
-        if now - self._written >= _PROGRESS_SECONDS:
-            rate = (step - self._first) / (now - self._began)
-            content = {"step": step, "loss": loss, "steps_per_second": rate}
-            self._out.write_bytes(PROGRESS, json.dumps(content).encode())
-            self._written = now
 
 
 def _batches(

@@ -23,6 +23,7 @@ from transfgu_ray.pipeline.stages import (
     progress_total,
 )
 from transfgu_ray.pipeline.stream import peak_memory_mb
+from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 
 
@@ -198,7 +199,11 @@ def _tracking(run: Run, pending: Sequence[str], trial: Trial | None) -> Iterator
 def _run_stage(context: Context, stage: str, reporter: Reporter) -> None:
     started = time.perf_counter()
     total, unit = progress_total(context.run, stage, context.listing)
-    with reporter.stage(stage, total, unit) as progress:
+    minutes = context.run.config.runtime.stall_minutes
+    with (
+        reporter.stage(stage, total, unit) as show,
+        unless_stalled(f"stage {stage}", minutes, show) as progress,
+    ):
         content = STAGE_FUNCTIONS[stage](replace(context, progress=progress))
     seconds = time.perf_counter() - started
     context.run.write_manifest(

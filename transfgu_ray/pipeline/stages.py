@@ -174,6 +174,7 @@ def _train(context: Context) -> dict[str, Any]:
         context.fingerprint,
         resources,
         on_epoch,
+        lambda pulse: context.progress(0),
         context.trial and context.trial.sibling,
     )
     images = run.require("labels")["images"]

@@ -26,7 +26,15 @@ from transfgu_ray.pipeline.feeding import read_ahead, to_device
 from transfgu_ray.pipeline.samples import TOKENS, bank_image_ids, bank_index, load_samples, read_photos
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
-from transfgu_ray.pipeline.trainer import drop_torn_record, new_trainer, read_state, report_state, watched_json
+from transfgu_ray.pipeline.trainer import (
+    PULSE,
+    Pulse,
+    drop_torn_record,
+    new_trainer,
+    read_state,
+    report_state,
+    watched_json,
+)
 from transfgu_ray.prior import load_run_encoder
 from transfgu_ray.storage import Folder
 
@@ -74,6 +82,7 @@ def train(
     fingerprint: str,
     resources: Resources,
     on_epoch: Callable[[list[dict[str, float]]], None],
+    on_pulse: Callable[[dict[str, float]], None],
     sibling: Run | None = None,
 ) -> TrainResult:
     """Trains, or continues an interrupted training, and writes the model.
@@ -85,6 +94,7 @@ def train(
         fingerprint: of the stage.
         resources: workers and device.
         on_epoch: called in this process with the history of all epochs so far, whenever there is more of it.
+        on_pulse: called in this process every few seconds in which steps are done, with the last `epoch` and `step`.
         sibling: run of another seed with a bank of the same photographs. A second student learns from it, and the
             history tells what both of an epoch are worth without labels; the first student is not touched by it.
     """
@@ -115,7 +125,7 @@ def train(
             on_epoch(history)
             seen = len(history)
 
-    with unwrapped_errors(), watched_json(run, HISTORY, on_change):
+    with unwrapped_errors(), watched_json(run, HISTORY, on_change), watched_json(run, PULSE, on_pulse):
         result = trainer.fit()
     state = read_state(result.checkpoint)
     model = Folder(run.uri_of("model"))
@@ -124,8 +134,9 @@ def train(
     save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
     save_decoder(model, state["bootstrap"]["student"], model_config)
     run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
-    # Large, and of no use to a finished run.
-    run.delete(TOKENS)
+    # Large, or of no use to a finished run.
+    for name in (TOKENS, PULSE):
+        run.delete(name)
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
 
 
@@ -172,9 +183,10 @@ def train_loop(settings: dict[str, Any]) -> None:
     students = [learner.bootstrap.student for learner in learners.values()]
     probe = _new_probe(run, config, model, encoder, backbone) if len(students) > 1 and rank == 0 else None
     _stop_where_it_stumbled_twice(run)
+    pulse = Pulse(run) if rank == 0 else lambda **_: None
     for epoch in epochs:
         try:
-            terms, *_ = [learner.learn(epoch, rank, encoder, backbone) for learner in learners.values()]
+            terms, *_ = [learner.learn(epoch, rank, encoder, backbone, pulse) for learner in learners.values()]
         except FloatingPointError as error:
             _stumble(run, str(error))
             raise
@@ -222,7 +234,14 @@ class _Learner:
         self._order = len(index), repeats, self._steps, per_worker, feed["world_size"]
         self._batches = _batches(index, run.uri, config, **feed)
 
-    def learn(self, epoch: Epoch, rank: int, encoder: Encoder, backbone: Backbone | None) -> dict[str, float]:
+    def learn(
+        self,
+        epoch: Epoch,
+        rank: int,
+        encoder: Encoder,
+        backbone: Backbone | None,
+        pulse: Callable[..., None],
+    ) -> dict[str, float]:
         """One epoch; the mean of each loss term.
 
         Raises:
@@ -236,6 +255,7 @@ class _Learner:
                 terms.append(self.bootstrap.step(tokens, batch["scores"], epoch, step))
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, rank, step))}") from None
+            pulse(epoch=epoch.index, step=step)
         return mean_terms(terms)
 
     def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:

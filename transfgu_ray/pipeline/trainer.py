@@ -5,6 +5,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from ray.train import Checkpoint
     from ray.train.torch import TorchTrainer
 
+PULSE = "train/progress.json"
 _STATE = "state.pt"
+_PULSE_SECONDS = 2.0
 _MAX_WORKER_FAILURES = 2
 
 
@@ -91,6 +94,19 @@ def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> Non
         ray.train.report(row, checkpoint=saved)
 
 
+class Pulse:
+    """Leaves in a file how far a training has come, at most every few seconds: to be shown, and as a sign of life."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._written = folder, 0.0
+
+    def __call__(self, **content: float) -> None:
+        """Called after each step."""
+        if time.monotonic() - self._written >= _PULSE_SECONDS:
+            self._folder.write_bytes(PULSE, json.dumps(content).encode())
+            self._written = time.monotonic()
+
+
 @contextmanager
 def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
     """Reports the content of a file that workers write, whenever it is another, while the driver waits for them."""
@@ -100,7 +116,8 @@ def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> It
         seen, last = None, False
         while not last:
             last = done.wait(1.0)
-            content = run.read_bytes(name) if run.exists(name) else None
+            # Storage that fails in passing is asked again.
+            content = run.try_read(name)[0] if run.exists(name) else None
             if content is not None and content != seen:
                 on_change(json.loads(content))
                 seen = content

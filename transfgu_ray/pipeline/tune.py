@@ -16,6 +16,7 @@ from transfgu_ray.pipeline.stages import scored_split
 from transfgu_ray.pipeline.sweep_tracking import begin_sweep, end_sweep, settle_trials
 from transfgu_ray.pipeline.tracking import Tracked, ended_on_error, tracking_uri
 from transfgu_ray.pipeline.trials import DRIVER_CPUS, POINT, Trials, run_trial, sibling_of, trial_resources
+from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.spaces import Range, Space, assignments, grid_points, plain_settings, plain_space, random_points
 from transfgu_ray.storage import Folder
 
@@ -139,7 +140,10 @@ def _run_missing(
     configs = _with_siblings([build_config(base, None, assignments(point)) for point in shared], plan)
     stages = SharedStages(folder, base)
     stages.make(configs, reporter)
-    with reporter.stage("trials", missing, "trials") as progress:
+    with (
+        reporter.stage("trials", missing, "trials") as show,
+        unless_stalled("the sweep", base.runtime.stall_minutes, show) as progress,
+    ):
         _tune(folder, base, plan, trials, parent, points, missing, progress)
     stages.drop_tokens(configs)
 
@@ -208,7 +212,7 @@ def _tune(
             storage_path=folder.path,
             storage_filesystem=folder.fs,
             verbose=0,
-            callbacks=[Ended(on_end)],
+            callbacks=[Ended(on_end, lambda: progress(0))],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     ).fit()

@@ -37,10 +37,15 @@ class Ended(Callback):
 
     Args:
         on_end: takes its point, and what it is unless its last stage is done: `stopped` or `failed`.
+        on_epoch: called whenever a trial has done one.
     """
 
-    def __init__(self, on_end: Callable[[dict[str, Any], str], None]) -> None:
-        self._on_end = on_end
+    def __init__(self, on_end: Callable[[dict[str, Any], str], None], on_epoch: Callable[[], None]) -> None:
+        self._on_end, self._on_epoch = on_end, on_epoch
+
+    def on_trial_result(self, **info: Any) -> None:
+        """Of a trial that reports."""
+        self._on_epoch()
 
     def on_trial_complete(self, trial: Any, **info: Any) -> None:
         """Of a trial that came to its end, or was stopped."""

@@ -1,0 +1,56 @@
+"""A stage that does nothing ends with its name; one that goes on, or is stopped by hand, does not."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from transfgu_ray.errors import StalledError
+from transfgu_ray.pipeline.watchdog import unless_stalled
+
+_SECOND = 1 / 60
+
+
+def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock() -> None:
+    began = time.monotonic()
+    with pytest.raises(StalledError, match=r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray st"):
+        with unless_stalled("stage extract", _SECOND, lambda done: None):
+            threading.Event().wait(60)
+    assert time.monotonic() - began < 10
+
+
+def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
+    done = []
+    with unless_stalled("stage extract", _SECOND, done.append) as progress:
+        for i in range(6):
+            time.sleep(0.4)
+            progress(i)
+    assert done == list(range(6))
+
+
+def test_watchdog__leaves_ctrl_c_what_it_is() -> None:
+    with pytest.raises(KeyboardInterrupt), unless_stalled("stage extract", 1, lambda done: None):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_watchdog__passes_other_errors_on() -> None:
+    with pytest.raises(ValueError, match="broken"), unless_stalled("stage extract", 1, lambda done: None):
+        raise ValueError("broken")
+    assert all(thread.name != "watchdog" for thread in threading.enumerate())
+
+
+def test_watchdog__a_thread_of_a_trial_is_not_interrupted() -> None:
+    found = []
+
+    def trial() -> None:
+        with unless_stalled("stage extract", _SECOND / 4, found.append) as progress:
+            time.sleep(1)
+            progress("done")
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    thread.join()
+    assert found == ["done"]

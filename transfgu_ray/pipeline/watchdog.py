@@ -1,0 +1,62 @@
+"""A stage that does nothing for too long ends with an error that names it, instead of waiting for ever."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transfgu_ray.errors import StalledError
+
+
+@contextmanager
+def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Gives `progress` back, to be called whenever something was done; interrupts the main thread when that stays away.
+
+    Ray itself notices dead processes and starts them again; what it waits for in silence is a process that lives but
+    does nothing, and room in a cluster that has lost a node. A trial of a sweep, which is no main thread, is not
+    watched: the sweep that waits for it is.
+
+    Args:
+        doing: what is watched, e.g. `stage extract`.
+        minutes: `runtime.stall_minutes`.
+        progress: takes what was done.
+
+    Raises:
+        StalledError: nothing was done for so long.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield progress
+        return
+    last, is_stalled, done = time.monotonic(), False, threading.Event()
+
+    def noted(*done: Any) -> None:
+        nonlocal last
+        last = time.monotonic()
+        progress(*done)
+
+    def watch() -> None:
+        nonlocal is_stalled
+        while not done.wait(min(60 * minutes / 4, 1.0)):
+            if time.monotonic() - last > 60 * minutes:
+                is_stalled = True
+                # A real signal: nothing less wakes a main thread that waits for a lock.
+                signal.pthread_kill(main.ident, signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchdog")
+    thread.start()
+    try:
+        yield noted
+    except KeyboardInterrupt:
+        if not is_stalled:
+            raise
+        raise StalledError(
+            f"{doing} did nothing for {minutes:g} minutes and was stopped; `ray status` tells what the cluster lacks, "
+            "the same command goes on from here, and runtime.stall_minutes sets the patience"
+        ) from None
+    finally:
+        done.set()
+        thread.join()
