@@ -1,0 +1,60 @@
+"""The fault campaign: `python -m tests.faults --json F`."""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.network import in_own_network
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the outcomes go.")] = None,
+    only: Annotated[str, typer.Option(help="Only faults whose names hold this regular expression.")] = "",
+    tries: Annotated[int, typer.Option(min=1, help="How often each fault is done.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the moments at which faults happen.")] = 0,
+) -> None:
+    """Does every fault to small runs on a cluster of three nodes, and tells what was lost."""
+    from tests.faults import campaign
+    from tests.faults.cluster import cluster
+
+    chosen = [fault for fault in campaign.FAULTS if re.search(only, fault.name)]
+    if not chosen:
+        raise typer.BadParameter(
+            f"no fault is called {only!r}; there are: {', '.join(f.name for f in campaign.FAULTS)}"
+        )
+    folder, outcomes, errors = Path(tempfile.mkdtemp(prefix="faults")), [], Console(stderr=True, highlight=False)
+    try:
+        with cluster(num_nodes=3) as made:
+            bench = campaign.Bench(folder, made, seed)
+            errors.print("an undisturbed run is done")
+            for fault in chosen:
+                outcome = campaign.tries(bench, fault, tries)
+                outcomes.append(outcome)
+                errors.print(f"{fault.name}: {outcome.recovered} of {outcome.tried}")
+                for note in outcome.notes:
+                    errors.print(f"  {note}", markup=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = Table("fault", *("tried", "recovered", "rows lost", "rows doubled", "seconds lost"), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for outcome in outcomes:
+        row = outcome.describe()
+        table.add_row(*(str(row[name]) for name in list(row)[:6]))
+    Console(highlight=False).print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps([outcome.describe() for outcome in outcomes], indent=1))
+    sys.exit(0 if all(o.tried and o.recovered == o.tried for o in outcomes) else 1)
+
+
+if __name__ == "__main__":
+    in_own_network("tests.faults")
+    typer.run(main)

@@ -1,0 +1,354 @@
+"""What a run must survive: each fault is done to a small real run on a real cluster, and what is left is compared."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.builders import make_voc
+from tests.faults.cluster import Cluster
+
+_NUM_PHOTOS = 90
+_SETTINGS = (
+    "encoder.overrides={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}",
+    "data.image_size=[64, 64]",
+    "extract.window_fracs=[0.5, 0.3]",
+    "extract.images_per_part=1",
+    "concepts.num_concepts=4",
+    "train.batch_size=4",
+    "train.round_epochs=[2, 2, 2]",
+    "evaluate.num_samples=2",
+    "evaluate.baselines=[]",
+    "runtime.num_workers=2",
+    "runtime.train_workers=2",
+)
+_TABLES = {"extract": ("features", ["image_id", "crop_id"]), "labels": ("labels", ["image_id"])}
+WORKERS = {"extract": "FeatureExtractor", "labels": "BankBuilder", "train": "TrainWorker"}
+_TIMEOUT_S = 300
+
+
+@dataclass
+class Outcome:
+    """What became of all tries of one fault.
+
+    Attributes:
+        fault: in words.
+        tried: how often it was done.
+        recovered: how often the result was that of an undisturbed run afterwards.
+        rows_lost: rows of the undisturbed run that were missing.
+        rows_doubled: rows that were there more than once.
+        seconds_lost: beyond what the undisturbed stage took, in the mean.
+        notes: what the user was told, or why it did not recover.
+    """
+
+    fault: str
+    tried: int = 0
+    recovered: int = 0
+    rows_lost: int = 0
+    rows_doubled: int = 0
+    seconds_lost: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, compared: "Compared", seconds_lost: float, note: str) -> None:
+        """Counts a try."""
+        self.seconds_lost = (self.seconds_lost * self.tried + seconds_lost) / (self.tried + 1)
+        self.tried += 1
+        self.recovered += compared.is_equal
+        self.rows_lost += compared.rows_lost
+        self.rows_doubled += compared.rows_doubled
+        self.notes.append(note)
+
+    def describe(self) -> dict[str, Any]:
+        """As the JSON file has it."""
+        return asdict(self) | {"seconds_lost": round(self.seconds_lost, 1)}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A disturbed stage beside the undisturbed one."""
+
+    is_equal: bool
+    rows_lost: int
+    rows_doubled: int
+
+
+class Bench:
+    """A cluster, an undisturbed run on it, and copies of that run to be disturbed.
+
+    Args:
+        folder: for runs and photographs.
+        cluster: of three nodes of one CPU or more.
+        seed: of the moments at which faults happen.
+    """
+
+    def __init__(self, folder: Path, cluster: Cluster, seed: int) -> None:
+        self.folder, self.cluster, self.rng = folder, cluster, random.Random(seed)
+        self.photos = make_voc(folder / "voc", num_train=_NUM_PHOTOS, num_val=6)
+        self.quiet = folder / "quiet"
+        settings = [part for setting in _SETTINGS for part in ("--set", setting)]
+        self.options = ["--preset", "tiny_cpu", "--data", str(self.photos), "--dataset", "voc", *settings]
+        self.finish("run", self.quiet, *self.options)
+        self._num_copies = 0
+
+    def seconds(self, stage: str) -> float:
+        """How long the undisturbed stage took."""
+        return json.loads((self.quiet / f"{stage}.json").read_text())["seconds"]
+
+    def copy_before(self, stage: str) -> Path:
+        """A copy of the undisturbed run as it was before a stage."""
+        from transfgu_ray.artifacts import OUTPUTS, STAGES
+
+        self._num_copies += 1
+        copy = self.folder / f"{stage}-{self._num_copies}"
+        later = STAGES[STAGES.index(stage) :]
+        outputs = {output for each in later for output in (*OUTPUTS[each], f"{each}.json")}
+
+        def unwanted(folder: str, names: list[str]) -> set[str]:
+            inside = Path(folder).relative_to(self.quiet)
+            return {name for name in names if str(inside / name) in outputs or name.startswith(("mlflow", "mlruns"))}
+
+        return shutil.copytree(self.quiet, copy, ignore=unwanted)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """The real command, in a process group of its own, on the cluster."""
+        return start(*arguments, "--ray-address", self.cluster.address, environment=self.cluster.environment)
+
+    def finish(self, *arguments: str | Path) -> str:
+        """The real command to its end; what it printed."""
+        return finish(self.start(*arguments))
+
+    def wait_until(self, is_hit: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+        """Waits for the moment of a fault; False where the command ended before."""
+        end = time.monotonic() + _TIMEOUT_S
+        while not is_hit():
+            if process.poll() is not None:
+                return False
+            if time.monotonic() > end:
+                kill(process)
+                raise TimeoutError("the moment of the fault did not come")
+            time.sleep(0.01)
+        return True
+
+    def moment(self, stage: str, run: Path) -> Callable[[], bool]:
+        """Somewhere in the middle of a stage."""
+        if stage == "train":
+            epochs = self.rng.randint(1, 4)
+            return lambda: num_epochs(run) >= epochs
+        parts = self.rng.randint(_NUM_PHOTOS // 10, _NUM_PHOTOS // 2)
+        table = run / _TABLES[stage][0]
+        return lambda: table.is_dir() and sum(path.suffix == ".parquet" for path in table.iterdir()) >= parts
+
+    def compare(self, stage: str, run: Path) -> Compared:
+        """What a stage left in a run, beside the undisturbed one."""
+        return compare(stage, self.quiet, run)
+
+
+def start(*arguments: str | Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """The real command, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "transfgu_ray.cli", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0, timeout: float = _TIMEOUT_S) -> str:
+    """Waits for a command and returns what it printed.
+
+    Raises:
+        RuntimeError: it ended with another exit code.
+    """
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise RuntimeError(f"{process.args} hung") from None
+    if process.returncode != expected:
+        raise RuntimeError(f"exit code {process.returncode}, not {expected}: {printed[-2000:]}")
+    return printed
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a command and what it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def last_line(printed: str) -> str:
+    """What the user reads last."""
+    return printed.strip().splitlines()[-1] if printed.strip() else ""
+
+
+def num_epochs(run: Path) -> int:
+    """Epochs that a training has left."""
+    history = run / "train/history.json"
+    return len(json.loads(history.read_text())) if history.exists() else 0
+
+
+def compare(stage: str, quiet: Path, run: Path) -> Compared:
+    """What a stage left in a run, beside an undisturbed one."""
+    if stage == "train":
+        epochs = [row["epoch"] for row in json.loads((run / "train/history.json").read_text())]
+        wanted = num_epochs(quiet)
+        models = [(folder / "model/decoder.safetensors").read_bytes() for folder in (quiet, run)]
+        lost, doubled = len(set(range(wanted)) - set(epochs)), len(epochs) - len(set(epochs))
+        return Compared(models[0] == models[1] and not lost and not doubled, lost, doubled)
+    table, key = _TABLES[stage]
+    expected, found = (pq.read_table(folder / table).replace_schema_metadata() for folder in (quiet, run))
+    keys, found_keys = (rows.select(key).to_pylist() for rows in (expected, found))
+    unique = {tuple(row.values()) for row in found_keys}
+    lost = len({tuple(row.values()) for row in keys} - unique)
+    return Compared(found.equals(expected), lost, len(found_keys) - len(unique))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault and how it is done.
+
+    Attributes:
+        name: in words.
+        do: does it to a run once; what it yields says what the user was told.
+    """
+
+    name: str
+    stage: str
+    do: Callable[[Bench, Path, str], str | None]
+
+
+def tries(bench: Bench, fault: Fault, times: int) -> Outcome:
+    """Does a fault so many times; a stage that ended before its moment came does not count."""
+    outcome, missed = Outcome(fault.name), 0
+    while outcome.tried < times and missed < 3:
+        run = bench.copy_before(fault.stage)
+        began = time.monotonic()
+        try:
+            note = fault.do(bench, run, fault.stage)
+            if note is None:
+                missed += 1
+                continue
+            outcome.add(bench.compare(fault.stage, run), time.monotonic() - began - bench.seconds(fault.stage), note)
+        except (RuntimeError, TimeoutError, OSError, pa.ArrowInvalid, ValueError) as error:
+            outcome.add(Compared(False, 0, 0), 0.0, f"{type(error).__name__}: {error}")
+        shutil.rmtree(run, ignore_errors=True)
+    return outcome
+
+
+def driver_killed(bench: Bench, run: Path, stage: str) -> str | None:
+    """SIGKILL to the command, which is then given again."""
+    process = bench.start(stage, run)
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    kill(process)
+    return last_line(bench.finish(stage, run))
+
+
+def worker_killed(bench: Bench, run: Path, stage: str) -> str | None:
+    """SIGKILL to an actor; Ray starts another."""
+    process = bench.start(stage, run)
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    pids = bench.cluster.workers(WORKERS[stage])
+    if not pids:
+        kill(process)
+        return None
+    os.kill(bench.rng.choice(pids), signal.SIGKILL)
+    return last_line(finish(process))
+
+
+def node_lost(bench: Bench, run: Path, stage: str) -> str | None:
+    """SIGKILL to every process of a node that works; the others go on. A new one comes afterwards."""
+    process = bench.start(stage, run)
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    nodes = [bench.cluster.node_of(pid) for pid in bench.cluster.workers(WORKERS[stage])]
+    lost = [node for node in nodes if node is not None and node is not bench.cluster.nodes[0]]
+    if not lost:
+        kill(process)
+        return None
+    bench.cluster.lose(lost[0])
+    try:
+        return last_line(finish(process))
+    finally:
+        bench.cluster.add_node()
+
+
+def worker_frozen(bench: Bench, run: Path, stage: str) -> str | None:
+    """SIGSTOP to every actor: they live and do nothing. The command ends with an error and, given again, goes on."""
+    process = bench.start(stage, run, "--set", "runtime.stall_minutes=0.3")
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    pids = bench.cluster.workers(WORKERS[stage])
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    said = last_line(finish(process, 1))
+    for pid in bench.cluster.workers(WORKERS[stage]):
+        os.kill(pid, signal.SIGKILL)
+    bench.finish(stage, run, "--set", "runtime.stall_minutes=60")
+    return said
+
+
+def second_writer(bench: Bench, run: Path, stage: str) -> str | None:
+    """The same command given twice: the second refuses, the first is not disturbed."""
+    process = bench.start(stage, run)
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    said = last_line(finish(bench.start(stage, run), 2))
+    finish(process)
+    return said
+
+
+def job_stopped(bench: Bench, run: Path, stage: str) -> str | None:
+    """`ray job stop`; the same job submitted again goes on."""
+    job = f"stopped-{run.name}"
+    process = submit(bench, run, stage, job)
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    finish(bench.cluster.stop_job(job))
+    said = finish(process)
+    finish(submit(bench, run, stage, f"{job}-again"))
+    return last_line(said)
+
+
+def head_lost(bench: Bench, run: Path, stage: str) -> str | None:
+    """SIGKILL to the head, and with it the job: a new cluster under the same address, and the job submitted again."""
+    process = submit(bench, run, stage, f"lost-{run.name}")
+    if not bench.wait_until(bench.moment(stage, run), process):
+        return None
+    for node in list(bench.cluster.nodes):
+        bench.cluster.lose(node)
+    process.communicate(timeout=_TIMEOUT_S)
+    bench.cluster.start_head()
+    for _ in range(2):
+        bench.cluster.add_node()
+    return last_line(finish(submit(bench, run, stage, f"lost-{run.name}-again")))
+
+
+def submit(bench: Bench, run: Path, stage: str, job: str) -> subprocess.Popen[str]:
+    """`ray job submit` of a stage."""
+    root = Path(__file__).resolve().parents[2]
+    return bench.cluster.submit("python", f"jobs/{stage}.py", str(run), working_dir=root, job=job)
+
+
+FAULTS = (
+    *(Fault(f"driver killed in {stage}", stage, driver_killed) for stage in WORKERS),
+    *(Fault(f"worker killed in {stage}", stage, worker_killed) for stage in WORKERS),
+    *(Fault(f"node lost in {stage}", stage, node_lost) for stage in WORKERS),
+    *(Fault(f"workers frozen in {stage}", stage, worker_frozen) for stage in ("extract", "train")),
+    Fault("second run on the folder", "extract", second_writer),
+    Fault("job stopped, submitted again", "extract", job_stopped),
+    Fault("head lost, job submitted again", "labels", head_lost),
+)

@@ -1,0 +1,215 @@
+"""A cluster of several nodes on loopback, each a group of processes that can be killed as a lost machine is."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_START_S = 120
+# Of several nodes: not 127.0.0.1, which Ray then takes for another name of the machine's outer address.
+_HEAD_IP = "127.0.0.2"
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@dataclass
+class Node:
+    """One node.
+
+    Attributes:
+        process: `ray start --block`, leader of the group of all its processes.
+        ip: of the loopback network; one a node, so that a driver finds the head.
+    """
+
+    process: subprocess.Popen[bytes]
+    ip: str
+
+    def kill(self) -> None:
+        """Takes the node away without a word, as a spot machine is."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Cluster:
+    """A head that works too, and nodes beside it.
+
+    Attributes:
+        folder: sockets, logs and token.
+        cpus: of each node.
+        environment: that drivers and `ray` commands need.
+        head_ip: of the head.
+        nodes: the living ones; the first is the head.
+    """
+
+    folder: Path
+    cpus: int
+    environment: dict[str, str]
+    head_ip: str
+    gcs_port: int
+    dashboard_port: int
+    nodes: list[Node] = field(default_factory=list)
+    _started: int = 0
+
+    @property
+    def address(self) -> str:
+        """For `--ray-address`."""
+        return f"{self.head_ip}:{self.gcs_port}"
+
+    @property
+    def job_address(self) -> str:
+        """For `ray job submit --address`."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def start_head(self) -> None:
+        """Starts the head, also after it was killed; waits until it takes jobs."""
+        self.nodes.insert(0, self._start(
+            self.head_ip, "--head", f"--port={self.gcs_port}", f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={free_port()}",            "--dashboard-host=127.0.0.1",
+        ))  # fmt: skip
+        self._wait(lambda: self.submit("true").wait() == 0)
+
+    def add_node(self) -> Node:
+        """Starts a node and waits until the head knows it."""
+        before = self._num_alive()
+        self._started += 1
+        node = self._start(f"127.0.0.{self._started + 2}", f"--address={self.address}")
+        self.nodes.append(node)
+        self._wait(lambda: self._num_alive() > before)
+        return node
+
+    def lose(self, node: Node) -> None:
+        """Kills a node."""
+        node.kill()
+        self.nodes.remove(node)
+
+    def submit(self, *command: str, working_dir: Path | None = None, job: str | None = None) -> subprocess.Popen[str]:
+        """`ray job submit`."""
+        options = [
+            *(["--working-dir", str(working_dir)] if working_dir else []),
+            *(["--submission-id", job] if job else []),
+        ]
+        return self._ray("job", "submit", "--address", self.job_address, *options, "--", *command)
+
+    def status(self, job: str) -> str:
+        """What the job server says of a job: `SUCCEEDED`, `FAILED`, `STOPPED`, ..."""
+        program = (
+            "import sys; from ray.job_submission import JobSubmissionClient; "
+            "print(JobSubmissionClient(sys.argv[1]).get_job_status(sys.argv[2]).value)"
+        )
+        command = [sys.executable, "-c", program, self.job_address, job]
+        return subprocess.check_output(command, env=self.environment, text=True).strip()
+
+    def stop_job(self, job: str) -> subprocess.Popen[str]:
+        """`ray job stop`."""
+        return self._ray("job", "stop", "--address", self.job_address, job)
+
+    def workers(self, kind: str) -> list[int]:
+        """Processes of actors and tasks of this cluster whose names, as Ray shows them, hold `kind`."""
+        mark = f"RAY_TMPDIR={self.folder}\0".encode()
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            # A process may end while it is looked at.
+            with suppress(OSError):
+                name = (folder / "cmdline").read_bytes().decode(errors="replace")
+                if name.startswith("ray::") and kind in name and mark in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return sorted(found)
+
+    def node_of(self, pid: int) -> Node | None:
+        """The node that a process belongs to; None where it has ended."""
+        while pid > 1:
+            for node in self.nodes:
+                if node.process.pid == pid:
+                    return node
+            try:
+                # The name before it may hold spaces and brackets.
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                return None
+        return None
+
+    def close(self) -> None:
+        """Kills what is left of it."""
+        for node in self.nodes:
+            node.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, ip: str, *options: str) -> Node:
+        ports = [
+            f"--{name}={free_port()}"
+            for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+        ]
+        command = [
+            "ray", "start", f"--node-ip-address={ip}", f"--num-cpus={self.cpus}", "--num-gpus=0", *ports,
+            f"--object-store-memory={_OBJECT_STORE_BYTES}", "--block", *options,
+        ]  # fmt: skip
+        with open(self.folder / f"{ip}.log", "ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        return Node(process, ip)
+
+    def _ray(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ray", *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def _num_alive(self) -> int:
+        code = "import ray; print(sum(node['Alive'] for node in ray.nodes()))"
+        program = f"import ray; ray.init({self.address!r}, logging_level=40, log_to_driver=False); {code}"
+        out = subprocess.run([sys.executable, "-c", program], env=self.environment, capture_output=True, text=True)
+        return int(out.stdout.split()[-1]) if out.returncode == 0 else 0
+
+    def _wait(self, is_ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + _START_S
+        while not is_ready():
+            if time.monotonic() > end:
+                raise TimeoutError(f"the cluster was not ready after {_START_S} s; logs in {self.folder}")
+            time.sleep(0.5)
+
+
+@contextmanager
+def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
+    """A running cluster of so many nodes, the head among them."""
+    # Short: the paths of Ray's sockets must stay below 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="r"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's switch for clusters that may have several nodes: without it, everything listens on 127.0.0.1 alone.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(num_nodes > 1)),
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    made = Cluster(folder, cpus, environment, _HEAD_IP if num_nodes > 1 else "127.0.0.1", free_port(), free_port())
+    try:
+        made.start_head()
+        for _ in range(num_nodes - 1):
+            made.add_node()
+        yield made
+    finally:
+        made.close()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
