@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,8 @@ def main(
     from tests.faults import campaign
     from tests.faults.cluster import cluster
 
+    # So that nothing of the cluster outlives this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = [fault for fault in campaign.FAULTS if re.search(only, fault.name)]
     if not chosen:
         raise typer.BadParameter(

@@ -112,6 +112,10 @@ class Cluster:
         """`ray job stop`."""
         return self._ray("job", "stop", "--address", self.job_address, job)
 
+    def job_logs(self, job: str) -> subprocess.Popen[str]:
+        """`ray job logs`."""
+        return self._ray("job", "logs", "--address", self.job_address, job)
+
     def workers(self, kind: str) -> list[int]:
         """Processes of actors and tasks of this cluster whose names, as Ray shows them, hold `kind`."""
         mark = f"RAY_TMPDIR={self.folder}\0".encode()

@@ -37,6 +37,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Of what is killed.")] = 0,
 ) -> None:
     """Ends with 1 unless the tables of the disturbed run are those of the quiet one."""
+    # So that nothing of the cluster outlives this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="soak"))
     try:
         with cluster(num_nodes=3) as made:

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -108,7 +109,7 @@ def _start(**settings: Any) -> None:
 
     for attempt in range(_STARTS):
         try:
-            with _quiet_start():
+            with _quiet_start(), _own_address():
                 ray.init(**settings)
             return
         # Ray raises no narrower class.
@@ -116,6 +117,29 @@ def _start(**settings: Any) -> None:
             if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
                 raise
             ray.shutdown()
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Tells the processes of a local Ray its address, through the environment that they inherit.
+
+    Without it, Ray Train's cleaner looks for the one Ray of the machine and, among two, frees nothing of what a stopped
+    training holds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    kept = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
