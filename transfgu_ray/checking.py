@@ -1,6 +1,7 @@
 """Whether a copy of a dataset is whole, before a cluster is paid for."""
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from transfgu_ray.benchmarks import BENCHMARKS, VOID
 from transfgu_ray.config import build_config
 from transfgu_ray.datasets import ImageRef, list_images, open_root
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.images import ImageRefused, decode_label, to_classes
+from transfgu_ray.images import FORMATS, ImageRefused, decode_label, to_classes
 from transfgu_ray.presets import get_preset
 
 
@@ -58,14 +59,15 @@ class Check:
     def __init__(self, name: str, folder: str | None) -> None:
         if name not in BENCHMARKS:
             raise ConfigError(f"unknown dataset {name!r}; allowed: {', '.join(BENCHMARKS)}")
-        config = build_config(get_preset("tiny_cpu"), None, [f"data.dataset={name}", f'data.root="{folder}"']).data
+        named = [f"data.dataset={name}", f"data.root={json.dumps(folder or '')}"]
+        config = build_config(get_preset("tiny_cpu"), None, named).data
         self._benchmark = benchmark = config.benchmark
         self._root = open_root(config)
         splits = dict.fromkeys((benchmark.train_split, benchmark.evaluate_split or benchmark.train_split))
         scored = benchmark.evaluate_split
-        self._listed = {
-            split: list_images(config, split, "fine" if split == scored else None).images for split in splits
-        }
+        listings = {split: list_images(config, split, "fine" if split == scored else None) for split in splits}
+        self._listed = {split: listing.images for split, listing in listings.items()}
+        self._not_listed = {split: listing.refused for split, listing in listings.items()}
         self.num_images = sum(map(len, self._listed.values()))
 
     def run(self, progress: Callable[[int], None]) -> Findings:
@@ -73,6 +75,7 @@ class Check:
         found, names = Findings(), self._benchmark.class_names
         for split, images in self._listed.items():
             sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
+            found.refused += self._not_listed[split]
             for image in images:
                 try:
                     size, counts = self._read(image)
@@ -106,7 +109,7 @@ class Check:
         if data is None:
             raise ImageRefused(problem)
         try:
-            size = Image.open(io.BytesIO(data)).size
+            size = Image.open(io.BytesIO(data), formats=FORMATS).size
         except (UnidentifiedImageError, OSError, ValueError):
             raise ImageRefused("not an image") from None
         counts = np.zeros(VOID + 1, dtype=np.int64)

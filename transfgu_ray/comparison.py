@@ -1,5 +1,6 @@
 """What comparison.json says of versions of a model on the same photographs, and how terminal and picture tell it."""
 
+import html
 import io
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -176,7 +177,9 @@ def comparison_markdown(comparison: dict[str, Any]) -> str:
     blocks = ["\n".join(f"- {line}" for line in comparison_lines(comparison))]
     for header, rows in tables:
         lines = [header, ["---"] * len(header), *rows]
-        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        # Classes are named by whoever made the dataset.
+        escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in cells] for cells in lines]
+        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in escaped))
     return "\n\n".join(blocks) + "\n"
 
 

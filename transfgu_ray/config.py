@@ -16,6 +16,7 @@ from jaxtyping import Int16
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from transfgu_ray.benchmarks import BENCHMARKS, Benchmark, named_benchmark
+from transfgu_ray.credentials import refuse_credentials
 from transfgu_ray.errors import ArtifactError, ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -542,8 +543,11 @@ def parse_config(values: dict[str, Any], kind: type[C] = RunConfig) -> C:
     """A checked configuration from plain values.
 
     Raises:
-        ConfigError: every problem in one sentence.
+        ConfigError: every problem in one sentence, or a URI with a password.
     """
+    for name, value in flatten(values).items() if isinstance(values, dict) else ():
+        if isinstance(value, str):
+            refuse_credentials(name, value)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -611,6 +615,8 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _parse_assignment(assignment: str) -> dict[str, Any]:
     name, equals, text = assignment.partition("=")
+    # Before any message repeats it.
+    refuse_credentials(f"--set {name}", text)
     if not equals or not name.strip():
         raise ConfigError(f"--set {assignment} must look like section.field=value, e.g. concepts.num_concepts=27")
     try:

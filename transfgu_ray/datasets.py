@@ -4,6 +4,7 @@ import hashlib
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -12,7 +13,7 @@ from transfgu_ray.benchmarks import Benchmark
 from transfgu_ray.config import DataConfig
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.images import EXTENSIONS
-from transfgu_ray.storage import Folder
+from transfgu_ray.storage import Folder, leads_out
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,11 @@ def _read_list(root: Folder, name: str) -> set[str]:
 def _photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[[str], str]) -> Listing:
     sizes = dict(root.files(folder))
     photos = {stem: f"{folder}/{stem}.jpg" for stem in sorted(stems)}
-    return Listing(tuple(ImageRef(photo, mask_of(stem), sizes.get(photo, -1)) for stem, photo in photos.items()), 0)
+    refused = [{"image_id": photo, "reason": "name out of the folder"} for photo in photos.values() if leads_out(photo)]
+    images = [
+        ImageRef(photo, mask_of(stem), sizes.get(photo, -1)) for stem, photo in photos.items() if not leads_out(photo)
+    ]
+    return Listing(tuple(images), 0, tuple(refused))
 
 
 def _photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
@@ -205,6 +210,9 @@ def _photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], re
     for path, num_bytes in found:
         if not _is_photo(path):
             others += 1
+        elif leads_out(path):
+            # Object stores know no folders: their names may be any text.
+            refused.append({"image_id": path, "reason": "name out of the folder"})
         elif (twin := names.setdefault(path.casefold(), path)) != path:
             refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
         else:
@@ -235,16 +243,20 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
         for each, is_folder in [*((each, True) for each in folders), *((each, False) for each in files)]:
             path = os.path.join(folder, each)
             shown = os.path.relpath(path, root.path)
+            status = os.lstat(path)
             if not _is_utf8(each):
                 refuse(shown, "name is not UTF-8")
                 if is_folder:
                     folders.remove(each)
-            elif os.path.islink(path) and (is_folder or _is_photo(each)):
+            elif stat.S_ISLNK(status.st_mode) and (is_folder or _is_photo(each)):
                 inside = f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}")
                 where = "within" if inside else "out of"
                 refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
+            elif not is_folder and _is_photo(each) and not stat.S_ISREG(status.st_mode):
+                # A pipe without a writer would be waited for without an end.
+                refuse(shown, "not a regular file")
             elif not is_folder:
-                found.append((shown.replace(os.sep, "/"), os.lstat(path).st_size))
+                found.append((shown.replace(os.sep, "/"), status.st_size))
     return sorted(found), refused
 
 

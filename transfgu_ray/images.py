@@ -9,6 +9,8 @@ from jaxtyping import Int16, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Pillow decodes fifty kinds, by content and not by name; of EPS it has another program run what is in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # What Pillow's decoders and metadata readers raise on damaged files.
 _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
@@ -35,7 +37,7 @@ def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             # Size is checked below, before decoding, with the configured limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageRefused(f"too large: {width} x {height} px, above data.max_pixels={max_pixels}")
@@ -116,7 +118,7 @@ def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
         ImageRefused: not such an image.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.mode not in ("P", "L"):
             raise ImageRefused(f"its label is no 8-bit palette or greyscale PNG: mode {image.mode}")
         return np.asarray(image)

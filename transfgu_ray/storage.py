@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from transfgu_ray.credentials import refuse_credentials
 from transfgu_ray.errors import ArtifactError
 
 # A PUT to an object store appears whole at its end; elsewhere a rename makes it so.
@@ -24,7 +25,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
     Raises:
         ArtifactError: the scheme is unknown or its library is missing.
+        ConfigError: the URI holds a password.
     """
+    refuse_credentials(f"a {uri.partition('://')[0]}:// URI", uri)
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -43,11 +46,17 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name is no path below the folder that it is said to be in."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 class Folder:
-    """A folder at a path or URI; names inside it are relative and use `/`.
+    """A folder at a path or URI; names inside it are relative, use `/` and never lead out of it.
 
     Raises:
         ArtifactError: the scheme is unknown.
+        ConfigError: the URI holds a password.
     """
 
     def __init__(self, uri: str) -> None:
@@ -55,12 +64,26 @@ class Folder:
         self.fs, self.path = resolve(uri)
 
     def join(self, name: str) -> str:
-        """The full path of a name, for use with `fs`."""
+        """The full path of a name, for use with `fs`.
+
+        Raises:
+            ArtifactError: the name leads out of the folder.
+        """
+        self._check(name)
         return posixpath.join(self.path, name) if name else self.path
 
     def uri_of(self, name: str) -> str:
-        """The path or URI of a name, for use in another process."""
+        """The path or URI of a name, for use in another process.
+
+        Raises:
+            ArtifactError: the name leads out of the folder.
+        """
+        self._check(name)
         return posixpath.join(self.uri, name)
+
+    def _check(self, name: str) -> None:
+        if leads_out(name):
+            raise ArtifactError(f"{name} leads out of {self.uri}; names in a folder are relative and have no `..`")
 
     @property
     def is_local(self) -> bool:

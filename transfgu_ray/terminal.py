@@ -9,6 +9,11 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def _lines(text: str) -> str:
+    """`printable`, but for line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 class Terminal:
     """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
 
@@ -56,7 +61,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """Prints one line, unless quiet."""
         if not self._quiet:
-            self._out.print(text, markup=False)
+            self._out.print(_lines(text), markup=False)
 
     def table(self, rows: list[list[str]], header: list[str], words: tuple[int, ...] = ()) -> None:
         """Prints a small table, unless quiet.
@@ -67,14 +72,18 @@ class Terminal:
             words: further columns that hold words, not figures.
         """
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        # As text: a class may be named like rich's markup.
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in header:
+            table.add_column(Text(_lines(name)))
         for i, column in enumerate(table.columns):
             if i and i not in words:
                 column.justify = "right"
                 # In a narrow terminal it is words that wrap: a number in two lines is no number.
                 column.no_wrap = True
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(_lines(cell)) for cell in row))
         if not self._quiet:
             self._out.print(table)

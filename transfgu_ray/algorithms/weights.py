@@ -16,6 +16,8 @@ from transfgu_ray.algorithms.layouts import backbone_state, to_timm
 from transfgu_ray.errors import WeightsError
 
 FORMAT = "transfgu-encoder-1"
+# What may differ from the named architecture; timm takes more, such as files to read.
+OVERRIDES = {"embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"}
 _INTERPOLATION = "pos_embed_interpolation"
 
 
@@ -25,14 +27,18 @@ def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = Fal
     Raises:
         WeightsError: timm does not know the name, or the overrides do not fit together.
     """
+    unknown = WeightsError(f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')")
+    # timm reads `hf-hub:` and `local-dir:` names, which files bring along, from the network and the disk.
+    if not timm.is_model(name):
+        raise unknown
+    if not set(overrides) <= OVERRIDES:
+        raise WeightsError(f"the overrides of {name} may be {', '.join(sorted(OVERRIDES))}, not {', '.join(overrides)}")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **overrides)
     except RuntimeError as error:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
-        raise WeightsError(
-            f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
-        ) from None
+        raise unknown from None
     except (TypeError, AssertionError) as error:
         raise WeightsError(
             f"encoder.name={name} with overrides {overrides} is not a usable vision transformer: {error}"

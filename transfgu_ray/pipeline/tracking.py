@@ -14,6 +14,7 @@ import numpy as np
 
 from transfgu_ray.artifacts import git_commit
 from transfgu_ray.config import RunConfig, flatten
+from transfgu_ray.credentials import refuse_credentials
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.model import load_model_config
 from transfgu_ray.scores import scores_by_method
@@ -46,10 +47,11 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
     """The configured URI, else $MLFLOW_TRACKING_URI, else a sqlite store beside a local run folder.
 
     Raises:
-        ConfigError: the run folder is remote and no URI is given.
+        ConfigError: the run folder is remote and no URI is given, or the URI holds a password.
     """
     configured = config.tracking.uri or os.environ.get(_SERVER)
     if configured:
+        refuse_credentials("the tracking URI", configured)
         return configured
     if "://" in run.uri:
         raise ConfigError(
@@ -225,8 +227,14 @@ def ended_on_error(tracked: Tracked) -> Iterator[None]:
 
 
 def registry_uri(uri: str | None) -> str:
-    """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory."""
-    return uri or os.environ.get(_SERVER) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory.
+
+    Raises:
+        ConfigError: it holds a password.
+    """
+    found = uri or os.environ.get(_SERVER) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    refuse_credentials("the tracking URI", found)
+    return found
 
 
 def fetch_model(model_uri: str, uri: str | None) -> str:

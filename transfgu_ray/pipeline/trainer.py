@@ -39,7 +39,9 @@ def new_trainer(
         resources: workers and device.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from transfgu_ray.pipeline.rendezvous import LoopbackTorchConfig
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -47,7 +49,7 @@ def new_trainer(
     return TorchTrainer(
         loop,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+        torch_config=LoopbackTorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.train_workers,
             use_gpu=cuda,
