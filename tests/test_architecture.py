@@ -44,9 +44,13 @@ def _unsafe(source):
             continue
         call = ast.unparse(node.func)
         safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-        if call in {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"} or (
+        if call in {"eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "yaml.full_load"} or (
             call == "torch.load" and not safe
         ):
+            found.append(ast.unparse(node))
+        # No shell: commands are lists of words.
+        shell = any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords)
+        if shell or call in {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}:
             found.append(ast.unparse(node))
         # NumPy reads pickles only when told to.
         pickles = any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
@@ -85,6 +89,8 @@ def test_package__runs_no_code_from_data(path):
         "torch.load(f)",
         "torch.load(f, weights_only=False)",
         "np.load(f, allow_pickle=True)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
     ],
 )
 def test_unsafe__sees_each_kind(source):

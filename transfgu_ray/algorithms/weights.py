@@ -169,7 +169,8 @@ def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
 
 def _architecture(metadata: dict[str, str], source: str) -> tuple[str, dict[str, int | str]]:
     overrides = _fact(metadata, "overrides", source)
-    if not isinstance(overrides, dict) or "name" not in metadata:
+    is_plain = isinstance(overrides, dict) and all(isinstance(value, int | str) for value in overrides.values())
+    if not is_plain or "name" not in metadata:
         raise WeightsError(f"{source} does not say which model it holds; it is damaged")
     return metadata["name"], overrides
 
