@@ -153,7 +153,8 @@ def _require_hub(config: EncoderConfig) -> None:
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     if not offline:
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_PROBE_SECONDS)
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=_PROBE_SECONDS)  # nosec B310  # the user's own address, not read
             return
         except urllib.error.HTTPError:
             return

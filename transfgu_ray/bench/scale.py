@@ -78,7 +78,7 @@ def _run_and_watch(folder: Path, size: int, device: str) -> dict[str, int]:
         command = [sys.executable, "-m", "transfgu_ray.cli", stage, str(run), "--quiet"]
         if stage == _STAGES[0]:
             command += ["--preset", "tiny_cpu", "--data", str(folder / f"photos-{size}"), *settings]
-        with subprocess.Popen(command) as process:
+        with subprocess.Popen(command) as process:  # nosec B603  # words of our own
             while process.poll() is None:
                 store = max([store, *(_store_mb(raylet) for raylet in set(_raylets()) - known)])
                 time.sleep(0.2)
