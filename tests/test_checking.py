@@ -34,6 +34,13 @@ def test_check__a_folder_has_neither_splits_nor_labels(tmp_path):
     assert facts == {("all", "photographs"): "2", ("all", "width x height"): "96 x 72 to 96 x 72 px"}
 
 
+def test_check__names_what_is_not_listed(tmp_path):
+    data = make_folder(tmp_path / 'in "quotes"', num_images=2)
+    (data / "twice.jpg").symlink_to(data / "photo_000.jpg")
+    found, _, _ = _run("folder", data)
+    assert found.refused == [{"image_id": "twice.jpg", "reason": "link within the folder"}]
+
+
 def test_check__reads_the_names_of_a_paired_set(tmp_path):
     make_paired(tmp_path)
     _, facts, _ = _run("paired", tmp_path)

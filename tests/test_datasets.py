@@ -236,6 +236,7 @@ def test_list_images__names_what_it_does_not_follow(tmp_path):
     (data / "leads out.jpg").symlink_to(outside / "photo_000.jpg")
     (data / "broken.jpg").symlink_to(data / "nowhere.jpg")
     (data / "notes.txt").symlink_to(outside / "photo_000.jpg")
+    os.mkfifo(data / "pipe.jpg")
     (tmp_path / "through a link").symlink_to(data)
     for root in (data, tmp_path / "through a link"):
         listing = list_images(DataConfig(root=str(root)), "")
@@ -246,6 +247,7 @@ def test_list_images__names_what_it_does_not_follow(tmp_path):
             "broken.jpg": "link to nothing",
             "leads out": "link out of the folder",
             "leads out.jpg": "link out of the folder",
+            "pipe.jpg": "not a regular file",
             "sub/loop": "link within the folder",
             "sub/photo.JPG": "named as another but for case: sub/PHOTO.jpg",
             "twice.jpg": "link within the folder",

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from transfgu_ray.images import FORMATS
 from transfgu_ray.palette import overlay
 from transfgu_ray.storage import Folder
 
@@ -39,7 +40,7 @@ def sample_numbers(run: Folder) -> list[str]:
 
 def sample_photo(run: Folder, number: str) -> Image.Image:
     """A sample photograph at the size of its masks."""
-    return Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/photo.jpg"))).convert("RGB")
+    return Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/photo.jpg")), formats=FORMATS).convert("RGB")
 
 
 def sample_mask(run: Folder, number: str, name: str, photo: Image.Image, colours: np.ndarray) -> Image.Image | None:
@@ -59,7 +60,7 @@ def sample_mask(run: Folder, number: str, name: str, photo: Image.Image, colours
 
 def sample_labels(run: Folder, number: str, name: str) -> np.ndarray:
     """One of the masks of a sample photograph, class ids (height, width)."""
-    return np.asarray(Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/{name}.png"))))
+    return np.asarray(Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/{name}.png")), formats=FORMATS))
 
 
 def strip_jpeg(panels: Sequence[Image.Image]) -> bytes:
