@@ -22,7 +22,7 @@ def main(
     tries: Annotated[int, typer.Option(min=1, help="How often each fault is done.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the moments at which faults happen.")] = 0,
 ) -> None:
-    """Does every fault to small runs on a cluster of three nodes, and tells what was lost."""
+    """Does every fault to small runs on a cluster of three nodes (jobs: of one), and tells what was lost."""
     from tests.faults import campaign
     from tests.faults.cluster import cluster
 
@@ -52,7 +52,7 @@ def main(
     for outcome in outcomes:
         row = outcome.describe()
         table.add_row(*(str(row[name]) for name in list(row)[:6]))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=120).print(table)
     if json_file is not None:
         json_file.write_text(json.dumps([outcome.describe() for outcome in outcomes], indent=1))
     sys.exit(0 if all(o.tried and o.recovered == o.tried for o in outcomes) else 1)

@@ -36,6 +36,8 @@ _SETTINGS = (
 _TABLES = {"extract": ("features", ["image_id", "crop_id"]), "labels": ("labels", ["image_id"])}
 WORKERS = {"extract": "FeatureExtractor", "labels": "BankBuilder", "train": "TrainWorker"}
 _TIMEOUT_S = 300
+# Longer than Ray Train needs to start on a busy machine.
+_PATIENCE_MIN = 1.5
 
 
 @dataclass
@@ -288,7 +290,7 @@ def node_lost(bench: Bench, run: Path, stage: str) -> str | None:
 
 def worker_frozen(bench: Bench, run: Path, stage: str) -> str | None:
     """SIGSTOP to every actor: they live and do nothing. The command ends with an error and, given again, goes on."""
-    process = bench.start(stage, run, "--set", "runtime.stall_minutes=0.3")
+    process = bench.start(stage, run, "--set", f"runtime.stall_minutes={_PATIENCE_MIN}")
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
     pids = bench.cluster.workers(WORKERS[stage])
@@ -306,13 +308,18 @@ def second_writer(bench: Bench, run: Path, stage: str) -> str | None:
     process = bench.start(stage, run)
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
+    # So that it does not end before the second one has begun.
+    os.kill(process.pid, signal.SIGSTOP)
     said = last_line(finish(bench.start(stage, run), 2))
+    os.kill(process.pid, signal.SIGCONT)
     finish(process)
     return said
 
 
 def job_stopped(bench: Bench, run: Path, stage: str) -> str | None:
     """`ray job stop`; the same job submitted again goes on."""
+    if len(bench.cluster.nodes) > 1:
+        bench.cluster.restart_alone()
     job = f"stopped-{run.name}"
     process = submit(bench, run, stage, job)
     if not bench.wait_until(bench.moment(stage, run), process):
@@ -325,15 +332,13 @@ def job_stopped(bench: Bench, run: Path, stage: str) -> str | None:
 
 def head_lost(bench: Bench, run: Path, stage: str) -> str | None:
     """SIGKILL to the head, and with it the job: a new cluster under the same address, and the job submitted again."""
+    if len(bench.cluster.nodes) > 1:
+        bench.cluster.restart_alone()
     process = submit(bench, run, stage, f"lost-{run.name}")
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
-    for node in list(bench.cluster.nodes):
-        bench.cluster.lose(node)
+    bench.cluster.restart_alone()
     process.communicate(timeout=_TIMEOUT_S)
-    bench.cluster.start_head()
-    for _ in range(2):
-        bench.cluster.add_node()
     return last_line(finish(submit(bench, run, stage, f"lost-{run.name}-again")))
 
 

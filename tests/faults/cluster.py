@@ -86,6 +86,16 @@ class Cluster:
         self._wait(lambda: self._num_alive() > before)
         return node
 
+    def restart_alone(self) -> None:
+        """A new head under the same address, with the CPUs of a cluster of three nodes and no other node.
+
+        For jobs: the nodes of one machine unpack a job's files into one folder, each over the other's.
+        """
+        for node in list(self.nodes):
+            self.lose(node)
+        self.cpus = 3
+        self.start_head()
+
     def lose(self, node: Node) -> None:
         """Kills a node."""
         node.kill()
