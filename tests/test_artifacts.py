@@ -1,9 +1,11 @@
+import hashlib
 import json
 import os
 
 import pytest
 import yaml
 
+from tests.faults.storage import flip_byte, truncate
 from transfgu_ray.artifacts import OUTPUTS, STAGES, Run
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.errors import ArtifactError
@@ -115,6 +117,49 @@ def test_run_clear__removes_the_manifest_first_then_the_outputs(tmp_path, monkey
     removed, delete = [], run.folder.delete
     monkeypatch.setattr(run.folder, "delete", lambda name: (removed.append(name), delete(name)))
     run.clear("extract")
-    assert removed == ["extract.json", *OUTPUTS["extract"]]
+    assert removed == ["extract.json", "extract.files.json", *OUTPUTS["extract"]]
     left = [name for name, _ in run.folder.files(recursive=True)]
-    assert left == ["concepts.json", "concepts.parquet", "config.yaml"]
+    assert left == ["concepts.files.json", "concepts.json", "concepts.parquet", "config.yaml"]
+
+
+def test_run_damaged_files__are_those_that_are_gone_or_other_than_what_was_sealed(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    parts = [f"features/part-{unit:06d}.parquet" for unit in range(4)]
+    for name in parts:
+        run.folder.write_bytes(name, name.encode())
+    run.write_manifest("extract", "f", {})
+    record = json.loads((tmp_path / "extract.files.json").read_bytes())
+    assert list(record) == parts
+    assert record[parts[0]] == {"bytes": len(parts[0]), "sha256": hashlib.sha256(parts[0].encode()).hexdigest()}
+    assert run.damaged_files("extract") == []
+    (tmp_path / parts[0]).unlink()
+    flip_byte(tmp_path / parts[1])
+    truncate(tmp_path / parts[3])
+    run.folder.write_bytes("features/notes.txt", b"of no stage")
+    assert run.damaged_files("extract") == [parts[0], parts[1], parts[3]]
+
+
+def test_run_copy_stage__takes_the_seal_along(tmp_path):
+    source, target = (Run.open(str(tmp_path / name), _config()) for name in ("source", "target"))
+    source.folder.write_bytes("concepts.parquet", b"x")
+    source.write_manifest("concepts", "f", {})
+    target.copy_stage(source, "concepts")
+    assert target.damaged_files("concepts") == []
+    flip_byte(tmp_path / "target/concepts.parquet")
+    assert target.damaged_files("concepts") == ["concepts.parquet"]
+    assert source.damaged_files("concepts") == []
+
+
+def test_run_write_manifest__seals_neither_checkpoints_nor_tokens_nor_half_written_files(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    names = (
+        "train/history.json",
+        "model/decoder.safetensors",
+        "model/config.json",
+        "model/decoder_round_0.safetensors",
+    )
+    unsealed = ("train/rounds-0/state.pt", "tokens/part-000000.parquet", "model/.config.json.0badcafe.tmp")
+    for name in (*names, *unsealed):
+        run.folder.write_bytes(name, b"x")
+    run.write_manifest("train", "f", {})
+    assert set(json.loads((tmp_path / "train.files.json").read_bytes())) == set(names)

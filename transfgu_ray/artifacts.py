@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import posixpath
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ import yaml
 from transfgu_ray import __version__
 from transfgu_ray.config import NOT_IDENTITY, RunConfig, difference, dump_yaml, parse_config
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.seals import (
+    Mending,
+    dump_record,
+    find_damaged,
+    read_mending,
+    record_name,
+    seal_files,
+    write_mending,
+)
 from transfgu_ray.storage import Folder
 
 STAGES = ("extract", "concepts", "labels", "train", "evaluate", "report", "register")
@@ -31,11 +41,20 @@ OUTPUTS = {
     "extract": ("features", "model/encoder.safetensors"),
     "concepts": ("concepts.parquet",),
     "labels": ("labels",),
-    "train": ("train", "tokens", "model/config.json", "model/backbone.safetensors", "model/decoder.safetensors"),
+    "train": (
+        "train",
+        "tokens",
+        "model/config.json",
+        "model/backbone.safetensors",
+        "model/decoder.safetensors",
+        "model/decoder_round_0.safetensors",
+    ),
     "evaluate": ("metrics.json", "samples", "baselines", "confusions"),
     "report": ("report.html",),
     "register": (),
 }
+# Ray Train's own storage, what is deleted once it was used, and copies of what report.html holds.
+_UNSEALED = ("train/rounds-", "tokens/", "samples/strip_")
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow", "pillow", "faiss-cpu")
 
 
@@ -127,12 +146,13 @@ class Run:
         """Takes over a finished stage of another run, its manifest last."""
         for output in OUTPUTS[stage]:
             self.copy_output(source, output)
+        if source.folder.exists(record_name(stage)):
+            self.folder.copy_from(source.folder, record_name(stage))
         self.folder.copy_from(source.folder, f"{stage}.json")
 
     def copy_output(self, source: "Run", output: str) -> None:
         """Takes over a file, or the files of a table, of another run."""
-        is_file = source.folder.is_file(output)
-        for name in [output] if is_file else [name for name, _ in source.folder.files(output)]:
+        for name, _ in source.folder.files(output):
             self.folder.copy_from(source.folder, name)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
@@ -158,15 +178,72 @@ class Run:
 
     def clear(self, stage: str) -> None:
         """Removes the stage's manifest first, then its outputs."""
-        self.folder.delete(f"{stage}.json")
-        for name in OUTPUTS[stage]:
+        for name in (f"{stage}.json", record_name(stage), *OUTPUTS[stage]):
             self.folder.delete(name)
 
     def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Marks a stage as complete; call it last."""
-        manifest = {"stage": stage, "fingerprint": fingerprint, **content, "versions": library_versions()}
+        """Seals the stage's files and marks it as complete; call it last.
+
+        Where `discard` had removed damaged files, the manifest names them. Stages after it were made of what was there
+        before: they are cleared unless the files are the same again, bit for bit.
+        """
+        record = dump_record(seal_files(self.folder, self._files(stage)))
+        seal = hashlib.sha256(record).hexdigest()
+        mended = {}
+        if (note := read_mending(self.folder, stage)) is not None:
+            mended = {"damaged": note.damaged, "same_again": seal == note.seal}
+            if not mended["same_again"]:
+                for later in STAGES[STAGES.index(stage) + 1 :]:
+                    self.clear(later)
+        manifest = {"stage": stage, "fingerprint": fingerprint, **content, **mended, "files_sha256": seal}
+        manifest |= {"versions": library_versions()}
+        self.folder.write_bytes(record_name(stage), record)
         self.folder.write_bytes(f"{stage}.json", json.dumps(manifest, indent=1).encode())
         return manifest
+
+    def damaged_files(self, stage: str) -> list[str]:
+        """Files of a finished stage that are gone or no longer what it wrote; none where an older version made it.
+
+        A record that is damaged itself is written again if all files are as the manifest says; else all of them count.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None or "files_sha256" not in manifest:
+            return []
+        there, seal = self._files(stage), manifest["files_sha256"]
+        record = self.folder.read_bytes(record_name(stage)) if self.folder.exists(record_name(stage)) else b""
+        if hashlib.sha256(record).hexdigest() == seal:
+            return find_damaged(self.folder, json.loads(record), there)
+        record = dump_record(seal_files(self.folder, there))
+        if hashlib.sha256(record).hexdigest() != seal:
+            return [record_name(stage), *sorted(there)]
+        self.folder.write_bytes(record_name(stage), record)
+        return []
+
+    def discard(self, stage: str, damaged: list[str]) -> None:
+        """Removes damaged files of a finished stage and then its manifest, so that they are made again.
+
+        In this order a kill in between leaves a stage that lacks files, not one that would go on with damaged ones.
+        """
+        seal = self.require(stage)["files_sha256"]
+        for name in damaged:
+            self.folder.delete(name)
+        if any(name.startswith("samples/") for name in damaged):
+            # Samples are written with the part that counts their photograph.
+            self.folder.delete("confusions")
+        write_mending(self.folder, stage, Mending(damaged, seal))
+        self.folder.delete(f"{stage}.json")
+
+    def _files(self, stage: str) -> dict[str, int]:
+        """Bytes of each file that the stage has left, Ray Train's own storage and the like aside."""
+        found = {}
+        for output in OUTPUTS[stage]:
+            # The stage train itself leaves nothing deeper.
+            found |= self.folder.files(output, recursive=output != "train")
+        return {
+            name: size
+            for name, size in found.items()
+            if not name.startswith(_UNSEALED) and not posixpath.basename(name).startswith(".")
+        }
 
 
 def library_versions() -> dict[str, str]:

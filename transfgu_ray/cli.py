@@ -686,8 +686,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app()
-    except TransfguError as error:
-        typer.echo(printable(f"transfgu: {error}"), err=True)
+    except (TransfguError, OSError) as error:
+        from transfgu_ray.storage import storage_failure
+
+        told = error if isinstance(error, TransfguError) else storage_failure(error)
+        if told is None:
+            raise
+        typer.echo(printable(f"transfgu: {told}"), err=True)
         sys.exit(2)
     except StalledError as error:
         typer.echo(f"transfgu: {error}", err=True)

@@ -1,6 +1,7 @@
 """Folders, local or at any URI that pyarrow or fsspec opens, with writes that are whole or absent."""
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
@@ -18,6 +19,21 @@ from transfgu_ray.errors import ArtifactError
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
 _READ_ATTEMPTS = 3
+# What a disk, not a file, says of itself.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+def storage_failure(error: BaseException) -> ArtifactError | None:
+    """What to tell of an error that is the storage's own: full, read-only, or not answering; None of any other."""
+    if not isinstance(error, OSError):
+        return None
+    reason = str(error).splitlines()[0]
+    if error.errno in _DISK_ERRORS:
+        return ArtifactError(f"the storage cannot be written: {reason}; choose a writable folder with free space")
+    # pyarrow gives them no class and no number; whether a file is there is no failure.
+    if error.errno is None and "AWS Error" in reason:
+        return ArtifactError(f"the storage does not answer: {reason}; the same command goes on once it does")
+    return None
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -99,7 +115,11 @@ class Folder:
         return self.fs.get_file_info(self.join(name)).type == pafs.FileType.File
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
-        """(relative name, bytes) of the files below a folder, sorted; nothing where there is no folder."""
+        """(relative name, bytes) of a file, or of those below a folder, sorted; nothing where there is neither."""
+        info = self.fs.get_file_info(self.join(name))
+        if info.type == pafs.FileType.File:
+            yield name, info.size
+            return
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
         found = self.fs.get_file_info(selector)
         prefix = self.path.rstrip("/") + "/"
@@ -119,15 +139,21 @@ class Folder:
         return json.loads(self.read_bytes(name)) if self.exists(name) else None
 
     def try_read(self, name: str) -> tuple[bytes | None, str | None]:
-        """The content of a file, or why it cannot be read."""
+        """The content of a file, or why it cannot be read.
+
+        Raises:
+            ArtifactError: the storage does not answer.
+        """
         for attempt in range(_READ_ATTEMPTS):
             try:
                 return self.read_bytes(name), None
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return None, f"cannot be read: {error.strerror or 'not found'}"
             except OSError as error:
-                # Object stores fail in passing; a lasting failure is the file's own.
+                # Object stores fail in passing; a lasting failure is the file's own, or that of all.
                 if attempt == _READ_ATTEMPTS - 1:
+                    if failure := storage_failure(error):
+                        raise failure from None
                     return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
         raise AssertionError("unreachable")
 
@@ -152,7 +178,12 @@ class Folder:
                 with contextlib.suppress(OSError):
                     self.fs.delete_file(path)
             reason = error.strerror or str(error).splitlines()[0]
-            raise ArtifactError(f"cannot write {target}: {reason}; choose a writable folder with free space") from None
+            advice = (
+                "the same command goes on once the store answers"
+                if direct
+                else "choose a writable folder with free space"
+            )
+            raise ArtifactError(f"cannot write {target}: {reason}; {advice}") from None
 
     def copy_from(self, source: "Folder", name: str) -> None:
         """Takes over a file of another folder under the same name, whole or not at all.

@@ -219,3 +219,14 @@ def test_with_interpolation__is_kept_beside_the_weights(vit):
     assert facts == before | {"pos_embed_interpolation": "dino"}
     assert hash_weights(state) == hash_weights(was)
     assert load_encoder(with_interpolation(data, "e", "timm"), "e").pos_embed_interpolation == "timm"
+
+
+def test_dump_encoder__the_same_model_gives_the_same_bytes():
+    vit = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
+    dumps = {dump_encoder(vit, TINY_VIT, TINY_OVERRIDES) for _ in range(5)}
+    assert len(dumps) == 1
+    changed = {with_interpolation(*dumps, "here", "dino") for _ in range(5)}
+    assert len(changed) == 1
+    state, metadata = read_safetensors(*changed, "here")
+    assert metadata["name"] == TINY_VIT
+    assert all(torch.equal(state[key], value) for key, value in vit.state_dict().items())

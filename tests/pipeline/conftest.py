@@ -39,10 +39,11 @@ def _few_resamples() -> Iterator[None]:
 
 
 class Silent:
-    """A reporter that only remembers how far each stage came."""
+    """A reporter that only remembers how far each stage came, and what was said."""
 
     def __init__(self) -> None:
         self.done: dict[str, int] = {}
+        self.notes: list[str] = []
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -52,6 +53,9 @@ class Silent:
             self.done[name] += more
 
         yield count
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")

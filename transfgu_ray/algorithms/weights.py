@@ -129,7 +129,7 @@ def dump_encoder(
         "std": json.dumps(list(std)),
         "weights_sha256": hash_weights(state),
     }
-    return safetensors.torch.save(state, metadata)
+    return _save(state, metadata)
 
 
 def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -199,7 +199,19 @@ def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:
     state, metadata = read_safetensors(data, source)
     if metadata.get(_INTERPOLATION, "timm") == interpolation:
         return data
-    return safetensors.torch.save(state, metadata | {_INTERPOLATION: interpolation})
+    return _save(state, metadata | {_INTERPOLATION: interpolation})
+
+
+def _save(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Safetensors bytes, the same for the same content: the library itself draws an order of the metadata each time."""
+    data = safetensors.torch.save(state, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Tensors begin at a multiple of eight.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:

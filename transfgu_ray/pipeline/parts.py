@@ -15,7 +15,7 @@ from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_class
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
 from transfgu_ray.schemas import to_parquet
-from transfgu_ray.storage import Folder
+from transfgu_ray.storage import Folder, storage_failure
 
 
 def part_name(table: str, unit: int) -> str:
@@ -209,7 +209,11 @@ def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
 
 
 def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
-    """Stats and rows of a part; None if it is damaged or was made with other settings or input."""
+    """Stats and rows of a part; None if it is damaged or was made with other settings or input.
+
+    Raises:
+        ArtifactError: the storage does not answer.
+    """
     try:
         with run.fs.open_input_file(run.join(name)) as file:
             parquet = pq.ParquetFile(file)
@@ -217,5 +221,7 @@ def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, in
             if metadata.get(b"fingerprint") != fingerprint.encode():
                 return None
             return PartStats(**json.loads(metadata[b"stats"])), parquet.metadata.num_rows
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError):
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+        if failure := storage_failure(error):
+            raise failure from None
         return None

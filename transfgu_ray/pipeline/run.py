@@ -33,6 +33,9 @@ class Reporter(Protocol):
     def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         """Progress of one stage: the context gives a function that takes items done."""
 
+    def note(self, text: str) -> None:
+        """Says one line."""
+
 
 def run_stages(
     run: Run,
@@ -44,8 +47,8 @@ def run_stages(
 ) -> dict[str, dict[str, Any]]:
     """Brings the named stages up to date and returns their manifests.
 
-    A stage finished with the same settings and input is left alone. MLflow records the call when it includes
-    `register`, the last stage of a whole run.
+    A stage finished with the same settings and input is left alone, after its files were held against what it wrote:
+    damaged ones are made again. MLflow records the call when it includes `register`, the last stage of a whole run.
 
     Args:
         run: run folder and configuration.
@@ -71,6 +74,8 @@ def run_stages(
                 f"stage {stage} of {run.folder.uri} was made with other settings or photographs; run "
                 f"`transfgu {stage} {run.folder.uri} --overwrite` first"
             )
+    pending = _discard_damaged(run, stages, pending, reporter)
+    same_again = True
     if pending:
         # Before anything is started: bad weights and sizes, and missing labels, are told at once.
         if "extract" in pending:
@@ -99,7 +104,12 @@ def run_stages(
                     trial=trial,
                     progress=lambda _: None,
                 )
-                _run_stage(context, stage, reporter)
+                same_again = _run_stage(context, stage, reporter)
+                if not same_again:
+                    reporter.note(f"{stage}: other bytes than before, so the stages after it are made again too")
+                    break
+    if not same_again:
+        return run_stages(run, stages, address, reporter, overwrite, trial)
     return {stage: run.require(stage) for stage in stages}
 
 
@@ -150,6 +160,29 @@ def _is_current(run: Run, stage: str, fingerprint: str, overwrite: bool) -> bool
     return False
 
 
+def _discard_damaged(run: Run, stages: Sequence[str], pending: Sequence[str], reporter: Reporter) -> list[str]:
+    """The pending stages, and with them those of the named ones whose files are no longer what they wrote.
+
+    Raises:
+        ArtifactError: a file of a stage before the named ones is damaged.
+    """
+    wanted = []
+    for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
+        damaged = [] if stage in pending else run.damaged_files(stage)
+        more = f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
+        if damaged and stage not in stages:
+            raise ArtifactError(
+                f"{run.folder.uri_of(damaged[0])}{more}: not what stage {stage} wrote, damaged or deleted since; run "
+                f"`transfgu {stage} {run.folder.uri}` to make it again"
+            )
+        if damaged:
+            reporter.note(f"{stage}: {damaged[0]}{more}: damaged or deleted since they were written, made again")
+            run.discard(stage, damaged)
+        if damaged or stage in pending:
+            wanted.append(stage)
+    return wanted
+
+
 def _stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
     """What each stage is made of beside its settings: the photographs, and the weights files that it follows from.
 
@@ -196,7 +229,8 @@ def _tracking(run: Run, pending: Sequence[str], trial: Trial | None) -> Iterator
         yield tracked
 
 
-def _run_stage(context: Context, stage: str, reporter: Reporter) -> None:
+def _run_stage(context: Context, stage: str, reporter: Reporter) -> bool:
+    """Runs a stage and writes its manifest; False where it was mended, but its files are not the same again."""
     started = time.perf_counter()
     total, unit = progress_total(context.run, stage, context.listing)
     minutes = context.run.config.runtime.stall_minutes
@@ -206,7 +240,7 @@ def _run_stage(context: Context, stage: str, reporter: Reporter) -> None:
     ):
         content = STAGE_FUNCTIONS[stage](replace(context, progress=progress))
     seconds = time.perf_counter() - started
-    context.run.write_manifest(
+    manifest = context.run.write_manifest(
         stage,
         context.fingerprint,
         {
@@ -219,3 +253,4 @@ def _run_stage(context: Context, stage: str, reporter: Reporter) -> None:
             "input_fingerprint": context.inputs,
         },
     )
+    return manifest.get("same_again", True)

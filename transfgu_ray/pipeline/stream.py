@@ -18,7 +18,7 @@ import pyarrow as pa
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.errors import TransfguError
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
-from transfgu_ray.storage import Folder
+from transfgu_ray.storage import Folder, storage_failure
 
 # Takes the number of items that were done since the last call.
 Progress = Callable[[int], None]
@@ -142,17 +142,28 @@ def stream_units(
 
 @contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Raises the `TransfguError` that a Ray error carries, in place of the Ray error."""
+    """Raises the `TransfguError` that a Ray error carries, or what a failure of the storage means, in its place."""
     try:
         yield
     except Exception as error:
-        seen: BaseException | None = error
-        while seen is not None:
+        for cause in _causes(error):
             # Ray's own error pretends to be of its cause's type, with a remote traceback for a message.
-            if isinstance(seen, TransfguError) and not hasattr(seen, "cause"):
-                raise seen from None
-            seen = getattr(seen, "cause", None) or seen.__cause__
+            if hasattr(cause, "cause"):
+                continue
+            if isinstance(cause, TransfguError):
+                raise cause from None
+            if failure := storage_failure(cause):
+                raise failure from None
         raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it follows from, as Python, Ray and Ray Train attach them."""
+    yield error
+    of_training = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for cause in (getattr(error, "cause", None) or error.__cause__, *of_training):
+        if cause is not None:
+            yield from _causes(cause)
 
 
 def _unit_blocks(units: dict[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:

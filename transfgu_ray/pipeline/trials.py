@@ -201,6 +201,9 @@ class _Silent:
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
         yield lambda more, words="": None
 
+    def note(self, text: str) -> None:
+        pass
+
 
 def _note_name(trial: str) -> str:
     return f"trials/{trial}.json"

@@ -1,0 +1,194 @@
+"""Storage that fails: a small disk, an object store that answers with errors or not at all, damaged files."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def flip_byte(path: Path | str) -> None:
+    """Turns one bit in the middle of a file."""
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 2] ^= 1
+    _replace(path, bytes(data))
+
+
+def truncate(path: Path | str) -> None:
+    """Cuts a file to its first half."""
+    data = Path(path).read_bytes()
+    _replace(path, data[: len(data) // 2])
+
+
+def _replace(path: Path | str, data: bytes) -> None:
+    # Runs share files under second names; the fault is to be in one of them.
+    Path(path).unlink()
+    Path(path).write_bytes(data)
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A mounted tmpfs.
+
+    Attributes:
+        path: where it is mounted.
+    """
+
+    path: Path
+
+    def remount(self, options: str) -> None:
+        """Changes what was given when it was mounted, e.g. `size=64m` or `ro`."""
+        _run("mount", "-o", f"remount,{options}", str(self.path))
+
+
+class NotPermitted(Exception):
+    """This process may not do what the fault needs; the message is the reason to skip."""
+
+
+@contextlib.contextmanager
+def tmpfs(size: str) -> Iterator[SmallDisk]:
+    """A disk of its own of some size, e.g. `1m`.
+
+    Raises:
+        NotPermitted: mounting wants root, and a system that lets it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise NotPermitted(f"a tmpfs cannot be mounted: {getattr(error, 'stderr', error)}") from None
+        try:
+            yield SmallDisk(Path(folder))
+        finally:
+            # Lazily: a process that a test has left may still have a file open.
+            _run("umount", "-l", folder)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class FaultyStore:
+    """An S3 server on loopback.
+
+    Attributes:
+        url: of the server.
+        env: variables that let pyarrow and its children find it.
+    """
+
+    url: str
+    env: dict[str, str]
+
+    def set_faults(self, share: float, seed: int = 0, stall_s: float = 0.0) -> None:
+        """From now on, some requests fail.
+
+        Args:
+            share: of the requests that fail; 1 = a dead store.
+            seed: draws which, by their number.
+            stall_s: of those that fail, a third is answered only after so long; the others with 500 or 503.
+        """
+        _post(self.url, {"share": share, "seed": seed, "stall_s": stall_s})
+
+    def count_faults(self) -> int:
+        """Requests that have failed so far."""
+        with urllib.request.urlopen(f"{self.url}{_CONTROL}", timeout=30) as answer:
+            return json.load(answer)["failed"]
+
+    def files(self, bucket: str) -> dict[str, bytes]:
+        """Every object of a bucket, read without faults."""
+        import pyarrow.fs as pafs
+
+        fs = pafs.S3FileSystem(endpoint_override=self.url, access_key="test", secret_key="test", region="us-east-1")
+        found = fs.get_file_info(pafs.FileSelector(bucket, recursive=True))
+        names = [info.path for info in found if info.type == pafs.FileType.File]
+        return {name.partition("/")[2]: fs.open_input_stream(name).readall() for name in names}
+
+
+_CONTROL = "/-/faults"
+
+
+def _post(url: str, values: dict[str, float]) -> None:
+    request = urllib.request.Request(f"{url}{_CONTROL}", json.dumps(values).encode(), method="POST")
+    urllib.request.urlopen(request, timeout=30).close()
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str = "bucket") -> Iterator[FaultyStore]:
+    """moto's S3 server in a process of its own, with an empty bucket; faultless until told otherwise."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    env = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # Or it looks for the identity of a cloud machine.
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    server = subprocess.Popen([sys.executable, "-m", __name__, str(port)], env=os.environ | env)
+    try:
+        _wait_for(url, server)
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT"), timeout=30).close()
+        yield FaultyStore(url, env)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            _post(url, {"share": 0.0, "seed": 0, "stall_s": 0.0})
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("the S3 server did not start") from None
+            time.sleep(0.1)
+
+
+def _serve(port: int) -> None:
+    import itertools
+    import logging
+    import random
+
+    from moto.server import create_backend_app
+    from werkzeug.serving import run_simple
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    store = create_backend_app("s3")
+    faults, numbers, failed = {"share": 0.0, "seed": 0, "stall_s": 0.0}, itertools.count(), itertools.count()
+    so_far = [0]
+
+    def application(environ, start_response):
+        if environ["PATH_INFO"] == _CONTROL:
+            if environ["REQUEST_METHOD"] == "POST":
+                faults.update(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps({"failed": so_far[0]}).encode()]
+        rng = random.Random(f"{faults['seed']} {next(numbers)}")
+        if rng.random() < faults["share"]:
+            so_far[0] = next(failed) + 1
+            if faults["stall_s"] and rng.random() < 1 / 3:
+                time.sleep(faults["stall_s"])
+            status = rng.choice(["500 Internal Server Error", "503 Slow Down"])
+            code = {"5": "InternalError", "3": "SlowDown"}["3" if status.startswith("503") else "5"]
+            start_response(status, [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code><Message>drawn by the seed</Message></Error>".encode()]
+        return store(environ, start_response)
+
+    run_simple("127.0.0.1", port, application, threaded=True)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
