@@ -1,10 +1,15 @@
+import errno
 import os
+import re
+import time
 
 import pyarrow.fs as pafs
 import pytest
 
+from tests.faults.storage import s3_server
+from transfgu_ray.artifacts import Run
 from transfgu_ray.errors import ArtifactError
-from transfgu_ray.storage import Folder, resolve
+from transfgu_ray.storage import Folder, resolve, storage_failure
 
 
 @pytest.fixture(params=["path", "file", "fsspec+local", "memory"])
@@ -118,3 +123,92 @@ def test_try_read__passing_failures_are_tried_again(tmp_path, monkeypatch):
     assert folder.try_read("a") == (b"1", None)
     answers += [OSError("gone\nfor good")] * 3
     assert folder.try_read("a") == (None, "cannot be read: gone")
+
+
+STORE_IS_DOWN = OSError("When reading key 'a': AWS Error SLOW_DOWN during GetObject operation: reduce\nyour rate")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (STORE_IS_DOWN, r"^the storage does not answer: .*SLOW_DOWN.*reduce; the same command goes on once it does$"),
+        (OSError(errno.ENOSPC, "No space left on device"), "^the storage cannot be written: .*No space left"),
+        (OSError(errno.EROFS, "Read-only file system"), "^the storage cannot be written: .*Read-only.*; choose"),
+    ],
+)
+def test_storage_failure__is_told_in_a_sentence(error, words):
+    failure = storage_failure(error)
+    assert isinstance(failure, ArtifactError)
+    assert re.search(words, str(failure))
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "gone"), OSError("not a Parquet file"), ValueError("AWS Error")]
+)
+def test_storage_failure__what_a_single_file_says_is_none(error):
+    assert storage_failure(error) is None
+
+
+def test_try_read__a_store_that_does_not_answer_is_no_fault_of_the_photograph(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+
+    class Down(pafs.LocalFileSystem):
+        def open_input_file(self, path):
+            raise STORE_IS_DOWN
+
+    monkeypatch.setattr(folder, "fs", Down())
+    with pytest.raises(ArtifactError, match="the storage does not answer"):
+        folder.try_read("a")
+
+
+@pytest.fixture(scope="module")
+def store():
+    pytest.importorskip("moto", reason="moto, of the extra `test`, is not installed")
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def on_store(store, monkeypatch):
+    for name, value in store.env.items():
+        monkeypatch.setenv(name, value)
+    yield Folder("s3://bucket/run")
+    store.set_faults(share=0)
+
+
+def test_object_store__passing_faults_are_not_noticed(store, on_store):
+    store.set_faults(share=0.3, seed=1)
+    before = store.count_faults()
+    for i in range(8):
+        on_store.write_bytes(f"features/part-{i}.parquet", bytes([i]) * 1000)
+    assert [on_store.try_read(f"features/part-{i}.parquet") for i in range(8)] == [
+        (bytes([i]) * 1000, None) for i in range(8)
+    ]
+    data, reason = on_store.try_read("none")
+    assert data is None
+    assert "No such file or directory" in reason
+    assert list(on_store.files(recursive=True)) == [(f"features/part-{i}.parquet", 1000) for i in range(8)]
+    on_store.delete("features/part-0.parquet")
+    assert len(list(on_store.files("features"))) == 7
+    on_store.delete("features")
+    assert list(on_store.files(recursive=True)) == []
+    assert store.count_faults() - before > 5
+
+
+def test_object_store__a_stalled_answer_is_asked_for_again(store, on_store):
+    on_store.write_bytes("a", b"1")
+    # The seed makes the first request wait.
+    store.set_faults(share=0.5, seed=4, stall_s=20)
+    began = time.monotonic()
+    assert on_store.read_bytes("a") == b"1"
+    assert 2 < time.monotonic() - began < 20
+
+
+def test_object_store__one_that_does_not_answer_is_told_in_bounded_time(store, on_store):
+    store.set_faults(share=1)
+    began = time.monotonic()
+    with pytest.raises(ArtifactError, match=r"cannot write bucket/run/a: .*AWS Error.*; the same command goes on once"):
+        on_store.write_bytes("a", b"1")
+    with pytest.raises(ArtifactError, match=r"cannot open the run folder s3://bucket/run: .*AWS Error"):
+        Run.stored_config("s3://bucket/run")
+    assert time.monotonic() - began < 30

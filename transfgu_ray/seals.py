@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+
 from transfgu_ray.storage import Folder
 
 # Reading waits for the storage, and hashing frees the interpreter.
@@ -83,8 +85,11 @@ def _hashes(folder: Folder, names: Iterable[str]) -> dict[str, str]:
 
 
 def _sha256(folder: Folder, name: str) -> str:
+    return folder.read(name, _hash_content)
+
+
+def _hash_content(file: pa.NativeFile) -> str:
     found = hashlib.sha256()
-    with folder.fs.open_input_stream(folder.join(name)) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            found.update(chunk)
+    while chunk := file.read(_CHUNK_BYTES):
+        found.update(chunk)
     return found.hexdigest()

@@ -6,8 +6,8 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,6 +19,7 @@ from transfgu_ray.errors import ArtifactError
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
 _READ_ATTEMPTS = 3
+_Read = TypeVar("_Read")
 # What a disk, not a file, says of itself.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -125,10 +126,30 @@ class Folder:
         prefix = self.path.rstrip("/") + "/"
         yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
 
+    def read(self, name: str, reader: Callable[[pa.NativeFile], _Read]) -> _Read:
+        """What a function reads of a file.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ArtifactError: the storage does not answer.
+        """
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                with self.fs.open_input_file(self.join(name)) as file:
+                    return reader(file)
+            except OSError as error:
+                failure = storage_failure(error)
+                if failure is None:
+                    raise
+                # pyarrow itself asks an object store again for some seconds, except where it reads fewer bytes than
+                # the words of the refusal have.
+                if attempt == _READ_ATTEMPTS - 1:
+                    raise failure from None
+        raise AssertionError("unreachable")
+
     def read_bytes(self, name: str) -> bytes:
-        """The content of a file."""
-        with self.fs.open_input_stream(self.join(name)) as stream:
-            return stream.read()
+        """The content of a file; see `read`."""
+        return self.read(name, lambda file: file.read())
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file; None where there is none.
@@ -150,10 +171,8 @@ class Folder:
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return None, f"cannot be read: {error.strerror or 'not found'}"
             except OSError as error:
-                # Object stores fail in passing; a lasting failure is the file's own, or that of all.
+                # Network disks fail in passing; a lasting failure is the file's own.
                 if attempt == _READ_ATTEMPTS - 1:
-                    if failure := storage_failure(error):
-                        raise failure from None
                     return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
         raise AssertionError("unreachable")
 

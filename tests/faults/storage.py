@@ -9,9 +9,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
 
 
 def flip_byte(path: Path | str) -> None:
@@ -42,6 +45,11 @@ class SmallDisk:
     """
 
     path: Path
+
+    def used_bytes(self) -> int:
+        """What files take up."""
+        told = os.statvfs(self.path)
+        return (told.f_blocks - told.f_bfree) * told.f_frsize
 
     def remount(self, options: str) -> None:
         """Changes what was given when it was mounted, e.g. `size=64m` or `ro`."""
@@ -93,7 +101,7 @@ class FaultyStore:
         Args:
             share: of the requests that fail; 1 = a dead store.
             seed: draws which, by their number.
-            stall_s: of those that fail, a third is answered only after so long; the others with 500 or 503.
+            stall_s: a third of the answers 500 and 503 comes only after so long.
         """
         _post(self.url, {"share": share, "seed": seed, "stall_s": stall_s})
 
@@ -102,11 +110,13 @@ class FaultyStore:
         with urllib.request.urlopen(f"{self.url}{_CONTROL}", timeout=30) as answer:
             return json.load(answer)["failed"]
 
-    def files(self, bucket: str) -> dict[str, bytes]:
-        """Every object of a bucket, read without faults."""
-        import pyarrow.fs as pafs
+    def open(self) -> pafs.S3FileSystem:
+        """The store's buckets."""
+        return pafs.S3FileSystem(endpoint_override=self.url, access_key="test", secret_key="test", region="us-east-1")
 
-        fs = pafs.S3FileSystem(endpoint_override=self.url, access_key="test", secret_key="test", region="us-east-1")
+    def files(self, bucket: str) -> dict[str, bytes]:
+        """Every object of a bucket, by its name there."""
+        fs = self.open()
         found = fs.get_file_info(pafs.FileSelector(bucket, recursive=True))
         names = [info.path for info in found if info.type == pafs.FileType.File]
         return {name.partition("/")[2]: fs.open_input_stream(name).readall() for name in names}
@@ -167,25 +177,24 @@ def _serve(port: int) -> None:
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = create_backend_app("s3")
-    faults, numbers, failed = {"share": 0.0, "seed": 0, "stall_s": 0.0}, itertools.count(), itertools.count()
-    so_far = [0]
+    faults, failed = {"share": 0.0, "seed": 0, "stall_s": 0.0, "numbers": itertools.count()}, []
 
-    def application(environ, start_response):
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == _CONTROL:
             if environ["REQUEST_METHOD"] == "POST":
-                faults.update(json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))))
+                told = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                faults.update(told, numbers=itertools.count())
             start_response("200 OK", [("Content-Type", "application/json")])
-            return [json.dumps({"failed": so_far[0]}).encode()]
-        rng = random.Random(f"{faults['seed']} {next(numbers)}")
-        if rng.random() < faults["share"]:
-            so_far[0] = next(failed) + 1
-            if faults["stall_s"] and rng.random() < 1 / 3:
-                time.sleep(faults["stall_s"])
-            status = rng.choice(["500 Internal Server Error", "503 Slow Down"])
-            code = {"5": "InternalError", "3": "SlowDown"}["3" if status.startswith("503") else "5"]
-            start_response(status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>drawn by the seed</Message></Error>".encode()]
-        return store(environ, start_response)
+            return [json.dumps({"failed": len(failed)}).encode()]
+        rng = random.Random(f"{faults['seed']} {next(faults['numbers'])}")
+        if rng.random() >= faults["share"]:
+            return store(environ, start_response)
+        failed.append(environ["PATH_INFO"])
+        if rng.random() < 1 / 3:
+            time.sleep(faults["stall_s"])
+        status, code = rng.choice([("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown")])
+        start_response(status, [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{code}</Code><Message>drawn by the seed</Message></Error>".encode()]
 
     run_simple("127.0.0.1", port, application, threaded=True)
 

@@ -1,6 +1,7 @@
 """One local Ray for all pipeline tests, and runs small enough to make in seconds."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -105,13 +106,14 @@ def make_run(
     return run
 
 
-def transfgu(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """The real command, in a process of its own."""
+def transfgu(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The real command, in a process of its own; `env` is added to this one's variables."""
     return subprocess.Popen(
         [sys.executable, "-m", "transfgu_ray.cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,
+        env=os.environ | (env or {}),
         start_new_session=True,
     )

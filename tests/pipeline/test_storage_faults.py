@@ -1,17 +1,26 @@
 """Storage that fails while a run is made, and files that are damaged afterwards."""
 
+import contextlib
+import errno
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from ray.train import ControllerError, WorkerGroupError
 
-from tests.faults.storage import flip_byte, truncate
-from tests.pipeline.conftest import Silent
+from tests.faults.storage import FaultyStore, NotPermitted, SmallDisk, flip_byte, s3_server, tmpfs, truncate
+from tests.pipeline.conftest import TINY, Silent, make_run, open_run, transfgu
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.pipeline.stream import unwrapped_errors
 
 pytestmark = pytest.mark.ray
 
@@ -138,3 +147,175 @@ def test_damage__runs_of_older_versions_are_left_alone(finished: Run, tmp_path: 
         (folder / f"{stage}.files.json").unlink()
     run_stages(run, STAGES, None, reporter)
     assert (reporter.done, reporter.notes) == ({}, [])
+
+
+FIRST_FOUR = ("extract", "concepts", "labels", "train")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: None) -> Run:
+    """A run that nothing disturbed."""
+    return make_run(tmp_path_factory.mktemp("trained") / "run", voc, stages=FIRST_FOUR, dataset="voc")
+
+
+@pytest.fixture
+def disk() -> Iterator[SmallDisk]:
+    with contextlib.ExitStack() as stack:
+        try:
+            mounted = stack.enter_context(tmpfs("16m"))
+        except NotPermitted as reason:
+            pytest.skip(str(reason))
+        yield mounted
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What the first four stages leave, by name."""
+    names = [name for stage in FIRST_FOUR for name in json.loads((folder / f"{stage}.files.json").read_bytes())]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("finished_before", "kilobytes_left"),
+    [((), 8), (FIRST_FOUR[:2], 4), (FIRST_FOUR[:3], 24), (FIRST_FOUR[:3], 200)],
+    ids=["extract", "labels", "first checkpoint", "train"],
+)
+def test_full_disk__ends_in_a_sentence_and_with_room_goes_on_to_the_same_bytes(
+    trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...], kilobytes_left: int
+) -> None:
+    folder = disk.path / "run"
+    if finished_before:
+        make_run(folder, voc, stages=finished_before, dataset="voc")
+    disk.remount(f"size={(disk.used_bytes() >> 10) + kilobytes_left}k")
+    with pytest.raises(ArtifactError, match=r"cannot (be )?writ.*No space left on device; choose a writable folder"):
+        make_run(folder, voc, stages=FIRST_FOUR, dataset="voc")
+    assert not half_written(folder)
+    disk.remount("size=16m")
+    make_run(folder, voc, stages=FIRST_FOUR, dataset="voc")
+    assert outputs(folder) == outputs(Path(trained.folder.path))
+    assert not half_written(folder)
+
+
+@pytest.mark.parametrize("finished_before", [(), FIRST_FOUR[:3]], ids=["extract", "train"])
+def test_read_only_disk__ends_in_a_sentence(
+    trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...]
+) -> None:
+    folder = disk.path / "run"
+    open_run(folder, voc, dataset="voc")
+    if finished_before:
+        make_run(folder, voc, stages=finished_before, dataset="voc")
+    disk.remount("ro")
+    with pytest.raises(ArtifactError, match=r"cannot (be )?writ.*Read-only file system.*; choose a writable folder"):
+        make_run(folder, voc, stages=FIRST_FOUR, dataset="voc")
+    disk.remount("rw")
+    make_run(folder, voc, stages=FIRST_FOUR, dataset="voc")
+    assert outputs(folder) == outputs(Path(trained.folder.path))
+
+
+def test_full_disk__the_command_says_so_and_exits_with_2(voc: Path, disk: SmallDisk) -> None:
+    disk.remount("size=8k")
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    run = ("run", str(disk.path / "run"), "--preset", "tiny_cpu", "--dataset", "voc", "--data", str(voc), *settings)
+    process = transfgu(*run, "--quiet")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert said.startswith("transfgu: ")
+    assert said.count("\n") == 1
+    assert "No space left on device; choose a writable folder with free space" in said
+    assert not half_written(disk.path)
+
+
+def test_training_errors__are_told_as_the_storage_failure_behind_them() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error in (WorkerGroupError("words", {0: full}), ControllerError(full)):
+        with pytest.raises(ArtifactError, match=r"the storage cannot be written: .*No space left"), unwrapped_errors():
+            raise error
+    with pytest.raises(WorkerGroupError), unwrapped_errors():
+        raise WorkerGroupError("words", {0: ValueError("of the loop")})
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[FaultyStore]:
+    pytest.importorskip("moto", reason="moto, of the extra `test`, is not installed")
+    with s3_server() as server:
+        yield server
+
+
+def on_store(store: FaultyStore, tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and words of `transfgu run s3://bucket/run`."""
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    process = transfgu(
+        *("run", "s3://bucket/run", "--preset", "tiny_cpu", "--dataset", "voc", *settings, *arguments, "--quiet"),
+        *("--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        env=store.env,
+    )
+    said, _ = process.communicate(timeout=500)
+    return process.returncode, said
+
+
+def assert_sentence(code: int, said: str) -> None:
+    # Arrow's own warnings may come before it.
+    *_, last = said.splitlines()
+    assert code == 2, said
+    assert re.match(r"transfgu: .*AWS Error.*; the same command goes on once", last), said
+    assert "Traceback" not in said
+
+
+def put(store: FaultyStore, data: Path) -> None:
+    fs = store.open()
+    for path in data.rglob("*"):
+        if path.is_file():
+            with fs.open_output_stream(f"bucket/photos/{path.relative_to(data)}") as stream:
+                stream.write(path.read_bytes())
+
+
+@pytest.mark.slow
+def test_object_store__photographs_and_run_behind_faults_give_the_local_bytes(
+    trained: Run, voc: Path, store: FaultyStore, tmp_path: Path
+) -> None:
+    put(store, voc)
+    store.set_faults(share=0.1, seed=3, stall_s=5)
+    code, said = on_store(store, tmp_path, "--data", "s3://bucket/photos")
+    store.set_faults(share=0)
+    assert code == 0, said
+    assert store.count_faults() > 20
+    found, expected = store.files("bucket"), outputs(Path(trained.folder.path))
+    for name, content in expected.items():
+        if name.startswith("labels/"):
+            # They tell where the photograph lies.
+            one, other = (pq.read_table(pa.BufferReader(each)) for each in (found[f"run/{name}"], content))
+            assert one.drop_columns("path").equals(other.drop_columns("path"))
+        else:
+            assert found[f"run/{name}"] == content, name
+
+
+@pytest.mark.slow
+def test_object_store__an_outage_ends_in_a_sentence_and_the_run_goes_on_after_it(
+    trained: Run, voc: Path, store: FaultyStore, tmp_path: Path
+) -> None:
+    store.open().delete_dir_contents("bucket")
+    data = ("--data", str(voc))
+    store.set_faults(share=1)
+    began = time.monotonic()
+    code, said = on_store(store, tmp_path, *data)
+    assert_sentence(code, said)
+    assert time.monotonic() - began < 90
+    store.set_faults(share=0)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(on_store, store, tmp_path, *data)
+        while not any(name.startswith("run/labels/") for name in store.files("bucket")):
+            assert not call.done(), call.result()
+            time.sleep(0.2)
+        store.set_faults(share=1)
+        code, said = call.result()
+    assert_sentence(code, said)
+    store.set_faults(share=0)
+    code, said = on_store(store, tmp_path, *data)
+    assert code == 0, said
+    found = store.files("bucket")
+    assert {name: found[f"run/{name}"] for name in outputs(Path(trained.folder.path))} == outputs(
+        Path(trained.folder.path)
+    )

@@ -154,7 +154,6 @@ def _describe(group: Clustering) -> dict[str, Any]:
 
 def read_concepts(run: Folder) -> tuple[list[str], np.ndarray]:
     """Kind and centroid of every concept, in order of concept_id."""
-    with run.fs.open_input_file(run.join("concepts.parquet")) as file:
-        table = pq.read_table(file)
+    table = run.read("concepts.parquet", pq.read_table)
     column = table["centroid"].combine_chunks()
     return table["kind"].to_pylist(), column.flatten().to_numpy().reshape(-1, column.type.list_size).copy()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_class
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Photo, Progress, UnitWorker, split_units, stream_units
 from transfgu_ray.schemas import to_parquet
-from transfgu_ray.storage import Folder, storage_failure
+from transfgu_ray.storage import Folder
 
 
 def part_name(table: str, unit: int) -> str:
@@ -197,14 +198,12 @@ def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
 
 def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
     """Some columns of one part."""
-    with run.fs.open_input_file(run.join(name)) as file:
-        return pq.read_table(file, columns=columns).replace_schema_metadata()
+    return run.read(name, partial(pq.read_table, columns=columns)).replace_schema_metadata()
 
 
 def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
     """One row of a part that has one row a row group."""
-    with run.fs.open_input_file(run.join(name)) as file:
-        (record,) = pq.ParquetFile(file).read_row_group(row).to_pylist()
+    (record,) = run.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
     return record
 
 
@@ -215,13 +214,10 @@ def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, in
         ArtifactError: the storage does not answer.
     """
     try:
-        with run.fs.open_input_file(run.join(name)) as file:
-            parquet = pq.ParquetFile(file)
-            metadata = parquet.schema_arrow.metadata or {}
-            if metadata.get(b"fingerprint") != fingerprint.encode():
-                return None
-            return PartStats(**json.loads(metadata[b"stats"])), parquet.metadata.num_rows
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
-        if failure := storage_failure(error):
-            raise failure from None
+        footer = run.read(name, pq.read_metadata)
+        metadata = footer.metadata or {}
+        if metadata.get(b"fingerprint") != fingerprint.encode():
+            return None
+        return PartStats(**json.loads(metadata[b"stats"])), footer.num_rows
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError):
         return None

@@ -14,7 +14,7 @@ from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.images import decode_rgb, to_working
 from transfgu_ray.pipeline.parts import part_files, part_name, read_row, read_table
-from transfgu_ray.storage import Folder, resolve
+from transfgu_ray.storage import Folder, read_file
 
 # The table of cached tokens; part by part and row by row that of the bank.
 TOKENS = "tokens"
@@ -24,8 +24,7 @@ def bank_index(run: Folder) -> pa.Table:
     """Where each image of the bank is: unit and row of its part. One row an image, in order."""
     units, rows = [], []
     for unit, name in enumerate(part_files(run, "labels")):
-        with run.fs.open_input_file(run.join(name)) as file:
-            count = pq.ParquetFile(file).metadata.num_rows
+        count = run.read(name, pq.read_metadata).num_rows
         units += [unit] * count
         rows += range(count)
     return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
@@ -96,9 +95,7 @@ def read_photos(
 
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
-    fs, path = resolve(uri)
-    with fs.open_input_stream(path) as stream:
-        photo = decode_rgb(stream.read(), config.data.min_side_px, config.data.max_pixels)
+    photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
     return to_working(photo, size)
 
 
