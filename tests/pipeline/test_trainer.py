@@ -2,17 +2,36 @@
 
 import pytest
 
-from transfgu_ray.pipeline.trainer import drop_torn_record
+from transfgu_ray.pipeline.trainer import drop_torn
 from transfgu_ray.storage import Folder
 
 
 @pytest.mark.parametrize(
-    ("record", "kept"), [(b'{"checkpoint_results": []}', True), (b'{"checkpoint_res', False), (b"", False)]
+    ("record", "kept"),
+    [
+        (b'{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_0"}]}', True),
+        (b'{"checkpoint_0', False),
+        (b"", False),
+    ],
 )
-def test_drop_torn_record__only_a_damaged_one(tmp_path, record: bytes, kept: bool) -> None:
+def test_drop_torn__only_a_damaged_one(tmp_path, record: bytes, kept: bool) -> None:
     run = Folder(str(tmp_path))
     run.write_bytes("train/rounds-1/checkpoint_manager_snapshot.json", record)
     run.write_bytes("train/rounds-1/checkpoint_0/state.pt", b"weights")
-    drop_torn_record(run, "train/rounds-1")
+    drop_torn(run, "train/rounds-1")
     assert run.exists("train/rounds-1/checkpoint_0/state.pt") is kept
-    drop_torn_record(run, "train/rounds-2")
+    drop_torn(run, "train/rounds-2")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_drop_torn__checkpoints_that_were_never_recorded(tmp_path, recorded: bool) -> None:
+    run = Folder(str(tmp_path))
+    if recorded:
+        run.write_bytes("train/rounds-1/checkpoint_manager_snapshot.json", b'{"latest": "checkpoint_2"}')
+    for name in ("checkpoint_2/state.pt", "checkpoint_3/state.pt", ".validate_storage_marker"):
+        run.write_bytes(f"train/rounds-1/{name}", b"weights")
+    drop_torn(run, "train/rounds-1")
+    assert run.exists("train/rounds-1/checkpoint_2") is recorded
+    assert not run.exists("train/rounds-1/checkpoint_3")
+    assert run.exists("train/rounds-1/.validate_storage_marker")
+    assert run.exists("train/rounds-1/checkpoint_manager_snapshot.json") is recorded

@@ -18,7 +18,7 @@ from transfgu_ray.pipeline.pretrain_loop import build_network, encoder_bytes, pr
 from transfgu_ray.pipeline.session import Resources, ray_session
 from transfgu_ray.pipeline.stages import refusals
 from transfgu_ray.pipeline.stream import unwrapped_errors
-from transfgu_ray.pipeline.trainer import PULSE, drop_torn_record, new_trainer, read_state, watched_json
+from transfgu_ray.pipeline.trainer import PULSE, drop_torn, new_trainer, read_state, watched_json
 from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.pretrain_config import PretrainConfig
 from transfgu_ray.pretrain_folder import HISTORY, LATEST, RESULT, PretrainFolder, training_name
@@ -152,7 +152,7 @@ def _train(
     """Runs Ray Train and returns the last checkpoint's state."""
     config, out = opened.config, opened.folder
     name = training_name(fingerprint)
-    drop_torn_record(out, f"train/{name}")
+    drop_torn(out, f"train/{name}")
     if not out.exists(f"train/{name}"):
         out.delete(HISTORY)
     settings = {

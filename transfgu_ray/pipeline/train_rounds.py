@@ -29,7 +29,7 @@ from transfgu_ray.pipeline.stream import peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.trainer import (
     PULSE,
     Pulse,
-    drop_torn_record,
+    drop_torn,
     new_trainer,
     read_state,
     report_state,
@@ -105,7 +105,7 @@ def train(
     for path in files:
         if path not in ours and not (ours and path == HISTORY):
             run.delete(path)
-    drop_torn_record(run, f"train/{name}")
+    drop_torn(run, f"train/{name}")
     settings = {
         "run_uri": run.uri,
         "config": config.model_dump(mode="json"),

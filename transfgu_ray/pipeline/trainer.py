@@ -7,12 +7,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.session import WORKER_CPUS, Resources
 from transfgu_ray.storage import Folder
 
@@ -65,17 +66,23 @@ def new_trainer(
     )
 
 
-def drop_torn_record(run: Folder, name: str) -> None:
-    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
+def drop_torn(run: Folder, name: str) -> None:
+    """Removes what a kill or a full disk has left of a training: checkpoints that Ray Train has not recorded.
 
-    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
+    It writes its record in place. Where that is torn, it would stop every later start: the training starts anew.
     """
     record = f"{name}/checkpoint_manager_snapshot.json"
-    if run.exists(record):
-        try:
-            json.loads(run.read_bytes(record))
-        except ValueError:
-            run.delete(name)
+    content = run.read_bytes(record) if run.exists(record) else b"{}"
+    try:
+        json.loads(content)
+    except ValueError:
+        run.delete(name)
+        return
+    inside = (file.removeprefix(f"{name}/").partition("/") for file, _ in run.files(name, recursive=True))
+    folders = {folder for folder, _, file in inside if file}
+    for folder in sorted(folders):
+        if folder.startswith("checkpoint_") and folder.encode() not in content:
+            run.delete(f"{name}/{folder}")
 
 
 def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
@@ -118,8 +125,10 @@ def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> It
         seen, last = None, False
         while not last:
             last = done.wait(1.0)
-            # Storage that fails in passing is asked again.
-            content = run.try_read(name)[0] if run.exists(name) else None
+            content = None
+            # Not there yet; and whoever finds the storage failing is the training itself.
+            with suppress(OSError, ArtifactError):
+                content = run.read_bytes(name)
             if content is not None and content != seen:
                 on_change(json.loads(content))
                 seen = content
