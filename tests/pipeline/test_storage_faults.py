@@ -18,7 +18,8 @@ from ray.train import ControllerError, WorkerGroupError
 from tests.faults.storage import FaultyStore, NotPermitted, SmallDisk, flip_byte, s3_server, tmpfs, truncate
 from tests.pipeline.conftest import TINY, Silent, make_run, open_run, transfgu
 from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.errors import ArtifactError
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.pipeline.stream import unwrapped_errors
 
@@ -229,6 +230,19 @@ def test_full_disk__the_command_says_so_and_exits_with_2(voc: Path, disk: SmallD
     assert said.count("\n") == 1
     assert "No space left on device; choose a writable folder with free space" in said
     assert not half_written(disk.path)
+
+
+@pytest.mark.parametrize("kilobytes", [300, 1000])
+def test_full_disk__mlflow_is_told_of_in_a_sentence_and_its_store_is_whole_or_absent(
+    voc: Path, disk: SmallDisk, kilobytes: int
+) -> None:
+    run = open_run(disk.path / "run", voc, dataset="voc")
+    disk.remount(f"size={kilobytes}k")
+    with pytest.raises(ConfigError, match=r"tracking URI sqlite.*mlflow\.db cannot be used: .*disk is full"):
+        tracking.begin(run.folder, run.config)
+    assert [path.name for path in disk.path.iterdir()] == ["run"]
+    disk.remount("size=16m")
+    assert tracking.begin(run.folder, run.config) == tracking.begin(run.folder, run.config)
 
 
 def test_training_errors__are_told_as_the_storage_failure_behind_them() -> None:

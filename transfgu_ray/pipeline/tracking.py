@@ -23,6 +23,7 @@ from transfgu_ray.storage import Folder
 RECORD = "mlflow.json"
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
 _NOT_TERMS = ("epoch",)
+_SQLITE = "sqlite:///"
 _SERVER = "MLFLOW_TRACKING_URI"
 # MLflow takes no more at a time.
 _PARAMS_A_CALL = 100
@@ -57,7 +58,7 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
         raise ConfigError(
             "a run folder at a URI needs a tracking server: set --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{Path(run.uri).parent / 'mlflow.db'}"
+    return f"{_SQLITE}{Path(run.uri).parent / 'mlflow.db'}"
 
 
 def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Tracked:
@@ -69,7 +70,8 @@ def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Trac
         parent: of a trial.
     """
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
-    return open_run(run, config, identity, {} if parent is None else {PARENT: parent.run_id})
+    with _answering(tracking_uri(run, config)):
+        return open_run(run, config, identity, {} if parent is None else {PARENT: parent.run_id})
 
 
 def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
@@ -90,9 +92,7 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         location = (
-            f"file://{Path(uri.removeprefix('sqlite:///')).parent / 'mlartifacts'}"
-            if uri.startswith("sqlite:")
-            else None
+            f"file://{Path(uri.removeprefix(_SQLITE)).parent / 'mlartifacts'}" if uri.startswith("sqlite:") else None
         )
         # Without it MLflow's page opens on traces of language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
@@ -217,13 +217,34 @@ def _mlflow_at(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_on_error(tracked: Tracked) -> Iterator[None]:
-    """Closes the MLflow run as FAILED, or as KILLED by Ctrl-C or SIGTERM, when what follows raises."""
+    """Closes the MLflow run as FAILED, or as KILLED by Ctrl-C or SIGTERM, when what follows raises.
+
+    Raises:
+        ArtifactError: MLflow itself failed.
+    """
+    from mlflow.exceptions import MlflowException
+
     try:
-        yield
+        with _answering(tracked.uri):
+            yield
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        connect(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
+        # What the error is about may be what MLflow needs too: a full disk, a network.
+        with contextlib.suppress(MlflowException, ConfigError):
+            connect(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
         raise
+
+
+@contextlib.contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Tells in a sentence of a tracking server or store that fails."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command goes on from here") from None
 
 
 def registry_uri(uri: str | None) -> str:
@@ -232,7 +253,7 @@ def registry_uri(uri: str | None) -> str:
     Raises:
         ConfigError: it holds a password.
     """
-    found = uri or os.environ.get(_SERVER) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    found = uri or os.environ.get(_SERVER) or f"{_SQLITE}{Path.cwd() / 'mlflow.db'}"
     refuse_credentials("the tracking URI", found)
     return found
 
@@ -321,7 +342,31 @@ def connect(uri: str) -> tuple[Any, str]:
 
     for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    from sqlalchemy.exc import OperationalError
+
     try:
+        if uri.startswith(_SQLITE):
+            _make_store(Path(uri.removeprefix(_SQLITE)))
         return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
-    except mlflow.exceptions.MlflowException as error:
+    except (mlflow.exceptions.MlflowException, OperationalError, OSError) as error:
         raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _make_store(file: Path) -> None:
+    """Makes a sqlite store that is not there yet, whole or not at all: MLflow can never use one that is half made."""
+    import mlflow
+
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        made = f"{_SQLITE}{folder}/{file.name}"
+        mlflow.MlflowClient(tracking_uri=made, registry_uri=made).search_experiments()
+        # Of several that make one at the same time, the first has it.
+        try:
+            os.link(f"{folder}/{file.name}", file)
+        except FileExistsError:
+            pass
+        except OSError:
+            # File systems without second names.
+            os.replace(f"{folder}/{file.name}", file)
