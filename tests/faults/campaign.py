@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 
 from tests.builders import make_voc
 from tests.faults.cluster import Cluster
+from tests.faults.hostile import make_hostile_corpus
+from tests.faults.storage import flip_byte, s3_server, tmpfs, truncate
+from transfgu_ray.artifacts import OUTPUTS, STAGES
 
 _NUM_PHOTOS = 90
 _SETTINGS = (
@@ -109,12 +112,10 @@ class Bench:
 
     def copy_before(self, stage: str) -> Path:
         """A copy of the undisturbed run as it was before a stage."""
-        from transfgu_ray.artifacts import OUTPUTS, STAGES
-
         self._num_copies += 1
         copy = self.folder / f"{stage}-{self._num_copies}"
         later = STAGES[STAGES.index(stage) :]
-        outputs = {output for each in later for output in (*OUTPUTS[each], f"{each}.json")}
+        outputs = {output for each in later for output in (*OUTPUTS[each], f"{each}.json", f"{each}.files.json")}
 
         def unwanted(folder: str, names: list[str]) -> set[str]:
             inside = Path(folder).relative_to(self.quiet)
@@ -150,10 +151,6 @@ class Bench:
         parts = self.rng.randint(_NUM_PHOTOS // 10, _NUM_PHOTOS // 2)
         table = run / _TABLES[stage][0]
         return lambda: table.is_dir() and sum(path.suffix == ".parquet" for path in table.iterdir()) >= parts
-
-    def compare(self, stage: str, run: Path) -> Compared:
-        """What a stage left in a run, beside the undisturbed one."""
-        return compare(stage, self.quiet, run)
 
 
 def start(*arguments: str | Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -223,26 +220,31 @@ class Fault:
 
     Attributes:
         name: in words.
-        do: does it to a run once; what it yields says what the user was told.
+        stage: which is disturbed and compared.
+        do: does it to a run once; what the user was told, or None where the stage had ended before.
+        is_finished: the run that is disturbed has done the stage already.
     """
 
     name: str
     stage: str
     do: Callable[[Bench, Path, str], str | None]
+    is_finished: bool = False
 
 
 def tries(bench: Bench, fault: Fault, times: int) -> Outcome:
     """Does a fault so many times; a stage that ended before its moment came does not count."""
     outcome, missed = Outcome(fault.name), 0
     while outcome.tried < times and missed < 3:
-        run = bench.copy_before(fault.stage)
+        run = bench.copy_before(STAGES[STAGES.index(fault.stage) + fault.is_finished])
         began = time.monotonic()
         try:
             note = fault.do(bench, run, fault.stage)
             if note is None:
                 missed += 1
                 continue
-            outcome.add(bench.compare(fault.stage, run), time.monotonic() - began - bench.seconds(fault.stage), note)
+            clean = clean_of(run)
+            compared = compare(fault.stage, clean if clean.exists() else bench.quiet, run)
+            outcome.add(compared, time.monotonic() - began - bench.seconds(fault.stage), note)
         except (RuntimeError, TimeoutError, OSError, pa.ArrowInvalid, ValueError) as error:
             outcome.add(Compared(False, 0, 0), 0.0, f"{type(error).__name__}: {error}")
         shutil.rmtree(run, ignore_errors=True)
@@ -348,12 +350,101 @@ def submit(bench: Bench, run: Path, stage: str, job: str) -> subprocess.Popen[st
     return bench.cluster.submit("python", f"jobs/{stage}.py", str(run), working_dir=root, job=job)
 
 
+def part_truncated(bench: Bench, run: Path, stage: str) -> str:
+    """Half of a part of a finished table is gone: the same command makes that part again."""
+    return _damaged(bench, run, stage, truncate)
+
+
+def part_flipped(bench: Bench, run: Path, stage: str) -> str:
+    """A bit of a part of a finished table is another: the same command makes that part again."""
+    return _damaged(bench, run, stage, flip_byte)
+
+
+def _damaged(bench: Bench, run: Path, stage: str, damage: Callable[[Path], None]) -> str:
+    damage(bench.rng.choice(sorted((run / _TABLES[stage][0]).glob("part-*.parquet"))))
+    printed = bench.finish(stage, run)
+    return next(line for line in printed.splitlines() if "damaged" in line)
+
+
+def disk_full(bench: Bench, run: Path, stage: str) -> str:
+    """The disk of the run folder is full in the middle of a stage; later there is room again."""
+    with tmpfs("256m") as disk:
+        small = shutil.copytree(run, disk.path / "run")
+        disk.remount(f"size={(disk.used_bytes() >> 10) + 150}k")
+        said = last_line(finish(bench.start(stage, small), 2))
+        disk.remount("size=256m")
+        bench.finish(stage, small)
+        shutil.copytree(small, run, dirs_exist_ok=True)
+    return said
+
+
+def read_only(bench: Bench, run: Path, stage: str) -> str:
+    """The run folder cannot be written; later it can."""
+    with tmpfs("256m") as disk:
+        small = shutil.copytree(run, disk.path / "run")
+        disk.remount("ro")
+        said = last_line(finish(bench.start(stage, small), 2))
+        disk.remount("rw")
+        bench.finish(stage, small)
+        shutil.copytree(small, run, dirs_exist_ok=True)
+    return said
+
+
+def store_fails(bench: Bench, run: Path, stage: str) -> str:
+    """A tenth of an object store's answers is 500, 503 or late; what cannot go on is given again."""
+    with s3_server() as store:
+        environment = bench.cluster.environment | store.env
+        # On a Ray of its own, whose workers are told of the store.
+        command = (stage, "s3://bucket/run", *bench.options)
+        store.set_faults(share=0.1, seed=bench.rng.randrange(1000), stall_s=5)
+        began = start(*command, environment=environment)
+        printed, _ = began.communicate(timeout=3 * _TIMEOUT_S)
+        store.set_faults(share=0)
+        if began.returncode == 2:
+            finish(start(*command, environment=environment))
+        elif began.returncode:
+            raise RuntimeError(f"exit code {began.returncode}: {printed[-2000:]}")
+        for name, data in store.files("bucket").items():
+            path = run / Path(name).relative_to("run")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return f"{store.count_faults()} answers failed; exit code {began.returncode}"
+
+
+def hostile_corpus(bench: Bench, run: Path, stage: str) -> str:
+    """One file in twenty is truncated, a bomb, a link or the like: the others give what they give alone."""
+    data, clean = run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-good")
+    good, bad = make_hostile_corpus(data, 400)
+    for name in good:
+        (clean / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(data / name, clean / name)
+    shutil.rmtree(run)
+    options = ["--preset", "tiny_cpu", *bench.options[bench.options.index("--set") :]]
+    for folder, photos in ((clean_of(run), clean), (run, data)):
+        bench.finish(stage, folder, *options, "--data", photos)
+    refused = json.loads((run / f"{stage}.json").read_text())["refused"]
+    if {refusal["image_id"] for refusal in refused} != set(bad):
+        raise RuntimeError(f"{len(refused)} were refused, not {len(bad)}")
+    return f"refused {len(refused)} of {len(good) + len(bad)}"
+
+
+def clean_of(run: Path) -> Path:
+    """The undisturbed run of a fault that needs one of its own."""
+    return run.with_name(f"{run.name}-clean")
+
+
 FAULTS = (
     *(Fault(f"driver killed in {stage}", stage, driver_killed) for stage in WORKERS),
     *(Fault(f"worker killed in {stage}", stage, worker_killed) for stage in WORKERS),
     *(Fault(f"node lost in {stage}", stage, node_lost) for stage in WORKERS),
     *(Fault(f"workers frozen in {stage}", stage, worker_frozen) for stage in ("extract", "train")),
     Fault("second run on the folder", "extract", second_writer),
+    *(Fault(f"part truncated, {stage}", stage, part_truncated, is_finished=True) for stage in _TABLES),
+    *(Fault(f"bit flipped, {stage}", stage, part_flipped, is_finished=True) for stage in _TABLES),
+    Fault("disk full", "labels", disk_full),
+    Fault("folder read-only", "labels", read_only),
+    Fault("object store: 10 % of answers 500, 503 or late", "extract", store_fails),
+    Fault("5 % hostile files", "extract", hostile_corpus),
     Fault("job stopped, submitted again", "extract", job_stopped),
     Fault("head lost, job submitted again", "labels", head_lost),
 )
