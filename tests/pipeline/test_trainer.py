@@ -1,7 +1,15 @@
 """What trainings share before and beside Ray Train."""
 
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
 import pytest
 
+from tests.pipeline.conftest import transfgu
+from transfgu_ray.artifacts import Run
 from transfgu_ray.pipeline.trainer import drop_torn
 from transfgu_ray.storage import Folder
 
@@ -35,3 +43,17 @@ def test_drop_torn__checkpoints_that_were_never_recorded(tmp_path, recorded: boo
     assert not run.exists("train/rounds-1/checkpoint_3")
     assert run.exists("train/rounds-1/.validate_storage_marker")
     assert run.exists("train/rounds-1/checkpoint_manager_snapshot.json") is recorded
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_train__ctrl_c_says_that_it_was_stopped(labelled: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(labelled.folder.path, tmp_path / "run")
+    process = transfgu("train", str(folder), "--set", "train.round_epochs=[1, 200]", "--overwrite")
+    while process.poll() is None and not (folder / "train/history.json").exists():
+        time.sleep(0.1)
+    # To the command alone: Ray's own handler for it would wait for the workers and exit with 0.
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, printed
+    assert "transfgu: stopped; the same command goes on from here" in printed

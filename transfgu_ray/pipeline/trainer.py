@@ -47,7 +47,12 @@ def new_trainer(
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     cuda = resources.device == "cuda"
-    return TorchTrainer(
+
+    class Interruptible(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leaves Ctrl-C what it is: Ray's handler waits for the workers, which may hang, and exits with 0."""
+
+    return Interruptible(
         loop,
         train_loop_config=settings,
         torch_config=LoopbackTorchConfig(backend="nccl" if cuda else "gloo"),
