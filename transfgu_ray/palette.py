@@ -1,6 +1,6 @@
-"""Colours of masks: fixed for the first classes, then spread by the golden ratio."""
+"""Colours of masks: told apart by people of every colour vision, the same in masks, pages and figures."""
 
-import colorsys
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -15,20 +15,74 @@ _OKABE_ITO = (
     (213, 94, 0),
     (204, 121, 167),
 )
+# How linear RGB is seen: as it is, and without red, green or blue cones (Machado et al., 2009, severity 1).
+_VISIONS = np.array(
+    [
+        np.eye(3),
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ]
+)
+_RGB_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+_WHITE_XYZ = np.array([0.95047, 1.0, 1.08883])
+# Lightness L* of colours that stand out on black and on white.
+_LIGHTNESS = (25, 93)
+# What is left of the light where a map is 0.
+_DIMMED = 0.25
+# As many as a palette PNG holds; beyond, they repeat.
+_NUM_COLOURS = 256
 
 
 def class_colours(num_classes: int, background_id: int | None) -> np.ndarray:
     """RGB of each class id, uint8 of shape (num_classes, 3); the background is black."""
-    colours = list(_OKABE_ITO)
-    for i in range(len(colours), num_classes):
-        hue = i * 0.618033988749895 % 1.0
-        red, green, blue = colorsys.hsv_to_rgb(hue, (0.55, 0.75, 0.95)[i % 3], (0.95, 0.7, 0.85)[i // 3 % 3])
-        colours.append((round(red * 255), round(green * 255), round(blue * 255)))
-    table = np.array(colours[:num_classes], dtype=np.uint8)
+    table = _spread_colours()
+    table = table[np.arange(num_classes) % len(table)]
     if background_id is not None:
         # The classes after it keep their colours: the background takes none of the palette.
         table = np.insert(table, background_id, 0, axis=0)[:num_classes]
     return table
+
+
+def seen_colours(colours: np.ndarray) -> np.ndarray:
+    """CIELAB of colours as four kinds of colour vision see them: normal, protan, deutan, tritan.
+
+    Args:
+        colours: RGB in 0-255, (n, 3).
+
+    Returns:
+        float64 (4, n, 3).
+    """
+    shares = colours / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    seen = np.einsum("vij,nj->vni", _VISIONS, linear).clip(0, 1)
+    ratios = np.einsum("ij,vnj->vni", _RGB_TO_XYZ, seen) / _WHITE_XYZ
+    x, y, z = np.moveaxis(np.where(ratios > 216 / 24389, np.cbrt(ratios), (24389 / 27 * ratios + 16) / 116), -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+@cache
+def _spread_colours() -> np.ndarray:
+    """Okabe and Ito's, then each time the colour that is farthest from all before it in whichever vision is worst.
+
+    Glasbey et al. (2007), over four kinds of vision. Every so many colours of a grid are taken; the order is fixed.
+    """
+    steps = np.arange(0, 256, 17)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    lightness = seen_colours(grid)[0, :, 0]
+    grid = grid[(lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1])]
+    seen = seen_colours(grid)
+    chosen = list(_OKABE_ITO)
+    taken = seen_colours(np.array([*chosen, (0, 0, 0), (255, 255, 255)]))
+    nearest = np.linalg.norm(seen[:, :, None] - taken[:, None], axis=-1).min((0, 2))
+    for _ in range(_NUM_COLOURS - len(chosen)):
+        # Rounded, so that the last bits of a machine's arithmetic choose nothing.
+        farthest = int(nearest.round(6).argmax())
+        chosen.append(tuple(grid[farthest]))
+        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[:, [farthest]], axis=-1).min(0))
+    return np.array(chosen, dtype=np.uint8)
 
 
 def palette_image(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
@@ -47,3 +101,17 @@ def overlay(photo: Image.Image, mask: np.ndarray, colours: np.ndarray, opacity: 
     table = np.full((max(256, len(colours)), 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours
     return Image.blend(photo, Image.fromarray(table[mask]), opacity)
+
+
+def spotlight(photo: Image.Image, map_hw: np.ndarray) -> Image.Image:
+    """The photograph lit where a map is high and dark where it is low, which needs no colours of its own.
+
+    Args:
+        photo: of any size.
+        map_hw: values in [0, 1] on any grid (h, w); they are scaled so that the highest is fully lit.
+    """
+    grey = Image.fromarray((map_hw / max(float(map_hw.max()), 1e-6) * 255).astype(np.uint8))
+    light = np.asarray(grey.resize(photo.size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
+    pixels = np.asarray(photo, dtype=np.float32)
+    dimmed = pixels.mean(-1, keepdims=True) * _DIMMED
+    return Image.fromarray((dimmed + (pixels - dimmed) * light).round().clip(0, 255).astype(np.uint8))
