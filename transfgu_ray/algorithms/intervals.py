@@ -50,6 +50,20 @@ def total_counts(counts: csr_array) -> Int64[np.ndarray, " cells"]:
     return counts.sum(axis=0)
 
 
+def merge_concepts(counts: csr_array, class_of: Integer[np.ndarray, " k"], num_merged: int) -> csr_array:
+    """The same photographs with some concepts made one.
+
+    Args:
+        counts: see `photo_counts`.
+        class_of: what each concept becomes.
+        num_merged: concepts in all afterwards.
+    """
+    entries, concepts = counts.tocoo(), len(class_of)
+    cells = entries.col.astype(np.int64) // concepts * num_merged + class_of[entries.col % concepts]
+    shape = counts.shape[0], counts.shape[1] // concepts * num_merged
+    return csr_array((entries.data, (entries.row, cells)), shape=shape)
+
+
 def class_counts(counts: csr_array, num_classes: int) -> csr_array:
     """Labelled pixels of each class, a row a photograph."""
     entries = counts.tocoo()

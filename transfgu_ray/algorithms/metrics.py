@@ -67,19 +67,27 @@ def overlapping_classes(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray
     return np.where(confusion.any(0), confusion.argmax(0), -1)
 
 
-def score(confusion: Int64[np.ndarray, "c k"], unmatched: str = "discard", protocol: str = "transfgu") -> Score:
+def score(
+    confusion: Int64[np.ndarray, "c k"],
+    unmatched: str = "discard",
+    protocol: str = "transfgu",
+    num_matched: int | None = None,
+) -> Score:
     """Gives concepts their classes, then mIoU and accuracy.
 
     Args:
         confusion: pixel counts.
         unmatched: `discard` or `count`, after a Hungarian match, or `many_to_one`.
         protocol: `transfgu`, `picie` or `stego`.
+        num_matched: concepts, the first ones, that may have a class; None for all.
 
     Raises:
         ValueError: no labelled pixel at all.
     """
     match = overlapping_classes if unmatched == "many_to_one" else match_concepts
-    return score_matched(confusion, match(confusion), unmatched, protocol)
+    class_of_concept = np.full(confusion.shape[1], -1, dtype=np.int64)
+    class_of_concept[:num_matched] = match(confusion[:, :num_matched])
+    return score_matched(confusion, class_of_concept, unmatched, protocol)
 
 
 def score_merged(
