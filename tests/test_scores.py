@@ -5,6 +5,7 @@ from transfgu_ray.algorithms import intervals
 from transfgu_ray.algorithms.intervals import photo_counts
 from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.errors import ConfigError
+from transfgu_ray.names import Names
 from transfgu_ray.scores import STAGE_NAMES, aggregate, metrics_json, score_lines, score_table, scores_by_method
 
 # Scenes: 12 classes of things, then 4 of stuff; so are the concepts, one a class.
@@ -36,7 +37,7 @@ def _one_photograph(confusion):
 
 def _metrics(confusions, config=None, kinds=KINDS):
     counts = {name: _one_photograph(confusion) for name, confusion in confusions.items()}
-    return metrics_json(config or _config(), "val", 3, counts, kinds, "f" * 64)
+    return metrics_json(config or _config(), "val", 3, counts, Names(tuple(kinds), {}), "f" * 64)
 
 
 def test_metrics_json__scores_of_both_granularities_worked_by_hand():
@@ -103,7 +104,7 @@ def test_metrics_json__intervals_keep_the_match_of_the_split():
     confusions[1, [0, 1], [1, 0]] = 10
     photo, classes, concepts = confusions.nonzero()
     counts = photo_counts(photo, classes, concepts, confusions[photo, classes, concepts], confusions.shape)
-    got = metrics_json(_config(), "val", 2, dict.fromkeys(STAGE_NAMES, counts), KINDS, "f" * 64)
+    got = metrics_json(_config(), "val", 2, dict.fromkeys(STAGE_NAMES, counts), Names(tuple(KINDS), {}), "f" * 64)
     last = got["stages"]["bootstrapped"]
     assert last["pixel_accuracy"] == 0.75
     # A resample of the second photograph alone, matched by itself, would be all right.
@@ -131,7 +132,7 @@ def test_metrics_json__what_has_no_meaning_is_null():
     assert [row["name"] for row in coarse["per_class"]] == ["animal", "vehicle", "furniture", "plant", "ground", "wall"]
     together = _metrics(_confusions(8), kinds=["any"] * 16)
     assert together["stages"]["trained"]["foreground_iou"] is None
-    unscored = metrics_json(RunConfig(), None, 3, {}, ["any"] * 27, "")
+    unscored = metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")
     assert {unscored[name] for name in ("stages", "refined", "baselines", "per_class", "split")} == {None}
     assert scores_by_method(unscored) == {}
     assert (unscored["scored"], unscored["num_images"]) == (False, 0)
@@ -231,6 +232,6 @@ def test_aggregate__refuses_what_has_no_mean():
         aggregate([first, second | {"seed": 0}])
     with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
         aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
-    for runs in ([], [metrics_json(RunConfig(), None, 3, {}, ["any"] * 27, "")]):
+    for runs in ([], [metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")]):
         with pytest.raises(ConfigError, match="runs that are scored"):
             aggregate(runs)

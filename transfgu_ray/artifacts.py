@@ -36,10 +36,11 @@ _SECTIONS = {
     "report": (),
     "register": (),
 }
+NAMES = "model/names.yaml"
 # What each stage leaves beside its manifest.
 OUTPUTS = {
     "extract": ("features", "model/encoder.safetensors"),
-    "concepts": ("concepts.parquet",),
+    "concepts": ("concepts.parquet", NAMES),
     "labels": ("labels",),
     "train": (
         "train",
@@ -49,12 +50,14 @@ OUTPUTS = {
         "model/decoder.safetensors",
         "model/decoder_round_0.safetensors",
     ),
-    "evaluate": ("metrics.json", "samples", "baselines", "confusions"),
-    "report": ("report.html",),
+    "evaluate": ("metrics.json", "samples", "baselines", "confusions", "extremes", "atlas", "atlas.json"),
+    "report": ("report.html", "atlas.html"),
     "register": (),
 }
-# Ray Train's own storage, what is deleted once it was used, and copies of what report.html holds.
-_UNSEALED = ("train/rounds-", "tokens/", "samples/strip_")
+# Ray Train's own storage, what is deleted once it was used, copies of what report.html holds, and what people write.
+_UNSEALED = ("train/rounds-", "tokens/", "samples/strip_", NAMES)
+# The stages whose output depends on the names of concepts.
+_NAMED = STAGES[STAGES.index("evaluate") :]
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow", "pillow", "faiss-cpu")
 
 
@@ -142,6 +145,12 @@ class Run:
         # Random weights follow from the seed; nothing else of the first stage does.
         return sections | ({"seed": self.config.seed} if self.config.encoder.weights == "random" else {})
 
+    def names_sha256(self, stage: str) -> str | None:
+        """Hash of the names of concepts; None where there are none, or the stage does not depend on them."""
+        if stage not in _NAMED or not self.folder.exists(NAMES):
+            return None
+        return hashlib.sha256(self.folder.read_bytes(NAMES)).hexdigest()
+
     def copy_stage(self, source: "Run", stage: str) -> None:
         """Takes over a finished stage of another run, its manifest last."""
         for output in OUTPUTS[stage]:
@@ -195,7 +204,8 @@ class Run:
             if not mended["same_again"]:
                 for later in STAGES[STAGES.index(stage) + 1 :]:
                     self.clear(later)
-        manifest = {"stage": stage, "fingerprint": fingerprint, **content, **mended, "files_sha256": seal}
+        names = {} if stage not in _NAMED else {"names_sha256": self.names_sha256(stage)}
+        manifest = {"stage": stage, "fingerprint": fingerprint, **names, **content, **mended, "files_sha256": seal}
         manifest |= {"versions": library_versions()}
         self.folder.write_bytes(record_name(stage), record)
         self.folder.write_bytes(f"{stage}.json", json.dumps(manifest, indent=1).encode())
@@ -230,6 +240,7 @@ class Run:
         if any(name.startswith("samples/") for name in damaged):
             # Samples are written with the part that counts their photograph.
             self.folder.delete("confusions")
+            self.folder.delete("extremes")
         write_mending(self.folder, stage, Mending(damaged, seal))
         self.folder.delete(f"{stage}.json")
 

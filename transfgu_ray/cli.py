@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from transfgu_ray.errors import ConfigError, DataError, StalledError, TransfguError
 from transfgu_ray.terminal import Terminal, printable
@@ -63,7 +64,7 @@ def _named(dataset: str | None, data: str | None, weights: str | None) -> list[s
     return [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
 
 
-def _verb(name: str, text: str) -> Callable[..., None]:
+def _verb(name: str, text: str, cls: type[TyperCommand] = TyperCommand) -> Callable[..., None]:
     """Adds a command that brings one stage of a run, or for `run` all of them, up to date."""
 
     def command(
@@ -99,19 +100,83 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         stages = STAGES if name == "run" else (name,)
         with claimed(Folder(folder)):
             opened = Run.open(folder, resolved, overwrite)
-            _close(terminal, opened, run_stages(opened, stages, ray_address, terminal, overwrite))
+            if name == "report":
+                from transfgu_ray.pipeline.rewrite import rebuild_pages
 
-    app.command(name=name, help=text)(command)
+                # Always, and without Ray: it takes seconds, and another version makes other pages.
+                manifests = {name: rebuild_pages(opened)}
+            else:
+                manifests = run_stages(opened, stages, ray_address, terminal, overwrite)
+            _close(terminal, opened, manifests)
+
+    app.command(name=name, help=text, cls=cls)(command)
     return command
+
+
+class _ConceptsCommand(TyperCommand):
+    """The stage `concepts RUN`, and beside it `concepts name RUN FILE`; a run folder called name is `./name`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if args[:1] == ["name"]:
+            return typer.main.get_command(_naming).make_context(f"{info_name} name", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+_naming = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@_naming.command()
+def name_concepts(
+    folder: RunFolder,
+    file: Annotated[
+        str, typer.Argument(metavar="NAMES", help="YAML, a line a concept: `3: sky`; `{}` takes all names away.")
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Names, merges or hides concepts of a trained run: concept id -> name, or null.
+
+    Concepts of one name are one class, the first of them; hidden ones become background: that of the model where it has
+    one, else a class of its own, the last, black. What was evaluated and reported is told anew by these names, from the
+    counts that the run keeps, and `transfgu predict` follows them. Nothing is trained or segmented again.
+    """
+    from transfgu_ray.artifacts import Run
+    from transfgu_ray.claims import claimed
+    from transfgu_ray.names import parse_names
+    from transfgu_ray.pipeline.rewrite import read_names, rename
+    from transfgu_ray.storage import Folder, read_file
+
+    try:
+        data = read_file(file)
+    except OSError:
+        raise ConfigError(f"{file} cannot be read; give a YAML file of names") from None
+    terminal = Terminal(quiet)
+    with claimed(Folder(folder)):
+        opened = Run.open(folder, None)
+        names = parse_names(data, file, read_names(opened).kinds)
+        rename(opened, names)
+    shown = dict.fromkeys(names.class_of[concept] for concept in names.of_concept if concept not in names.hidden)
+    rows = [[names.label(c), ", ".join(map(str, names.members(c)))] for c in shown]
+    if names.hidden:
+        rows.append(["hidden", ", ".join(map(str, names.hidden))])
+    terminal.table(rows, ["name", "concepts"], words=(1,))
+    if opened.manifest("evaluate") is not None:
+        _note_scores(terminal, json.loads(opened.folder.read_bytes("metrics.json")))
+    if opened.manifest("report") is not None:
+        _note_pages(terminal, opened)
 
 
 run = _verb("run", "Photographs to masks: every stage, resumed where it stopped.")
 _verb("extract", "Stage 1: class tokens of sliding windows -> features/.")
-_verb("concepts", "Stage 2: k-means of the class tokens -> concepts.parquet.")
+_verb(
+    "concepts",
+    "Stage 2: k-means of the class tokens -> concepts.parquet. See also `transfgu concepts name --help`, which names, "
+    "merges and hides concepts of a trained run.",
+    _ConceptsCommand,
+)
 _verb("labels", "Stage 3: response maps of all concepts -> labels/.")
 _verb("train", "Stage 4: decoder in teacher-student rounds -> model/.")
 _verb("evaluate", "Stage 5: scores, where there are labels -> metrics.json.")
-_verb("report", "Stage 6: one self-contained page -> report.html.")
+_verb("report", "Stage 6: self-contained pages, made again from the run's artifacts -> report.html, atlas.html.")
 
 
 @app.command()
@@ -620,7 +685,7 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
     if "evaluate" in manifests:
         _note_scores(terminal, json.loads(opened.folder.read_bytes("metrics.json")))
     if "report" in manifests:
-        terminal.note(f"report: {opened.folder.uri_of('report.html')}")
+        _note_pages(terminal, opened)
     if "register" in manifests:
         entry = manifests["register"]
         terminal.note(
@@ -628,6 +693,12 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
             f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
         )
         terminal.note(f"next: transfgu predict {opened.folder.uri} --images DIR --out DIR")
+
+
+def _note_pages(terminal: Terminal, opened: Any) -> None:
+    for title, page in (("report", "report.html"), ("concepts", "atlas.html")):
+        if opened.folder.exists(page):
+            terminal.note(f"{title}: {opened.folder.uri_of(page)}")
 
 
 def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -> None:

@@ -303,7 +303,9 @@ class EvaluateConfig(Section):
         "2019), picie (Cho et al., CVPR 2021); mask_contrast = k-means of whole foreground masks (Van Gansbeke et al., "
         "ICCV 2021)",
     )
-    num_samples: int = Field(6, ge=0, description="photographs shown in the report, chosen by the seed")
+    num_samples: int = Field(
+        6, ge=0, description="photographs shown in the report, chosen by the seed; 0 = no pictures, no atlas"
+    )
 
 
 class TrackingConfig(Section):

@@ -112,6 +112,26 @@ def confusions_schema() -> pa.Schema:
     )
 
 
+def atlas_schema() -> pa.Schema:
+    """One row a picture of a concept.
+
+    what: `crop`, a crop of the concept, or `map`, a photograph lit where the concept responds. rank: 0 is the best.
+    box_xyxy: px of the photograph, half-open. value: distance of the crop to the centroid, or the mean response.
+    picture: WebP.
+    """
+    return pa.schema(
+        [
+            pa.field("concept_id", pa.int32(), nullable=False),
+            pa.field("what", pa.string(), nullable=False),
+            pa.field("rank", pa.int32(), nullable=False),
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("box_xyxy", pa.list_(pa.int32(), 4), nullable=False),
+            pa.field("value", pa.float32(), nullable=False),
+            pa.field("picture", pa.binary(), nullable=False),
+        ]
+    )
+
+
 def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     """A table of exactly the schema's columns; 2-D arrays become fixed-size lists.
 

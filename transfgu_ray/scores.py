@@ -1,13 +1,20 @@
 """What metrics.json says of confusion matrices, and how the terminal and the report tell it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from transfgu_ray.algorithms.intervals import RESAMPLES, class_counts, score_intervals, total_counts
+from transfgu_ray.algorithms.intervals import (
+    RESAMPLES,
+    class_counts,
+    merge_concepts,
+    score_intervals,
+    total_counts,
+)
 from transfgu_ray.algorithms.metrics import (
     Score,
     chance_confusion,
@@ -19,9 +26,12 @@ from transfgu_ray.algorithms.metrics import (
 )
 from transfgu_ray.config import RunConfig
 from transfgu_ray.errors import ConfigError
+from transfgu_ray.names import Names
 
 STAGE_NAMES = ("initial", "trained", "bootstrapped")
 REFINED = "refined"
+# The methods whose masks are of the model's concepts.
+_OF_MODEL = (*STAGE_NAMES, REFINED)
 _TITLES = {
     REFINED: "bootstrapped + PAMR",
     "patch_tokens": "k-means, patch tokens",
@@ -44,7 +54,7 @@ _FOUND_IOU = 0.3
 # What runs that differ in their seed only have in common.
 _IDENTITY = (
     "dataset", "split", "granularity", "protocol", "unmatched", "num_images", "num_classes", "num_concepts", "recipe",
-    "backbone",
+    "backbone", "concept_names",
 )  # fmt: skip
 
 
@@ -53,7 +63,7 @@ def metrics_json(
     split: str | None,
     num_images: int,
     counts: dict[str, csr_array],
-    kinds: Sequence[str],
+    names: Names,
     weights_sha256: str,
 ) -> dict[str, Any]:
     """The content of metrics.json; `stages`, `refined`, `baselines` and `per_class` are null where nothing was scored.
@@ -67,7 +77,8 @@ def metrics_json(
         num_images: scored photographs.
         counts: per-photograph confusion matrices of each stage, of `refined` where it was asked for, then of each
             baseline; see `photo_counts`. Empty where nothing was scored.
-        kinds: kind of each concept of the model.
+        names: of the model's concepts. Concepts of one name are scored as one, and hidden ones as none; baselines have
+            clusters of their own.
         weights_sha256: of the encoder.
     """
     content: dict[str, Any] = {
@@ -79,6 +90,7 @@ def metrics_json(
         "num_images": num_images if counts else 0,
         "num_classes": len(config.class_names),
         "num_concepts": config.num_concepts,
+        "concept_names": {str(concept): name for concept, name in names.of_concept.items()} or None,
         "scored": bool(counts),
         "stages": None,
         "refined": None,
@@ -86,7 +98,7 @@ def metrics_json(
         "per_class": None,
     }
     if counts:
-        content |= _scores(config, counts, kinds)
+        content |= _scores(config, counts, names)
     return content | {
         "recipe": config.preset,
         "backbone": config.encoder.name,
@@ -95,37 +107,67 @@ def metrics_json(
     }
 
 
-def _scores(config: RunConfig, counts: dict[str, csr_array], kinds: Sequence[str]) -> dict[str, Any]:
-    shape = len(config.class_names), len(kinds)
+def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, Any]:
+    num_classes, kinds = len(config.class_names), names.kinds
     is_thing = np.array([kind == "thing" for kind in config.class_kinds])
     is_background = np.array([kind in ("background", "none") for kind in kinds])
     # Every method's matrices have the same rows: the truth.
-    truth = class_counts(counts[STAGE_NAMES[0]], len(config.class_names))
+    truth = class_counts(counts[STAGE_NAMES[0]], num_classes)
+
+    def to_matrix(cells: np.ndarray) -> np.ndarray:
+        return cells.reshape(num_classes, -1)
+
     methods: dict[str, tuple[csr_array, Callable[[np.ndarray], np.ndarray]]] = {
-        **{name: (of_method, lambda cells: cells.reshape(shape)) for name, of_method in counts.items()},
+        **{
+            name: (named_counts(of_method, names) if name in _OF_MODEL else of_method, to_matrix)
+            for name, of_method in counts.items()
+        },
         "chance": (truth, partial(chance_confusion, num_concepts=len(kinds))),
         "majority": (truth, majority_confusion),
     }
     numbers, scores = {}, {}
     for name, (of_method, confusion_of) in methods.items():
         confusion = confusion_of(total_counts(of_method))
-        scores[name] = score_confusion(config, confusion)
+        # The one class beyond the model's own holds what is hidden.
+        scores[name] = score_confusion(config, confusion, len(kinds))
         numbers[name] = _numbers(config, confusion, scores[name])
         intervals = score_intervals(of_method, config.seed, partial(score_resample, config, confusion_of, scores[name]))
         numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
-        if name in (*STAGE_NAMES, REFINED):
-            numbers[name]["foreground_iou"] = foreground_iou(confusion, is_thing, is_background)
+        if name in _OF_MODEL:
+            own = to_matrix(total_counts(counts[name]))
+            numbers[name]["foreground_iou"] = foreground_iou(own, is_thing, is_background)
+    last = scores[STAGE_NAMES[-1]]
     return {
         "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
         "refined": numbers.pop(REFINED, None),
         "baselines": numbers,
-        "per_class": class_rows(config, scores[STAGE_NAMES[-1]]),
+        # Each of the model's concepts by its number, also of those that are one class.
+        "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
     }
 
 
-def score_confusion(config: RunConfig, confusion: np.ndarray) -> Score:
-    """Scores of a split by the configured policy and protocol."""
-    return score(confusion, config.evaluate.unmatched, config.evaluate.protocol)
+def named_counts(counts: csr_array, names: Names) -> csr_array:
+    """Counts of the model's concepts as those of the classes that their names make of them; see `photo_counts`."""
+    return merge_concepts(counts, names.class_of, names.num_classes)
+
+
+def score_confusion(config: RunConfig, confusion: np.ndarray, num_matched: int | None = None) -> Score:
+    """Scores of a split by the configured policy and protocol; for `num_matched` see `score`."""
+    return score(confusion, config.evaluate.unmatched, config.evaluate.protocol, num_matched)
+
+
+def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarray:
+    """Score of each photograph, its mIoU by the match of all of them, float64 (photographs,).
+
+    Args:
+        config: protocol and classes.
+        counts: of one of the run's own stages; see `photo_counts`.
+        names: of the concepts.
+    """
+    named, num_classes = named_counts(counts, names), len(config.class_names)
+    found = score_confusion(config, total_counts(named).reshape(num_classes, -1), len(names.kinds))
+    score_of = partial(score_resample, config, lambda cells: cells.reshape(num_classes, -1), found)
+    return np.array([score_of(named[[photo]].toarray()[0]).miou for photo in range(named.shape[0])])
 
 
 def score_resample(

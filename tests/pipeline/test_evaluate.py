@@ -20,6 +20,7 @@ from transfgu_ray.datasets import list_images
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_label, resize_label
 from transfgu_ray.model import build_decoder, save_decoder
+from transfgu_ray.names import Names
 from transfgu_ray.pipeline import evaluate as evaluation
 from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
 from transfgu_ray.pipeline.build_labels import load_labeller
@@ -131,7 +132,7 @@ def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Ev
     config = build_config(run.config, None, settings).model_dump(mode="json")
     centroids = {} if colours is None else {"raw_colour": colours}
     part = {"run_uri": run.folder.uri, "table": "confusions", "fingerprint": "", **BARE}
-    return Evaluator(config, 16, [], centroids, **part)
+    return Evaluator(config, 16, {}, centroids, **part)
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> Non
     for of_method in counts.values():
         # A row a photograph; void is in none.
         assert of_method.sum(1).tolist() == (small != 255).sum((1, 2)).tolist()
-    metrics = metrics_json(config, "val", 2, counts, KINDS, "")
+    metrics = metrics_json(config, "val", 2, counts, Names(KINDS, {}), "")
     for scores in [*metrics["stages"].values(), *metrics["baselines"].values()]:
         # A pixel of the right class is of the right coarser class.
         assert scores["super"]["pixel_accuracy"] >= scores["pixel_accuracy"]

@@ -212,7 +212,8 @@ def _count(
         DataError: none can be scored.
     """
     counts, stats = {}, PartStats()
-    root, samples = open_root(entries[0].config.data), [image.image_id for image in shown]
+    root = open_root(entries[0].config.data)
+    samples = {image.image_id: f"{number:02d}" for number, image in enumerate(shown)}
     for entry in entries:
         stats = score_photos(
             entry.folder,

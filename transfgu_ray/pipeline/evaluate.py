@@ -13,15 +13,28 @@ from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
 from transfgu_ray.images import to_working
 from transfgu_ray.model import load_model
+from transfgu_ray.names import Names
 from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
 from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import TableResult
-from transfgu_ray.pipeline.scoring import Scorer, choose_samples, score_photos, token_batches
+from transfgu_ray.pipeline.scoring import (
+    EXTREMES,
+    Scorer,
+    choose_extremes,
+    choose_samples,
+    read_counts,
+    read_scored_ids,
+    score_photos,
+    token_batches,
+)
 from transfgu_ray.pipeline.session import Resources
 from transfgu_ray.pipeline.stream import Progress
-from transfgu_ray.scores import REFINED, STAGE_NAMES
+from transfgu_ray.scores import REFINED, STAGE_NAMES, photo_mious
 from transfgu_ray.storage import Folder
+
+# So many photographs of the best scores are shown, and of the worst.
+_NUM_EXTREMES = 3
 
 
 class Evaluator(Scorer):
@@ -33,7 +46,7 @@ class Evaluator(Scorer):
         self,
         config: dict[str, Any],
         num_classes: int,
-        samples: list[str],
+        samples: dict[str, str],
         centroids: dict[str, np.ndarray],
         **part: Any,
     ) -> None:
@@ -62,6 +75,18 @@ class Evaluator(Scorer):
                 of_image |= {name: upsample_argmax(m, scored) for name, m in zip(self._centroids, maps, strict=True)}
         return [{name: mask.cpu().numpy() for name, mask in of_image.items()} for of_image in masks]
 
+    def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """The foreground prior, 0-255, and the pseudo-label of each patch."""
+        config, encoder = self.config, self._labeller.encoder
+        working = to_working(image, config.cam_image_size)
+        images = torch.from_numpy(working[None]).to(self.device)
+        tokens, grid_hw = encoder.prefix(images), encoder.grid_hw(config.cam_image_size)
+        row = encoder.class_row(tokens, grid_hw)
+        (prior,) = encoder.saliency(tokens, row, grid_hw, config.extract.foreground_prior)
+        shares = (prior - prior.min()) / (prior.max() - prior.min()).clamp(min=1e-12)
+        ((bank, *_),) = self._stage_maps([image])
+        return {"prior": (255 * shares).round().cpu().numpy(), "pseudo_label": bank.argmax(0).cpu().numpy()}
+
     def _stage_maps(self, images: list[Image.Image]) -> list[tuple[torch.Tensor, ...]]:
         """Maps (K, h, w) of each image, one a stage."""
         config = self.config
@@ -85,6 +110,7 @@ class Evaluator(Scorer):
 def evaluate(
     run: Folder,
     config: RunConfig,
+    kinds: tuple[str, ...],
     fingerprint: str,
     root: Folder,
     images: list[ImageRef],
@@ -93,11 +119,12 @@ def evaluate(
     resources: Resources,
     progress: Progress,
 ) -> TableResult:
-    """Brings the table of confusions up to date; see `score_photos`.
+    """Brings the table of confusions up to date, then shows the best and the worst photographs; see `score_photos`.
 
     Args:
         run: run folder with a finished model.
         config: its configuration.
+        kinds: of the model's classes.
         fingerprint: of what the table depends on.
         root: the dataset.
         images: photographs to score, or to look at.
@@ -108,6 +135,28 @@ def evaluate(
     """
     samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
     arguments = {"centroids": centroids}
-    return score_photos(
+    result = score_photos(
         run, config, fingerprint, root, images, samples, scored, Evaluator, arguments, resources, progress
     )
+    counts = read_counts(run, len(config.class_names), len(kinds))
+    if counts:
+        scores = photo_mious(config, counts[STAGE_NAMES[-1]], Names(kinds, {}))
+        count = min(_NUM_EXTREMES, config.evaluate.num_samples)
+        extremes = choose_extremes(read_scored_ids(run), scores, count)
+        chosen = [image for image in images if image.image_id in extremes]
+        score_photos(
+            run,
+            config,
+            # They are chosen by the scores, which follow from what the fingerprint says.
+            fingerprint,
+            root,
+            chosen,
+            extremes,
+            scored,
+            Evaluator,
+            {"centroids": {}},
+            resources,
+            lambda _: None,
+            EXTREMES,
+        )
+    return result

@@ -11,6 +11,7 @@ from transfgu_ray.config import DataConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.model import load_model
+from transfgu_ray.names import load_names
 from transfgu_ray.palette import class_colours, overlay, palette_image
 from transfgu_ray.pipeline.parts import PartStats, decode_photos
 from transfgu_ray.pipeline.session import Resources
@@ -28,14 +29,14 @@ class Predictor(UnitWorker):
         self._model = load_model(Folder(model_uri), device)
         self._out = Folder(out_uri)
         self._stems = stems
-        config = self._model.config
-        self._colours = class_colours(len(config.kinds), config.background_id)
+        self._names = load_names(Folder(model_uri), self._model.config.kinds)
+        self._colours = class_colours(self._names.num_classes, self._names.background_id)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes masks/NAME.png and overlays/NAME.jpg; returns counts and refusals as JSON."""
         stats, limits = PartStats(), DataConfig()
         for photo, image in decode_photos(photos, 1, limits.max_pixels, stats):
-            (mask,) = self._model.segment([image])
+            mask = self._names.apply(self._model.segment([image])[0])
             stem = self._stems[photo.image_id]
             self._write(f"masks/{stem}.png", palette_image(mask, self._colours), "PNG")
             self._write(f"overlays/{stem}.jpg", overlay(image, mask, self._colours), "JPEG")

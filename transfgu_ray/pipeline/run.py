@@ -69,9 +69,10 @@ def run_stages(
     fingerprints = {stage: run.fingerprint(stage, inputs[stage]) for stage in STAGES}
     pending = [stage for stage in stages if not _is_current(run, stage, fingerprints[stage], overwrite)]
     for stage in STAGES[: STAGES.index(stages[0])]:
-        if run.require(stage)["fingerprint"] != fingerprints[stage]:
+        manifest = run.require(stage)
+        if manifest["fingerprint"] != fingerprints[stage] or manifest.get("names_sha256") != run.names_sha256(stage):
             raise ArtifactError(
-                f"stage {stage} of {run.folder.uri} was made with other settings or photographs; run "
+                f"stage {stage} of {run.folder.uri} was made with other settings, photographs or names; run "
                 f"`transfgu {stage} {run.folder.uri} --overwrite` first"
             )
     pending = _discard_damaged(run, stages, pending, reporter)
@@ -150,7 +151,8 @@ def _is_current(run: Run, stage: str, fingerprint: str, overwrite: bool) -> bool
     if manifest is None:
         return False
     if manifest["fingerprint"] == fingerprint:
-        return True
+        # Other names change what is told of the masks, not the masks: nothing that was segmented is cleared.
+        return manifest.get("names_sha256") == run.names_sha256(stage)
     if not overwrite:
         raise ArtifactError(
             f"stage {stage} of {run.folder.uri} was made with other settings or photographs; use another run folder, "

@@ -1,6 +1,7 @@
 """Photographs, their labels and masks of any method -> confusion matrices and sample masks, one unit at a time."""
 
 import io
+import json
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -30,7 +31,9 @@ from transfgu_ray.pipeline.stream import Photo, Progress
 from transfgu_ray.schemas import build_table, confusions_schema
 from transfgu_ray.storage import Folder
 
-_TABLE = "confusions"
+CONFUSIONS = "confusions"
+# The photographs of the best and of the worst scores, segmented again to be looked at.
+EXTREMES = "extremes"
 _PHOTOS_A_UNIT = 16
 # How the published codes resize photographs before the centre crop; labels are always resized by nearest neighbour.
 _RESAMPLING = {"picie": Image.Resampling.BILINEAR, "stego": Image.Resampling.NEAREST}
@@ -47,7 +50,7 @@ class Scorer(PartWorker):
 
     shown: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: dict[str, Any], num_classes: int, samples: list[str], **part: Any) -> None:
+    def __init__(self, config: dict[str, Any], num_classes: int, samples: dict[str, str], **part: Any) -> None:
         super().__init__(**part)
         self.config = RunConfig.model_validate(config)
         self.run = Folder(part["run_uri"])
@@ -55,11 +58,15 @@ class Scorer(PartWorker):
         self._num_concepts = len(load_model_config(Folder(self.run.uri_of("model"))).kinds)
         # Nothing is scored where there are no classes.
         self._label_table = self.config.label_table if num_classes else None
-        self._samples = {image_id: number for number, image_id in enumerate(samples)}
+        self._samples = samples
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
         """Mask of each method for each image, at the scored size."""
         raise NotImplementedError
+
+    def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """What else to keep of a sample, on any grid: class ids, or shares 0-255."""
+        return {}
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's samples, then its part; nothing is counted where there are no classes."""
@@ -76,7 +83,7 @@ class Scorer(PartWorker):
             if target is not None:
                 self._count(image_id, target, masks, columns)
             if image_id in self._samples:
-                self._write_sample(self._samples[image_id], image, masks, target)
+                self._write_sample(image_id, image, masks, target)
         return self.write(unit, build_table(columns, confusions_schema()), stats)
 
     def _count(
@@ -94,19 +101,29 @@ class Scorer(PartWorker):
             columns["pixels"] += confusion[classes, concepts].tolist()
 
     def _write_sample(
-        self, number: int, image: Image.Image, masks: dict[str, np.ndarray], target: np.ndarray | None
+        self, image_id: str, image: Image.Image, masks: dict[str, np.ndarray], target: np.ndarray | None
     ) -> None:
+        folder = f"samples/{self._samples[image_id]}"
         scale = min(1.0, _SAMPLE_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         photo = io.BytesIO()
         image.resize(size).save(photo, "JPEG", quality=88)
-        self.run.write_bytes(f"samples/{number:02d}/photo.jpg", photo.getvalue())
+        self.run.write_bytes(f"{folder}/photo.jpg", photo.getvalue())
+        self.run.write_bytes(f"{folder}/sample.json", json.dumps({"image_id": image_id}).encode())
         labelled = {name: masks[name] for name in self.shown} | ({} if target is None else {"truth": target})
         for name, mask in labelled.items():
-            png = io.BytesIO()
-            depth = np.uint8 if mask.max() <= IGNORE else np.uint16
-            Image.fromarray(mask.astype(depth)).resize(size, Image.Resampling.NEAREST).save(png, "PNG")
-            self.run.write_bytes(f"samples/{number:02d}/{name}.png", png.getvalue())
+            self._write_png(f"{folder}/{name}.png", _mask_image(mask).resize(size, Image.Resampling.NEAREST))
+        for name, values in self.sample_maps(image).items():
+            self._write_png(f"{folder}/{name}.png", _mask_image(values))
+
+    def _write_png(self, name: str, image: Image.Image) -> None:
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        self.run.write_bytes(name, png.getvalue())
+
+
+def _mask_image(mask: np.ndarray) -> Image.Image:
+    return Image.fromarray(mask.astype(np.uint8 if mask.max() <= IGNORE else np.uint16))
 
 
 def frame(image: Image.Image, target: np.ndarray | None, config: RunConfig) -> tuple[Image.Image, np.ndarray | None]:
@@ -129,10 +146,30 @@ def token_batches(model: Segmenter, images: list[Image.Image], batch_size: int) 
         yield model.read_tokens(torch.from_numpy(batch).to(model.encoder.device))
 
 
-def choose_samples(image_ids: list[str], count: int, seed: int) -> list[str]:
-    """Photographs to show, drawn by the seed, in order of name."""
+def choose_samples(image_ids: list[str], count: int, seed: int) -> dict[str, str]:
+    """Photographs to show, drawn by the seed: image_id -> number, 00, 01, ... in order of name."""
     chosen = np.random.default_rng(seed).permutation(len(image_ids))[:count]
-    return [image_ids[i] for i in sorted(chosen)]
+    return {image_ids[i]: f"{number:02d}" for number, i in enumerate(sorted(chosen))}
+
+
+def choose_extremes(image_ids: list[str], scores: np.ndarray, count: int) -> dict[str, str]:
+    """The photographs of the highest and of the lowest scores: image_id -> best_0, ... and worst_0, ...
+
+    No photograph is both; of equal scores the first come first.
+
+    Args:
+        image_ids: of the scored photographs.
+        scores: of each.
+        count: at most so many of either.
+    """
+    order = np.argsort(-scores, kind="stable")
+    count = min(count, len(image_ids) // 2)
+    best, worst = order[:count], order[len(order) - count :][::-1]
+    return {
+        image_ids[i]: f"{name}_{number}"
+        for name, chosen in (("best", best), ("worst", worst))
+        for number, i in enumerate(chosen)
+    }
 
 
 def score_photos(
@@ -141,12 +178,13 @@ def score_photos(
     fingerprint: str,
     root: Folder,
     images: list[ImageRef],
-    samples: list[str],
+    samples: dict[str, str],
     scored: bool,
     scorer: type[Scorer],
     arguments: dict[str, Any],
     resources: Resources,
     progress: Progress,
+    table: str = CONFUSIONS,
 ) -> TableResult:
     """Brings the table of confusions up to date, one part a unit; without labels it stays empty, and samples are made.
 
@@ -156,15 +194,16 @@ def score_photos(
         fingerprint: of what the table depends on.
         root: the dataset.
         images: photographs to score, or to choose from.
-        samples: those of them to look at.
+        samples: those of them to look at, and the name of each among the samples.
         scored: whether they have labels.
         scorer: makes the masks.
         arguments: of the scorer, beside those of every one.
         resources: workers and devices.
         progress: takes photographs done.
+        table: its name.
     """
     if not scored:
-        images = [image for image in images if image.image_id in set(samples)]
+        images = [image for image in images if image.image_id in samples]
     arguments = {
         "config": config.model_dump(mode="json"),
         "num_classes": len(config.class_names) if scored else 0,
@@ -172,7 +211,7 @@ def score_photos(
         **arguments,
     }
     return build_table_of_parts(
-        run, _TABLE, fingerprint, root, images, _PHOTOS_A_UNIT, scorer, arguments, resources, progress
+        run, table, fingerprint, root, images, _PHOTOS_A_UNIT, scorer, arguments, resources, progress
     )
 
 
@@ -182,7 +221,7 @@ def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, c
     The rows of all methods are the same photographs. Empty where no pixel is labelled.
     """
     parts: dict[str, list[csr_array]] = {}
-    for name in part_files(run, _TABLE):
+    for name in part_files(run, CONFUSIONS):
         table = read_part(run, name, confusions_schema().names)
         photo = table["image_id"].combine_chunks().dictionary_encode()
         photos, method = photo.indices.to_numpy(), table["method"].to_numpy()
@@ -193,3 +232,9 @@ def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, c
             counts = photo_counts(photos[rows], class_id[rows], concept_id[rows], pixels[rows], shape)
             parts.setdefault(each, []).append(counts)
     return {each: stack_counts(counts) for each, counts in parts.items()}
+
+
+def read_scored_ids(run: Folder) -> list[str]:
+    """image_id of each row of `read_counts`."""
+    parts = (read_part(run, name, ["image_id"])["image_id"].to_pylist() for name in part_files(run, CONFUSIONS))
+    return [image_id for part in parts for image_id in dict.fromkeys(part)]

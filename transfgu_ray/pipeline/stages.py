@@ -259,6 +259,8 @@ def list_scored(config: RunConfig) -> Listing | None:
 
 def _evaluate(context: Context) -> dict[str, Any]:
     from transfgu_ray.model import load_model_config
+    from transfgu_ray.names import load_names
+    from transfgu_ray.pipeline.atlas import build_atlas
     from transfgu_ray.pipeline.baselines import fit_baselines
     from transfgu_ray.pipeline.evaluate import evaluate
     from transfgu_ray.pipeline.samples import bank_image_ids
@@ -274,7 +276,9 @@ def _evaluate(context: Context) -> dict[str, Any]:
     else:
         images = list(scored.images)
     weights_sha256 = run.require("extract")["weights_sha256"]
-    kinds = load_model_config(Folder(run.folder.uri_of("model"))).kinds
+    model = Folder(run.folder.uri_of("model"))
+    kinds = load_model_config(model).kinds
+    names = load_names(model, kinds)
     centroids, drawn = {}, {}
     if scored is not None and config.evaluate.baselines:
         centroids, drawn = fit_baselines(
@@ -293,6 +297,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     result = evaluate(
         run.folder,
         config,
+        kinds,
         fingerprint,
         context.root,
         images,
@@ -304,8 +309,13 @@ def _evaluate(context: Context) -> dict[str, Any]:
     stats = result.stats
     if scored is not None:
         require_some(stats, len(images))
+    atlas, atlas_mb = {}, 0
+    if config.evaluate.num_samples:
+        atlas, atlas_mb = build_atlas(
+            run.folder, config, context.fingerprint, context.root, context.listing.images, context.resources
+        )
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
-    metrics = metrics_json(config, scored_split(config), stats.images, counts, kinds, weights_sha256)
+    metrics = metrics_json(config, scored_split(config), stats.images, counts, names, weights_sha256)
     run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
     return {
         **refusals(stats, (context.listing if scored is None else scored).refused),
@@ -314,17 +324,18 @@ def _evaluate(context: Context) -> dict[str, Any]:
         "parts": result.num_parts,
         "parts_resumed": result.num_resumed,
         **drawn,
-        "peak_memory_mb": result.peak_mb,
+        "atlas": atlas,
+        "peak_memory_mb": max(result.peak_mb, atlas_mb),
         "weights_sha256": weights_sha256,
     }
 
 
 def _report(context: Context) -> dict[str, Any]:
-    from transfgu_ray.report import write_report
+    from transfgu_ray.pipeline.rewrite import write_pages
 
-    strips = write_report(context.run)
+    content = write_pages(context.run)
     context.progress(1)
-    return {"rows_in": strips, "rows_out": strips, "refused": []}
+    return content
 
 
 def _register(context: Context) -> dict[str, Any]:
@@ -337,7 +348,8 @@ def _register(context: Context) -> dict[str, Any]:
     tracking.log_epochs(tracked, history)
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
-    artifacts = ["config.yaml", "metrics.json", "report.html", *strips]
+    pages = filter(run.folder.exists, ("report.html", "atlas.html"))
+    artifacts = ["config.yaml", "metrics.json", *pages, *strips]
     tags = {"dataset_fingerprint": context.listing.fingerprint, **(context.trial.tags if context.trial else {})}
     if history and "score" in history[-1]:
         tags["score"] = f"{history[-1]['score']:.6f}"

@@ -1,6 +1,7 @@
 """MLflow: one run per `transfgu run`, its losses, scores and pictures, and a registered model."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transfgu_ray.artifacts import git_commit
+from transfgu_ray.artifacts import NAMES, git_commit
 from transfgu_ray.config import RunConfig, flatten
 from transfgu_ray.credentials import refuse_credentials
 from transfgu_ray.errors import ArtifactError, ConfigError
@@ -21,9 +22,10 @@ from transfgu_ray.scores import scores_by_method
 from transfgu_ray.storage import Folder
 
 RECORD = "mlflow.json"
-_MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors")
+_MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors", "names.yaml")
 _NOT_TERMS = ("epoch",)
 _SQLITE = "sqlite:///"
+_NAMED = "names_sha256"
 _SERVER = "MLFLOW_TRACKING_URI"
 # MLflow takes no more at a time.
 _PARAMS_A_CALL = 100
@@ -147,7 +149,7 @@ def register(
     artifacts: list[str],
     more_tags: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Logs scores and artifacts, logs the model and registers it once; returns name and version.
+    """Logs scores and artifacts, logs the model and registers it once by its names; returns name and version.
 
     Args:
         tracked: the MLflow run.
@@ -166,7 +168,13 @@ def register(
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
     log_files(client, tracked.run_id, ((name, run.read_bytes(name)) for name in artifacts))
     name = config.tracking.model_name
-    versions = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == tracked.run_id]
+    # The same weights under other names are another model to whoever uses it.
+    named = hashlib.sha256(run.read_bytes(NAMES)).hexdigest() if run.exists(NAMES) else None
+    versions = [
+        v
+        for v in client.search_model_versions(f"name='{name}'")
+        if v.run_id == tracked.run_id and v.tags.get(_NAMED) == named
+    ]
     if versions:
         version = versions[0].version
     else:
@@ -185,6 +193,8 @@ def register(
     commit = git_commit()
     if commit is not None:
         tags["git_commit"] = commit
+    if named is not None:
+        tags[_NAMED] = named
     if metrics["stages"]:
         tags["miou"] = f"{metrics['stages']['bootstrapped']['miou']:.6f}"
     for key, value in (tags | more_tags).items():

@@ -1,0 +1,65 @@
+"""atlas.html of a run that was made without a network."""
+
+import pytest
+
+from tests.evaluated import HOSTILE, make_evaluated
+from tests.html_page import Page
+from transfgu_ray.names import parse_names
+from transfgu_ray.pipeline.rewrite import read_names, rebuild_pages, rename
+
+
+def read_atlas(run):
+    rebuild_pages(run)
+    return Page(run.folder.read_bytes("atlas.html"))
+
+
+def cards(page):
+    return [attrs for tag, attrs in page.elements if tag == "li" and attrs.get("class") == "card"]
+
+
+def test_atlas__shows_every_concept_with_its_class_size_neighbours_and_pictures(tmp_path):
+    page = read_atlas(make_evaluated(tmp_path / "run"))
+    assert [card["id"] for card in cards(page)] == [f"concept-{i}" for i in range(16)]
+    assert [card["data-words"] for card in cards(page)][:2] == ["0 foreground zebra", "1 foreground turtle"]
+    assert len(page.all("img")) == 16 * (6 + 3)
+    assert page.all("img")[0]["alt"] == f"crop 1 of {HOSTILE}"
+    assert "matched class zebra" in page.text
+    assert "6.2 % of the patches" in page.text
+    assert "confused with 1 25 %" in page.text
+    links = [a for a in page.all("a") if "data-concept" in a]
+    assert len(links) == len(page.all("circle")) == 16
+    assert links[0]["aria-label"].startswith("concept 0 · matched to zebra · foreground · ")
+    assert {option.get("value") for option in page.all("option")} == {"", None}
+    assert "example pictures are shown" not in page.text
+    for circle in page.all("circle"):
+        x, y, radius = (float(circle[name]) for name in ("cx", "cy", "r"))
+        assert radius <= x <= 560 - radius
+        assert radius <= y <= 380 - radius
+
+
+def test_atlas__of_a_run_without_labels_has_no_classes(tmp_path):
+    page = read_atlas(make_evaluated(tmp_path / "run", labels=False))
+    assert "matched" not in page.text
+    assert len(cards(page)) == 16
+
+
+@pytest.mark.parametrize("num_concepts", [171, 1000])
+def test_atlas__of_many_concepts_keeps_below_8_mb_and_says_what_it_leaves_out(tmp_path, num_concepts):
+    # Page asserts the size.
+    page = read_atlas(make_evaluated(tmp_path / "run", num_concepts, labels=False))
+    assert len(cards(page)) == num_concepts
+    shown = len(page.all("img"))
+    assert shown >= 2 * num_concepts
+    assert (f"{shown} of {9 * num_concepts} example pictures are shown" in page.text) == (shown < 9 * num_concepts)
+
+
+def test_atlas__tells_names_of_concepts(tmp_path):
+    run = make_evaluated(tmp_path / "run", labels=False)
+    rename(run, parse_names(b"2: <b>sky\n5: <b>sky\n7: null\n", "names.yaml", read_names(run).kinds))
+    page = read_atlas(run)
+    assert "Concepts have names: 16 classes of the model are 14 by their names; 1 hidden." in page.text
+    assert "2 · <b>sky" in page.text
+    assert "one class with 5" in page.text
+    assert "7 · hidden" in page.text
+    fills = [circle["fill"] for circle in page.all("circle")]
+    assert fills[2] == fills[5] != fills[7] == "#000000"

@@ -1,0 +1,234 @@
+"""features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
+
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from transfgu_ray.algorithms.examples import Best, nearest_crops, stand_ins, strongest_responses
+from transfgu_ray.algorithms.pseudo_labels import decode_scores
+from transfgu_ray.config import RunConfig
+from transfgu_ray.datasets import ImageRef
+from transfgu_ray.palette import spotlight
+from transfgu_ray.pipeline.fit_concepts import read_concepts
+from transfgu_ray.pipeline.parts import (
+    PartStats,
+    PartWorker,
+    build_table_of_parts,
+    decode_photos,
+    part_files,
+    part_name,
+    read_part,
+    read_row,
+)
+from transfgu_ray.pipeline.session import WORKER_CPUS, Resources
+from transfgu_ray.pipeline.stream import Photo, peak_memory_mb, unwrapped_errors
+from transfgu_ray.schemas import atlas_schema, build_table
+from transfgu_ray.storage import Folder
+
+ATLAS = "atlas.json"
+_TABLE = "atlas"
+CROPS_A_CONCEPT = 6
+MAPS_A_CONCEPT = 3
+_CONFUSED_A_CONCEPT = 5
+# Longest side of a crop, and of a photograph with a map, px.
+_CROP_PX = 80
+_MAP_PX = 120
+_PHOTOS_A_UNIT = 16
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What some consecutive parts say of the concepts."""
+
+    crops: Best
+    maps: Best
+    patches: np.ndarray
+    followed: np.ndarray
+    peak_mb: int = 0
+
+    def merge(self, later: "_Scan") -> "_Scan":
+        return _Scan(
+            self.crops.merge(later.crops),
+            self.maps.merge(later.maps),
+            self.patches + later.patches,
+            self.followed + later.followed,
+            max(self.peak_mb, later.peak_mb),
+        )
+
+
+def build_atlas(
+    run: Folder,
+    config: RunConfig,
+    fingerprint: str,
+    root: Folder,
+    images: Sequence[ImageRef],
+    resources: Resources,
+) -> tuple[dict[str, int], int]:
+    """Brings atlas.json and the table of example pictures up to date.
+
+    Args:
+        run: run folder with features, concepts and bank.
+        config: its configuration.
+        fingerprint: of what they depend on.
+        root: the dataset.
+        images: its photographs.
+        resources: workers and devices.
+
+    Returns:
+        What the manifest says of it, and the highest peak memory of a worker, MB.
+    """
+    kinds, centroids = read_concepts(run)
+    found = _scan_parts(run, kinds, centroids, resources)
+    jobs = _jobs(run, found)
+    result = build_table_of_parts(
+        run,
+        _TABLE,
+        fingerprint,
+        root,
+        [image for image in images if image.image_id in jobs],
+        _PHOTOS_A_UNIT,
+        ExamplePainter,
+        {"config": config.model_dump(mode="json"), "jobs": jobs},
+        resources,
+        lambda _: None,
+    )
+    total = int(found.patches.sum())
+    followers = np.argsort(-found.followed, axis=1, kind="stable")[:, :_CONFUSED_A_CONCEPT]
+    concepts = [
+        {
+            "patch_share": int(won) / total,
+            # The others that respond second where it responds most, and on which share of those patches.
+            "followed_by": [[int(i), int(row[i]) / int(won)] for i in order if row[i]],
+        }
+        for won, row, order in zip(found.patches, found.followed, followers, strict=True)
+    ]
+    run.write_bytes(ATLAS, json.dumps({"concepts": concepts}, indent=1).encode())
+    content = {"photographs": result.stats.images, "pictures": result.num_rows}
+    return content, max(found.peak_mb, result.peak_mb)
+
+
+def _scan_parts(run: Folder, kinds: list[str], centroids: np.ndarray, resources: Resources) -> _Scan:
+    import ray
+
+    count = len(part_files(run, "labels"))
+    edges = [count * i // resources.num_workers for i in range(resources.num_workers + 1)]
+    task = ray.remote(_scan).options(num_cpus=WORKER_CPUS)
+    runs = [range(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    given = ray.put((kinds, centroids))
+    with unwrapped_errors():
+        scans = ray.get([task.remote(run.uri, given, parts, resources.threads) for parts in runs])
+    merged = scans[0]
+    for scan in scans[1:]:
+        merged = merged.merge(scan)
+    return merged
+
+
+def _scan(run_uri: str, given: tuple[list[str], np.ndarray], parts: range, threads: int) -> _Scan:
+    torch.set_num_threads(threads)
+    run, (kinds, centroids) = Folder(run_uri), given
+    num_concepts = len(kinds)
+    found = _Scan(
+        Best.none(CROPS_A_CONCEPT, num_concepts),
+        Best.none(MAPS_A_CONCEPT, num_concepts),
+        np.zeros(num_concepts, np.int64),
+        np.zeros((num_concepts, num_concepts), np.int64),
+    )
+    for part in parts:
+        bank = read_part(run, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
+        means = np.zeros((bank.num_rows, num_concepts), np.float32)
+        patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
+        for row, record in enumerate(bank.to_pylist()):
+            codes, scores = _decode(record)
+            means[row] = scores.mean((1, 2)).numpy()
+            won, pairs = stand_ins(codes)
+            patches, followed = patches + won, followed + pairs
+        found = found.merge(
+            _Scan(
+                _nearest(run, part, np.array(kinds), centroids),
+                strongest_responses(means, part, MAPS_A_CONCEPT),
+                patches,
+                followed,
+                peak_memory_mb(),
+            )
+        )
+    return found
+
+
+def _nearest(run: Folder, part: int, kinds: np.ndarray, centroids: np.ndarray) -> Best:
+    table = read_part(run, part_name("features", part), ["image_id", "kind", "cls_token"])
+    if not table.num_rows:
+        return Best.none(CROPS_A_CONCEPT, len(kinds))
+    of_image = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    column = table["cls_token"].combine_chunks()
+    tokens = column.flatten().to_numpy().reshape(-1, column.type.list_size).astype(np.float32)
+    may_be = table["kind"].to_numpy()[:, None] == kinds
+    return nearest_crops(tokens, of_image, may_be, centroids, part, CROPS_A_CONCEPT)
+
+
+def _decode(record: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
+    """Codes and scores of a row of the bank, (k, h, w)."""
+    grid_hw = record["grid_h"], record["grid_w"]
+    codes = np.frombuffer(record["scores"], "u1").reshape(-1, *grid_hw)
+    low, high = (torch.from_numpy(np.frombuffer(record[n], "<f2").reshape(grid_hw).copy()) for n in ("low", "high"))
+    return codes, decode_scores(torch.from_numpy(codes.copy()), low, high)
+
+
+def _jobs(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
+    """The pictures to make of each photograph."""
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
+        columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
+        for part in np.unique(best.parts[np.isfinite(best.values)]).tolist():
+            rows = read_part(run, part_name(table, part), columns)
+            for rank, concept in np.argwhere(np.isfinite(best.values) & (best.parts == part)).tolist():
+                row = int(best.rows[rank, concept])
+                record = rows.slice(row, 1).to_pylist()[0]
+                box = record["box_xyxy"] if what == "crop" else [0, 0, record["width_px"], record["height_px"]]
+                value = abs(float(best.values[rank, concept]))
+                job = {"concept_id": concept, "what": what, "rank": rank, "box_xyxy": box, "value": value}
+                jobs.setdefault(record["image_id"], []).append(job | {"place": (part, row)})
+    return jobs
+
+
+class ExamplePainter(PartWorker):
+    """One unit of photographs -> the pictures of concepts that are made of them."""
+
+    def __init__(self, config: dict[str, Any], jobs: dict[str, list[dict[str, Any]]], **part: Any) -> None:
+        super().__init__(**part)
+        self._limits = RunConfig.model_validate(config).data
+        self._run = Folder(part["run_uri"])
+        self._jobs = jobs
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes the unit's part."""
+        stats = PartStats()
+        columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
+        for photo, image in decode_photos(photos, self._limits.min_side_px, self._limits.max_pixels, stats):
+            for job in self._jobs[photo.image_id]:
+                row = {name: job[name] for name in ("concept_id", "what", "rank", "box_xyxy", "value")}
+                row |= {"image_id": photo.image_id, "picture": self._picture(image, job)}
+                for name, value in row.items():
+                    columns[name].append(value)
+        columns["box_xyxy"] = np.array(columns["box_xyxy"], dtype=np.int32).reshape(-1, 4)  # type: ignore[assignment]
+        return self.write(unit, build_table(columns, atlas_schema()), stats)
+
+    def _picture(self, image: Image.Image, job: dict[str, Any]) -> bytes:
+        if job["what"] == "crop":
+            picture = image.crop(tuple(job["box_xyxy"]))
+            picture.thumbnail((_CROP_PX, _CROP_PX))
+        else:
+            picture = image.copy()
+            picture.thumbnail((_MAP_PX, _MAP_PX))
+            part, row = job["place"]
+            scores = _decode(read_row(self._run, part_name("labels", part), row))[1][job["concept_id"]]
+            picture = spotlight(picture, scores.numpy())
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", quality=75)
+        return buffer.getvalue()
