@@ -1,9 +1,11 @@
 """atlas.html of a run that was made without a network."""
 
+import numpy as np
 import pytest
 
 from tests.evaluated import HOSTILE, make_evaluated
 from tests.html_page import Page
+from transfgu_ray.atlas import _on_page
 from transfgu_ray.names import parse_names
 from transfgu_ray.pipeline.rewrite import read_names, rebuild_pages, rename
 
@@ -35,6 +37,17 @@ def test_atlas__shows_every_concept_with_its_class_size_neighbours_and_pictures(
         x, y, radius = (float(circle[name]) for name in ("cx", "cy", "r"))
         assert radius <= x <= 560 - radius
         assert radius <= y <= 380 - radius
+
+
+def test_on_page__distances_are_true():
+    places = np.array([[0.0, 0.0], [3.0, 1.0], [6.0, 0.0], [2.0, 0.5]])
+    x, y, radius = _on_page(places, np.array([100, 25, 1, 0]))
+    for i in range(4):
+        for j in range(i):
+            want = np.linalg.norm(places[i] - places[j]) * (x[2] - x[0]) / 6
+            assert np.hypot(x[i] - x[j], y[i] - y[j]) == pytest.approx(want)
+    assert y[1] < y[0], "up is up"
+    assert radius.tolist() == [15, 7.5, 5, 5]
 
 
 def test_atlas__of_a_run_without_labels_has_no_classes(tmp_path):

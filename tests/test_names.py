@@ -161,3 +161,6 @@ def test_metrics_json__hidden_concepts_are_matched_to_nothing(unmatched, miou, a
     alone, _ = _metrics([[100, 0, 0, 0], [0, 60, 0, 0]], Names(FOUR, {1: None}), f"evaluate.unmatched={unmatched}")
     assert alone["stages"]["bootstrapped"]["coverage"] == pytest.approx(100 / 160)
     assert alone["per_class"][1]["concepts"] == []
+    # Nor does it take a class from another.
+    other, _ = _metrics([[100, 0, 0, 0], [0, 60, 10, 0]], Names(FOUR, {1: None}), f"evaluate.unmatched={unmatched}")
+    assert other["per_class"][1]["concepts"] == [2]

@@ -54,7 +54,7 @@ def figure_svg(figure: "Figure", title: str) -> markupsafe.Markup:
     buffer = io.StringIO()
     # Text stays text, of the page's font; with a salt of its own the same figure has the same ids each time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
     prefix = f"f{zlib.crc32(title.encode()):08x}-"
     for parent in list(root.iter()):

@@ -78,7 +78,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
         name=run.folder.uri.rstrip("/").rpartition("/")[2],
         version=__version__,
         config=run.config,
-        settings=flatten(run.config.model_dump(mode="json")),
+        settings={name: _text(value) for name, value in flatten(run.config.model_dump(mode="json")).items()},
         changed=_changed(run.config),
         metrics=metrics,
         names_line=names_line(names),
@@ -219,7 +219,12 @@ def _confusion(
     }
 
 
-def _changed(config: RunConfig) -> list[tuple[str, Any, Any]] | None:
+def _text(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _changed(config: RunConfig) -> list[tuple[str, str, str]] | None:
     """Setting, the preset's value and the run's, where they differ; None where there is no such preset."""
     try:
         preset = get_preset(config.preset, config.data.dataset)
@@ -227,7 +232,7 @@ def _changed(config: RunConfig) -> list[tuple[str, Any, Any]] | None:
         return None
     before, values = flatten(preset.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
     return [
-        (name, before.get(name), values.get(name))
+        (name, _text(before.get(name)), _text(values.get(name)))
         for name in dict.fromkeys((*before, *values))
         if before.get(name) != values.get(name)
     ]
