@@ -160,14 +160,16 @@ def test_concepts__of_a_run_folder_called_name_is_the_stage(run: Run, tmp_path: 
     assert "concepts" in out
 
 
-def test_run_stages__a_named_model_is_registered_beside_the_one_without_names(run: Run) -> None:
-    uri = run.require("register")["tracking_uri"]
-    rename(run, parse_names(b"0: animal\n1: animal\n", "names.yaml", read_names(run).kinds))
-    before, reporter = run.require("register"), Silent()
-    after = run_stages(run, STAGES, None, reporter)["register"]
-    assert list(reporter.done) == ["register"]
-    assert after["mlflow_run_id"] == before["mlflow_run_id"]
-    assert after["model_version"] != before["model_version"]
-    for manifest, names in ((before, {}), (after, {0: "animal", 1: "animal"})):
-        model = Folder(fetch_model(f"models:/{manifest['model_name']}/{manifest['model_version']}", uri))
-        assert load_names(model, read_names(run).kinds).of_concept == names
+def test_run_stages__a_model_is_registered_once_by_its_names(run: Run) -> None:
+    kinds, versions = read_names(run).kinds, {}
+    for text in ("{0: animal, 1: animal}", "{}", "{0: animal, 1: animal}"):
+        rename(run, parse_names(text.encode(), "names.yaml", kinds))
+        reporter = Silent()
+        registered = run_stages(run, STAGES, None, reporter)["register"]
+        assert list(reporter.done) == ["register"]
+        versions.setdefault(text, []).append(registered["model_version"])
+        uri = f"models:/{registered['model_name']}/{registered['model_version']}"
+        model = Folder(fetch_model(uri, registered["tracking_uri"]))
+        assert load_names(model, kinds).of_concept == load_names(Folder(run.folder.uri_of("model")), kinds).of_concept
+    # The same weights by the same names are the version that is there.
+    assert versions == {"{0: animal, 1: animal}": [1, 1], "{}": [2]}
