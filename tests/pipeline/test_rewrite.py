@@ -34,7 +34,8 @@ def run(finished: Run, tmp_path: Path) -> Run:
 def times(run: Run) -> dict[Path, int]:
     """When each file was written that names do not touch."""
     files = (path for path in Path(run.folder.path).rglob("*") if path.is_file())
-    told = {"metrics.json", "report.html", "atlas.html", "evaluate.json", "report.json", "names.yaml"}
+    told = {"metrics.json", "report.html", "atlas.html", "names.yaml"}
+    told |= {f"{stage}.{ending}" for stage in ("evaluate", "report") for ending in ("json", "files.json")}
     return {path: path.stat().st_mtime_ns for path in files if path.name not in told and "strip_" not in path.name}
 
 

@@ -15,7 +15,6 @@ from transfgu_ray.report import write_report
 from transfgu_ray.scores import STAGE_NAMES, metrics_json
 from transfgu_ray.storage import Folder
 
-
 # What `Run.write_manifest` adds itself.
 _OF_MANIFEST = ("stage", "fingerprint", "names_sha256", "files_sha256", "versions")
 
