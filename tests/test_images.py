@@ -138,6 +138,8 @@ def test_decode_rgb__first_frame_of_many():
     [
         (b"", "empty file"),
         (b"hello, I am a text file", "not an image"),
+        (_bytes(_photo(), "GIF"), "not an image"),
+        (_bytes(_photo(), "EPS"), "not an image"),
         (_bytes(_photo((400, 300)), "JPEG")[:1500], "damaged: .*truncated"),
         (_bytes(_photo())[:120], "damaged|not an image"),
         (_bytes(Image.new("RGB", (1, 1))), r"too small: 1 x 1 px, below data\.min_side_px=8"),
@@ -146,7 +148,7 @@ def test_decode_rgb__first_frame_of_many():
         (_bytes(Image.fromarray(np.full((9, 9), -1.0, np.float32)), "TIFF"), "pixel values outside 0-65535"),
         (_bytes(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"), "pixel values outside 0-65535"),
     ],
-    ids=["empty", "text", "cut_jpeg", "cut_png", "dot", "strip", "huge", "negative", "nan"],
+    ids=["empty", "text", "gif", "eps", "cut_jpeg", "cut_png", "dot", "strip", "huge", "negative", "nan"],
 )
 def test_decode_rgb__refuses_with_a_reason(data, reason):
     with pytest.raises(ImageRefused, match=reason):

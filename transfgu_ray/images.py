@@ -22,6 +22,14 @@ class ImageRefused(Exception):
     """This photograph cannot be used; the message says why and is counted in the manifest."""
 
 
+class NotAnImage(ImageRefused):
+    """It is of none of the formats that are read."""
+
+
+class TooManyPixels(ImageRefused):
+    """It is larger than allowed."""
+
+
 def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
     """The first frame as upright 8-bit RGB.
 
@@ -40,14 +48,14 @@ def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
-            raise ImageRefused(f"too large: {width} x {height} px, above data.max_pixels={max_pixels}")
+            raise TooManyPixels(f"too large: {width} x {height} px, above data.max_pixels={max_pixels}")
         if min(width, height) < min_side_px:
             raise ImageRefused(f"too small: {width} x {height} px, below data.min_side_px={min_side_px}")
         return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise ImageRefused("not an image") from None
+        raise NotAnImage("not an image") from None
     except Image.DecompressionBombError:
-        raise ImageRefused(f"too large: above data.max_pixels={max_pixels}") from None
+        raise TooManyPixels(f"too large: above data.max_pixels={max_pixels}") from None
     except _DAMAGED as error:
         raise ImageRefused(f"damaged: {' '.join(str(error).split())[:120]}") from None
 
