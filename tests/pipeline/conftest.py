@@ -47,10 +47,10 @@ class Silent:
         self.notes: list[str] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
         self.done[name] = 0
 
-        def count(more: int, words: str = "") -> None:
+        def count(more: int, words: str = "", refused: int = 0) -> None:
             self.done[name] += more
 
         yield count

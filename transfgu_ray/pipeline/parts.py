@@ -124,10 +124,10 @@ class PartWorker(UnitWorker):
         self._fingerprint = fingerprint
 
     def write(self, unit: int, table: pa.Table, stats: PartStats, row_group_size: int | None = None) -> bytes:
-        """Writes the unit's part whole."""
+        """Writes the unit's part whole; returns how many photographs were refused, for the progress."""
         metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
         self._folder.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
-        return b""
+        return str(len(stats.refused)).encode()
 
 
 @dataclass
@@ -174,7 +174,7 @@ def build_table_of_parts(
     peak_mb = 0
     for result in stream_units(root, missing, worker, arguments, resources):
         peak_mb = max(peak_mb, result.peak_mb)
-        progress(len(units[result.unit]))
+        progress(len(units[result.unit]), refused=int(result.result))
     total, num_rows = PartStats(), 0
     for name in wanted:
         footer = read_footer(run, name, fingerprint)

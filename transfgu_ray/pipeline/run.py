@@ -30,8 +30,8 @@ from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
 class Reporter(Protocol):
     """What the pipeline tells whoever started it."""
 
-    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Progress of one stage: the context gives a function that takes items done."""
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]:
+        """Progress of one stage: the context gives a `stream.Progress`."""
 
     def note(self, text: str) -> None:
         """Says one line."""

@@ -20,8 +20,8 @@ from transfgu_ray.errors import TransfguError
 from transfgu_ray.pipeline.session import READER_CPUS, WORKER_CPUS, Resources
 from transfgu_ray.storage import Folder, storage_failure
 
-# Takes the number of items that were done since the last call.
-Progress = Callable[[int], None]
+# Takes the number of items that were done since the last call, and by name how many of them were refused.
+Progress = Callable[..., None]
 _MAX_BLOCKS = 1000
 
 

@@ -199,7 +199,7 @@ class _Silent:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        yield lambda more, words="": None
+        yield lambda more, words="", refused=0: None
 
     def note(self, text: str) -> None:
         pass

@@ -32,10 +32,10 @@ def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) ->
         return
     last, is_stalled, done = time.monotonic(), False, threading.Event()
 
-    def noted(*done: Any) -> None:
+    def noted(*done: Any, **named: Any) -> None:
         nonlocal last
         last = time.monotonic()
-        progress(*done)
+        progress(*done, **named)
 
     def watch() -> None:
         nonlocal is_stalled
