@@ -106,6 +106,25 @@ def test_segment__each_photograph_at_its_own_size():
     assert np.array_equal(masks[1], upsample_argmax(model.class_maps(working)[0], (131, 50)).numpy())
 
 
+def test_photo_maps__squashes_or_slides():
+    model = _segmenter()
+    photo = scene((120, 75), np.random.default_rng(0))[0]
+    squashed = torch.from_numpy(to_working(photo, (32, 48)))[None]
+    assert torch.equal(model.photo_maps(photo, sliding=False), model.class_maps(squashed)[0])
+    # 75 px are 10 patches of 8 px, the last of them stretched; 120 px are 15.
+    assert model.photo_maps(photo, sliding=True).shape == (4, 10, 15)
+    # At the model's own size there is one window, the whole.
+    same = photo.resize((48, 32))
+    assert torch.equal(model.photo_maps(same, sliding=True), model.photo_maps(same, sliding=False))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [((24, 16), (4, 6)), ((12, 64), (32, 6)), ((480, 20), (4, 96)), ((1, 1), (6, 6))]
+)
+def test_photo_maps__enlarges_what_is_smaller_than_the_window_in_proportion(size, grid):
+    assert _segmenter().photo_maps(Image.new("RGB", size), sliding=True).shape == (4, *grid)
+
+
 def test_segment__more_classes_than_a_byte_holds():
     config = ModelConfig((16, 16), ("any",) * 300, 1, 3, "float32", "ab")
     assert _segmenter(config).segment([Image.new("RGB", (20, 20))])[0].dtype == np.uint16

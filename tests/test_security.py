@@ -35,7 +35,8 @@ from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb
 from transfgu_ray.model import ModelConfig, save_decoder
 from transfgu_ray.names import Names
-from transfgu_ray.pipeline.predict import list_photos, output_stems
+from transfgu_ray.photographs import find_photographs
+from transfgu_ray.pipeline.predict import output_stems
 from transfgu_ray.pipeline.tracking import registry_uri, tracking_uri
 from transfgu_ray.presets import get_preset
 from transfgu_ray.report import write_report
@@ -162,7 +163,7 @@ def test_predict__keys_of_an_object_store_never_lead_out(key: str, monkeypatch: 
     # As an object store would list it; the file systems at hand tidy such names.
     listed = [(key, 1), ("fine.jpg", 1)]
     monkeypatch.setattr(Folder, "files", lambda self, name="", recursive=False: iter(listed))
-    _, listing = list_photos(root.uri)
+    _, listing = find_photographs(root.uri)
     assert output_stems([image.image_id for image in listing.images]) == {"fine.jpg": "fine"}
     assert listing.refused == ({"image_id": key, "reason": "name out of the folder"},)
 
@@ -270,7 +271,7 @@ def test_uri__a_password_is_refused_unrepeated_and_unwritten(
         lambda: tracking_uri(Folder(str(tmp_path)), base),
         lambda: registry_uri(None),
         lambda: registry_uri(uri),
-        lambda: list_photos(uri),
+        lambda: find_photographs(uri),
     ):
         with pytest.raises(
             ConfigError, match=r"holds a password, a key or a token, .* MLFLOW_TRACKING_PASSWORD"

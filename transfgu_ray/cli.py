@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from transfgu_ray.errors import ConfigError, DataError, StalledError, TransfguError
-from transfgu_ray.terminal import Terminal, printable
+from transfgu_ray.terminal import Terminal, duration, printable
 
 app = typer.Typer(
     name="transfgu",
@@ -179,37 +179,84 @@ _verb("evaluate", "Stage 5: scores, where there are labels -> metrics.json.")
 _verb("report", "Stage 6: self-contained pages, made again from the run's artifacts -> report.html, atlas.html.")
 
 
+class Mode(StrEnum):
+    """What the model sees of a photograph."""
+
+    RESIZE = "resize"
+    SLIDE = "slide"
+
+
+ModelUri = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or models:/NAME@ALIAS.")]
+ModelTrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI, for models:/ only.")]
+
+
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or models:/NAME@ALIAS.")],
-    images: Annotated[str, typer.Option(help="Folder or URI of new photographs.")],
-    out: Annotated[str, typer.Option(help="Where masks/ and overlays/ go.")],
+    model: ModelUri,
+    images: Annotated[
+        str, typer.Option(help="New photographs: a folder, a file, a glob in quotes, or a URI of one of these.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder or URI that masks/, overlays/ and the legend go to.")],
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="resize: the model sees the whole photograph, squashed to its input size. slide: windows of that size "
+            "over the photograph as large as it is, for details of large photographs; takes longer."
+        ),
+    ] = Mode.RESIZE,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also probabilities/NAME/CLASS.png, greyscale, 255 = certain.")
+    ] = False,
+    coco: Annotated[
+        bool,
+        typer.Option(
+            "--coco", help="Also coco/labels.json (run-length masks, for FiftyOne, CVAT, ...) and coco/panoptic.json."
+        ),
+    ] = False,
     ray_address: Address = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow tracking URI, for models:/ only.")] = None,
+    tracking_uri: ModelTrackingUri = None,
     quiet: Quiet = False,
 ) -> None:
-    """Palette masks and overlays of new photographs."""
+    """Palette masks and overlays of new photographs, named as these; on request probabilities and COCO JSON."""
     from transfgu_ray.config import RuntimeConfig
+    from transfgu_ray.photographs import find_photographs
     from transfgu_ray.pipeline import predict as verb
     from transfgu_ray.pipeline.session import ray_session
     from transfgu_ray.storage import Folder
 
     terminal = Terminal(quiet)
-    if model.startswith("models:/"):
-        from transfgu_ray.pipeline.tracking import fetch_model
-
-        model = fetch_model(model, tracking_uri)
-    source, target = verb.model_folder(model), Folder(out)
-    root, photos = verb.list_photos(images)
+    source, target = _model_folder(model, tracking_uri), Folder(out)
+    root, photos = find_photographs(images)
     target.write_bytes(".transfgu", b"")
     target.delete(".transfgu")
+    wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
     with (
         terminal.stage("predict", len(photos.images), "photographs") as progress,
         ray_session(ray_address, RuntimeConfig()) as resources,
     ):
-        stats = verb.predict(source, root, photos, target, resources, progress)
-    _note_refused(terminal, stats.refused)
-    terminal.note(f"{stats.images} masks in {target.uri_of('masks')}, overlays in {target.uri_of('overlays')}")
+        manifest = verb.predict(source, root, photos, target, wanted, resources, progress)
+    _note_refused(terminal, manifest["refused"])
+    terminal.note(
+        f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
+        f"{manifest['images_per_second']:.2f} a second, the workers' start included"
+    )
+    terminal.note(f"masks: {target.uri_of('masks')}, overlays: {target.uri_of('overlays')}")
+    terminal.note(f"legend: {target.uri_of('legend.png')} and .json")
+    if probabilities:
+        terminal.note(f"probabilities: {target.uri_of('probabilities')}")
+    if coco:
+        terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
+
+
+def _model_folder(model: str, tracking_uri: str | None) -> Any:
+    """The folder of a model that a run folder, a model folder or the registry holds."""
+    from transfgu_ray.pipeline.predict import model_folder
+
+    if model.startswith("models:/"):
+        from transfgu_ray.pipeline.tracking import fetch_model
+
+        model = fetch_model(model, tracking_uri)
+    return model_folder(model)
 
 
 @app.command()
@@ -531,7 +578,7 @@ def plan(
     total = {name: sum(stage[name] for stage in stages) for name in ("forwards", "num_bytes", "seconds")}
     total["seconds"] += planned["start_ray"]
     rows = [
-        [row["stage"], f"{row['forwards']:,}", f"{row['num_bytes'] / 1e9:.3f}", _duration(row["seconds"])]
+        [row["stage"], f"{row['forwards']:,}", f"{row['num_bytes'] / 1e9:.3f}", duration(row["seconds"])]
         for row in (*stages, {"stage": "all, with the start of Ray", **total})
     ]
     terminal = Terminal(quiet=False)
@@ -541,12 +588,6 @@ def plan(
         f"{planned['train_workers']} in training, on {planned['device']}; "
         f"timed in {planned['calibration_seconds']:.0f} s"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _write_json(file: str | None, content: dict[str, Any]) -> None:
@@ -692,7 +733,19 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
             f"model: models:/{entry['model_name']}/{entry['model_version']}, seen with "
             f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
         )
-        terminal.note(f"next: transfgu predict {opened.folder.uri} --images DIR --out DIR")
+    _note_next(terminal, opened.folder.uri, list(manifests))
+
+
+def _note_next(terminal: Terminal, run_uri: str, done: list[str]) -> None:
+    """What one does after these stages."""
+    from transfgu_ray.artifacts import STAGES
+
+    if done[-1] == STAGES[-1]:
+        terminal.note(f"next: look at report.html, then transfgu predict {run_uri} --images DIR --out DIR")
+    else:
+        # The last stage, MLflow's, has no command of its own.
+        following = STAGES[STAGES.index(done[-1]) + 1]
+        terminal.note(f"next: transfgu {'run' if following == STAGES[-1] else following} {run_uri}")
 
 
 def _note_pages(terminal: Terminal, opened: Any) -> None:

@@ -1,6 +1,7 @@
 """The finished model: encoder, backbone, decoder, saved as config.json + safetensors, loaded without its run."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.inference import upsample_argmax
+from transfgu_ray.algorithms.inference import slide, upsample_argmax
 from transfgu_ray.algorithms.resnet import Backbone, PyramidDecoder, load_backbone
 from transfgu_ray.algorithms.segmenter import Classifier, MaskTransformer
 from transfgu_ray.algorithms.tokens import read_tokens, token_dim
@@ -93,11 +94,36 @@ class Segmenter(nn.Module):
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
         """Class ids of every pixel at each photograph's own size."""
         size = self.config.image_size
-        images = torch.from_numpy(np.stack([to_working(photo, size) for photo in photos])).to(self.encoder.device)
-        maps = self.class_maps(images)
-        sizes = [(photo.height, photo.width) for photo in photos]
+        maps = self.class_maps(self._to_device([to_working(photo, size) for photo in photos]))
+        return [self.to_mask(each, photo) for each, photo in zip(maps, photos, strict=True)]
+
+    def photo_maps(self, photo: Image.Image, sliding: bool) -> Float[Tensor, "k h w"]:
+        """Class logits of one photograph, on the patch grid of what the model saw of it.
+
+        Args:
+            photo: of any size.
+            sliding: windows of the model's input size slide over the photograph as large as it is, or enlarged where a
+                side is shorter than the window; else the whole of it is squashed to that size.
+        """
+        window, patch = self.config.image_size, self.encoder.patch_size
+        if not sliding:
+            return self.class_maps(self._to_device([to_working(photo, window)]))[0]
+        sides = (photo.height, photo.width)
+        scale = max(1.0, *(least / side for least, side in zip(window, sides, strict=True)))
+        size = tuple(
+            # The last digits of a scaled side must not add a patch.
+            max(least, math.ceil(side * scale / patch - 1e-6) * patch)
+            for least, side in zip(window, sides, strict=True)
+        )
+        return slide(self.class_maps, self._to_device([to_working(photo, size)])[0], window, patch)
+
+    def to_mask(self, maps: Float[Tensor, "k h w"], photo: Image.Image) -> UInt8[np.ndarray, "h w"]:
+        """Class ids of every pixel of a photograph, from its class logits."""
         dtype = np.uint8 if len(self.config.kinds) <= 256 else np.uint16
-        return [upsample_argmax(m, s).cpu().numpy().astype(dtype) for m, s in zip(maps, sizes, strict=True)]
+        return upsample_argmax(maps, (photo.height, photo.width)).cpu().numpy().astype(dtype)
+
+    def _to_device(self, images: list[np.ndarray]) -> UInt8[Tensor, "b 3 y x"]:
+        return torch.from_numpy(np.stack(images)).to(self.encoder.device)
 
 
 def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> nn.Module:

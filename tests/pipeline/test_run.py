@@ -13,13 +13,10 @@ from tests.builders import make_folder, make_hostile_folder
 from tests.pipeline.conftest import Silent, make_run, open_run
 from transfgu_ray.artifacts import STAGES, Run
 from transfgu_ray.cli import Terminal
-from transfgu_ray.config import RuntimeConfig
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.model import load_model
-from transfgu_ray.pipeline import predict as prediction
 from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.session import ray_session
 from transfgu_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -156,29 +153,6 @@ def test_run__more_concepts_than_foreground_crops(tmp_path: Path, local_ray: Non
             "extract.window_fracs=[0.5, 0.3]",
             stages=("extract", "concepts"),
         )
-
-
-def test_predict__masks_of_the_photographs_own_size(finished: Run, tmp_path: Path) -> None:
-    data = tmp_path / "new"
-    (data / "deep er").mkdir(parents=True)
-    sizes = {"a.jpg": (97, 61), "a.png": (40, 80), "deep er/é.webp": (120, 33)}
-    for name, size in sizes.items():
-        Image.effect_noise(size, 80).convert("RGB").save(data / name)
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    Image.effect_noise((50, 70), 80).convert("RGB").save(data / "turned.jpg", exif=rotated)
-    model = prediction.model_folder(finished.folder.uri)
-    root, photos = prediction.list_photos(str(data))
-    with ray_session(None, RuntimeConfig()) as resources:
-        stats = prediction.predict(model, root, photos, Folder(str(tmp_path / "out")), resources, lambda done: None)
-    assert stats.images == 4
-    expected = {"a.jpg": (97, 61), "a.png": (40, 80), "deep er/é": (120, 33), "turned": (70, 50)}
-    for stem, size in expected.items():
-        mask = Image.open(tmp_path / "out" / "masks" / f"{stem}.png")
-        assert mask.mode == "P"
-        assert mask.size == size
-        assert np.asarray(mask).max() <= 4
-        assert Image.open(tmp_path / "out" / "overlays" / f"{stem}.jpg").size == size
 
 
 def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path) -> None:

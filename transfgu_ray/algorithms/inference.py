@@ -1,9 +1,14 @@
-"""From class maps on the patch grid to a mask of any size."""
+"""From class maps on the patch grid to masks and probabilities of any size, and to class maps of large images."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
+
+_WINDOWS_A_BATCH = 4
 
 
 def upsample_argmax(maps: Float[Tensor, "k h w"], size_hw: tuple[int, int]) -> Int64[Tensor, "y x"]:
@@ -14,8 +19,67 @@ def upsample_argmax(maps: Float[Tensor, "k h w"], size_hw: tuple[int, int]) -> I
     best = torch.full(size_hw, -torch.inf, device=maps.device)
     winner = torch.zeros(size_hw, dtype=torch.int64, device=maps.device)
     for class_id, small in enumerate(maps.float()):
-        large = functional.interpolate(small[None, None], size_hw, mode="bilinear", align_corners=False)[0, 0]
+        large = _upsample(small, size_hw)
         better = large > best
         best = torch.where(better, large, best)
         winner[better] = class_id
     return winner
+
+
+def upsample_probabilities(
+    maps: Float[Tensor, "k h w"], size_hw: tuple[int, int], groups: Iterable[Sequence[int]]
+) -> Iterator[UInt8[Tensor, "y x"]]:
+    """Softmax over K of each pixel's bilinearly upsampled logits, 0-255: the sum of each group of classes.
+
+    Twice through the classes, so that memory is bounded by a few maps of the target size whatever K is.
+    """
+    total = torch.full(size_hw, -torch.inf, device=maps.device)
+    for small in maps.float():
+        total = torch.logaddexp(total, _upsample(small, size_hw))
+    for group in groups:
+        share = sum((_upsample(maps[class_id].float(), size_hw) - total).exp() for class_id in group)
+        yield (255 * share).round().to(torch.uint8)
+
+
+def _upsample(small: Float[Tensor, "h w"], size_hw: tuple[int, int]) -> Float[Tensor, "y x"]:
+    return functional.interpolate(small[None, None], size_hw, mode="bilinear", align_corners=False)[0, 0]
+
+
+def slide(
+    class_maps: Callable[[Tensor], Tensor],
+    image: UInt8[Tensor, "3 y x"],
+    window_hw: tuple[int, int],
+    patch_size: int,
+) -> Float[Tensor, "k h w"]:
+    """Class maps of an image of any size: windows half a side apart, the mean of those that cover a patch.
+
+    Args:
+        class_maps: logits (b, k, h, w) of windows (b, 3, y, x).
+        image: sides are multiples of the patch and no shorter than the window's.
+        window_hw: height and width of a window, px.
+        patch_size: side of a patch, px.
+    """
+    height, width = image.shape[1:]
+    grid_h, grid_w = (side // patch_size for side in window_hw)
+    tops, lefts = _starts(height, window_hw[0], patch_size), _starts(width, window_hw[1], patch_size)
+    corners = list(itertools.product(tops, lefts))
+    total, count = torch.zeros(0), torch.zeros(height // patch_size, width // patch_size, device=image.device)
+    for first in range(0, len(corners), _WINDOWS_A_BATCH):
+        batch = corners[first : first + _WINDOWS_A_BATCH]
+        maps = class_maps(torch.stack([image[:, y : y + window_hw[0], x : x + window_hw[1]] for y, x in batch]))
+        if not first:
+            total = torch.zeros(maps.shape[1], *count.shape, device=image.device)
+        for window, (y, x) in zip(maps, batch, strict=True):
+            rows, columns = (
+                slice(y // patch_size, y // patch_size + grid_h),
+                slice(x // patch_size, x // patch_size + grid_w),
+            )
+            total[:, rows, columns] += window
+            count[rows, columns] += 1
+    return total / count
+
+
+def _starts(length: int, window: int, patch_size: int) -> list[int]:
+    """Whole patches, so that the patches of all windows are the same; the last window is flush with the edge."""
+    step = max(window // 2 // patch_size, 1) * patch_size
+    return [*range(0, length - window, step), length - window]
