@@ -118,6 +118,17 @@ def test_predict__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "neither a finished run nor a model folder" in message
 
 
+@pytest.mark.parametrize("port", ["80x", "0"])
+def test_serve__no_such_port(port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["transfgu", "serve", str(tmp_path), "--port", port])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+
+
+def test_serve__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "neither a finished run nor a model folder" in refusal(capsys, monkeypatch, "serve", str(tmp_path))
+
+
 def test_demo__renders_scenes_beside_the_run_and_wants_the_bundled_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

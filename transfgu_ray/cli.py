@@ -246,6 +246,7 @@ def predict(
         terminal.note(f"probabilities: {target.uri_of('probabilities')}")
     if coco:
         terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
+    terminal.note(f"next: look at the overlays, or drop photographs on a page with `transfgu serve {model}`")
 
 
 def _model_folder(model: str, tracking_uri: str | None) -> Any:
@@ -257,6 +258,40 @@ def _model_folder(model: str, tracking_uri: str | None) -> Any:
 
         model = fetch_model(model, tracking_uri)
     return model_folder(model)
+
+
+@app.command()
+def serve(
+    model: ModelUri,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond 127.0.0.1, whoever reaches it can use the page.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Larger files are refused.")] = 25,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Larger photographs are refused.")] = 50,
+    tracking_uri: ModelTrackingUri = None,
+    quiet: Quiet = False,
+) -> None:
+    """A page to drop photographs on and see their masks, and the HTTP endpoint behind it, on Ray Serve; Ctrl-C ends it.
+
+    POST /predict takes the bytes of a photograph (curl --data-binary @photo.jpg URL/predict) and answers with JSON: a
+    palette PNG and the classes in it, or {"error": ...} with status 413, 415 or 422. GET /health tells that it is up.
+    """
+    from transfgu_ray.config import RuntimeConfig
+    from transfgu_ray.pipeline import serve as verb
+    from transfgu_ray.pipeline.session import ray_session
+
+    terminal, source = Terminal(quiet), _model_folder(model, tracking_uri)
+    verb.require_free(host, port)
+    limits = verb.Limits(max_megabytes, max_megapixels)
+    name = model.rstrip("/").rpartition("/")[2]
+    terminal.note("starting Ray Serve ...")
+    with ray_session(None, RuntimeConfig()) as resources:
+        url = verb.start(source, name, host, port, limits, resources)
+        terminal.note(f"{name} is served on {url}; open it in a browser, or POST photographs to {url}/predict")
+        terminal.note("Ctrl-C ends it")
+        verb.wait_for_ctrl_c()
+    terminal.note("stopped")
 
 
 @app.command()
@@ -742,6 +777,7 @@ def _note_next(terminal: Terminal, run_uri: str, done: list[str]) -> None:
 
     if done[-1] == STAGES[-1]:
         terminal.note(f"next: look at report.html, then transfgu predict {run_uri} --images DIR --out DIR")
+        terminal.note(f"      or transfgu serve {run_uri}, a page to drop photographs on")
     else:
         # The last stage, MLflow's, has no command of its own.
         following = STAGES[STAGES.index(done[-1]) + 1]

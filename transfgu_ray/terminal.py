@@ -68,7 +68,6 @@ class Terminal:
             A function that takes items done, words to show beside them, and how many of the items were refused.
         """
         from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-        from rich.table import Column
         from rich.text import Text
 
         if self._quiet:
@@ -82,7 +81,7 @@ class Terminal:
                 return Text(_pace(task), no_wrap=True, overflow="ellipsis")
 
         is_live = self._progress.is_terminal
-        columns = (TextColumn(f"{name:<9}"), BarColumn(bar_width=16), Pace(Column(no_wrap=True)))
+        columns = (TextColumn(f"{name:<9}"), BarColumn(bar_width=16), Pace())
         with Progress(*columns, console=self._progress, disable=not is_live) as progress:
             number = progress.add_task(name, total=total, unit=unit, words="", refused=0)
             task = progress.tasks[0]
