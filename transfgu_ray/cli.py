@@ -222,6 +222,7 @@ def predict(
     from transfgu_ray.photographs import find_photographs
     from transfgu_ray.pipeline import predict as verb
     from transfgu_ray.pipeline.session import ray_session
+    from transfgu_ray.pipeline.watchdog import unless_stalled
     from transfgu_ray.storage import Folder
 
     terminal = Terminal(quiet)
@@ -231,7 +232,8 @@ def predict(
     target.delete(".transfgu")
     wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
     with (
-        terminal.stage("predict", len(photos.images), "photographs") as progress,
+        terminal.stage("predict", len(photos.images), "photographs") as show,
+        unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
         ray_session(ray_address, RuntimeConfig()) as resources,
     ):
         manifest = verb.predict(source, root, photos, target, wanted, resources, progress)
