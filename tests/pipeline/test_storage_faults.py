@@ -219,15 +219,27 @@ def test_read_only_disk__ends_in_a_sentence(
     assert outputs(folder) == outputs(Path(trained.folder.path))
 
 
-def test_full_disk__the_command_says_so_and_exits_with_2(voc: Path, disk: SmallDisk) -> None:
-    disk.remount("size=8k")
+@pytest.mark.parametrize(
+    ("finished_before", "kilobytes_left"),
+    [((), 8), (FIRST_FOUR[:2], 4), (FIRST_FOUR[:3], 24)],
+    ids=["extract", "labels", "train"],
+)
+def test_full_disk__the_command_says_so_and_exits_with_2(
+    trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...], kilobytes_left: int
+) -> None:
+    folder = disk.path / "run"
+    if finished_before:
+        make_run(folder, voc, stages=finished_before, dataset="voc")
+    disk.remount(f"size={(disk.used_bytes() >> 10) + kilobytes_left}k")
     settings = [part for setting in TINY for part in ("--set", setting)]
-    run = ("run", str(disk.path / "run"), "--preset", "tiny_cpu", "--dataset", "voc", "--data", str(voc), *settings)
-    process = transfgu(*run, "--quiet")
-    said, _ = process.communicate(timeout=120)
+    stage = FIRST_FOUR[len(finished_before)]
+    process = transfgu(
+        *(stage, str(folder), "--preset", "tiny_cpu", "--dataset", "voc", "--data", str(voc), *settings, "--quiet")
+    )
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 2, said
-    assert said.startswith("transfgu: ")
-    assert said.count("\n") == 1
+    assert said.startswith("transfgu: "), said
+    assert said.count("\n") == 1, said
     assert "No space left on device; choose a writable folder with free space" in said
     assert not half_written(disk.path)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from transfgu_ray.image_sources import Source, Unit, read_unit
 from transfgu_ray.images import ImageRefused, decode_rgb, to_square
 from transfgu_ray.pipeline.parts import PartStats, read_footer
 from transfgu_ray.pipeline.session import Resources
-from transfgu_ray.pipeline.stream import Progress, unwrapped_errors
+from transfgu_ray.pipeline.stream import Progress, set_up_ray_data, unwrapped_errors
 from transfgu_ray.pretrain_config import PretrainDataConfig
 from transfgu_ray.schemas import to_parquet
 from transfgu_ray.storage import Folder
@@ -81,10 +80,7 @@ def _stream(
         return
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    set_up_ray_data()
     table = pa.table(
         {
             "unit": pa.array(list(units), pa.int64()),

@@ -107,12 +107,9 @@ def stream_units(
     if not units:
         return
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    set_up_ray_data()
     dataset = (
         ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
         .map_batches(
@@ -138,6 +135,17 @@ def stream_units(
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
                 yield UnitResult(row["unit"], row["result"], row["peak_mb"])
+
+
+def set_up_ray_data() -> None:
+    """Has Ray Data print nothing, and raise what a worker raised: its own wrapper loses the cause on the way here."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def new_trainer(
 
     from transfgu_ray.pipeline.rendezvous import LoopbackTorchConfig
 
+    # Of a storage that cannot be written, Ray Train tells as of an actor that died.
+    storage.write_bytes(f"{name}/.writable", b"")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     cuda = resources.device == "cuda"
