@@ -38,6 +38,9 @@ def new_trainer(
         storage: where the checkpoints go.
         name: says what is trained, so that nothing else is continued.
         resources: workers and device.
+
+    Raises:
+        ArtifactError: the storage cannot be written.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
