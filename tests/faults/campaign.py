@@ -38,7 +38,7 @@ _SETTINGS = (
 )
 _TABLES = {"extract": ("features", ["image_id", "crop_id"]), "labels": ("labels", ["image_id"])}
 WORKERS = {"extract": "FeatureExtractor", "labels": "BankBuilder", "train": "TrainWorker"}
-_TIMEOUT_S = 300
+_TIMEOUT_S = 600
 # Longer than Ray Train needs to start on a busy machine.
 _PATIENCE_MIN = 1.5
 
