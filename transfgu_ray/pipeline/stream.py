@@ -159,7 +159,8 @@ def unwrapped_errors() -> Iterator[None]:
             if hasattr(cause, "cause"):
                 continue
             if isinstance(cause, TransfguError):
-                raise cause from None
+                # Ray Data adds lines of its own to what was said.
+                raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
             if failure := storage_failure(cause):
                 raise failure from None
         raise
