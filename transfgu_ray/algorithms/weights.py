@@ -17,7 +17,10 @@ from transfgu_ray.errors import WeightsError
 
 FORMAT = "transfgu-encoder-1"
 # What may differ from the named architecture; timm takes more, such as files to read.
-OVERRIDES = {"embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"}
+OVERRIDES = {
+    *("embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"),
+    *("attn_type", "num_kv_heads", "qkv_fused", "qk_norm", "scale_attn_inner"),
+}
 _INTERPOLATION = "pos_embed_interpolation"
 
 
