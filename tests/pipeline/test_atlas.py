@@ -19,6 +19,7 @@ from transfgu_ray.pipeline.atlas import CROPS_A_CONCEPT, MAPS_A_CONCEPT, build_a
 from transfgu_ray.pipeline.fit_concepts import read_concepts
 from transfgu_ray.pipeline.samples import _stored_scores
 from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
 
@@ -64,7 +65,7 @@ def test_atlas__maps_are_of_the_photographs_that_respond_most(finished: Run) -> 
 
 
 def test_atlas__does_not_depend_on_the_number_of_workers(finished: Run, tmp_path: Path) -> None:
-    run = Run.open(str(shutil.copytree(finished.folder.path, tmp_path / "run")), None)
+    run = Run(Folder(str(shutil.copytree(finished.folder.path, tmp_path / "run"))), finished.config)
     names = ["atlas.json", *(name for name, _ in run.folder.files("atlas"))]
     before = {name: run.folder.read_bytes(name) for name in names}
     for name in ("atlas", "atlas.json"):

@@ -97,7 +97,7 @@ def build_atlas(
         ExamplePainter,
         {"config": config.model_dump(mode="json"), "jobs": jobs},
         resources,
-        lambda _: None,
+        lambda *_, **__: None,
     )
     total = int(found.patches.sum())
     followers = np.argsort(-found.followed, axis=1, kind="stable")[:, :_CONFUSED_A_CONCEPT]

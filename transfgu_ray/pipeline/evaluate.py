@@ -156,7 +156,7 @@ def evaluate(
             Evaluator,
             {"centroids": {}},
             resources,
-            lambda _: None,
+            lambda *_, **__: progress(0),
             EXTREMES,
         )
     return result

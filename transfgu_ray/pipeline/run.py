@@ -103,7 +103,7 @@ def run_stages(
                     **weights,
                     tracked=tracked,
                     trial=trial,
-                    progress=lambda _: None,
+                    progress=lambda *_, **__: None,
                 )
                 same_again = _run_stage(context, stage, reporter)
                 if not same_again:
