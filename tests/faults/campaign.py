@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tests.builders import make_voc
 from tests.faults.cluster import Cluster
 from tests.faults.hostile import make_hostile_corpus
-from tests.faults.storage import flip_byte, s3_server, tmpfs, truncate
+from tests.faults.storage import SmallDisk, flip_byte, s3_server, tmpfs, truncate
 from transfgu_ray.artifacts import OUTPUTS, STAGES
 
 _NUM_PHOTOS = 90
@@ -368,23 +368,20 @@ def _damaged(bench: Bench, run: Path, stage: str, damage: Callable[[Path], None]
 
 def disk_full(bench: Bench, run: Path, stage: str) -> str:
     """The disk of the run folder is full in the middle of a stage; later there is room again."""
-    with tmpfs("256m") as disk:
-        small = shutil.copytree(run, disk.path / "run")
-        disk.remount(f"size={(disk.used_bytes() >> 10) + 150}k")
-        said = last_line(finish(bench.start(stage, small), 2))
-        disk.remount("size=256m")
-        bench.finish(stage, small)
-        shutil.copytree(small, run, dirs_exist_ok=True)
-    return said
+    return _on_small_disk(bench, run, stage, lambda disk: f"size={(disk.used_bytes() >> 10) + 150}k", "size=256m")
 
 
 def read_only(bench: Bench, run: Path, stage: str) -> str:
     """The run folder cannot be written; later it can."""
+    return _on_small_disk(bench, run, stage, lambda disk: "ro", "rw")
+
+
+def _on_small_disk(bench: Bench, run: Path, stage: str, fault: Callable[[SmallDisk], str], mended: str) -> str:
     with tmpfs("256m") as disk:
         small = shutil.copytree(run, disk.path / "run")
-        disk.remount("ro")
+        disk.remount(fault(disk))
         said = last_line(finish(bench.start(stage, small), 2))
-        disk.remount("rw")
+        disk.remount(mended)
         bench.finish(stage, small)
         shutil.copytree(small, run, dirs_exist_ok=True)
     return said
