@@ -12,9 +12,10 @@ from PIL import Image
 from tests.pipeline.conftest import Silent, transfgu
 from transfgu_ray.artifacts import NAMES, STAGES, Run
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.legend import legend
 from transfgu_ray.model import load_model
 from transfgu_ray.names import load_names, parse_names
-from transfgu_ray.pipeline.predict import Predictor
+from transfgu_ray.pipeline.predict import Predictor, Wanted
 from transfgu_ray.pipeline.rewrite import read_names, rebuild_pages, rename
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.pipeline.stream import Photo
@@ -99,13 +100,19 @@ def test_predictor__masks_follow_the_names(run: Run, voc: Path, tmp_path: Path) 
     hide = next(c for c in range(len(kinds) - 1) if c not in (first, second))
     text = f"{first}: animal\n{second}: animal\n{hide}: null\n"
     rename(run, parse_names(text.encode(), "names.yaml", kinds))
-    predictor = Predictor(model.uri, str(tmp_path / "out"), {photo.name: "mask"}, device="cpu", threads=1)
+    wanted = Wanted(probabilities=True)
+    predictor = Predictor(model.uri, str(tmp_path / "out"), {photo.name: "mask"}, wanted, device="cpu", threads=1)
     predictor.process(0, [Photo(photo.name, photo.read_bytes(), None, None)])
     mask = np.asarray(Image.open(io.BytesIO((tmp_path / "out/masks/mask.png").read_bytes())))
     want = np.where(raw == second, first, np.where(raw == hide, len(kinds) - 1, raw))
     if kinds[second] == "none":
         want = np.where(np.isin(raw, (first, second)), second, raw)
     assert (mask == want).all()
+    # A class that took others in has their shares, and the others have none.
+    shares = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "out/probabilities/mask").iterdir()}
+    assert set(map(int, shares)) == set(predictor._names.class_of.tolist())
+    assert np.abs(sum(share.astype(int) for share in shares.values()) - 255).max() <= len(shares)
+    assert [entry["id"] for entry in legend(predictor._names)] == sorted(map(int, shares))
 
 
 def test_evaluate__shows_the_best_and_the_worst_photographs(finished: Run) -> None:
