@@ -49,7 +49,7 @@ def extract(run: Path, data: Path) -> None:
     assert max(map(len, output.splitlines())) < 500
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_extract__ten_thousand_files_with_hostile_ones_take_no_more_memory(tmp_path: Path) -> None:
     clean, none = make_hostile_corpus(tmp_path / "clean", num_images=600, share=1e-9)
     good, bad = make_hostile_corpus(tmp_path / "data", num_images=12_000)

@@ -96,7 +96,7 @@ def test_run__another_configuration_is_refused_until_overwritten(finished: Run, 
 
 def test_run__other_photographs_are_refused(finished: Run, voc: Path, tmp_path: Path) -> None:
     data = shutil.copytree(voc, tmp_path / "data")
-    moved = open_run(Path(finished.folder.path), data, dataset="voc")
+    moved = open_run(shutil.copytree(finished.folder.path, tmp_path / "run"), data, dataset="voc")
     run_stages(moved, STAGES, None, Silent())
     (photo, *_) = sorted((data / "JPEGImages").iterdir())
     Image.new("RGB", (80, 80), "red").save(photo)

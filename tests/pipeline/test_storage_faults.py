@@ -179,7 +179,7 @@ def half_written(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("finished_before", "kilobytes_left"),
     [((), 8), (FIRST_FOUR[:2], 4), (FIRST_FOUR[:3], 24), (FIRST_FOUR[:3], 200)],
@@ -204,7 +204,7 @@ def test_full_disk__ends_in_a_sentence_and_with_room_goes_on_to_the_same_bytes(
     assert all(checkpoint.name in record for checkpoint in rounds.glob("checkpoint_*/"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("finished_before", [(), FIRST_FOUR[:3]], ids=["extract", "train"])
 def test_read_only_disk__ends_in_a_sentence(
     trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...]
@@ -221,7 +221,7 @@ def test_read_only_disk__ends_in_a_sentence(
     assert outputs(folder) == outputs(Path(trained.folder.path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("finished_before", "kilobytes_left"),
     [((), 8), (FIRST_FOUR[:2], 4), (FIRST_FOUR[:3], 24)],
@@ -304,7 +304,7 @@ def put(store: FaultyStore, data: Path) -> None:
                 stream.write(path.read_bytes())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_object_store__photographs_and_run_behind_faults_give_the_local_bytes(
     trained: Run, voc: Path, store: FaultyStore, tmp_path: Path
 ) -> None:
@@ -324,7 +324,7 @@ def test_object_store__photographs_and_run_behind_faults_give_the_local_bytes(
             assert found[f"run/{name}"] == content, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_object_store__an_outage_ends_in_a_sentence_and_the_run_goes_on_after_it(
     trained: Run, voc: Path, store: FaultyStore, tmp_path: Path
 ) -> None:
