@@ -11,6 +11,7 @@ def _metrics(seed, miou):
     common = {"dataset": "scenes", "split": "val", "recipe": "demo", "num_concepts": 16, "protocol": "transfgu"}
     rest = {"granularity": "fine", "unmatched": "discard", "refined": None, "baselines": {}, "scored": True}
     rest |= {"num_classes": 16, "num_images": 60, "backbone": "vit", "weights_sha256": "", "refinement": "none"}
+    rest |= {"concept_names": None}
     return common | rest | {"seed": seed, "stages": {name: dict(score) for name in STAGE_NAMES}}
 
 

@@ -32,7 +32,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag == "img":
             self.images.append(dict(attrs))
-        if tag not in ("img", "meta"):
+        if tag not in ("img", "link", "meta"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
