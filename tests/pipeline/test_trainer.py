@@ -31,20 +31,6 @@ def test_drop_torn__only_a_damaged_one(tmp_path, record: bytes, kept: bool) -> N
     drop_torn(run, "train/rounds-2")
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_drop_torn__checkpoints_that_were_never_recorded(tmp_path, recorded: bool) -> None:
-    run = Folder(str(tmp_path))
-    if recorded:
-        run.write_bytes("train/rounds-1/checkpoint_manager_snapshot.json", b'{"latest": "checkpoint_2"}')
-    for name in ("checkpoint_2/state.pt", "checkpoint_3/state.pt", ".validate_storage_marker"):
-        run.write_bytes(f"train/rounds-1/{name}", b"weights")
-    drop_torn(run, "train/rounds-1")
-    assert run.exists("train/rounds-1/checkpoint_2") is recorded
-    assert not run.exists("train/rounds-1/checkpoint_3")
-    assert run.exists("train/rounds-1/.validate_storage_marker")
-    assert run.exists("train/rounds-1/checkpoint_manager_snapshot.json") is recorded
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 def test_train__ctrl_c_says_that_it_was_stopped(labelled: Run, tmp_path: Path) -> None:

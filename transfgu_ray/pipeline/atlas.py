@@ -119,7 +119,7 @@ def _scan_parts(run: Folder, kinds: list[str], centroids: np.ndarray, resources:
 
     count = len(part_files(run, "labels"))
     edges = [count * i // resources.num_workers for i in range(resources.num_workers + 1)]
-    task = ray.remote(_scan).options(num_cpus=WORKER_CPUS)
+    task = ray.remote(_scan).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [range(a, b) for a, b in itertools.pairwise(edges) if a < b]
     given = ray.put((kinds, centroids))
     with unwrapped_errors():

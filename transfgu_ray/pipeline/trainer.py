@@ -77,9 +77,9 @@ def new_trainer(
 
 
 def drop_torn(run: Folder, name: str) -> None:
-    """Removes what a kill or a full disk has left of a training: checkpoints that Ray Train has not recorded.
+    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
 
-    It writes its record in place. Where that is torn, it would stop every later start: the training starts anew.
+    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
     """
     record = f"{name}/checkpoint_manager_snapshot.json"
     content = run.read_bytes(record) if run.exists(record) else b"{}"
@@ -87,12 +87,6 @@ def drop_torn(run: Folder, name: str) -> None:
         json.loads(content)
     except ValueError:
         run.delete(name)
-        return
-    inside = (file.removeprefix(f"{name}/").partition("/") for file, _ in run.files(name, recursive=True))
-    folders = {folder for folder, _, file in inside if file}
-    for folder in sorted(folders):
-        if folder.startswith("checkpoint_") and folder.encode() not in content:
-            run.delete(f"{name}/{folder}")
 
 
 def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
