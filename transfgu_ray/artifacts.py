@@ -6,6 +6,7 @@ import json
 import platform
 import posixpath
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,18 @@ class Run:
         self.folder.write_bytes(record_name(stage), record)
         return []
 
+    def require_whole(self, stage: str) -> None:
+        """Refuses a finished stage whose files are no longer what it wrote.
+
+        Raises:
+            ArtifactError: some are not; the message names the first, and what makes it again.
+        """
+        if damaged := self.damaged_files(stage):
+            raise ArtifactError(
+                f"{self.folder.uri_of(damaged[0])}{and_more(damaged)}: not what stage {stage} wrote, damaged or "
+                f"deleted since; run `transfgu {stage} {self.folder.uri}` to make it again"
+            )
+
     def discard(self, stage: str, damaged: list[str]) -> None:
         """Removes damaged files of a finished stage and then its manifest, so that they are made again.
 
@@ -255,6 +268,11 @@ class Run:
             for name, size in found.items()
             if not name.startswith(_UNSEALED) and not posixpath.basename(name).startswith(".")
         }
+
+
+def and_more(damaged: Sequence[str]) -> str:
+    """How many files beside the first are damaged, in words."""
+    return f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
 
 
 def library_versions() -> dict[str, str]:

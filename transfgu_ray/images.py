@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int16, UInt8
@@ -28,6 +29,19 @@ class NotAnImage(ImageRefused):
 
 class TooManyPixels(ImageRefused):
     """It is larger than allowed."""
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of an image file.
+
+    Args:
+        image: the picture.
+        kind: as Pillow calls it, e.g. `PNG`.
+        options: of that kind, e.g. `quality`.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:

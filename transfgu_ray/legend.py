@@ -16,10 +16,7 @@ def legend(names: Names) -> list[dict[str, Any]]:
     """Id, name, kind and colour as CSS writes it of each class that a mask may hold, in order of id."""
     colours = class_colours(names.num_classes, names.background_id)
     kinds = [*names.kinds, "none"]
-    return [
-        {"id": i, "name": names.label(i), "kind": kinds[i], "colour": hex_colour(colours[i])}
-        for i in sorted(set(names.class_of.tolist()))
-    ]
+    return [{"id": i, "name": names.label(i), "kind": kinds[i], "colour": hex_colour(colours[i])} for i in names.used]
 
 
 def legend_image(entries: list[dict[str, Any]]) -> Image.Image:

@@ -62,6 +62,11 @@ class Names:
             table[self.hidden] = self.background_id
         return table
 
+    @property
+    def used(self) -> list[int]:
+        """Class ids that a mask may hold, in order."""
+        return np.unique(self.class_of).tolist()
+
     def members(self, class_id: int) -> list[int]:
         """The concepts that a class is made of."""
         return np.flatnonzero(self.class_of == class_id).tolist()

@@ -1,6 +1,5 @@
 """features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
 
-import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from transfgu_ray.algorithms.examples import Best, nearest_crops, stand_ins, str
 from transfgu_ray.algorithms.pseudo_labels import decode_scores
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
+from transfgu_ray.images import encode
 from transfgu_ray.palette import spotlight
 from transfgu_ray.pipeline.fit_concepts import read_concepts
 from transfgu_ray.pipeline.parts import (
@@ -229,6 +229,4 @@ class ExamplePainter(PartWorker):
             part, row = job["place"]
             scores = _decode(read_row(self._run, part_name("labels", part), row))[1][job["concept_id"]]
             picture = spotlight(picture, scores.numpy())
-        buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", quality=75)
-        return buffer.getvalue()
+        return encode(picture, "WEBP", quality=75)

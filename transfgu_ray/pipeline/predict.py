@@ -1,6 +1,5 @@
 """model + new photographs -> masks, overlays and what else is asked for, each at its photograph's own size."""
 
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transfgu_ray.coco_export import CocoWriter, find_segments, panoptic_image
 from transfgu_ray.config import DataConfig
 from transfgu_ray.datasets import Listing
 from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.images import encode
 from transfgu_ray.legend import legend, legend_image
 from transfgu_ray.model import load_model, load_model_config
 from transfgu_ray.names import load_names
@@ -72,7 +72,7 @@ class Predictor(UnitWorker):
             self._write(f"overlays/{stem}.{ending}", overlay(image, mask, self._colours))
             if self._wanted.probabilities:
                 digits = len(str(self._names.num_classes - 1))
-                members = {i: self._names.members(i) for i in sorted(set(self._names.class_of.tolist()))}
+                members = {i: self._names.members(i) for i in self._names.used}
                 shares = upsample_probabilities(maps, (image.height, image.width), members.values())
                 for class_id, each in zip(members, shares, strict=True):
                     name = f"probabilities/{stem}/{class_id:0{digits}}.png"
@@ -85,13 +85,8 @@ class Predictor(UnitWorker):
         return json.dumps({"stats": vars(stats), "segmented": segmented}).encode()
 
     def _write(self, name: str, image: Image.Image) -> None:
-        self._out.write_bytes(name, _encode(image, "JPEG" if name.endswith(".jpg") else "PNG"))
-
-
-def _encode(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    return buffer.getvalue()
+        is_jpeg = name.endswith(".jpg")
+        self._out.write_bytes(name, encode(image, "JPEG", quality=90) if is_jpeg else encode(image, "PNG"))
 
 
 def model_folder(uri: str) -> Folder:
@@ -160,7 +155,7 @@ def predict(
         first = total.refused[0]
         raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
     out.write_bytes("legend.json", json.dumps(entries, indent=1).encode())
-    out.write_bytes("legend.png", _encode(legend_image(entries), "PNG"))
+    out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
     if coco:
         coco.write(out)
     seconds = time.monotonic() - started

@@ -40,11 +40,7 @@ def rebuild_pages(run: Run) -> dict[str, Any]:
             f"{run.folder.uri} was evaluated with other names of its concepts; run `transfgu evaluate "
             f"{run.folder.uri}` first"
         )
-    if damaged := run.damaged_files("evaluate"):
-        raise ArtifactError(
-            f"{run.folder.uri_of(damaged[0])}: not what stage evaluate wrote, damaged or deleted since; run `transfgu "
-            f"evaluate {run.folder.uri}` to make it again"
-        )
+    run.require_whole("evaluate")
     started, inputs = time.perf_counter(), evaluated["input_fingerprint"]
     content = write_pages(run)
     seconds = time.perf_counter() - started

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
-from transfgu_ray.artifacts import STAGES, Run
+from transfgu_ray.artifacts import STAGES, Run, and_more
 from transfgu_ray.backbone import BACKBONE, backbone_file_sha256, resolve_backbone
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import Listing, list_images, open_root
@@ -170,15 +170,14 @@ def _discard_damaged(run: Run, stages: Sequence[str], pending: Sequence[str], re
     """
     wanted = []
     for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
+        if stage not in stages:
+            run.require_whole(stage)
+            continue
         damaged = [] if stage in pending else run.damaged_files(stage)
-        more = f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
-        if damaged and stage not in stages:
-            raise ArtifactError(
-                f"{run.folder.uri_of(damaged[0])}{more}: not what stage {stage} wrote, damaged or deleted since; run "
-                f"`transfgu {stage} {run.folder.uri}` to make it again"
-            )
         if damaged:
-            reporter.note(f"{stage}: {damaged[0]}{more}: damaged or deleted since they were written, made again")
+            reporter.note(
+                f"{stage}: {damaged[0]}{and_more(damaged)}: damaged or deleted since they were written, made again"
+            )
             run.discard(stage, damaged)
         if damaged or stage in pending:
             wanted.append(stage)

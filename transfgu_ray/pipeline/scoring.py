@@ -1,6 +1,5 @@
 """Photographs, their labels and masks of any method -> confusion matrices and sample masks, one unit at a time."""
 
-import io
 import json
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from transfgu_ray.algorithms.intervals import photo_counts, stack_counts
 from transfgu_ray.algorithms.metrics import IGNORE, confusion_matrix
 from transfgu_ray.config import RunConfig
 from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import centre_crop, resize_label, to_working
+from transfgu_ray.images import centre_crop, encode, resize_label, to_working
 from transfgu_ray.model import Segmenter, load_model_config
 from transfgu_ray.pipeline.extract_features import batched_rows
 from transfgu_ray.pipeline.parts import (
@@ -106,20 +105,14 @@ class Scorer(PartWorker):
         folder = f"samples/{self._samples[image_id]}"
         scale = min(1.0, _SAMPLE_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        photo = io.BytesIO()
-        image.resize(size).save(photo, "JPEG", quality=88)
-        self.run.write_bytes(f"{folder}/photo.jpg", photo.getvalue())
+        self.run.write_bytes(f"{folder}/photo.jpg", encode(image.resize(size), "JPEG", quality=88))
         self.run.write_bytes(f"{folder}/sample.json", json.dumps({"image_id": image_id}).encode())
         labelled = {name: masks[name] for name in self.shown} | ({} if target is None else {"truth": target})
         for name, mask in labelled.items():
-            self._write_png(f"{folder}/{name}.png", _mask_image(mask).resize(size, Image.Resampling.NEAREST))
+            shown = _mask_image(mask).resize(size, Image.Resampling.NEAREST)
+            self.run.write_bytes(f"{folder}/{name}.png", encode(shown, "PNG"))
         for name, values in self.sample_maps(image).items():
-            self._write_png(f"{folder}/{name}.png", _mask_image(values))
-
-    def _write_png(self, name: str, image: Image.Image) -> None:
-        png = io.BytesIO()
-        image.save(png, "PNG")
-        self.run.write_bytes(name, png.getvalue())
+            self.run.write_bytes(f"{folder}/{name}.png", encode(_mask_image(values), "PNG"))
 
 
 def _mask_image(mask: np.ndarray) -> Image.Image:

@@ -10,7 +10,6 @@ POST /predict  body: the bytes of one photograph. Answer, JSON:
 
 import asyncio
 import base64
-import io
 import json
 import logging
 import signal
@@ -23,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.images import EXTENSIONS, ImageRefused, NotAnImage, TooManyPixels, decode_rgb
+from transfgu_ray.images import EXTENSIONS, ImageRefused, NotAnImage, TooManyPixels, decode_rgb, encode
 from transfgu_ray.legend import legend
 from transfgu_ray.model import load_model
 from transfgu_ray.names import load_names
@@ -151,9 +150,7 @@ class PhotoServer:
     def _data_url(self, mask: np.ndarray) -> str:
         is_palette = len(self._colours) <= 256
         image = palette_image(mask, self._colours) if is_palette else Image.fromarray(self._colours[mask])
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return f"data:image/png;base64,{base64.b64encode(encode(image, 'PNG')).decode()}"
 
 
 def _keep_to_loopback() -> None:

@@ -129,16 +129,22 @@ def _own_address() -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    with kept_environment(*told):
+        os.environ.update(told)
+        yield
+
+
+@contextmanager
+def kept_environment(*names: str) -> Iterator[None]:
+    """Leaves variables as they were, whatever happens to them meanwhile."""
     kept = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
     try:
         yield
     finally:
         for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
 
 

@@ -18,6 +18,7 @@ from transfgu_ray.config import RunConfig, flatten
 from transfgu_ray.credentials import refuse_credentials
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.model import load_model_config
+from transfgu_ray.pipeline.session import kept_environment
 from transfgu_ray.scores import scores_by_method
 from transfgu_ray.storage import Folder
 
@@ -211,18 +212,14 @@ def _mlflow_at(uri: str) -> Iterator[None]:
     """
     import mlflow
 
-    given = {name: os.environ.get(name) for name in (_SERVER, "MLFLOW_REGISTRY_URI")}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri(None)
-        for name, value in given.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with kept_environment(_SERVER, "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(None)
+            mlflow.set_registry_uri(None)
 
 
 @contextlib.contextmanager

@@ -82,9 +82,8 @@ def drop_torn(run: Folder, name: str) -> None:
     Ray Train writes that record in place; a kill in the middle of it would stop every later start.
     """
     record = f"{name}/checkpoint_manager_snapshot.json"
-    content = run.read_bytes(record) if run.exists(record) else b"{}"
     try:
-        json.loads(content)
+        run.read_json(record)
     except ValueError:
         run.delete(name)
 
