@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ install_import_hook("transfgu_ray.algorithms", "beartype.beartype")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 torch.set_num_threads(1)
+# What a script starts with `&` ignores Ctrl-C, and so would the commands that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray reads these when it is imported, whichever test is the first to do so. Its socket paths must stay short, which
 # pytest's own folders are not; the token stays out of HOME.

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,7 +13,15 @@ from transfgu_ray.pipeline.watchdog import unless_stalled
 _SECOND = 1 / 60
 
 
-def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock() -> None:
+@pytest.fixture
+def on_sigint(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("on_sigint", [signal.default_int_handler, signal.SIG_IGN], ids=["", "nohup"], indirect=True)
+def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock(on_sigint: None) -> None:
     began = time.monotonic()
     words = r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray status` tells"
     with pytest.raises(StalledError, match=words), unless_stalled("stage extract", _SECOND, lambda done: None):

@@ -9,6 +9,10 @@ from typing import Any
 
 from transfgu_ray.errors import StalledError
 
+# Not SIGINT, which is ignored in what a shell script starts with `&`. Its handler raises what Ctrl-C does: Ray's own
+# waits let nothing else through.
+_WAKE = signal.SIGUSR1
+
 
 @contextmanager
 def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
@@ -43,9 +47,10 @@ def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) ->
             if time.monotonic() - last > 60 * minutes:
                 is_stalled = True
                 # A real signal: nothing less wakes a main thread that waits for a lock.
-                signal.pthread_kill(main.ident, signal.SIGINT)
+                signal.pthread_kill(main.ident, _WAKE)
                 return
 
+    before = signal.signal(_WAKE, signal.default_int_handler)
     thread = threading.Thread(target=watch, daemon=True, name="watchdog")
     thread.start()
     try:
@@ -60,3 +65,5 @@ def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) ->
     finally:
         done.set()
         thread.join()
+        # None stands for a handler of C code, which Python cannot put back.
+        signal.signal(_WAKE, before or signal.SIG_DFL)
