@@ -211,6 +211,7 @@ def test_object_store__a_stalled_answer_is_asked_for_again(store, on_store):
     assert 2 < time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_object_store__one_that_does_not_answer_is_told_in_bounded_time(store, on_store):
     store.set_faults(share=1)
     began = time.monotonic()

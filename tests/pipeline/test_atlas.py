@@ -80,6 +80,7 @@ def test_atlas__does_not_depend_on_the_number_of_workers(finished: Run, tmp_path
             assert {name: run.folder.read_bytes(name) for name in names} == before
 
 
+@pytest.mark.slow
 def test_atlas__is_left_out_where_no_pictures_are_wanted(finished: Run, voc: Path, tmp_path: Path) -> None:
     from tests.pipeline.conftest import Silent
     from transfgu_ray.pipeline.run import run_stages

@@ -100,6 +100,7 @@ def test_token_cacher__refuses_other_photographs_than_the_banks(
     assert not (Path(run.folder.path) / "tokens").exists(), "a part that does not follow the bank was written"
 
 
+@pytest.mark.slow
 def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
     run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
     assert reporter.done == {"train": 6}, "one pass over six photographs for the tokens"
 
 
+@pytest.mark.slow
 def test_train__table_goes_when_the_model_is_written(
     run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, finished: Run) -> Registr
     return Registry("compared", uri)
 
 
+@pytest.mark.slow
 def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run, voc: Path, tmp_path: Path) -> None:
     registry.promote(2)
     out, reporter = Folder(str(tmp_path / "out")), Silent()

@@ -27,6 +27,7 @@ def small_config(root: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_plan__counts_photographs_and_windows(tmp_path: Path, local_ray: None) -> None:
     planned = plan(small_config(make_folder(tmp_path / "data", num_images=5)), None)
     stages = {stage["stage"]: stage for stage in planned["stages"]}

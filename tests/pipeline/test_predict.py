@@ -149,6 +149,7 @@ def test_predict__frames_keep_their_order(everything: tuple[Path, dict[str, Any]
     assert names == ["a.jpg", "a.png", "deep er/é.webp", "f/f_2.png", "f/f_10.png", "turned.jpg"]
 
 
+@pytest.mark.slow
 def test_predict__the_same_bytes_with_more_workers(
     everything: tuple[Path, dict[str, Any]], finished: Run, photos: Path, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_evaluate__shows_the_best_and_the_worst_photographs(finished: Run) -> No
     assert scores[2] == max(scores) > scores[3] == min(scores)
 
 
+@pytest.mark.slow
 def test_concepts_name__is_a_command_beside_the_stage(run: Run, tmp_path: Path) -> None:
     (tmp_path / "names.yaml").write_text("0: animal\n1: animal\n")
     (tmp_path / "wrong.yaml").write_text("77: animal\n")

@@ -48,6 +48,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
 def test_damage__is_found_said_and_made_again_alone(
     finished: Run, tmp_path: Path, stage: str, name: str, damage: Callable[[Path], None]
@@ -77,6 +78,7 @@ def test_damage__is_found_said_and_made_again_alone(
     assert (quiet.done, quiet.notes) == ({}, [])
 
 
+@pytest.mark.slow
 def test_damage__where_other_bytes_come_out_the_stages_after_it_are_made_again(finished: Run, tmp_path: Path) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     before = files_of(folder)
@@ -117,6 +119,7 @@ def test_damage__of_a_record_alone_is_undone_and_of_a_file_too_makes_the_stage_a
     assert run.require("labels")["parts_resumed"] == 0
 
 
+@pytest.mark.slow
 def test_damage__a_kill_amid_mending_is_mended_too(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
