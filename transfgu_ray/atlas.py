@@ -12,7 +12,7 @@ from transfgu_ray import __version__
 from transfgu_ray.algorithms.examples import plane
 from transfgu_ray.artifacts import Run
 from transfgu_ray.model import load_model_config
-from transfgu_ray.names import load_names
+from transfgu_ray.names import Names, load_names
 from transfgu_ray.pages import hex_colour, render, within_bytes
 from transfgu_ray.report import matched_colours, names_line
 from transfgu_ray.schemas import atlas_schema
@@ -48,41 +48,22 @@ def write_atlas(run: Run) -> int:
     places, variance = plane(centroids.astype(np.float64))
     x, y, radius = _on_page(places, np.array(num_crops))
     nearest = _nearest(centroids)
-    concepts = []
-    for i, kind in enumerate(kinds):
-        name, hidden = names.of_concept.get(i), i in names.of_concept and names.of_concept[i] is None
-        same = [c for c in names.members(names.class_of[i]) if c != i] if not hidden else []
-        told = [
-            f"concept {i}",
-            name,
-            "hidden" if hidden else None,
-            f"matched to {matched[i]}" if i in matched else None,
-        ]
-        told += [kind, f"{num_crops[i]:,} crops"]
-        concepts.append(
-            {
-                "id": i,
-                "name": name,
-                "hidden": hidden,
-                "short": _short(i, name),
-                "title": " · ".join(filter(None, told)),
-                "words": " ".join(filter(None, [str(i), kind, name, matched.get(i)])).lower(),
-                "kind": kind,
-                "matched": matched.get(i),
-                "with": ", ".join(map(str, same)),
-                "num_crops": num_crops[i],
-                "patch_share": found[i]["patch_share"],
-                "followed_by": found[i]["followed_by"][:_NUM_NEAREST],
-                "nearest": nearest[i],
-                "colour": hex_colour(colours[i]),
-                "x": f"{x[i]:.1f}",
-                "y": f"{y[i]:.1f}",
-                "label_y": f"{y[i] - radius[i] - 3:.1f}",
-                "radius": f"{radius[i]:.1f}",
-                "crops": pictures["crop", i],
-                "maps": pictures["map", i],
-            }
-        )
+    concepts = [
+        _told(i, kind, num_crops[i], names, matched.get(i))
+        | {
+            "patch_share": found[i]["patch_share"],
+            "followed_by": found[i]["followed_by"][:_NUM_NEAREST],
+            "nearest": nearest[i],
+            "colour": hex_colour(colours[i]),
+            "x": f"{x[i]:.1f}",
+            "y": f"{y[i]:.1f}",
+            "label_y": f"{y[i] - radius[i] - 3:.1f}",
+            "radius": f"{radius[i]:.1f}",
+            "crops": pictures["crop", i],
+            "maps": pictures["map", i],
+        }
+        for i, kind in enumerate(kinds)
+    ]
     page = render(
         "atlas.html",
         name=folder.uri.rstrip("/").rpartition("/")[2],
@@ -103,6 +84,26 @@ def write_atlas(run: Run) -> int:
     )
     folder.write_bytes("atlas.html", page)
     return sum(map(len, pictures.values()))
+
+
+def _told(concept: int, kind: str, num_crops: int, names: Names, matched: str | None) -> dict[str, Any]:
+    """What is said of a concept in words."""
+    name = names.of_concept.get(concept)
+    hidden = concept in names.of_concept and name is None
+    same = [c for c in names.members(names.class_of[concept]) if c != concept] if not hidden else []
+    title = [f"concept {concept}", name, "hidden" if hidden else None, f"matched to {matched}" if matched else None]
+    return {
+        "id": concept,
+        "name": name,
+        "hidden": hidden,
+        "short": _short(concept, name),
+        "title": " · ".join(filter(None, [*title, kind, f"{num_crops:,} crops"])),
+        "words": " ".join(filter(None, [str(concept), kind, name, matched])).lower(),
+        "kind": kind,
+        "matched": matched,
+        "with": ", ".join(map(str, same)),
+        "num_crops": num_crops,
+    }
 
 
 def _short(concept: int, name: str | None) -> str:

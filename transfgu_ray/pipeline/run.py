@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -68,29 +68,11 @@ def run_stages(
     inputs = _stage_inputs(run, listing)
     fingerprints = {stage: run.fingerprint(stage, inputs[stage]) for stage in STAGES}
     pending = [stage for stage in stages if not _is_current(run, stage, fingerprints[stage], overwrite)]
-    for stage in STAGES[: STAGES.index(stages[0])]:
-        manifest = run.require(stage)
-        if manifest["fingerprint"] != fingerprints[stage] or manifest.get("names_sha256") != run.names_sha256(stage):
-            raise ArtifactError(
-                f"stage {stage} of {run.folder.uri} was made with other settings, photographs or names; run "
-                f"`transfgu {stage} {run.folder.uri} --overwrite` first"
-            )
+    _require_before(run, stages[0], fingerprints)
     pending = _discard_damaged(run, stages, pending, reporter)
-    same_again = True
     if pending:
         # Before anything is started: bad weights and sizes, and missing labels, are told at once.
-        if "extract" in pending:
-            list_labelled(config)
-        if "evaluate" in pending:
-            list_scored(config)
-        weights = {
-            "encoder": resolve_encoder(config) if "extract" in pending else None,
-            "backbone": resolve_backbone(config) if "train" in pending else None,
-        }
-        if "train" in pending and config.train.decoder_weights is not None:
-            from transfgu_ray.pipeline.import_decoder import check_decoder
-
-            check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
+        weights = _resolve_weights(run, pending)
         with _tracking(run, pending, trial) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
@@ -109,9 +91,38 @@ def run_stages(
                 if not same_again:
                     reporter.note(f"{stage}: other bytes than before, so the stages after it are made again too")
                     break
-    if not same_again:
-        return run_stages(run, stages, address, reporter, overwrite, trial)
+        if not same_again:
+            return run_stages(run, stages, address, reporter, overwrite, trial)
     return {stage: run.require(stage) for stage in stages}
+
+
+def _require_before(run: Run, first: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuses to go on from stages that were made of something else."""
+    for stage in STAGES[: STAGES.index(first)]:
+        manifest = run.require(stage)
+        if manifest["fingerprint"] != fingerprints[stage] or manifest.get("names_sha256") != run.names_sha256(stage):
+            raise ArtifactError(
+                f"stage {stage} of {run.folder.uri} was made with other settings, photographs or names; run "
+                f"`transfgu {stage} {run.folder.uri} --overwrite` first"
+            )
+
+
+def _resolve_weights(run: Run, pending: Sequence[str]) -> dict[str, Any]:
+    """The weights that pending stages start from, as `Context` takes them; labels and sizes are checked beside."""
+    config = run.config
+    if "extract" in pending:
+        list_labelled(config)
+    if "evaluate" in pending:
+        list_scored(config)
+    weights = {
+        "encoder": resolve_encoder(config) if "extract" in pending else None,
+        "backbone": resolve_backbone(config) if "train" in pending else None,
+    }
+    if "train" in pending and config.train.decoder_weights is not None:
+        from transfgu_ray.pipeline.import_decoder import check_decoder
+
+        check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
+    return weights
 
 
 def cache_tokens(run: Run, reporter: Reporter) -> None:
