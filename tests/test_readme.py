@@ -75,7 +75,7 @@ sys.argv += json.loads(os.environ['SMALLER'])
 main()"""
 
 
-@pytest.mark.parametrize("command", [c for c in dict.fromkeys([*BLOCKS, *PROSE]) if c.startswith("transfgu ")])
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys([*BLOCKS, *PROSE]) if c.startswith("transfgu ")], ids=str)
 def test_commands__are_what_the_program_understands(command: str) -> None:
     words, context, verb = shlex.split(command)[1:], None, typer.main.get_command(app)
     is_mention = len(words) == 1
@@ -135,7 +135,7 @@ def _python_blocks() -> Iterator[str]:
 
 @pytest.mark.long
 @pytest.mark.ray
-@pytest.mark.parametrize("command", [c for c in dict.fromkeys(BLOCKS) if not c.startswith(_ELSEWHERE)])
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(BLOCKS) if not c.startswith(_ELSEWHERE)], ids=str)
 def test_blocks__run_as_they_stand(command: str, home: Path) -> None:
     process = _start(command, home)
     if not command.startswith("transfgu serve"):

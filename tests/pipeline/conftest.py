@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def _few_resamples() -> Iterator[None]:
 
 
 class Silent:
-    """A reporter that only remembers how far each stage came, and what was said."""
+    """A reporter that only remembers how far each stage came and what was said. Like a terminal, it cannot be pickled."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.done: dict[str, int] = {}
         self.notes: list[str] = []
 

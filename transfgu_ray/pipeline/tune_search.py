@@ -43,6 +43,10 @@ class Ended(Callback):
     def __init__(self, on_end: Callable[[dict[str, Any], str], None], on_epoch: Callable[[], None]) -> None:
         self._on_end, self._on_epoch = on_end, on_epoch
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: what Tune pickles to restore a sweep with is never used, and a terminal's lock cannot be pickled."""
+        return {}
+
     def on_trial_result(self, **info: Any) -> None:
         """Of a trial that reports."""
         self._on_epoch()
