@@ -32,8 +32,8 @@ BLOCKS = [command for block in re.findall(r"```bash\n(.*?)```", _README, re.S) f
 # In prose a command may go on in the next line; a name of a command alone counts too.
 PROSE = [" ".join(found.split()) for found in re.findall(r"(?<!`)`(transfgu\s[^`]*)`", _README)]
 
-# What a machine without cloud, GPU and network cannot do, or what tests cannot do to their own environment.
-_ELSEWHERE = ("git clone ", "cd ", "python3 -m venv ", ". .venv", "pip install ", "python -m pytest ", "ray ")
+# What a machine without cloud and network cannot do, and what runs the tests themselves.
+_ELSEWHERE = ("git clone ", "cd ", "python3 -m venv ", ". .venv", "pip install ", "python -m ", "ray ")
 _TINY = [
     "data.image_size=[64, 64]",
     "extract.window_fracs=[0.5, 0.3]",

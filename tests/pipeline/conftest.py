@@ -41,7 +41,7 @@ def _few_resamples() -> Iterator[None]:
 
 
 class Silent:
-    """A reporter that only remembers how far each stage came and what was said. Like a terminal, it cannot be pickled."""
+    """A reporter that only remembers how far stages came and what was said. Like a terminal, it cannot be pickled."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
