@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, make_coco, make_folder, make_scenes, make_table
 from transfgu_ray import claims
 from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
-from transfgu_ray.cli import main
+from transfgu_ray.cli import app, main
 from transfgu_ray.datasets import list_images
 from transfgu_ray.storage import Folder
 
@@ -263,6 +265,13 @@ def test_help__imports_nothing_heavy() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.rstrip().endswith("[]")
+
+
+def test_help__says_each_command_whole_in_80_columns() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    listed = shown.partition("Commands:\n")[2]
+    assert len(listed.splitlines()) == len(typer.main.get_command(app).commands)
+    assert "..." not in listed
 
 
 def test_run__settings_of_an_existing_run_are_its_own(

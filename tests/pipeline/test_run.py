@@ -12,12 +12,12 @@ from PIL import Image
 from tests.builders import make_folder, make_hostile_folder
 from tests.pipeline.conftest import Silent, make_run, open_run
 from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.cli import Terminal
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.model import load_model
 from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.storage import Folder
+from transfgu_ray.terminal import Terminal
 
 pytestmark = pytest.mark.ray
 

@@ -1,0 +1,80 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` answers at once."""
+
+import signal
+import sys
+import warnings
+from typing import NoReturn
+
+import typer
+
+from transfgu_ray.cli import catalogue, encoders, models, naming, stages, studies
+from transfgu_ray.errors import StalledError, TransfguError
+from transfgu_ray.terminal import printable
+
+app = typer.Typer(
+    name="transfgu",
+    help="Segments photographs into K classes without a single label (TransFGU), on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _text in stages.HELP.items():
+    _cls = naming.ConceptsCommand if _name == "concepts" else None
+    app.command(name=_name, help=_text, cls=_cls)(stages.COMMANDS[_name])
+for _command in (
+    models.predict,
+    models.serve,
+    models.compare,
+    encoders.render,
+    encoders.pretrain,
+    encoders.probe,
+    stages.demo,
+    studies.ablate,
+    studies.tune,
+    studies.plan,
+    studies.bench,
+):
+    app.command()(_command)
+app.add_typer(catalogue.datasets, name="datasets")
+app.add_typer(catalogue.presets, name="presets")
+
+
+class _Stopped(BaseException):
+    """SIGTERM, as `ray job stop` and schedulers send it."""
+
+
+def _on_sigterm(*_: object) -> None:
+    raise _Stopped
+
+
+def main() -> None:
+    """Entry point: user errors are one sentence and exit code 2; what is stopped says so, with 128 + the signal."""
+    # Third-party deprecations are for us, not for the people who run this.
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app()
+    except (TransfguError, OSError) as error:
+        from transfgu_ray.storage import storage_failure
+
+        told = error if isinstance(error, TransfguError) else storage_failure(error)
+        if told is None:
+            raise
+        typer.echo(printable(f"transfgu: {told}"), err=True)
+        sys.exit(2)
+    except StalledError as error:
+        typer.echo(f"transfgu: {error}", err=True)
+        sys.exit(1)
+    except _Stopped:
+        _exit_stopped(signal.SIGTERM)
+    except SystemExit as error:
+        # What typer makes of Ctrl-C.
+        if error.code == 128 + signal.SIGINT:
+            _exit_stopped(signal.SIGINT)
+        raise
+
+
+def _exit_stopped(by: int) -> NoReturn:
+    typer.echo("transfgu: stopped; the same command goes on from here", err=True)
+    sys.exit(128 + by)

@@ -1,0 +1,127 @@
+"""Encoders where no public prior fits: pictures, training without labels, and what it is worth."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from transfgu_ray.cli.options import Address, Config, Quiet, Set, absolute
+from transfgu_ray.cli.words import note_refused
+from transfgu_ray.terminal import Terminal
+
+
+class Pictures(StrEnum):
+    """What `transfgu render` makes."""
+
+    OBJECTS = "objects"
+    SCENES = "scenes"
+
+
+def render(
+    what: Annotated[Pictures, typer.Argument(help="objects: one a picture, Parquet. scenes: several, with masks.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI.")],
+    num_train: Annotated[int, typer.Option(min=1, help="Pictures to learn from.")],
+    num_val: Annotated[int, typer.Option(min=1, help="Pictures to measure on.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Pictures without third-party art, to pretrain or train on.
+
+    Objects for `transfgu pretrain`, or labelled scenes for `--dataset scenes`.
+    """
+    from transfgu_ray.scenes import write_objects, write_scenes
+
+    if what is Pictures.SCENES:
+        write_scenes(out, num_train, num_val, seed)
+    else:
+        write_objects(out, num_train, seed, "train")
+        write_objects(out, num_val, seed, "val")
+    typer.echo(f"{num_train} {what} to learn from and {num_val} to measure on in {out}")
+
+
+def pretrain(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Where the encoder goes: a path or a URI.")],
+    data: Annotated[
+        str | None, typer.Option(help="Images without labels: a folder, or Parquet with encoded images in `bytes`.")
+    ] = None,
+    val: Annotated[
+        str | None,
+        typer.Option(help="Images that only measure. Default: the table's val-*.parquet, else some of --data."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Recipe to start from; see `transfgu presets`. Default: the folder's own, else photos."),
+    ] = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    ray_address: Address = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what another configuration made.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Images to an encoder, where no public prior fits: DINO.
+
+    Without labels; resumed where it stopped.
+    """
+    from transfgu_ray.claims import claimed
+    from transfgu_ray.config import build_config
+    from transfgu_ray.pipeline.pretrain import pretrain as verb
+    from transfgu_ray.pretrain_folder import PretrainFolder
+    from transfgu_ray.pretrain_presets import get_pretrain_preset
+    from transfgu_ray.storage import Folder
+
+    shorthand = {"data.root": absolute(data), "data.val_root": absolute(val)}
+    named = [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+    resolved = None
+    if preset or config or assignments or named:
+        base = None if preset else PretrainFolder.stored_config(folder)
+        resolved = build_config(base or get_pretrain_preset(preset or "photos"), config, [*named, *assignments])
+    terminal = Terminal(quiet)
+    with claimed(Folder(folder)):
+        opened = PretrainFolder.open(folder, resolved, overwrite)
+        _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
+
+
+def probe(
+    weights: Annotated[str, typer.Argument(metavar="WEIGHTS", help="A checkpoint file, or 'bundled' or 'hub'.")],
+    data: Annotated[str, typer.Option(help="Images with classes: class folders, or Parquet with `bytes` and `label`.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in px of the images. Default: what the encoder was trained at.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """How good an encoder is: k-NN, RankMe, foreground priors.
+
+    Without training; the priors where a table has `mask`. The neighbours come from the tables train-*.parquet and are
+    asked about val-*.parquet; of any other layout a tenth is held out.
+    """
+    from transfgu_ray.probing import Probe
+
+    terminal, prepared = Terminal(quiet), Probe(weights, data, image_size)
+    with terminal.stage("probe", prepared.num_images, "images") as progress:
+        result = prepared.run(progress)
+    note_refused(terminal, result.refused)
+    rows = [["images", f"{result.num_queries} at {result.image_size} px"]]
+    if result.knn_top1 is not None:
+        rows.append(["k-NN top-1", f"{100 * result.knn_top1:.2f} % of {result.num_bank} neighbours"])
+        rows.append(["chance", f"{100 * result.knn_chance:.2f} %"])
+    rows.append(["RankMe", f"{result.rank_me:.1f}"])
+    rows += [[f"IoU of {prior}", f"{100 * iou:.2f} %"] for prior, iou in result.object_iou.items()]
+    terminal.table(rows, ["probe", weights], words=(1,))
+
+
+def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -> None:
+    """What came out, what was refused, and how to go on."""
+    shown = {
+        "images": f"{manifest['images_train']} trained on, {manifest['images_val']} held out",
+        "images seen": f"{manifest['images_seen']} in {manifest['steps']} steps",
+        "seconds": f"{manifest['seconds']:.0f} ({manifest['images_per_second']:.0f} images/s)",
+        "loss": f"{manifest['loss']:.4f}",
+        "RankMe": f"{manifest['rank_me']:.1f}",
+    }
+    if "knn_top1" in manifest:
+        shown["k-NN top-1"] = f"{100 * manifest['knn_top1']:.2f} % (chance {100 * manifest['knn_chance']:.2f} %)"
+    terminal.table([[name, value] for name, value in shown.items()], ["pretrain", opened.folder.uri], words=(1,))
+    note_refused(terminal, manifest["refused"])
+    for alarm in manifest["alarms"]:
+        terminal.note(f"warning: {alarm}")
+    terminal.note(f"use it: transfgu run RUN --weights {opened.folder.uri_of('encoder.safetensors')} ...")

@@ -1,0 +1,180 @@
+"""What one does with a model: masks of new photographs, a page that serves it, versions side by side."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from transfgu_ray.cli.options import Address, Quiet, absolute
+from transfgu_ray.cli.words import note_refused
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.terminal import Terminal, duration
+
+
+class Mode(StrEnum):
+    """What the model sees of a photograph."""
+
+    RESIZE = "resize"
+    SLIDE = "slide"
+
+
+ModelUri = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, model folder, or models:/NAME@ALIAS.")]
+ModelTrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI, for models:/ only.")]
+
+
+def predict(
+    model: ModelUri,
+    images: Annotated[
+        str, typer.Option(help="New photographs: a folder, a file, a glob in quotes, or a URI of one of these.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder or URI that masks/, overlays/ and the legend go to.")],
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="resize: the model sees the whole photograph, squashed to its input size. slide: windows of that size "
+            "over the photograph as large as it is, for details of large photographs; takes longer."
+        ),
+    ] = Mode.RESIZE,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also probabilities/NAME/CLASS.png, greyscale, 255 = certain.")
+    ] = False,
+    coco: Annotated[
+        bool,
+        typer.Option(
+            "--coco", help="Also coco/labels.json (run-length masks, for FiftyOne, CVAT, ...) and coco/panoptic.json."
+        ),
+    ] = False,
+    ray_address: Address = None,
+    tracking_uri: ModelTrackingUri = None,
+    quiet: Quiet = False,
+) -> None:
+    """Palette masks and overlays of new photographs.
+
+    Named as the photographs; on request also probabilities and COCO JSON.
+    """
+    from transfgu_ray.config import RuntimeConfig
+    from transfgu_ray.photographs import find_photographs
+    from transfgu_ray.pipeline import predict as verb
+    from transfgu_ray.pipeline.session import ray_session
+    from transfgu_ray.pipeline.watchdog import unless_stalled
+    from transfgu_ray.storage import Folder
+
+    terminal = Terminal(quiet)
+    source, target = _model_folder(model, tracking_uri), Folder(out)
+    root, photos = find_photographs(images)
+    target.write_bytes(".transfgu", b"")
+    target.delete(".transfgu")
+    wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
+    with (
+        terminal.stage("predict", len(photos.images), "photographs") as show,
+        unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
+        ray_session(ray_address, RuntimeConfig()) as resources,
+    ):
+        manifest = verb.predict(source, root, photos, target, wanted, resources, progress)
+    note_refused(terminal, manifest["refused"])
+    terminal.note(
+        f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
+        f"{manifest['images_per_second']:.2f} a second, the workers' start included"
+    )
+    terminal.note(f"masks: {target.uri_of('masks')}, overlays: {target.uri_of('overlays')}")
+    terminal.note(f"legend: {target.uri_of('legend.png')} and .json")
+    if probabilities:
+        terminal.note(f"probabilities: {target.uri_of('probabilities')}")
+    if coco:
+        terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
+    terminal.note(f"next: look at the overlays, or drop photographs on a page with `transfgu serve {model}`")
+
+
+def _model_folder(model: str, tracking_uri: str | None) -> Any:
+    """The folder of a model that a run folder, a model folder or the registry holds."""
+    from transfgu_ray.pipeline.predict import model_folder
+
+    if model.startswith("models:/"):
+        from transfgu_ray.pipeline.tracking import fetch_model
+
+        model = fetch_model(model, tracking_uri)
+    return model_folder(model)
+
+
+def serve(
+    model: ModelUri,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond 127.0.0.1, whoever reaches it can use the page.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Larger files are refused.")] = 25,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Larger photographs are refused.")] = 50,
+    tracking_uri: ModelTrackingUri = None,
+    quiet: Quiet = False,
+) -> None:
+    """A page to drop photographs on and see their masks.
+
+    With the HTTP endpoint behind it, on Ray Serve; Ctrl-C ends it.
+
+    POST /predict takes the bytes of a photograph (curl --data-binary @photo.jpg URL/predict) and answers with JSON: a
+    palette PNG and the classes in it, or {"error": ...} with status 413, 415 or 422. GET /health tells that it is up.
+    """
+    from transfgu_ray.config import RuntimeConfig
+    from transfgu_ray.pipeline import serve as verb
+    from transfgu_ray.pipeline.session import ray_session
+
+    terminal, source = Terminal(quiet), _model_folder(model, tracking_uri)
+    verb.require_free(host, port)
+    limits = verb.Limits(max_megabytes, max_megapixels)
+    name = model.rstrip("/").rpartition("/")[2]
+    terminal.note("starting Ray Serve ...")
+    with ray_session(None, RuntimeConfig()) as resources:
+        url = verb.start(source, name, host, port, limits, resources)
+        terminal.note(f"{name} is served on {url}; open it in a browser, or POST photographs to {url}/predict")
+        terminal.note("Ctrl-C ends it")
+        verb.wait_for_ctrl_c()
+    terminal.note("stopped")
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="Name of a registered model; see `transfgu run`.")],
+    data: Annotated[str, typer.Option(help="Folder or URI of the photographs.")],
+    versions: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Which; the champion is always added. Default: all.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Layout of --data; see `transfgu datasets`. Default: the versions' own.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Where comparison.json, .md and .png go.")] = "transfgu-compare",
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Move the alias champion to the best version, if it is clearly better.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --promote: also if it is not clearly better.")] = False,
+    ray_address: Address = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI. Default: sqlite in the working directory.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Registered versions side by side, on the same photographs."""
+    from transfgu_ray.comparison import class_table, comparison_lines, version_table
+    from transfgu_ray.pipeline.compare import compare as verb
+    from transfgu_ray.storage import Folder
+
+    if force and not promote:
+        raise ConfigError("--force has no use without --promote")
+    terminal, target, root = Terminal(quiet), Folder(out), str(absolute(data))
+    numbers = _version_numbers(versions)
+    comparison = verb(model, numbers, dataset, root, target, tracking_uri, ray_address, terminal, promote, force)
+    for header, rows in (version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])):
+        # Intervals below their scores, so that versions keep to 80 columns.
+        cells = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+        terminal.table(cells, [header[0], *(name.replace(" ", "\n") for name in header[1:])])
+    for line in comparison_lines(comparison):
+        terminal.note(line)
+    note_refused(terminal, comparison["refused"])
+    if comparison["promotion"]:
+        terminal.note(comparison["promotion"]["sentence"])
+    terminal.note(f"side by side: {target.uri_of('comparison.png')}")
+
+
+def _version_numbers(text: str | None) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--versions {text} must be numbers with commas between them, e.g. 1,3") from None

@@ -1,0 +1,58 @@
+"""Options that several commands share, and the assignments they stand for."""
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URI such as s3://bucket/run.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Recipe to start from; see `transfgu presets`. Default: the run's own settings, else paper."),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Layout of --data; see `transfgu datasets`. Default: the preset's (demo: scenes), else folder."),
+]
+Data = Annotated[str | None, typer.Option(help="Folder or URI of the photographs.")]
+Config = Annotated[str | None, typer.Option(help="YAML file that changes the preset.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be given often.")
+]
+Weights = Annotated[str | None, typer.Option(help="Encoder weights: a checkpoint file, 'hub', 'bundled' or 'random'.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", envvar="RAY_ADDRESS", help="Ray to use: host:port or auto. Default: start a local Ray."
+    ),
+]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: sqlite beside the run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what another configuration changes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors.")]
+
+
+def named_settings(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
+    """The assignments that these options stand for."""
+    from transfgu_ray.config import NAMED_WEIGHTS
+
+    shorthand = {
+        "data.dataset": dataset,
+        "data.root": absolute(data),
+        "encoder.weights": weights if weights in NAMED_WEIGHTS else absolute(weights),
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+
+
+def absolute(path: str | None) -> str | None:
+    """Workers and jobs run in other folders: local paths are made absolute, URIs are left."""
+    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def write_json(file: str | None, content: dict[str, Any]) -> None:
+    """Writes the file of --json, where one was given."""
+    from transfgu_ray.storage import Folder
+
+    if file is not None:
+        folder, _, name = file.rpartition("/")
+        Folder(folder or ".").write_bytes(name, json.dumps(content, indent=1).encode())

@@ -1,0 +1,151 @@
+"""The stages of a run, each a command, and `transfgu run` and `demo`, which do them all."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from transfgu_ray.cli.options import (
+    Address,
+    Config,
+    Data,
+    Dataset,
+    Overwrite,
+    Preset,
+    Quiet,
+    RunFolder,
+    Set,
+    TrackingUri,
+    Weights,
+    named_settings,
+)
+from transfgu_ray.cli.words import note_pages, note_refused, note_scores
+from transfgu_ray.terminal import Terminal
+
+
+def _verb(name: str) -> Callable[..., None]:
+    """The command that brings one stage of a run, or for `run` all of them, up to date."""
+
+    def command(
+        folder: RunFolder,
+        preset: Preset = None,
+        dataset: Dataset = None,
+        data: Data = None,
+        config: Config = None,
+        assignments: Set = [],  # noqa: B006
+        weights: Weights = None,
+        ray_address: Address = None,
+        tracking_uri: TrackingUri = None,
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from transfgu_ray.artifacts import STAGES, Run
+        from transfgu_ray.claims import claimed
+        from transfgu_ray.config import build_config
+        from transfgu_ray.pipeline.run import run_stages
+        from transfgu_ray.presets import configure
+        from transfgu_ray.storage import Folder
+
+        named = named_settings(dataset, data, weights)
+        if tracking_uri is not None:
+            named.append(f"tracking.uri={json.dumps(tracking_uri)}")
+        resolved = None
+        if preset or config or assignments or named:
+            stored, changes = None if preset else Run.stored_config(folder), [*named, *assignments]
+            resolved = (
+                build_config(stored, config, changes) if stored else configure(preset or "paper", config, changes)
+            )
+        terminal = Terminal(quiet)
+        stages = STAGES if name == "run" else (name,)
+        with claimed(Folder(folder)):
+            opened = Run.open(folder, resolved, overwrite)
+            if name == "report":
+                from transfgu_ray.pipeline.rewrite import rebuild_pages
+
+                # Always, and without Ray: it takes seconds, and another version makes other pages.
+                manifests = {name: rebuild_pages(opened)}
+            else:
+                manifests = run_stages(opened, stages, ray_address, terminal, overwrite)
+            _close(terminal, opened, manifests)
+
+    return command
+
+
+HELP = {
+    "run": "Photographs to masks: every stage, resumed where it stopped.",
+    "extract": "Stage 1: class tokens of sliding windows -> features/.",
+    "concepts": "Stage 2: k-means of the class tokens -> concepts.parquet. See also `transfgu concepts name --help`, "
+    "which names, merges and hides concepts of a trained run.",
+    "labels": "Stage 3: response maps of all concepts -> labels/.",
+    "train": "Stage 4: decoder in teacher-student rounds -> model/.",
+    "evaluate": "Stage 5: scores, where there are labels -> metrics.json.",
+    "report": "Stage 6: self-contained pages -> report.html, atlas.html. Made again from the run folder alone.",
+}
+COMMANDS = {name: _verb(name) for name in HELP}
+
+
+def demo(
+    folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
+    assignments: Set = [],  # noqa: B006
+    ray_address: Address = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole pipeline on rendered scenes, with bundled weights.
+
+    The scenes go beside RUN.
+    """
+    from transfgu_ray.presets import DEMO_SCENES
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.storage import Folder
+
+    scenes = f"{os.path.dirname(Folder(folder).uri.rstrip('/'))}/scenes"
+    terminal = Terminal(quiet)
+    terminal.note(f"scenes: {DEMO_SCENES['num_train']} to learn from, {DEMO_SCENES['num_val']} to score, in {scenes}")
+    write_scenes(scenes, **DEMO_SCENES)
+    COMMANDS["run"](
+        folder,
+        preset="demo",
+        data=scenes,
+        assignments=assignments,
+        ray_address=ray_address,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+
+
+def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]) -> None:
+    """What came out, what was refused, and where to look next."""
+    rows = [
+        [m["stage"], str(m["rows_in"]), str(m["rows_out"]), str(len(m["refused"])), f"{m['seconds']:.1f}"]
+        for m in manifests.values()
+    ]
+    terminal.table(rows, ["stage", "in", "out", "refused", "seconds"])
+    refused = {r["image_id"]: r for m in manifests.values() for r in m["refused"]}
+    note_refused(terminal, list(refused.values()))
+    if "evaluate" in manifests:
+        note_scores(terminal, json.loads(opened.folder.read_bytes("metrics.json")))
+    if "report" in manifests:
+        note_pages(terminal, opened)
+    if "register" in manifests:
+        entry = manifests["register"]
+        terminal.note(
+            f"model: models:/{entry['model_name']}/{entry['model_version']}, seen with "
+            f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
+        )
+    _note_next(terminal, opened.folder.uri, list(manifests))
+
+
+def _note_next(terminal: Terminal, run_uri: str, done: list[str]) -> None:
+    """What one does after these stages."""
+    from transfgu_ray.artifacts import STAGES
+
+    if done[-1] == STAGES[-1]:
+        terminal.note(f"next: look at report.html, then transfgu predict {run_uri} --images DIR --out DIR")
+        terminal.note(f"      or transfgu serve {run_uri}, a page to drop photographs on")
+    else:
+        # The last stage, MLflow's, has no command of its own.
+        following = STAGES[STAGES.index(done[-1]) + 1]
+        terminal.note(f"next: transfgu {'run' if following == STAGES[-1] else following} {run_uri}")

@@ -1,0 +1,210 @@
+"""Many runs at once, and what a run will cost: ablations, sweeps, plans, benchmarks."""
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from transfgu_ray.cli.options import (
+    Address,
+    Config,
+    Data,
+    Dataset,
+    Quiet,
+    Set,
+    TrackingUri,
+    Weights,
+    absolute,
+    named_settings,
+    write_json,
+)
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.terminal import Terminal, duration
+
+
+def ablate(
+    folder: Annotated[str, typer.Argument(metavar="OUT", help="Where the runs and ablations.md go.")],
+    preset: Annotated[str, typer.Option(help="Recipe that the variants change; see `transfgu presets`.")] = "demo",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    num_seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, seeds 0, 1, ...")] = 3,
+    only: Annotated[list[str], typer.Option(help="One variant; may be given often. Default: all.")] = [],  # noqa: B006
+    resnet: Annotated[str, typer.Option(help="Weights of the ResNet-50: a checkpoint file, or 'random'.")] = "random",
+    num_scenes: Annotated[int, typer.Option(min=1, help="Scenes to learn from, where --data is not given.")] = 160,
+    ray_address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's ablations, Tables 3, 4 and 5.
+
+    Every variant and seed, resumed where it stopped.
+    """
+    from transfgu_ray.ablations import VARIANTS, ablation_tables
+    from transfgu_ray.claims import claimed
+    from transfgu_ray.pipeline.ablate import ablate as verb
+    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.storage import Folder
+
+    unknown = [name for name in only if name not in VARIANTS]
+    if unknown:
+        raise ConfigError(f"unknown variant {unknown[0]!r}; allowed for --only: {', '.join(VARIANTS)}")
+    terminal, target, notes = Terminal(quiet), Folder(folder), []
+    if data is None:
+        data = target.uri_of("scenes")
+        write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
+        notes.append(f"{num_scenes} rendered scenes to learn from, {DEMO_SCENES['num_val']} to score.")
+    if resnet == "random":
+        notes.append("The ResNet-50 has random weights; DINO's are given with --resnet.")
+    resolved = configure(
+        preset, config, [*named_settings(dataset, data, weights), "evaluate.baselines=[]", *assignments]
+    )
+    resnet = resnet if resnet == "random" else str(absolute(resnet))
+    with claimed(target):
+        metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
+    tables = ablation_tables(metrics, notes)
+    target.write_bytes("ablations.md", tables.encode())
+    terminal.note(tables)
+    terminal.note(f"tables: {target.uri_of('ablations.md')}")
+
+
+class Sampler(StrEnum):
+    """How a sweep chooses its points."""
+
+    GRID = "grid"
+    RANDOM = "random"
+    OPTUNA = "optuna"
+
+
+class Scheduler(StrEnum):
+    """What stops the trials of a sweep early."""
+
+    NONE = "none"
+    ASHA = "asha"
+    MEDIAN = "median"
+
+
+class Objective(StrEnum):
+    """What a sweep chooses by."""
+
+    SCORE = "score"
+    MIOU = "miou"
+
+
+def tune(
+    folder: Annotated[str, typer.Argument(metavar="SWEEP", help="Where trials, sweep.json and sweep.html go.")],
+    space: Annotated[
+        str, typer.Option(help="What varies: a YAML file, or 'paper' for alpha, omega_1, omega_2, K.")
+    ] = "paper",
+    preset: Annotated[str, typer.Option(help="Recipe that the trials change; see `transfgu presets`.")] = "demo",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    num_trials: Annotated[int | None, typer.Option(min=1, help="Points to try; a grid tries all.")] = None,
+    sampler: Annotated[Sampler, typer.Option(help="How points are chosen.")] = Sampler.RANDOM,
+    scheduler: Annotated[Scheduler, typer.Option(help="What stops trials by their epochs' score.")] = Scheduler.NONE,
+    objective: Annotated[
+        Objective, typer.Option(help="score: without labels. miou: by the labels of the validation photographs.")
+    ] = Objective.SCORE,
+    num_scenes: Annotated[int, typer.Option(min=1, help="Scenes to learn from, where --data is not given.")] = 120,
+    ray_address: Address = None,
+    tracking_uri: TrackingUri = None,
+    quiet: Quiet = False,
+) -> None:
+    """A sweep over alpha, omega, K and others, chosen without labels.
+
+    Resumed where it stopped.
+    """
+    from transfgu_ray.claims import claimed
+    from transfgu_ray.evidence import evidence_lines, evidence_table, sweep_table
+    from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
+    from transfgu_ray.pipeline.tune import tune as verb
+    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.scenes import write_scenes
+    from transfgu_ray.spaces import read_space
+    from transfgu_ray.storage import Folder
+
+    terminal, target, rendered = Terminal(quiet), Folder(folder), []
+    if data is None and preset == "demo" and dataset is None:
+        data = target.uri_of("scenes")
+        write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
+        # Shorter than the demo: a sweep looks for an order of settings, not for the best model of one.
+        rendered = ["train.round_epochs=[2, 3]"]
+    named = [*named_settings(dataset, data, weights), "evaluate.baselines=[]", *rendered]
+    if tracking_uri is not None:
+        named.append(f"tracking.uri={json.dumps(tracking_uri)}")
+    # Trials side by side use the cores better than workers side by side.
+    resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
+    planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
+    with claimed(target):
+        sweep = verb(target, resolved, planned, ray_address, terminal)
+    header, rows = sweep_table(sweep)
+    terminal.table(rows, [name.replace("_", "_\n").replace(" ", "\n") for name in header])
+    if sweep["evidence"]:
+        header, rows = evidence_table(sweep)
+        terminal.table(rows, [name.replace(", ", ",\n") for name in header])
+    for line in evidence_lines(sweep):
+        terminal.note(line)
+    terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")
+
+
+def plan(
+    preset: Annotated[str, typer.Option(help="Recipe to start from; see `transfgu presets`.")] = "paper",
+    dataset: Dataset = None,
+    data: Data = None,
+    config: Config = None,
+    assignments: Set = [],  # noqa: B006
+    weights: Weights = None,
+    ray_address: Address = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
+) -> None:
+    """Forwards, bytes and hours of a run before anything starts.
+
+    From a minute of timing on the machines at hand.
+    """
+    from transfgu_ray.pipeline.plan import plan as verb
+    from transfgu_ray.presets import configure
+
+    named = named_settings(dataset, data, weights)
+    planned = verb(configure(preset, config, [*named, *assignments]), ray_address)
+    write_json(json_file, planned)
+    stages = planned["stages"]
+    total = {name: sum(stage[name] for stage in stages) for name in ("forwards", "num_bytes", "seconds")}
+    total["seconds"] += planned["start_ray"]
+    rows = [
+        [row["stage"], f"{row['forwards']:,}", f"{row['num_bytes'] / 1e9:.3f}", duration(row["seconds"])]
+        for row in (*stages, {"stage": "all, with the start of Ray", **total})
+    ]
+    terminal = Terminal(quiet=False)
+    terminal.table(rows, ["stage", "encoder forwards", "GB kept", "time"])
+    terminal.note(
+        f"{planned['photographs']} photographs, {planned['scored']} scored or shown; {planned['workers']} workers, "
+        f"{planned['train_workers']} in training, on {planned['device']}; "
+        f"timed in {planned['calibration_seconds']:.0f} s"
+    )
+
+
+def bench(
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
+    only: Annotated[list[str], typer.Option(help="One part; may be given often. Default: all.")] = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
+) -> None:
+    """Time, bytes and memory of each stage against plain code.
+
+    That is the bare encoder, and a plain rewrite of the published code.
+    """
+    from transfgu_ray.bench.table import run_parts, table_rows
+
+    terminal = Terminal(quiet=False)
+    found: dict[str, Any] = {}
+    for found in run_parts(only, threads, lambda part: typer.echo(f"measuring {part} ...", err=True)):
+        # After each part: all of them take half an hour.
+        write_json(json_file, found)
+    machine = found["machine"]
+    terminal.table(table_rows(found["targets"]), ["what", "target", "value", "reached"])
+    terminal.note(f"{machine['device']}, {machine['processor']}, {machine['cores']} cores, {threads} thread(s)")
