@@ -5,7 +5,7 @@ import pytest
 
 from tests.evaluated import HOSTILE, make_evaluated
 from tests.html_page import Page
-from transfgu_ray.atlas import _on_page
+from transfgu_ray.atlas import _on_page, _place_labels
 from transfgu_ray.names import parse_names
 from transfgu_ray.pipeline.rewrite import read_names, rebuild_pages, rename
 
@@ -48,6 +48,24 @@ def test_on_page__distances_are_true():
             assert np.hypot(x[i] - x[j], y[i] - y[j]) == pytest.approx(want)
     assert y[1] < y[0], "up is up"
     assert radius.tolist() == [15, 7.5, 5, 5]
+
+
+def test_place_labels__stand_where_nothing_else_does():
+    five = np.full(5, 100.0)
+    labels = _place_labels(five, five, np.full(5, 10.0), ["0", "1", "2", "3", "4"])
+    # From the disc's edge 2 px, and half a letter of 9.5 px or half a line of 16 px.
+    assert labels == [
+        ("100.0", "80.0", "0"),
+        ("100.0", "120.0", "1"),
+        ("116.8", "100.0", "2"),
+        ("83.2", "100.0", "3"),
+        None,
+    ]
+    # No room above at the upper edge; another's disc below; the page ends on the right.
+    x, y, radius = np.array([540.0, 540.0]), np.array([10.0, 26.0]), np.array([8.0, 8.0])
+    assert _place_labels(x, y, radius, ["far", "low"]) == [("515.8", "10.0", "far"), ("540.0", "44.0", "low")]
+    # Too many words for the page leave the number.
+    assert _place_labels(x, y, radius, ["far", "w" * 99])[1] == ("540.0", "44.0", "1")
 
 
 def test_atlas__of_a_run_without_labels_has_no_classes(tmp_path):

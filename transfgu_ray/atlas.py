@@ -1,6 +1,7 @@
 """atlas.html: one self-contained page that shows what each concept of a run is, made from its artifacts alone."""
 
 import base64
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -24,6 +25,8 @@ _NUM_NEAREST = 3
 _WIDTH, _HEIGHT, _MARGIN = 560, 380, 30
 _MAX_LABELS = 60
 _RADIUS = (5, 15)
+# Of the labels as large as they are on a telephone, and their distance from the disc.
+_LETTER_WIDTH, _LINE_HEIGHT, _LABEL_GAP = 9.5, 16, 2
 
 
 def write_atlas(run: Run) -> int:
@@ -48,6 +51,8 @@ def write_atlas(run: Run) -> int:
     places, variance = plane(centroids.astype(np.float64))
     x, y, radius = _on_page(places, np.array(num_crops))
     nearest = _nearest(centroids)
+    shorts = [_short(i, names.of_concept.get(i)) for i in range(len(kinds))]
+    labels = _place_labels(x, y, radius, shorts) if len(kinds) <= _MAX_LABELS else [None] * len(kinds)
     concepts = [
         _told(i, kind, num_crops[i], names, matched.get(i))
         | {
@@ -57,8 +62,9 @@ def write_atlas(run: Run) -> int:
             "colour": hex_colour(colours[i]),
             "x": f"{x[i]:.1f}",
             "y": f"{y[i]:.1f}",
-            "label_y": f"{y[i] - radius[i] - 3:.1f}",
+            "label": labels[i],
             "radius": f"{radius[i]:.1f}",
+            "short": shorts[i],
             "crops": pictures["crop", i],
             "maps": pictures["map", i],
         }
@@ -71,14 +77,13 @@ def write_atlas(run: Run) -> int:
         config=run.config,
         names_line=names_line(names),
         concepts=concepts,
-        short=[concept["short"] for concept in concepts],
+        short=shorts,
         kinds=sorted(set(kinds)),
         has_background_kind="background" in kinds,
         has_classes=bool(metrics["per_class"]),
         variance=variance,
         width=_WIDTH,
         height=_HEIGHT,
-        labelled=len(concepts) <= _MAX_LABELS,
         num_pictures=sum(map(len, pictures.values())),
         num_found=num_found,
     )
@@ -96,7 +101,6 @@ def _told(concept: int, kind: str, num_crops: int, names: Names, matched: str | 
         "id": concept,
         "name": name,
         "hidden": hidden,
-        "short": _short(concept, name),
         "title": " · ".join(filter(None, [*title, kind, f"{num_crops:,} crops"])),
         "words": " ".join(filter(None, [str(concept), kind, name, matched])).lower(),
         "kind": kind,
@@ -133,6 +137,30 @@ def _on_page(places: np.ndarray, num_crops: np.ndarray) -> tuple[np.ndarray, np.
     least, most = _RADIUS
     radius = np.clip(most * np.sqrt(num_crops / max(num_crops.max(), 1)), least, most)
     return x + _WIDTH / 2, _HEIGHT / 2 - y, radius if len(places) <= _MAX_LABELS else radius / 2
+
+
+def _place_labels(
+    x: np.ndarray, y: np.ndarray, radius: np.ndarray, texts: list[str]
+) -> list[tuple[str, str, str] | None]:
+    """Middle and words of each disc's label: above, below, right or left, clear of every disc and label.
+
+    Where there is no room for the words the number stands alone; None where there is none for that either.
+    """
+    taken = np.stack([x - radius, y - radius, x + radius, y + radius], axis=1)
+    places: list[tuple[str, str, str] | None] = []
+    for i, words in enumerate(texts):
+        places.append(None)
+        for text, towards in itertools.product((words, str(i)), ((0, -1), (0, 1), (1, 0), (-1, 0))):
+            half = np.array([_LETTER_WIDTH * len(text), _LINE_HEIGHT]) / 2
+            away = half + radius[i] + _LABEL_GAP
+            middle = np.array([x[i], y[i]]) + away * towards
+            box = np.concatenate([middle - half, middle + half])
+            outside = (box[:2] < 0).any() or (box[2:] > (_WIDTH, _HEIGHT)).any()
+            if not outside and not ((box[:2] < taken[:, 2:]) & (box[2:] > taken[:, :2])).all(1).any():
+                taken = np.vstack([taken, box])
+                places[i] = f"{middle[0]:.1f}", f"{middle[1]:.1f}", text
+                break
+    return places
 
 
 def _nearest(centroids: np.ndarray) -> list[list[int]]:

@@ -166,7 +166,16 @@ def test_concepts__of_a_run_folder_called_name_is_the_stage(run: Run, tmp_path: 
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     # Nothing was to be done: a run called name has its concepts.
-    assert "concepts" in out
+    assert "next: transfgu labels " in out
+
+
+def test_report__of_a_whole_run_leads_on_to_its_use(run: Run) -> None:
+    for following in ("next: look at report.html, then transfgu predict ", "next: transfgu run "):
+        process = transfgu("report", run.folder.path)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+        assert following in out
+        run.clear("register")
 
 
 def test_run_stages__a_model_is_registered_once_by_its_names(run: Run) -> None:

@@ -135,17 +135,19 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
             f"model: models:/{entry['model_name']}/{entry['model_version']}, seen with "
             f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
         )
-    _note_next(terminal, opened.folder.uri, list(manifests))
+    _note_next(terminal, opened, list(manifests)[-1])
 
 
-def _note_next(terminal: Terminal, run_uri: str, done: list[str]) -> None:
-    """What one does after these stages."""
+def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
+    """What one does after this stage."""
     from transfgu_ray.artifacts import STAGES
 
-    if done[-1] == STAGES[-1]:
-        terminal.note(f"next: look at report.html, then transfgu predict {run_uri} --images DIR --out DIR")
-        terminal.note(f"      or transfgu serve {run_uri}, a page to drop photographs on")
+    uri = opened.folder.uri
+    # Pages are also made again of a run that is whole.
+    if done == STAGES[-1] or (done == "report" and opened.manifest(STAGES[-1]) is not None):
+        terminal.note(f"next: look at report.html, then transfgu predict {uri} --images DIR --out DIR")
+        terminal.note(f"      or transfgu serve {uri}, a page to drop photographs on")
     else:
         # The last stage, MLflow's, has no command of its own.
-        following = STAGES[STAGES.index(done[-1]) + 1]
-        terminal.note(f"next: transfgu {'run' if following == STAGES[-1] else following} {run_uri}")
+        following = STAGES[STAGES.index(done) + 1]
+        terminal.note(f"next: transfgu {'run' if following == STAGES[-1] else following} {uri}")
