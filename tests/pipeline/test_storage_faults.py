@@ -182,6 +182,15 @@ def half_written(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+def nearly_full(disk: SmallDisk, voc: Path, finished_before: tuple[str, ...], kilobytes_left: int) -> Path:
+    """A run folder with the stages of before, on a disk with room for little more."""
+    folder = disk.path / "run"
+    if finished_before:
+        make_run(folder, voc, stages=finished_before, dataset="voc")
+    disk.remount(f"size={(disk.used_bytes() >> 10) + kilobytes_left}k")
+    return folder
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("finished_before", "kilobytes_left"),
@@ -191,10 +200,7 @@ def half_written(folder: Path) -> list[Path]:
 def test_full_disk__ends_in_a_sentence_and_with_room_goes_on_to_the_same_bytes(
     trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...], kilobytes_left: int
 ) -> None:
-    folder = disk.path / "run"
-    if finished_before:
-        make_run(folder, voc, stages=finished_before, dataset="voc")
-    disk.remount(f"size={(disk.used_bytes() >> 10) + kilobytes_left}k")
+    folder = nearly_full(disk, voc, finished_before, kilobytes_left)
     with pytest.raises(ArtifactError, match=r"cannot (be )?writ.*No space left on device; choose a writable folder"):
         make_run(folder, voc, stages=FIRST_FOUR, dataset="voc")
     assert not half_written(folder)
@@ -230,10 +236,7 @@ def test_read_only_disk__ends_in_a_sentence(
 def test_full_disk__the_command_says_so_and_exits_with_2(
     trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...], kilobytes_left: int
 ) -> None:
-    folder = disk.path / "run"
-    if finished_before:
-        make_run(folder, voc, stages=finished_before, dataset="voc")
-    disk.remount(f"size={(disk.used_bytes() >> 10) + kilobytes_left}k")
+    folder = nearly_full(disk, voc, finished_before, kilobytes_left)
     settings = [part for setting in TINY for part in ("--set", setting)]
     stage = FIRST_FOUR[len(finished_before)]
     process = transfgu(
