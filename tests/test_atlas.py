@@ -74,7 +74,7 @@ def test_atlas__of_a_run_without_labels_has_no_classes(tmp_path):
     assert len(cards(page)) == 16
 
 
-@pytest.mark.parametrize("num_concepts", [171, 1000])
+@pytest.mark.parametrize("num_concepts", [171, pytest.param(1000, marks=pytest.mark.slow)])
 def test_atlas__of_many_concepts_keeps_below_8_mb_and_says_what_it_leaves_out(tmp_path, num_concepts):
     # Page asserts the size.
     page = read_atlas(make_evaluated(tmp_path / "run", num_concepts, labels=False))

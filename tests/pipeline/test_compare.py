@@ -95,6 +95,7 @@ def in_process(
 def test_compare__a_folder_without_labels(
     registry: Registry, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    registry.promote(2)
     for module in (comparing, parts):
         monkeypatch.setattr(module, "stream_units", in_process)
     data = shutil.copytree(voc / "JPEGImages", tmp_path / "data")

@@ -1,8 +1,10 @@
 """Shards hold the group's rows in order, leave no file behind and survive a kill."""
 
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +81,15 @@ def test_point_shard__a_full_disk_is_told(features: Folder, monkeypatch: pytest.
         PointShard(features.uri, "foreground", plan, threads=1, use_gpu=False).load()
 
 
+def ask_for_ten_seconds(actor: Any) -> None:
+    """Calls an actor that should end: `ray.kill` does not wait until it has."""
+    import ray
+
+    for _ in range(100):
+        ray.get(actor.peak_mb.remote())
+        time.sleep(0.1)
+
+
 @pytest.mark.ray
 def test_actor_shards__a_killed_actor_goes_on_and_all_end(features: Folder, local_ray: None) -> None:
     import ray
@@ -95,4 +106,4 @@ def test_actor_shards__a_killed_actor_goes_on_and_all_end(features: Folder, loca
         assert 50 < shards.peak_mb() < 2048
     for actor in shards._actors:
         with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(actor.peak_mb.remote())
+            ask_for_ten_seconds(actor)

@@ -169,6 +169,7 @@ def test_concepts__of_a_run_folder_called_name_is_the_stage(run: Run, tmp_path: 
     assert "next: transfgu labels " in out
 
 
+@pytest.mark.slow
 def test_report__of_a_whole_run_leads_on_to_its_use(run: Run) -> None:
     for following in ("next: look at report.html, then transfgu predict ", "next: transfgu run "):
         process = transfgu("report", run.folder.path)

@@ -79,6 +79,7 @@ def test_run__again_recomputes_nothing(finished: Run) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_run__another_configuration_is_refused_until_overwritten(finished: Run, voc: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder.path, tmp_path / "run")
     with pytest.raises(ArtifactError, match=r"evaluate.num_samples: 2 -> 1.*--overwrite"):
