@@ -192,6 +192,8 @@ def test_train_loop__a_loss_that_is_no_number_names_its_photographs_and_stops_wh
             train_in_this_process(run)
     with pytest.raises(Exception, match=f"{words}, and again after a restart from the last checkpoint; lower"):
         train_in_this_process(run)
+    with pytest.raises(FloatingPointError, match=f"{words}$"):
+        train_in_this_process(run)
     assert not run.folder.exists("model/decoder.safetensors")
 
 

@@ -13,7 +13,7 @@ from tests.builders import make_paired
 from tests.pipeline.conftest import TINY, Silent
 from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
-from transfgu_ray.config import RunConfig
+from transfgu_ray.config import RunConfig, build_config
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.sweep_tracking import settle_trials
 from transfgu_ray.pipeline.trials import Trials, sibling_of
@@ -132,7 +132,8 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
     overrides = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
     name = get_preset("tiny_cpu").encoder.name
     weights.write_bytes(dump_encoder(random_vit(name, overrides, 0), name, overrides))
-    base = tiny_base(tmp_path / "data", str(weights))
+    # Of so many epochs that the large rate collapses, and is stopped before they are done.
+    base = build_config(tiny_base(tmp_path / "data", str(weights)), None, ["train.round_epochs=[4, 8]"])
     command = [sys.executable, "-c", STOPPED, str(folder), base.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -144,8 +145,8 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
     statuses = [trial["status"] for trial in trials.values()]
     assert set(statuses) == {"finished", "stopped"}, trials
     assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
-    # So small a training may have ended before it is stopped; it is not scored then.
-    assert {trial["epochs"] for trial in trials.values() if trial["status"] == "stopped"} <= {1, 2}
+    # So small a training may also have ended before it is stopped; it is not scored then.
+    assert min(trial["epochs"] for trial in trials.values() if trial["status"] == "stopped") < 12
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
     assert runs == [{"finished": "FINISHED", "stopped": "KILLED"}[status] for status in statuses]

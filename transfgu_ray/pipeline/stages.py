@@ -141,6 +141,7 @@ def _train(context: Context) -> dict[str, Any]:
     from transfgu_ray.pipeline import tracking
     from transfgu_ray.pipeline.fit_concepts import read_concepts
     from transfgu_ray.pipeline.train_rounds import model_config, train
+    from transfgu_ray.pipeline.trainer import MAX_RESTARTS
 
     run, config, resources = context.run, context.run.config, context.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
@@ -175,6 +176,9 @@ def _train(context: Context) -> dict[str, Any]:
         resources,
         on_epoch,
         lambda pulse: context.progress(0),
+        # A trial that is stopped in the middle must not take new workers for those that it loses: whoever should free
+        # them has not yet heard of them. Tune starts it again instead.
+        MAX_RESTARTS if context.trial is None else 0,
         context.trial and context.trial.sibling,
     )
     images = run.require("labels")["images"]

@@ -83,6 +83,7 @@ def train(
     resources: Resources,
     on_epoch: Callable[[list[dict[str, float]]], None],
     on_pulse: Callable[[dict[str, float]], None],
+    max_restarts: int,
     sibling: Run | None = None,
 ) -> TrainResult:
     """Trains, or continues an interrupted training, and writes the model.
@@ -95,6 +96,7 @@ def train(
         resources: workers and device.
         on_epoch: called in this process with the history of all epochs so far, whenever there is more of it.
         on_pulse: called in this process every few seconds in which steps are done, with the last `epoch` and `step`.
+        max_restarts: how often the workers are started again where one fails.
         sibling: run of another seed with a bank of the same photographs. A second student learns from it, and the
             history tells what both of an epoch are worth without labels; the first student is not touched by it.
     """
@@ -103,7 +105,7 @@ def train(
     files = [path for path, _ in run.files("train", recursive=True)]
     ours = {path for path in files if path.startswith(f"train/{name}/")}
     for path in files:
-        if path not in ours and not (ours and path == HISTORY):
+        if path not in ours and not (ours and path in (HISTORY, _STUMBLE)):
             run.delete(path)
     drop_torn(run, f"train/{name}")
     settings = {
@@ -115,7 +117,7 @@ def train(
         "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
     }
-    trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources)
+    trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources, max_restarts)
     seen = 0
 
     def on_change(history: list[dict[str, float]]) -> None:
@@ -216,6 +218,8 @@ def _stop_where_it_stumbled_twice(run: Folder) -> None:
     """
     stumble = run.read_json(_STUMBLE) or {"times": 0}
     if stumble["times"] > 1:
+        # Who asks for it again, knowing this, has it tried again.
+        run.delete(_STUMBLE)
         raise DataError(
             f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
             "look at these photographs"

@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 PULSE = "train/progress.json"
 _STATE = "state.pt"
 _PULSE_SECONDS = 2.0
-_MAX_WORKER_FAILURES = 2
+# Of a training that fails, from its last checkpoint.
+MAX_RESTARTS = 2
 
 
 def new_trainer(
-    loop: Callable[[dict[str, Any]], Any], settings: dict[str, Any], storage: Folder, name: str, resources: Resources
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    storage: Folder,
+    name: str,
+    resources: Resources,
+    max_restarts: int = MAX_RESTARTS,
 ) -> "TorchTrainer":
     """A data-parallel trainer that continues what `storage` holds under `name`, also when it had finished.
 
@@ -38,6 +44,7 @@ def new_trainer(
         storage: where the checkpoints go.
         name: says what is trained, so that nothing else is continued.
         resources: workers and device.
+        max_restarts: how often the workers are started again where one fails.
 
     Raises:
         ArtifactError: the storage cannot be written.
@@ -71,7 +78,7 @@ def new_trainer(
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=_MAX_WORKER_FAILURES, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=max_restarts, controller_failure_limit=3),
         ),
     )
 

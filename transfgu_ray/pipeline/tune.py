@@ -15,6 +15,7 @@ from transfgu_ray.pipeline.shared_stages import SharedStages
 from transfgu_ray.pipeline.stages import scored_split
 from transfgu_ray.pipeline.sweep_tracking import begin_sweep, end_sweep, settle_trials
 from transfgu_ray.pipeline.tracking import Tracked, ended_on_error, tracking_uri
+from transfgu_ray.pipeline.trainer import MAX_RESTARTS
 from transfgu_ray.pipeline.trials import DRIVER_CPUS, POINT, Trials, run_trial, sibling_of, trial_resources
 from transfgu_ray.pipeline.watchdog import unless_stalled
 from transfgu_ray.spaces import Range, Space, assignments, grid_points, plain_settings, plain_space, random_points
@@ -213,7 +214,7 @@ def _tune(
             storage_filesystem=folder.fs,
             verbose=0,
             callbacks=[Ended(on_end, lambda: progress(0))],
-            failure_config=ray_tune.FailureConfig(max_failures=1),
+            failure_config=ray_tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     ).fit()
     # The trials' own folders say all of it.
