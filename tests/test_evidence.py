@@ -6,6 +6,7 @@ from transfgu_ray.evidence import (
     evidence,
     evidence_lines,
     evidence_table,
+    failed_trials,
     ranked,
     short_names,
     sweep_table,
@@ -100,6 +101,15 @@ def test_evidence_lines__what_it_is_about_or_why_there_is_none():
     assert "finished trials with an mIoU: 2; a rank correlation needs 3" in line
     (line,) = evidence_lines(make_sweep(SPACE, [make_trial(0, {}, 0.5, None)]))
     assert "no finished trial has an mIoU" in line
+
+
+def test_failed_trials__each_with_its_reason_where_one_is_known():
+    trials = [make_trial(0, {}, 0.5, 0.4), *(make_trial(i, {}, None, None, status="failed") for i in (1, 2))]
+    trials[1]["error"] = "the loss is nan"
+    told, untold = failed_trials(make_sweep(SPACE, trials))
+    assert told == ("01010101", "the loss is nan")
+    assert untold[0] == "02020202"
+    assert "no reason is known" in untold[1]
 
 
 def test_sweep_table__best_first_and_those_without_a_result_last():

@@ -138,6 +138,16 @@ def sweep_table(sweep: Mapping[str, Any], wide: bool = False) -> tuple[list[str]
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
+def failed_trials(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The shown digits of each failed trial's identity, and why it failed.
+
+    Args:
+        sweep: content of a sweep.json.
+    """
+    unknown = "no reason is known: its process may have been killed, see Ray's logs"
+    return [(short_id(trial), trial["error"] or unknown) for trial in sweep["trials"] if trial["status"] == "failed"]
+
+
 def varying(space: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a sweep draws from more than one value, each with its values or its range."""
     return {name: values for name, values in space.items() if not isinstance(values, list) or len(values) > 1}

@@ -1,6 +1,7 @@
 """A sweep over real trials: what is shared, what is measured, what MLflow keeps, and what a second call does."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import mlflow
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.builders import make_paired
-from tests.pipeline.conftest import TINY, Silent
+from tests.pipeline.conftest import TINY, Silent, transfgu
 from transfgu_ray.algorithms.weights import dump_encoder, random_vit
 from transfgu_ray.artifacts import Run
 from transfgu_ray.config import RunConfig, build_config
@@ -150,6 +152,28 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
     assert runs == [{"finished": "FINISHED", "stopped": "KILLED"}[status] for status in statuses]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_tune__of_which_all_trials_fail_says_why_and_fails(base: RunConfig, tmp_path: Path) -> None:
+    config, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
+    config.write_text(yaml.safe_dump(base.model_dump(mode="json")))
+    # Its first step leads to numbers that are none.
+    space.write_text("train.learning_rate: [1.0e+30]")
+    sweep = tmp_path / "sweep"
+    process = transfgu(
+        "tune", str(sweep), "--space", str(space), "--sampler", "grid", "--preset", "tiny_cpu", "--config", str(config)
+    )
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 2, out
+    assert "Traceback" not in out
+    words = r"the loss is nan in epoch 0, step 1, on images/deep/1\.jpg, .*, and again after a restart"
+    # Once among the sweep's results, once as the command's error.
+    for before in (r"trial \w{8} failed:", "all trials of the sweep failed, the first of 1 since"):
+        assert re.search(f"{before} {words}", " ".join(out.split())), out
+    (trial,) = json.loads((sweep / "sweep.json").read_bytes())["trials"]
+    assert trial["status"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transfgu_ray.cli.options import (
     named_settings,
     write_json,
 )
-from transfgu_ray.errors import ConfigError
+from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.terminal import Terminal, duration
 
 
@@ -121,7 +121,7 @@ def tune(
     Resumed where it stopped.
     """
     from transfgu_ray.claims import claimed
-    from transfgu_ray.evidence import evidence_lines, evidence_table, sweep_table
+    from transfgu_ray.evidence import evidence_lines, evidence_table, failed_trials, sweep_table
     from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
     from transfgu_ray.pipeline.tune import tune as verb
     from transfgu_ray.presets import DEMO_SCENES, configure
@@ -150,7 +150,15 @@ def tune(
         terminal.table(rows, [name.replace(", ", ",\n") for name in header])
     for line in evidence_lines(sweep):
         terminal.note(line)
+    failed = failed_trials(sweep)
+    for name, words in failed:
+        terminal.note(f"trial {name} failed: {words}")
     terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")
+    if failed and len(failed) == len(sweep["trials"]):
+        raise DataError(
+            f"{target.uri}: all trials of the sweep failed, the first of {len(failed)} since {failed[0][1]}; the same "
+            "command tries them again, other values take another folder"
+        )
 
 
 def plan(

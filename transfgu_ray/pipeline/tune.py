@@ -173,7 +173,8 @@ def _tune(
 
     from transfgu_ray.pipeline.tune_search import Ended, OptunaSearch, new_scheduler, to_text
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Of a trial that fails it shows tracebacks; the trial has noted the reason in words.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def on_end(point: dict[str, Any], otherwise: str) -> None:
         trials.end(point, otherwise)
