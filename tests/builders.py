@@ -13,8 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, random_vit
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.config.run import DataConfig
+from transfgu_ray.datasets.listing import Listing, list_images
 from transfgu_ray.scenes.classes import CLASSES, SUPER_IDS
 
 TINY_VIT = "vit_tiny_patch16_224"
@@ -309,3 +311,8 @@ def make_sweep(space: dict[str, object], trials: list[dict], **more: object) -> 
         "trials": trials,
         "evidence": None,
     } | more
+
+
+def listed(data: DataConfig, split: str, granularity: str | None = None) -> Listing:
+    """The photographs of a split of what a configuration names."""
+    return list_images(data.root, data.spec, split, granularity)

@@ -33,6 +33,9 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been s
 atexit.register(shutil.rmtree, _RAY_FOLDER, ignore_errors=True)
 
 
+pytest_plugins = ["tests.fixtures"]
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Photographs that lie beside the project."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from transfgu_ray.pages import sample_numbers
+from transfgu_ray.reports.page import sample_numbers
 from transfgu_ray.storage import Folder
 
 _OUT = Path(__file__).resolve().parents[1] / ".figures"

@@ -6,17 +6,48 @@ import jaxtyping
 import pytest
 import torch
 
-from transfgu_ray.algorithms.losses import diversity_loss
+from transfgu_ray.algorithms.rounds.losses import diversity_loss
 
 PACKAGE = Path(__file__).resolve().parents[1] / "transfgu_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ALGORITHMS = sorted((PACKAGE / "algorithms").glob("*.py"))
 THIRD_PARTY = {"numpy", "scipy", "torch", "torchvision", "timm", "faiss", "safetensors", "jaxtyping"}
-OWN = {"transfgu_ray.algorithms", "transfgu_ray.errors"}
+# From the top of the house to the ground: a room may import what stands below its own line, never beside or above it.
+FLOORS = (
+    ("cli",),
+    ("bench", "planning"),
+    ("studies",),
+    ("pipeline",),
+    ("serving", "pretraining", "tracking"),
+    ("reports", "engine"),
+    ("models", "runs"),
+    ("config",),
+    ("datasets",),
+    ("scenes",),
+    ("algorithms/baselines",),
+    ("algorithms/labels", "algorithms/rounds", "algorithms/dino"),
+    ("algorithms/encoder", "algorithms/concepts", "algorithms/scores"),
+    ("images", "storage"),
+    ("errors",),
+)
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MAY_IMPORT_RAY = {"engine", "pipeline", "pretraining", "serving", "studies", "planning", "tracking", "bench", "cli"}
 
 
 def _name(path):
     return str(path.relative_to(PACKAGE))
+
+
+def _room(module):
+    """The room of a dotted module below the package, e.g. `algorithms/labels`; None for the package itself."""
+    parts = module.split(".")[1:]
+    for length in (2, 1):
+        if (room := "/".join(parts[:length])) in FLOOR_OF:
+            return room
+    return None
+
+
+def _module(path):
+    return ".".join(("transfgu_ray", *path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def _imports(source):
@@ -29,11 +60,21 @@ def _imports(source):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _is_allowed_in_algorithms(module):
-    top = module.split(".")[0]
-    if top == "transfgu_ray":
-        return any(module.startswith(f"{own}.") for own in OWN)
-    return top in THIRD_PARTY or top in sys.stdlib_module_names
+def _wrong_imports(room, source):
+    """What a module of a room imports that stands beside or above it, or is kept for other rooms."""
+    for module in _imports(source):
+        top = module.split(".")[0]
+        if top == "transfgu_ray":
+            imported = _room(module)
+            is_wrong = imported not in (None, room) and FLOOR_OF[imported] <= FLOOR_OF[room]
+            # Nothing of the package itself but its version.
+            is_wrong = is_wrong or (imported is None and module != "transfgu_ray.__version__")
+        elif room.startswith("algorithms"):
+            is_wrong = top not in THIRD_PARTY and top not in sys.stdlib_module_names
+        else:
+            is_wrong = (top == "ray" and room not in MAY_IMPORT_RAY) or (top == "mlflow" and room != "tracking")
+        if is_wrong:
+            yield module
 
 
 def _unsafe(source):
@@ -59,19 +100,28 @@ def _unsafe(source):
 
 
 def test_files__are_found():
-    assert "algorithms/cam.py" in map(_name, FILES)
-    assert len(ALGORITHMS) >= 13
+    assert {"algorithms/labels/cam.py", "cli/__init__.py", "errors.py"} <= {*map(_name, FILES)}
+    assert len(FILES) >= 150
 
 
-@pytest.mark.parametrize("path", ALGORITHMS, ids=_name)
-def test_algorithms__import_only_what_is_allowed(path):
-    assert [m for m in _imports(path.read_text()) if not _is_allowed_in_algorithms(m)] == []
+def test_rooms__each_is_on_one_floor_and_there():
+    assert len(FLOOR_OF) == sum(map(len, FLOORS))
+    assert [room for room in FLOOR_OF if not any(PACKAGE.glob(f"{room}*"))] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_package__only_the_pipeline_imports_ray(path):
-    uses_ray = any(module.split(".")[0] == "ray" for module in _imports(path.read_text()))
-    assert not uses_ray or path.is_relative_to(PACKAGE / "pipeline")
+# Packages of rooms, which only say what they are.
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if _name(p) not in ("__init__.py", "algorithms/__init__.py")], ids=_name
+)
+def test_package__every_module_lies_in_a_room_and_imports_downwards(path):
+    room = _room(_module(path))
+    assert room is not None, f"{_name(path)} lies in no room of FLOORS"
+    assert [*_wrong_imports(room, path.read_text())] == []
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "algorithms/__init__.py"])
+def test_package__packages_of_rooms_import_nothing(name):
+    assert [*_imports((PACKAGE / name).read_text())] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -97,9 +147,23 @@ def test_unsafe__sees_each_kind(source):
     assert _unsafe(source)
 
 
-@pytest.mark.parametrize("source", ["import ray", "import mlflow", "from transfgu_ray import pipeline"])
-def test_is_allowed_in_algorithms__sees_each_kind(source):
-    assert not all(map(_is_allowed_in_algorithms, _imports(source)))
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("algorithms/labels", "import ray"),
+        ("algorithms/labels", "from transfgu_ray import pipeline"),
+        ("algorithms/labels", "from transfgu_ray.algorithms.rounds import losses"),
+        ("algorithms/labels", "def f():\n    from transfgu_ray.storage import Folder\n    from mlflow import x"),
+        ("reports", "import ray.data"),
+        ("pipeline", "from mlflow import MlflowClient"),
+        ("engine", "from transfgu_ray.reports.page import render"),
+        ("datasets", "from transfgu_ray.config.run import RunConfig"),
+        ("cli", "from transfgu_ray import elsewhere"),
+        ("storage", "from transfgu_ray.images import decode_rgb"),
+    ],
+)
+def test_wrong_imports__sees_each_kind(room, source):
+    assert [*_wrong_imports(room, source)]
 
 
 def test_conftest__shapes_are_enforced_while_testing():

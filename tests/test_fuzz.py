@@ -14,17 +14,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.builders import TINY_OVERRIDES, TINY_VIT, make_folder
-from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, load_vit, random_vit
-from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.config import build_config, dump_yaml, flatten
-from transfgu_ray.datasets import list_images
+from tests.builders import TINY_OVERRIDES, TINY_VIT, listed, make_folder
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, load_vit, random_vit
+from transfgu_ray.cli.terminal import printable
+from transfgu_ray.config.base import dump_yaml, flatten
+from transfgu_ray.config.presets import configure, get_preset
+from transfgu_ray.config.run import build_config
 from transfgu_ray.errors import TransfguError
 from transfgu_ray.images import ImageRefused, decode_rgb
-from transfgu_ray.model import load_model_config
-from transfgu_ray.presets import configure, get_preset
+from transfgu_ray.models.model import load_model_config
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
-from transfgu_ray.terminal import printable
 
 pytestmark = pytest.mark.slow
 CONFIG = get_preset("tiny_cpu")
@@ -97,7 +98,7 @@ def test_dataset_folder__of_any_names_and_bytes(
     for name in data.draw(st.lists(FILE_NAMES.filter(lambda n: n not in (".", "..")), max_size=3)):
         (root / f"{name[:60]}.jpg").write_bytes(data.draw(bytes_of(photograph)))
     try:
-        listing = list_images(configure("tiny_cpu", None, [f"data.root={root}"]).data, "")
+        listing = listed(configure("tiny_cpu", None, [f"data.root={root}"]).data, "")
     except TransfguError as error:
         refused(error)
         return

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images
-from transfgu_ray.algorithms.bootstrap import Bootstrap
-from transfgu_ray.algorithms.labelling import Labeller
-from transfgu_ray.algorithms.rounds import schedule
-from transfgu_ray.algorithms.segmenter import MaskTransformer
-from transfgu_ray.algorithms.tokens import read_tokens
-from transfgu_ray.algorithms.weights import dump_encoder, load_encoder, random_vit
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, random_vit
+from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.algorithms.labels.labeller import Labeller
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.schedule import schedule
+from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import pytest
 from tests.builders import make_folder
 from tests.faults.campaign import finish
 from tests.faults.cluster import Cluster, cluster
-from tests.pipeline.conftest import TINY
+from tests.fixtures import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _ROOT = Path(__file__).resolve().parents[1]

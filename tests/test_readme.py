@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from tests.builders import make_folder, make_voc
-from transfgu_ray.algorithms.weights import dump_encoder, random_vit
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.cli import app
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -23,26 +23,24 @@ import safetensors.torch
 from PIL import Image
 from scipy.sparse import csr_array
 
-from tests.builders import TINY_VIT, make_folder, make_voc
-from tests.pipeline.conftest import TINY
-from transfgu_ray.algorithms.weights import load_encoder, load_vit
-from transfgu_ray.artifacts import Run
-from transfgu_ray.comparison import comparison_markdown
-from transfgu_ray.config import DataConfig, build_config
-from transfgu_ray.credentials import refuse_credentials
-from transfgu_ray.datasets import list_images
+from tests.builders import TINY_VIT, listed, make_folder, make_voc
+from tests.fixtures import TINY
+from transfgu_ray.algorithms.encoder.checkpoints import load_encoder, load_vit
+from transfgu_ray.cli.terminal import Terminal
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import DataConfig, build_config
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb
-from transfgu_ray.model import ModelConfig, save_decoder
-from transfgu_ray.names import Names
-from transfgu_ray.photographs import find_photographs
-from transfgu_ray.pipeline.predict import output_stems
-from transfgu_ray.pipeline.tracking import registry_uri, tracking_uri
-from transfgu_ray.presets import get_preset
-from transfgu_ray.report import write_report
-from transfgu_ray.storage import Folder
-from transfgu_ray.terminal import Terminal
-from transfgu_ray.working_copies import build_index, fetch_copies
+from transfgu_ray.models.model import ModelConfig, save_decoder
+from transfgu_ray.models.names import Names
+from transfgu_ray.pretraining.copies import build_index, fetch_copies
+from transfgu_ray.reports.comparison import comparison_markdown
+from transfgu_ray.reports.run_page import write_report
+from transfgu_ray.runs.run import Run
+from transfgu_ray.serving.photographs import find_photographs
+from transfgu_ray.serving.predict import output_stems
+from transfgu_ray.storage import Folder, refuse_credentials
+from transfgu_ray.tracking.client import registry_uri, tracking_uri
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'}};{{7*7}}</style><svg onload=alert(1)>")
 
@@ -173,7 +171,7 @@ def test_list_images__a_list_names_nothing_outside(tmp_path: Path) -> None:
     make_folder(tmp_path, num_images=1)
     with (tmp_path / "voc/ImageSets/Segmentation/train.txt").open("a") as file:
         file.write("../../photo_000\n")
-    listing = list_images(DataConfig(dataset="voc", root=str(tmp_path / "voc")), "train")
+    listing = listed(DataConfig(dataset="voc", root=str(tmp_path / "voc")), "train")
     assert len(listing.images) == 2
     assert listing.refused == ({"image_id": "JPEGImages/../../photo_000.jpg", "reason": "name out of the folder"},)
 

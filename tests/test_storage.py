@@ -7,8 +7,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from tests.faults.storage import s3_server
-from transfgu_ray.artifacts import Run
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder, resolve, storage_failure
 
 

@@ -153,7 +153,7 @@ def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]
 
     Args:
         label: ids as stored.
-        table: class of each id, -1 for one that must not occur; see `Benchmark.label_table`.
+        table: class of each id, -1 for one that must not occur; see `DatasetSpec.label_table`.
 
     Raises:
         ImageRefused: such an id occurs.

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -12,8 +13,35 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from transfgu_ray.credentials import refuse_credentials
-from transfgu_ray.errors import ArtifactError
+from transfgu_ray.errors import ArtifactError, ConfigError
+
+# KEY:SECRET@ of any scheme, where a secret may hold slashes; digits and a slash after the colon are a port.
+_PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@]*@")
+
+# Before an @ the web knows nothing but who logs in: TOKEN@ is as good as a password.
+_LOGIN = re.compile(r"https?://[^/@\s]+@")
+
+_PARAMETER = re.compile(r"[?&][^=&#]*(passw|pwd|secret|token|credential|signature|api.?key)[^=&#]*=|[?&]sig=", re.I)
+
+
+def refuse_credentials(name: str, value: str) -> None:
+    """Refuses a URI that holds a password, a key or a token.
+
+    Args:
+        name: of the setting, for the message, which does not repeat the value.
+        value: any text; what is no URI passes.
+
+    Raises:
+        ConfigError: it holds one.
+    """
+    if "://" in value and any(each.search(value) for each in (_PASSWORD, _LOGIN, _PARAMETER)):
+        raise ConfigError(
+            f"{name} holds a password, a key or a token, which would be kept with the results; leave it out of the URI "
+            "and set it in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or "
+            "MLFLOW_TRACKING_TOKEN for a tracking server, PGPASSWORD for PostgreSQL, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY for S3"
+        )
+
 
 # A PUT to an object store appears whole at its end; elsewhere a rename makes it so.
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}

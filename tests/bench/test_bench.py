@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from tests.builders import random_images, tiny_encoder
-from transfgu_ray.algorithms.bootstrap import Bootstrap
-from transfgu_ray.algorithms.pseudo_labels import encode_scores
-from transfgu_ray.algorithms.rounds import Epoch
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.labels.bank import encode_scores
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.schedule import Epoch
+from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.bank import _pack, _unpack
 from transfgu_ray.bench.labels import gradient_error
 from transfgu_ray.bench.published import plain_step

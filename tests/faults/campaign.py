@@ -20,7 +20,7 @@ from tests.builders import make_voc
 from tests.faults.cluster import Cluster
 from tests.faults.hostile import make_hostile_corpus
 from tests.faults.storage import SmallDisk, flip_byte, s3_server, tmpfs, truncate
-from transfgu_ray.artifacts import OUTPUTS, STAGES
+from transfgu_ray.runs.stages import OUTPUTS, STAGES
 
 _NUM_PHOTOS = 90
 _SETTINGS = (

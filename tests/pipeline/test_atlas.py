@@ -11,14 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.pipeline.conftest import open_run
-from transfgu_ray.artifacts import Run
-from transfgu_ray.config import RuntimeConfig
-from transfgu_ray.datasets import list_images, open_root
+from tests.builders import listed
+from tests.fixtures import open_run
+from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.datasets.listing import open_root
+from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.atlas import CROPS_A_CONCEPT, MAPS_A_CONCEPT, build_atlas
-from transfgu_ray.pipeline.fit_concepts import read_concepts
+from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.samples import _stored_scores
-from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
@@ -71,18 +72,18 @@ def test_atlas__does_not_depend_on_the_number_of_workers(finished: Run, tmp_path
     for name in ("atlas", "atlas.json"):
         run.folder.delete(name)
     data = run.config.data
-    listing = list_images(data, data.benchmark.train_split)
+    listing = listed(data, data.spec.train_split)
     fingerprint = finished.require("evaluate")["fingerprint"]
     with ray_session(None, RuntimeConfig()) as resources:
         for num_workers in (1, 3):
             given = replace(resources, num_workers=num_workers)
-            build_atlas(run.folder, run.config, fingerprint, open_root(data), listing.images, given)
+            build_atlas(run.folder, run.config, fingerprint, open_root(data.root), listing.images, given)
             assert {name: run.folder.read_bytes(name) for name in names} == before
 
 
 @pytest.mark.slow
 def test_atlas__is_left_out_where_no_pictures_are_wanted(finished: Run, voc: Path, tmp_path: Path) -> None:
-    from tests.pipeline.conftest import Silent
+    from tests.fixtures import Silent
     from transfgu_ray.pipeline.run import run_stages
 
     folder = shutil.copytree(finished.folder.path, tmp_path / "run")

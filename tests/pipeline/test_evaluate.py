@@ -10,29 +10,28 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.builders import encode_png, make_scenes, random_images
-from tests.pipeline.conftest import TINY
-from transfgu_ray.algorithms import iic, picie
-from transfgu_ray.algorithms.inference import upsample_argmax
-from transfgu_ray.artifacts import Run
-from transfgu_ray.config import build_config
-from transfgu_ray.datasets import list_images
+from tests.builders import encode_png, listed, make_scenes, random_images
+from tests.fixtures import TINY
+from transfgu_ray.algorithms.baselines import iic, picie
+from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import build_config
+from transfgu_ray.engine.parts import part_files
+from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_label, resize_label
-from transfgu_ray.model import build_decoder, save_decoder
-from transfgu_ray.names import Names
+from transfgu_ray.models.model import build_decoder, save_decoder
+from transfgu_ray.models.names import Names
+from transfgu_ray.models.weights import ENCODER, resolve_encoder
 from transfgu_ray.pipeline import evaluate as evaluation
 from transfgu_ray.pipeline.baselines import PatchSampler, cluster_patches
-from transfgu_ray.pipeline.build_labels import load_labeller
 from transfgu_ray.pipeline.evaluate import Evaluator
-from transfgu_ray.pipeline.parts import part_files
+from transfgu_ray.pipeline.labels import load_labeller
 from transfgu_ray.pipeline.scoring import read_counts
-from transfgu_ray.pipeline.stream import Photo
-from transfgu_ray.pipeline.train_rounds import model_config
-from transfgu_ray.presets import get_preset
-from transfgu_ray.prior import ENCODER, resolve_encoder
-from transfgu_ray.schemas import build_table, concepts_schema, to_parquet
-from transfgu_ray.scores import STAGE_NAMES, metrics_json
+from transfgu_ray.pipeline.train_loop import model_config
+from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 KINDS = ("foreground",) * 12 + ("background",) * 4
@@ -86,7 +85,7 @@ def read_photos(run: Run, split: str) -> list[Photo]:
     root = Path(run.config.data.root)
     return [
         Photo(ref.image_id, (root / ref.image_id).read_bytes(), (root / str(ref.label_id)).read_bytes(), None)
-        for ref in list_images(run.config.data, split, run.config.concepts.granularity).images
+        for ref in listed(run.config.data, split, run.config.concepts.granularity).images
     ]
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.hostile import MANY, make_hostile_corpus
-from tests.pipeline.conftest import TINY, make_run, transfgu
+from tests.fixtures import TINY, make_run, transfgu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such links, pipes or names")
 # One crop a photograph, and none dropped.

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from tests.builders import make_folder, make_hostile_folder
-from tests.pipeline.conftest import Silent, make_run, open_run
-from transfgu_ray.artifacts import STAGES, Run
+from tests.fixtures import Silent, make_run, open_run
+from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.errors import ArtifactError, DataError
-from transfgu_ray.model import load_model
-from transfgu_ray.pipeline import tracking
+from transfgu_ray.models.model import load_model
 from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
-from transfgu_ray.terminal import Terminal
+from transfgu_ray.tracking import runs as tracking
 
 pytestmark = pytest.mark.ray
 

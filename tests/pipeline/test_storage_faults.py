@@ -16,12 +16,13 @@ import pytest
 from ray.train import ControllerError, WorkerGroupError
 
 from tests.faults.storage import FaultyStore, NotPermitted, SmallDisk, flip_byte, s3_server, tmpfs, truncate
-from tests.pipeline.conftest import TINY, Silent, make_run, open_run, transfgu
-from transfgu_ray.artifacts import STAGES, Run
+from tests.fixtures import TINY, Silent, make_run, open_run, transfgu
+from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import ArtifactError, ConfigError
-from transfgu_ray.pipeline import tracking
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.stream import unwrapped_errors
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
+from transfgu_ray.tracking import runs as tracking
 
 pytestmark = pytest.mark.ray
 

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders import make_folder
-from tests.pipeline.conftest import Silent, make_run, transfgu
-from transfgu_ray.artifacts import STAGES, Run
-from transfgu_ray.pipeline.build_labels import BankBuilder
-from transfgu_ray.pipeline.extract_features import FeatureExtractor
+from tests.fixtures import Silent, make_run, transfgu
+from transfgu_ray.engine.stream import Photo
+from transfgu_ray.pipeline.features import FeatureExtractor
+from transfgu_ray.pipeline.labels import BankBuilder
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.stream import Photo
-from transfgu_ray.schemas import to_parquet
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
+from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
 TABLES = ("extract", "concepts", "labels")

@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from transfgu_ray.algorithms.pseudo_labels import decode_scores, encode_scores
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.labels.bank import decode_scores, encode_scores
+from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.subject import build_encoder, build_labeller, window_concepts, working_images
 from transfgu_ray.bench.timing import Findings, Target
 

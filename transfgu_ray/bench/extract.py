@@ -7,15 +7,15 @@ from statistics import median
 import numpy as np
 import torch
 
-from transfgu_ray.algorithms.weights import dump_encoder, random_vit
-from transfgu_ray.algorithms.windows import enumerate_windows
+from transfgu_ray.algorithms.concepts.windows import enumerate_windows
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, jpeg_photographs, working_images
 from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns
-from transfgu_ray.config import DataConfig, ExtractConfig, RunConfig
+from transfgu_ray.config.run import DataConfig, ExtractConfig, RunConfig
+from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import cut_crops
-from transfgu_ray.pipeline.extract_features import FeatureExtractor
-from transfgu_ray.pipeline.stream import Photo
-from transfgu_ray.prior import ENCODER
+from transfgu_ray.models.weights import ENCODER
+from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.storage import Folder
 
 _PHOTOGRAPHS = 4

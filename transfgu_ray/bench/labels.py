@@ -5,9 +5,9 @@ from statistics import median
 
 from torch import Tensor
 
-from transfgu_ray.algorithms.cam import attention_gradients
-from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.pseudo_labels import encode_scores
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.labels.bank import encode_scores
+from transfgu_ray.algorithms.labels.cam import attention_gradients
 from transfgu_ray.bench.published import plain_gradients
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, build_labeller, window_concepts, working_images
 from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from transfgu_ray.algorithms.bootstrap import Bootstrap
-from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.losses import bootstrap_targets, total_loss
-from transfgu_ray.algorithms.rounds import Epoch
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.losses import bootstrap_targets, total_loss
+from transfgu_ray.algorithms.rounds.schedule import Epoch
 
 
 def plain_gradients(

@@ -17,16 +17,16 @@ import pyarrow as pa
 
 from transfgu_ray.bench.subject import jpeg_photographs
 from transfgu_ray.bench.timing import Findings, Target
-from transfgu_ray.config import RunConfig, RuntimeConfig, build_config
-from transfgu_ray.datasets import ImageRef
-from transfgu_ray.pipeline.extract_features import FeatureExtractor
-from transfgu_ray.pipeline.fit_concepts import cluster
-from transfgu_ray.pipeline.parts import part_name
-from transfgu_ray.pipeline.session import Resources, ray_session
-from transfgu_ray.pipeline.stream import Photo, split_units, stream_units
-from transfgu_ray.presets import get_preset
-from transfgu_ray.prior import ENCODER, resolve_encoder
-from transfgu_ray.schemas import build_table, features_schema, to_parquet
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import RunConfig, RuntimeConfig, build_config
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import part_name
+from transfgu_ray.engine.session import Resources, ray_session
+from transfgu_ray.engine.stream import Photo, split_units, stream_units
+from transfgu_ray.models.weights import ENCODER, resolve_encoder
+from transfgu_ray.pipeline.concepts import cluster
+from transfgu_ray.pipeline.features import FeatureExtractor
+from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 _SIZES = (1_000, 10_000)

@@ -8,10 +8,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from transfgu_ray.algorithms.encoder import Encoder
-from transfgu_ray.algorithms.labelling import Labeller
-from transfgu_ray.algorithms.weights import random_vit
-from transfgu_ray.algorithms.windows import enumerate_windows
+from transfgu_ray.algorithms.concepts.windows import enumerate_windows
+from transfgu_ray.algorithms.encoder.checkpoints import random_vit
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.labels.labeller import Labeller
 from transfgu_ray.images import cut_crops, to_working
 
 VIT = "vit_small_patch8_224"

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from transfgu_ray.artifacts import library_versions
 from transfgu_ray.bench import bank, extract, labels, scale, train
 from transfgu_ray.bench.timing import Findings
 from transfgu_ray.errors import ConfigError
+from transfgu_ray.runs.provenance import library_versions
 
 PARTS: dict[str, Callable[[str], Findings]] = {
     "labels": labels.measure,

@@ -4,9 +4,9 @@ from statistics import median
 
 import torch
 
-from transfgu_ray.algorithms.bootstrap import Bootstrap
-from transfgu_ray.algorithms.rounds import Epoch
-from transfgu_ray.algorithms.segmenter import MaskTransformer
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.schedule import Epoch
+from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.published import plain_step
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, working_images
 from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns

@@ -8,8 +8,8 @@ from typing import NoReturn
 import typer
 
 from transfgu_ray.cli import catalogue, encoders, models, naming, stages, studies
+from transfgu_ray.cli.terminal import printable
 from transfgu_ray.errors import StalledError, TransfguError
-from transfgu_ray.terminal import printable
 
 app = typer.Typer(
     name="transfgu",

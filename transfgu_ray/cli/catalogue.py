@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from transfgu_ray.cli.options import Quiet, absolute
+from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import DataError
-from transfgu_ray.terminal import Terminal
 
 datasets = typer.Typer(help="Known datasets; `check` verifies a copy.", no_args_is_help=False)
 
@@ -20,9 +20,9 @@ def list_datasets(context: typer.Context) -> None:
     """Known datasets and what each expects on disk."""
     if context.invoked_subcommand is not None:
         return
-    from transfgu_ray.benchmarks import BENCHMARKS
+    from transfgu_ray.datasets import DATASETS
 
-    for name, each in BENCHMARKS.items():
+    for name, each in DATASETS.items():
         classes = f"{len(each.class_names)} classes" if each.class_names else "classes of its own"
         scored = classes if each.evaluate_split else "no labels"
         typer.echo(f"{name}: {scored}, {each.region_mode}")
@@ -36,7 +36,7 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Whether a copy of a dataset can be used: photographs, labels, sizes, label ids. Exit code 2 if not."""
-    from transfgu_ray.checking import Check
+    from transfgu_ray.datasets.check import Check
 
     terminal, prepared = Terminal(quiet), Check(name, absolute(folder))
     with terminal.stage("check", prepared.num_images, "photographs") as progress:
@@ -58,8 +58,8 @@ def list_presets(context: typer.Context) -> None:
     """Named recipes."""
     if context.invoked_subcommand is not None:
         return
-    from transfgu_ray.presets import PRESETS
-    from transfgu_ray.pretrain_presets import PRETRAIN_PRESETS
+    from transfgu_ray.config.presets import PRESETS
+    from transfgu_ray.pretraining.presets import PRETRAIN_PRESETS
 
     for title, recipes in (("transfgu run", PRESETS), ("transfgu pretrain", PRETRAIN_PRESETS)):
         typer.echo(f"{title} --preset")
@@ -70,9 +70,9 @@ def list_presets(context: typer.Context) -> None:
 @presets.command()
 def show(name: Annotated[str, typer.Argument(help="A preset.")], dataset: ForDataset = "folder") -> None:
     """Every setting of one, as YAML that --config reads."""
-    from transfgu_ray.config import dump_yaml
-    from transfgu_ray.presets import get_preset
-    from transfgu_ray.pretrain_presets import PRETRAIN_PRESETS
+    from transfgu_ray.config.base import dump_yaml
+    from transfgu_ray.config.presets import get_preset
+    from transfgu_ray.pretraining.presets import PRETRAIN_PRESETS
 
     known = PRETRAIN_PRESETS.get(name)
     typer.echo(dump_yaml(known() if known else get_preset(name, dataset)), nl=False)
@@ -85,7 +85,7 @@ def diff(
     dataset: ForDataset = "voc",
 ) -> None:
     """Where two recipes differ for a dataset, and where each value comes from."""
-    from transfgu_ray.presets import compare
+    from transfgu_ray.config.presets import compare
 
     differences = compare(one, other, dataset)
     typer.echo(f"{dataset}: {one} -> {other}")

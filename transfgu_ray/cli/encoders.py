@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from transfgu_ray.cli.options import Address, Config, Quiet, Set, absolute
+from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_refused
-from transfgu_ray.terminal import Terminal
 
 
 class Pictures(StrEnum):
@@ -62,11 +62,11 @@ def pretrain(
 
     Without labels; resumed where it stopped.
     """
-    from transfgu_ray.claims import claimed
-    from transfgu_ray.config import build_config
-    from transfgu_ray.pipeline.pretrain import pretrain as verb
-    from transfgu_ray.pretrain_folder import PretrainFolder
-    from transfgu_ray.pretrain_presets import get_pretrain_preset
+    from transfgu_ray.config.run import build_config
+    from transfgu_ray.pretraining.folder import PretrainFolder
+    from transfgu_ray.pretraining.presets import get_pretrain_preset
+    from transfgu_ray.pretraining.pretrain import pretrain as verb
+    from transfgu_ray.runs.lock import claimed
     from transfgu_ray.storage import Folder
 
     shorthand = {"data.root": absolute(data), "data.val_root": absolute(val)}
@@ -94,7 +94,7 @@ def probe(
     Without training; the priors where a table has `mask`. The neighbours come from the tables train-*.parquet and are
     asked about val-*.parquet; of any other layout a tenth is held out.
     """
-    from transfgu_ray.probing import Probe
+    from transfgu_ray.pretraining.probe import Probe
 
     terminal, prepared = Terminal(quiet), Probe(weights, data, image_size)
     with terminal.stage("probe", prepared.num_images, "images") as progress:

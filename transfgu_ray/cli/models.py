@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from transfgu_ray.cli.options import Address, Quiet, absolute
+from transfgu_ray.cli.terminal import Terminal, duration
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.terminal import Terminal, duration
 
 
 class Mode(StrEnum):
@@ -52,11 +52,11 @@ def predict(
 
     Named as the photographs; on request also probabilities and COCO JSON.
     """
-    from transfgu_ray.config import RuntimeConfig
-    from transfgu_ray.photographs import find_photographs
-    from transfgu_ray.pipeline import predict as verb
-    from transfgu_ray.pipeline.session import ray_session
-    from transfgu_ray.pipeline.watchdog import unless_stalled
+    from transfgu_ray.config.run import RuntimeConfig
+    from transfgu_ray.engine.session import ray_session
+    from transfgu_ray.engine.watchdog import unless_stalled
+    from transfgu_ray.serving import predict as verb
+    from transfgu_ray.serving.photographs import find_photographs
     from transfgu_ray.storage import Folder
 
     terminal = Terminal(quiet)
@@ -87,10 +87,10 @@ def predict(
 
 def _model_folder(model: str, tracking_uri: str | None) -> Any:
     """The folder of a model that a run folder, a model folder or the registry holds."""
-    from transfgu_ray.pipeline.predict import model_folder
+    from transfgu_ray.serving.predict import model_folder
 
     if model.startswith("models:/"):
-        from transfgu_ray.pipeline.tracking import fetch_model
+        from transfgu_ray.tracking.models import fetch_model
 
         model = fetch_model(model, tracking_uri)
     return model_folder(model)
@@ -114,9 +114,9 @@ def serve(
     POST /predict takes the bytes of a photograph (curl --data-binary @photo.jpg URL/predict) and answers with JSON: a
     palette PNG and the classes in it, or {"error": ...} with status 413, 415 or 422. GET /health tells that it is up.
     """
-    from transfgu_ray.config import RuntimeConfig
-    from transfgu_ray.pipeline import serve as verb
-    from transfgu_ray.pipeline.session import ray_session
+    from transfgu_ray.config.run import RuntimeConfig
+    from transfgu_ray.engine.session import ray_session
+    from transfgu_ray.serving import serve as verb
 
     terminal, source = Terminal(quiet), _model_folder(model, tracking_uri)
     verb.require_free(host, port)
@@ -152,9 +152,9 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Registered versions side by side, on the same photographs."""
-    from transfgu_ray.comparison import class_table, comparison_lines, version_table
-    from transfgu_ray.pipeline.compare import compare as verb
+    from transfgu_ray.reports.comparison import class_table, comparison_lines, version_table
     from transfgu_ray.storage import Folder
+    from transfgu_ray.studies.compare import compare as verb
 
     if force and not promote:
         raise ConfigError("--force has no use without --promote")

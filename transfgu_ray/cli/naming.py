@@ -7,9 +7,9 @@ import typer
 from typer.core import TyperCommand
 
 from transfgu_ray.cli.options import Quiet, RunFolder
+from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_pages, note_scores
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.terminal import Terminal
 
 
 class ConceptsCommand(TyperCommand):
@@ -39,10 +39,10 @@ def name_concepts(
     one, else a class of its own, the last, black. What was evaluated and reported is told anew by these names, from the
     counts that the run keeps, and `transfgu predict` follows them. Nothing is trained or segmented again.
     """
-    from transfgu_ray.artifacts import Run
-    from transfgu_ray.claims import claimed
-    from transfgu_ray.names import parse_names
-    from transfgu_ray.pipeline.rewrite import read_names, rename
+    from transfgu_ray.models.names import parse_names
+    from transfgu_ray.pipeline.pages import read_names, rename
+    from transfgu_ray.runs.lock import claimed
+    from transfgu_ray.runs.run import Run
     from transfgu_ray.storage import Folder, read_file
 
     try:

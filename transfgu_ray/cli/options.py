@@ -34,7 +34,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors."
 
 def named_settings(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
     """The assignments that these options stand for."""
-    from transfgu_ray.config import NAMED_WEIGHTS
+    from transfgu_ray.config.run import NAMED_WEIGHTS
 
     shorthand = {
         "data.dataset": dataset,

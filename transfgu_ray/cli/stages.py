@@ -21,8 +21,8 @@ from transfgu_ray.cli.options import (
     Weights,
     named_settings,
 )
+from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_pages, note_refused, note_scores
-from transfgu_ray.terminal import Terminal
 
 
 def _verb(name: str) -> Callable[..., None]:
@@ -41,11 +41,12 @@ def _verb(name: str) -> Callable[..., None]:
         overwrite: Overwrite = False,
         quiet: Quiet = False,
     ) -> None:
-        from transfgu_ray.artifacts import STAGES, Run
-        from transfgu_ray.claims import claimed
-        from transfgu_ray.config import build_config
+        from transfgu_ray.config.presets import configure
+        from transfgu_ray.config.run import build_config
         from transfgu_ray.pipeline.run import run_stages
-        from transfgu_ray.presets import configure
+        from transfgu_ray.runs.lock import claimed
+        from transfgu_ray.runs.run import Run
+        from transfgu_ray.runs.stages import STAGES
         from transfgu_ray.storage import Folder
 
         named = named_settings(dataset, data, weights)
@@ -62,7 +63,7 @@ def _verb(name: str) -> Callable[..., None]:
         with claimed(Folder(folder)):
             opened = Run.open(folder, resolved, overwrite)
             if name == "report":
-                from transfgu_ray.pipeline.rewrite import rebuild_pages
+                from transfgu_ray.pipeline.pages import rebuild_pages
 
                 # Always, and without Ray: it takes seconds, and another version makes other pages.
                 manifests = {name: rebuild_pages(opened)}
@@ -97,7 +98,7 @@ def demo(
 
     The scenes go beside RUN.
     """
-    from transfgu_ray.presets import DEMO_SCENES
+    from transfgu_ray.config.presets import DEMO_SCENES
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
 
@@ -140,7 +141,7 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
 
 def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
     """What one does after this stage."""
-    from transfgu_ray.artifacts import STAGES
+    from transfgu_ray.runs.stages import STAGES
 
     uri = opened.folder.uri
     # Pages are also made again of a run that is whole.

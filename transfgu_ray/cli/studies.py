@@ -19,8 +19,8 @@ from transfgu_ray.cli.options import (
     named_settings,
     write_json,
 )
+from transfgu_ray.cli.terminal import Terminal, duration
 from transfgu_ray.errors import ConfigError, DataError
-from transfgu_ray.terminal import Terminal, duration
 
 
 def ablate(
@@ -42,12 +42,12 @@ def ablate(
 
     Every variant and seed, resumed where it stopped.
     """
-    from transfgu_ray.ablations import VARIANTS, ablation_tables
-    from transfgu_ray.claims import claimed
-    from transfgu_ray.pipeline.ablate import ablate as verb
-    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.config.presets import DEMO_SCENES, configure
+    from transfgu_ray.reports.ablations import VARIANTS, ablation_tables
+    from transfgu_ray.runs.lock import claimed
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
+    from transfgu_ray.studies.ablate import ablate as verb
 
     unknown = [name for name in only if name not in VARIANTS]
     if unknown:
@@ -120,14 +120,14 @@ def tune(
 
     Resumed where it stopped.
     """
-    from transfgu_ray.claims import claimed
-    from transfgu_ray.evidence import evidence_lines, evidence_table, failed_trials, sweep_table
-    from transfgu_ray.pipeline.tune import PAGE, SWEEP, SweepPlan
-    from transfgu_ray.pipeline.tune import tune as verb
-    from transfgu_ray.presets import DEMO_SCENES, configure
+    from transfgu_ray.config.presets import DEMO_SCENES, configure
+    from transfgu_ray.reports.sweep_tables import evidence_lines, evidence_table, failed_trials, sweep_table
+    from transfgu_ray.runs.lock import claimed
     from transfgu_ray.scenes import write_scenes
-    from transfgu_ray.spaces import read_space
     from transfgu_ray.storage import Folder
+    from transfgu_ray.studies.spaces import read_space
+    from transfgu_ray.studies.tune import PAGE, SWEEP, SweepPlan
+    from transfgu_ray.studies.tune import tune as verb
 
     terminal, target, rendered = Terminal(quiet), Folder(folder), []
     if data is None and preset == "demo" and dataset is None:
@@ -175,8 +175,8 @@ def plan(
 
     From a minute of timing on the machines at hand.
     """
-    from transfgu_ray.pipeline.plan import plan as verb
-    from transfgu_ray.presets import configure
+    from transfgu_ray.config.presets import configure
+    from transfgu_ray.planning.plan import plan as verb
 
     named = named_settings(dataset, data, weights)
     planned = verb(configure(preset, config, [*named, *assignments]), ray_address)

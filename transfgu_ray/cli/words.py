@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transfgu_ray.terminal import Terminal, printable
+from transfgu_ray.cli.terminal import Terminal, printable
 
 
 def note_pages(terminal: Terminal, opened: Any) -> None:
@@ -28,7 +28,7 @@ def note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
     if not metrics["scored"]:
         terminal.note(f"nothing was scored: dataset {metrics['dataset']} has no labels")
         return
-    from transfgu_ray.scores import score_lines, score_table
+    from transfgu_ray.reports.score_tables import score_lines, score_table
 
     (first, *others), rows = score_table(metrics)
     # Two lines, so that methods keep one in 80 columns.

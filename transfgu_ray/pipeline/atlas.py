@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from transfgu_ray.algorithms.examples import Best, nearest_crops, stand_ins, strongest_responses
-from transfgu_ray.algorithms.pseudo_labels import decode_scores
-from transfgu_ray.config import RunConfig
-from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import encode
-from transfgu_ray.palette import spotlight
-from transfgu_ray.pipeline.fit_concepts import read_concepts
-from transfgu_ray.pipeline.parts import (
+from transfgu_ray.algorithms.labels.bank import decode_scores
+from transfgu_ray.algorithms.scores.examples import Best, nearest_crops, stand_ins, strongest_responses
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
     build_table_of_parts,
@@ -27,9 +24,12 @@ from transfgu_ray.pipeline.parts import (
     read_part,
     read_row,
 )
-from transfgu_ray.pipeline.session import WORKER_CPUS, Resources
-from transfgu_ray.pipeline.stream import Photo, peak_memory_mb, unwrapped_errors
-from transfgu_ray.schemas import atlas_schema, build_table
+from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.engine.stream import Photo, peak_memory_mb, unwrapped_errors
+from transfgu_ray.images import encode
+from transfgu_ray.pipeline.concepts import read_concepts
+from transfgu_ray.reports.palette import spotlight
+from transfgu_ray.runs.tables import atlas_schema, build_table
 from transfgu_ray.storage import Folder
 
 ATLAS = "atlas.json"

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from transfgu_ray.algorithms.baselines import (
+from transfgu_ray.algorithms.baselines.iic import fit_iic
+from transfgu_ray.algorithms.baselines.mask_contrast import fit_masks, mask_maps, read_mask_features
+from transfgu_ray.algorithms.baselines.patch_kmeans import (
     centroid_maps,
     draw_patches,
     draw_photos,
@@ -15,28 +17,26 @@ from transfgu_ray.algorithms.baselines import (
     linear_maps,
     patch_colours,
 )
-from transfgu_ray.algorithms.iic import fit_iic
-from transfgu_ray.algorithms.mask_contrast import fit_masks, mask_maps, read_mask_features
-from transfgu_ray.algorithms.picie import fit_picie
-from transfgu_ray.algorithms.tokens import read_tokens, token_dim
-from transfgu_ray.algorithms.views import token_views
-from transfgu_ray.algorithms.weights import load_untrained
-from transfgu_ray.backbone import load_run_backbone
-from transfgu_ray.config import RunConfig
-from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import to_working
-from transfgu_ray.pipeline.extract_features import batched_rows
-from transfgu_ray.pipeline.parts import (
+from transfgu_ray.algorithms.baselines.picie import fit_picie
+from transfgu_ray.algorithms.baselines.views import token_views
+from transfgu_ray.algorithms.encoder.checkpoints import load_untrained
+from transfgu_ray.algorithms.encoder.tokens import read_tokens, token_dim
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
+    batched_rows,
     build_table_of_parts,
     decode_photos,
     read_table,
 )
-from transfgu_ray.pipeline.session import Resources
-from transfgu_ray.pipeline.stream import Photo, Progress, unwrapped_errors
-from transfgu_ray.prior import ENCODER, load_run_encoder
-from transfgu_ray.schemas import baseline_schema, build_table
+from transfgu_ray.engine.progress import Progress
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import Photo, unwrapped_errors
+from transfgu_ray.images import to_working
+from transfgu_ray.models.weights import ENCODER, load_run_backbone, load_run_encoder
+from transfgu_ray.runs.tables import baseline_schema, build_table
 from transfgu_ray.storage import Folder
 
 # Enough for every patch of a few hundred small photographs, and for k-means of 171 clusters in a minute.

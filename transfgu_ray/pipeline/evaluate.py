@@ -1,23 +1,27 @@
 """model + bank's method -> confusion matrices and sample masks: all stages and baselines on the same photographs."""
 
+import json
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from transfgu_ray.algorithms.inference import upsample_argmax
-from transfgu_ray.algorithms.pamr import refined_argmax
-from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores, encode_scores
-from transfgu_ray.config import RunConfig
-from transfgu_ray.datasets import ImageRef
+from transfgu_ray.algorithms.labels.bank import add_background, decode_scores, encode_scores
+from transfgu_ray.algorithms.scores.pamr import refined_argmax
+from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import TableResult, batched_rows, refusals, require_some
+from transfgu_ray.engine.progress import Progress
+from transfgu_ray.engine.session import Resources
 from transfgu_ray.images import to_working
-from transfgu_ray.model import load_model
-from transfgu_ray.names import Names
+from transfgu_ray.models.model import load_model
+from transfgu_ray.models.names import Names
 from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
-from transfgu_ray.pipeline.build_labels import load_labeller
-from transfgu_ray.pipeline.extract_features import batched_rows
-from transfgu_ray.pipeline.parts import TableResult
+from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.inputs import list_scored, scored_split
+from transfgu_ray.pipeline.labels import load_labeller
 from transfgu_ray.pipeline.scoring import (
     EXTREMES,
     Scorer,
@@ -28,10 +32,82 @@ from transfgu_ray.pipeline.scoring import (
     score_photos,
     token_batches,
 )
-from transfgu_ray.pipeline.session import Resources
-from transfgu_ray.pipeline.stream import Progress
-from transfgu_ray.scores import REFINED, STAGE_NAMES, photo_mious
+from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, photo_mious
 from transfgu_ray.storage import Folder
+
+
+def run_stage(context: Context) -> dict[str, Any]:
+    """Score the stages of a run, or segment samples where there are no labels; return what the manifest says of it."""
+    from transfgu_ray.models.model import load_model_config
+    from transfgu_ray.models.names import load_names
+    from transfgu_ray.pipeline.atlas import build_atlas
+    from transfgu_ray.pipeline.baselines import fit_baselines
+    from transfgu_ray.pipeline.samples import bank_image_ids
+    from transfgu_ray.pipeline.scoring import read_counts
+    from transfgu_ray.reports.scores import metrics_json
+
+    run, config = context.run, context.run.config
+    scored = list_scored(config)
+    if scored is None:
+        # Only to be looked at: take those that are known to be readable.
+        readable = set(bank_image_ids(run.folder))
+        images = [image for image in context.listing.images if image.image_id in readable]
+    else:
+        images = list(scored.images)
+    weights_sha256 = run.require("extract")["weights_sha256"]
+    model = Folder(run.folder.uri_of("model"))
+    kinds = load_model_config(model).kinds
+    names = load_names(model, kinds)
+    centroids, drawn = {}, {}
+    if scored is not None and config.evaluate.baselines:
+        centroids, drawn = fit_baselines(
+            run.folder,
+            config,
+            context.fingerprint,
+            context.root,
+            context.listing.images,
+            len(kinds),
+            context.resources,
+            context.progress,
+        )
+        drawn = {"baselines": drawn}
+    # The photographs that are scored are no part of the run's input.
+    fingerprint = context.fingerprint if scored is None else f"{context.fingerprint} {scored.fingerprint}"
+    result = evaluate(
+        run.folder,
+        config,
+        kinds,
+        fingerprint,
+        context.root,
+        images,
+        scored is not None,
+        centroids,
+        context.resources,
+        context.progress,
+    )
+    stats = result.stats
+    if scored is not None:
+        require_some(stats, len(images))
+    atlas, atlas_mb = {}, 0
+    if config.evaluate.num_samples:
+        atlas, atlas_mb = build_atlas(
+            run.folder, config, context.fingerprint, context.root, context.listing.images, context.resources
+        )
+    counts = read_counts(run.folder, len(config.class_names), len(kinds))
+    metrics = metrics_json(config, scored_split(config), stats.images, counts, names, weights_sha256)
+    run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
+    return {
+        **refusals(stats, (context.listing if scored is None else scored).refused),
+        "rows_out": stats.images,
+        "scored": metrics["scored"],
+        "parts": result.num_parts,
+        "parts_resumed": result.num_resumed,
+        **drawn,
+        "atlas": atlas,
+        "peak_memory_mb": max(result.peak_mb, atlas_mb),
+        "weights_sha256": weights_sha256,
+    }
+
 
 # So many photographs of the best scores are shown, and of the worst.
 _NUM_EXTREMES = 3

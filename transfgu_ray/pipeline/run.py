@@ -3,38 +3,65 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from transfgu_ray.artifacts import STAGES, Run, and_more
-from transfgu_ray.backbone import BACKBONE, backbone_file_sha256, resolve_backbone
-from transfgu_ray.config import RunConfig
-from transfgu_ray.datasets import Listing, list_images, open_root
-from transfgu_ray.errors import ArtifactError, ConfigError
-from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.stages import (
-    STAGE_FUNCTIONS,
-    Context,
-    Trial,
-    build_tokens,
-    list_labelled,
-    list_scored,
-    progress_total,
+from transfgu_ray.datasets.listing import Listing, open_root
+from transfgu_ray.engine.progress import Reporter
+from transfgu_ray.engine.session import ray_session
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.engine.watchdog import unless_stalled
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.models.weights import (
+    BACKBONE,
+    resolve_backbone,
 )
-from transfgu_ray.pipeline.stream import peak_memory_mb
-from transfgu_ray.pipeline.watchdog import unless_stalled
-from transfgu_ray.prior import ENCODER, resolve_encoder, weights_file_sha256
+from transfgu_ray.pipeline import concepts as concepts_stage
+from transfgu_ray.pipeline import evaluate as evaluate_stage
+from transfgu_ray.pipeline import features as features_stage
+from transfgu_ray.pipeline import labels as labels_stage
+from transfgu_ray.pipeline import pages as pages_stage
+from transfgu_ray.pipeline import register as register_stage
+from transfgu_ray.pipeline import train as train_stage
+from transfgu_ray.pipeline.context import Context, Trial
+from transfgu_ray.pipeline.inputs import check_early, list_scored, list_training, resolve_weights, stage_inputs
+from transfgu_ray.pipeline.tokens import build_tokens
+from transfgu_ray.runs.run import Run, and_more
+from transfgu_ray.runs.stages import STAGES
 
 
-class Reporter(Protocol):
-    """What the pipeline tells whoever started it."""
+def progress_total(run: Run, stage: str, listing: Listing) -> tuple[int, str]:
+    """How many items a stage works through, and what they are."""
+    if stage in ("extract", "labels"):
+        return len(listing.images), "photographs"
+    if stage == "train" and run.config.train.decoder_weights is not None:
+        return 1, "decoder"
+    if stage == "train":
+        epochs = sum(run.config.train.round_epochs)
+        if run.config.train.features == "live":
+            return epochs, "epochs"
+        # Their tokens first, then every epoch.
+        return (1 + epochs) * len(listing.images), "photographs"
+    if stage == "evaluate":
+        scored = list_scored(run.config)
+        shown = min(run.config.evaluate.num_samples, len(listing.images))
+        if scored is None:
+            return shown, "photographs"
+        from transfgu_ray.pipeline.baselines import chosen_photos
 
-    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]:
-        """Progress of one stage: the context gives a `stream.Progress`."""
+        return len(scored.images) + len(chosen_photos(run.config, listing.images)), "photographs"
+    return 1, "step"
 
-    def note(self, text: str) -> None:
-        """Says one line."""
+
+STAGE_FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "extract": features_stage.run_stage,
+    "concepts": concepts_stage.run_stage,
+    "labels": labels_stage.run_stage,
+    "train": train_stage.run_stage,
+    "evaluate": evaluate_stage.run_stage,
+    "report": pages_stage.run_stage,
+    "register": register_stage.run_stage,
+}
 
 
 def run_stages(
@@ -62,17 +89,17 @@ def run_stages(
         TransfguError: settings, data, weights or run folder are unusable.
     """
     config = run.config
-    root = open_root(config.data)
-    listing = list_images(config.data, config.data.benchmark.train_split)
-    _check_early(config, listing)
-    inputs = _stage_inputs(run, listing)
+    root = open_root(config.data.root)
+    listing = list_training(config)
+    check_early(config, listing)
+    inputs = stage_inputs(run, listing)
     fingerprints = {stage: run.fingerprint(stage, inputs[stage]) for stage in STAGES}
     pending = [stage for stage in stages if not _is_current(run, stage, fingerprints[stage], overwrite)]
     _require_before(run, stages[0], fingerprints)
     pending = _discard_damaged(run, stages, pending, reporter)
     if pending:
         # Before anything is started: bad weights and sizes, and missing labels, are told at once.
-        weights = _resolve_weights(run, pending)
+        weights = resolve_weights(run, pending)
         with _tracking(run, pending, trial) as tracked, ray_session(address, config.runtime) as resources:
             for stage in pending:
                 context = Context(
@@ -107,33 +134,15 @@ def _require_before(run: Run, first: str, fingerprints: Mapping[str, str]) -> No
             )
 
 
-def _resolve_weights(run: Run, pending: Sequence[str]) -> dict[str, Any]:
-    """The weights that pending stages start from, as `Context` takes them; labels and sizes are checked beside."""
-    config = run.config
-    if "extract" in pending:
-        list_labelled(config)
-    if "evaluate" in pending:
-        list_scored(config)
-    weights = {
-        "encoder": resolve_encoder(config) if "extract" in pending else None,
-        "backbone": resolve_backbone(config) if "train" in pending else None,
-    }
-    if "train" in pending and config.train.decoder_weights is not None:
-        from transfgu_ray.pipeline.import_decoder import check_decoder
-
-        check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
-    return weights
-
-
 def cache_tokens(run: Run, reporter: Reporter) -> None:
     """Makes the table of cached tokens of a run with a finished bank, for other runs to take over; Ray is running.
 
     Raises:
         TransfguError: weights, photographs or run folder are unusable.
     """
-    root, config = open_root(run.config.data), run.config
-    listing = list_images(config.data, config.data.benchmark.train_split)
-    inputs = _stage_inputs(run, listing)["train"]
+    root, config = open_root(run.config.data.root), run.config
+    listing = list_training(config)
+    inputs = stage_inputs(run, listing)["train"]
     backbone = resolve_backbone(config)
     if backbone is not None:
         run.folder.write_bytes(BACKBONE, backbone)
@@ -195,46 +204,12 @@ def _discard_damaged(run: Run, stages: Sequence[str], pending: Sequence[str], re
     return wanted
 
 
-def _stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
-    """What each stage is made of beside its settings: the photographs, and the weights files that it follows from.
-
-    Where a file is gone, it is what the run recorded.
-    """
-    encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
-    inputs = dict.fromkeys(STAGES, f"{listing.fingerprint} {encoder}")
-    train, recorded, own = run.config.train, run.manifest("train") or {}, []
-    if train.backbone != "prior":
-        own.append(backbone_file_sha256(train) or recorded.get("backbone_file_sha256"))
-    if train.decoder_weights is not None:
-        from transfgu_ray.pipeline.import_decoder import decoder_sha256
-
-        own.append(decoder_sha256(train.decoder_weights) or recorded.get("imported"))
-    for stage in STAGES[STAGES.index("train") :]:
-        inputs[stage] = " ".join(map(str, (inputs[stage], *own)))
-    return inputs
-
-
-def _check_early(config: RunConfig, listing: Listing) -> None:
-    """Refuses what cannot succeed before anything is computed."""
-    from transfgu_ray.algorithms.windows import enumerate_windows
-
-    if config.extract.windows == "ground_truth":
-        return
-    windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
-    most = windows * len(listing.images)
-    if config.num_concepts * config.concepts.min_crops > most:
-        raise ConfigError(
-            f"concepts.num_concepts={config.num_concepts} is more than the {most} crops that "
-            f"{len(listing.images)} photographs give at most; lower it or give more photographs"
-        )
-
-
 @contextlib.contextmanager
 def _tracking(run: Run, pending: Sequence[str], trial: Trial | None) -> Iterator[Any]:
     if "register" not in pending:
         yield None
         return
-    from transfgu_ray.pipeline import tracking
+    from transfgu_ray.tracking import runs as tracking
 
     tracked = tracking.begin(run.folder, run.config, trial and trial.parent)
     with tracking.ended_on_error(tracked):

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
-from transfgu_ray.algorithms.augment import Augmentation, augment
-from transfgu_ray.algorithms.cached_tokens import augment_tokens, decode_tokens
-from transfgu_ray.algorithms.pseudo_labels import add_background, decode_scores
-from transfgu_ray.config import RunConfig
+from transfgu_ray.algorithms.labels.bank import add_background, decode_scores
+from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
+from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table
 from transfgu_ray.images import decode_rgb, to_working
-from transfgu_ray.pipeline.parts import part_files, part_name, read_row, read_table
 from transfgu_ray.storage import Folder, read_file
 
 # The table of cached tokens; part by part and row by row that of the bank.

@@ -9,25 +9,26 @@ import torch
 from PIL import Image
 from scipy.sparse import csr_array
 
-from transfgu_ray.algorithms.intervals import photo_counts, stack_counts
-from transfgu_ray.algorithms.metrics import IGNORE, confusion_matrix
-from transfgu_ray.config import RunConfig
-from transfgu_ray.datasets import ImageRef
-from transfgu_ray.images import centre_crop, encode, resize_label, to_working
-from transfgu_ray.model import Segmenter, load_model_config
-from transfgu_ray.pipeline.extract_features import batched_rows
-from transfgu_ray.pipeline.parts import (
+from transfgu_ray.algorithms.scores.intervals import photo_counts, stack_counts
+from transfgu_ray.algorithms.scores.metrics import IGNORE, confusion_matrix
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
     TableResult,
+    batched_rows,
     build_table_of_parts,
     decode_labelled,
     part_files,
     read_part,
 )
-from transfgu_ray.pipeline.session import Resources
-from transfgu_ray.pipeline.stream import Photo, Progress
-from transfgu_ray.schemas import build_table, confusions_schema
+from transfgu_ray.engine.progress import Progress
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import Photo
+from transfgu_ray.images import centre_crop, encode, resize_label, to_working
+from transfgu_ray.models.model import Segmenter, load_model_config
+from transfgu_ray.runs.tables import build_table, confusions_schema
 from transfgu_ray.storage import Folder
 
 CONFUSIONS = "confusions"

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from transfgu_ray.algorithms.concepts.kmeans import fit_concepts, nearest
+from transfgu_ray.errors import DataError
+
+
+def _fit(points, num_concepts, **changes):
+    settings = {
+        "seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1, "max_points": None,
+        "use_gpu": False, "group": "foreground",
+    }  # fmt: skip
+    return fit_concepts(points.astype(np.float32), num_concepts, **(settings | changes))
+
+
+def _blobs(num=(30, 50, 20), radius=0.1, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = np.array([[0, 0, 0, 9], [9, 0, 0, 0], [0, 9, 9, 0]], dtype=np.float32)
+    return np.concatenate([c + radius * rng.normal(size=(n, 4)) for c, n in zip(centres, num, strict=False)])
+
+
+def test_nearest__equal_to_brute_force():
+    rng = np.random.default_rng(0)
+    points, centroids = rng.normal(size=(200, 16)).astype(np.float32), rng.normal(size=(9, 16)).astype(np.float32)
+    squared = ((points[:, None].astype(float) - centroids[None]) ** 2).sum(-1)
+    distance, assigned = nearest(points, centroids)
+    assert np.array_equal(assigned, squared.argmin(1))
+    np.testing.assert_allclose(distance, squared.min(1), rtol=1e-4)
+
+
+def test_fit_concepts__finds_separate_groups_and_their_means():
+    points = _blobs()
+    got = _fit(points, 3)
+    order = np.argsort(got.num_crops)
+    assert got.num_crops[order].tolist() == [20, 30, 50]
+    means = [points[80:].mean(0), points[:30].mean(0), points[30:80].mean(0)]
+    np.testing.assert_allclose(got.centroids[order], means, atol=1e-4)
+    assert got.num_reseeded == 0
+    assert not got.used_gpu
+
+
+def test_fit_concepts__same_seed_same_bits():
+    points = np.random.default_rng(1).normal(size=(300, 8))
+    first, again, other = (_fit(points, 12, seed=seed) for seed in (3, 3, 4))
+    assert first.centroids.tobytes() == again.centroids.tobytes()
+    assert first.centroids.tobytes() != other.centroids.tobytes()
+
+
+def test_fit_concepts__uses_every_point():
+    # FAISS draws 256 points a centroid by itself; the mean of all shows whether it did.
+    points = np.random.default_rng(0).normal(size=(2000, 3))
+    got = _fit(points, 1)
+    assert (got.points_used, got.points_total) == (2000, 2000)
+    np.testing.assert_allclose(got.centroids[0], points.mean(0), atol=1e-5)
+
+
+def test_fit_concepts__cap_is_kept_and_told():
+    points = np.random.default_rng(0).normal(size=(500, 3))
+    got = _fit(points, 4, max_points=100)
+    assert (got.points_used, got.points_total) == (100, 500)
+    # Crops are counted over all points all the same.
+    assert got.num_crops.sum() == 500
+
+
+def test_fit_concepts__starved_concepts_are_seeded_anew():
+    # Not every cloud can be mended; those that are must meet the bound that the first fit missed.
+    mended = 0
+    for seed in range(10):
+        points = np.random.default_rng(seed).normal(size=(40, 4))
+        try:
+            got = _fit(points, 6, min_crops=3)
+        except DataError:
+            continue
+        assert got.num_crops.min() >= 3
+        assert got.num_crops.sum() == 40
+        assert (got.num_reseeded > 0) == (_fit(points, 6).num_crops.min() < 3)
+        mended += got.num_reseeded > 0
+    assert mended >= 1
+
+
+def test_fit_concepts__refuses_concepts_that_stay_starved():
+    # So far out that it always ends up alone.
+    points = np.concatenate([_blobs(num=(20, 20)), [[1e6, 0.0, 0.0, 0.0]]])
+    with pytest.raises(DataError, match=r"1 of 3 foreground concepts have fewer than concepts\.min_crops=2"):
+        _fit(points, 3, min_crops=2)
+
+
+def test_fit_concepts__refuses_more_concepts_than_distinct_points():
+    points = np.repeat([[0.0, 1.0], [1.0, 0.0]], 10, axis=0)
+    with pytest.raises(DataError, match=r"of 4 foreground concepts have fewer than concepts\.min_crops=1"):
+        _fit(points, 4)
+
+
+def test_fit_concepts__refuses_more_concepts_than_points():
+    with pytest.raises(DataError, match=r"5 foreground concepts were asked of 4 foreground crops.*num_concepts"):
+        _fit(np.eye(4), 5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_fit_concepts__refuses_points_that_are_no_numbers(bad):
+    points = _blobs()
+    points[3, 1] = bad
+    with pytest.raises(DataError, match=r"NaN or infinity; check encoder\.weights"):
+        _fit(points, 3)

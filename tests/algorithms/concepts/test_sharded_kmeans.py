@@ -1,0 +1,254 @@
+import numpy as np
+import pytest
+
+from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
+from transfgu_ray.algorithms.concepts.kmeans import draw_rows, fit_concepts, nearest, train
+from transfgu_ray.errors import DataError
+
+
+class InMemory(lloyd.ShardedPoints):
+    """Shards of an array, cut at multiples of the block as those of the pipeline."""
+
+    def __init__(self, points: np.ndarray, num_shards: int = 1) -> None:
+        self._points = points.astype(np.float16)
+        num_blocks = -(-len(points) // lloyd.BLOCK_ROWS)
+        self._cuts = [num_blocks * i // num_shards * lloyd.BLOCK_ROWS for i in range(num_shards + 1)]
+        self.num_points = len(points)
+        self.largest_value = lloyd.largest_value(self._points[i : i + 100] for i in range(0, len(points), 100))
+        self.used_gpu = False
+
+    def _blocks(self, shard: int):
+        for first in range(self._cuts[shard], self._cuts[shard + 1], lloyd.BLOCK_ROWS):
+            yield self._points[first : min(first + lloyd.BLOCK_ROWS, self._cuts[shard + 1])]
+
+    def train_on(self, rows, num_concepts, seed, num_iterations, num_redos, start):
+        sample = self._points[rows].astype(np.float32)
+        return train(sample, num_concepts, seed, num_iterations, num_redos, False, start)
+
+    def sum_nearest(self, centroids):
+        return [lloyd.sum_nearest(self._blocks(i), centroids, False) for i in range(len(self._cuts) - 1)]
+
+    def farthest(self, centroids, concept, most):
+        return [
+            lloyd.farthest(self._blocks(i), self._cuts[i], centroids, concept, most, False)
+            for i in range(len(self._cuts) - 1)
+        ]
+
+
+@pytest.fixture
+def blocks_of_64(monkeypatch):
+    monkeypatch.setattr(lloyd, "BLOCK_ROWS", 64)
+
+
+def _fit(points, num_concepts, num_shards=1, **changes):
+    settings = {
+        "seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1, "init_points": 100, "max_points": None,
+        "group": "foreground",
+    }  # fmt: skip
+    return lloyd.fit_sharded_concepts(InMemory(points, num_shards), num_concepts, **(settings | changes))
+
+
+def _cloud(num_points=1000, dim=6, seed=0):
+    return (3 * np.random.default_rng(seed).normal(size=(num_points, dim))).astype(np.float16)
+
+
+def _plain_lloyd(points, centroids, num_iterations):
+    """Textbook iterations in float64, as often as asked or until the centroids stand still."""
+    points, centroids = points.astype(np.float64), centroids.astype(np.float64)
+    objectives = []
+    for _ in range(num_iterations):
+        squared = ((points[:, None] - centroids[None]) ** 2).sum(-1)
+        objectives.append(squared.min(1).sum())
+        assigned = squared.argmin(1)
+        moved = np.stack([points[assigned == k].mean(0) for k in range(len(centroids))])
+        if (moved == centroids).all():
+            break
+        centroids = moved
+    return centroids, objectives
+
+
+def test_sum_nearest__worked_by_hand():
+    points = np.array([[0, 1], [0, 3], [8, 0], [0.5, 2], [10, -1]], np.float16)
+    got = lloyd.sum_nearest([points[:3], points[3:]], np.array([[0, 2], [9, 0], [50, 50]], np.float32), False)
+    assert got.num_points.tolist() == [3, 2, 0]
+    assert (got.sums / 2**24).tolist() == [[0.5, 6], [18, -1], [0, 0]]
+
+
+def test_sum_nearest__exact_for_the_largest_and_the_smallest_float16_together():
+    # In float32 the smallest would vanish beside the largest, and in another order it would not.
+    points = np.full((lloyd.BLOCK_ROWS, 2), 65504, np.float16)
+    points[1::2] = 2.0**-24
+    points[5, 1] = -(2.0**-24)
+    got = lloyd.sum_nearest([points, points[::-1].copy()], np.zeros((1, 2), np.float32), False)
+    units = [[int(float(value) * 2**24) for value in row] for row in points]
+    assert got.sums.tolist() == [[2 * sum(column) for column in zip(*units, strict=True)]]
+
+
+def test_largest_value__of_either_sign():
+    blocks = [np.array([[1, -3], [2, 0]], np.float16), np.array([[2, 2]], np.float16)]
+    assert lloyd.largest_value(blocks) == 3
+    blocks[1][0, 0] = -np.inf
+    assert lloyd.largest_value(blocks) == np.inf
+
+
+def test_iterate__a_concept_without_points_stays_where_it_is():
+    start = np.array([[-1, 0], [1, 0], [90, 90]], np.float32)
+    centroids, num_crops, _ = lloyd._iterate(InMemory(_cloud(dim=2)), start, 5)
+    assert centroids[2].tolist() == [90, 90]
+    assert num_crops[2] == 0
+    assert num_crops.sum() == 1000
+
+
+def test_farthest__equal_to_a_sort_and_ties_go_by_row(blocks_of_64):
+    points = np.repeat(_cloud(200), 2, axis=0)
+    centroids = train(points.astype(np.float32), 4, 0, 5, 1, False, None)
+    distance, assigned = nearest(points.astype(np.float32), centroids)
+    own = np.flatnonzero(assigned == 2)
+    expected = own[np.argsort(-distance[own], kind="stable")][:7]
+    blocks = [points[i : i + 64] for i in range(0, 400, 64)]
+    got = lloyd.farthest(blocks, 1000, centroids, 2, 7, False)
+    assert got.row.tolist() == (1000 + expected).tolist()
+    assert np.array_equal(got.points, points[expected])
+    assert np.array_equal(got.points[0], got.points[1])
+
+
+def test_draw_rows__exact_ascending_and_by_the_seed():
+    rows = draw_rows(10_000_000, 5000, seed=3)
+    assert len(np.unique(rows)) == 5000
+    assert (np.diff(rows) > 0).all()
+    assert 0 <= rows[0] < 10_000
+    assert rows[-1] < 10_000_000
+    assert np.array_equal(rows, draw_rows(10_000_000, 5000, seed=3))
+    assert not np.array_equal(rows, draw_rows(10_000_000, 5000, seed=4))
+    assert draw_rows(3, 5, seed=0).tolist() == [0, 1, 2]
+
+
+def test_fit_sharded_concepts__equal_to_plain_lloyd_from_the_drawn_start(blocks_of_64):
+    points = _cloud()
+    sample = points[draw_rows(1000, 100, seed=0)].astype(np.float32)
+    start = train(sample, 5, seed=0, num_iterations=8, num_redos=2, use_gpu=False, start=None)
+    got = _fit(points, 5, num_shards=3, num_iterations=8)
+    expected, _ = _plain_lloyd(points, start, 8)
+    np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
+    # Eight that move the centroids, and one that counts.
+    assert (got.points_used, got.points_total, got.num_passes) == (1000, 1000, 9)
+    assert np.array_equal(got.num_crops, np.bincount(nearest(points.astype(np.float32), got.centroids)[1]))
+
+
+def test_fit_sharded_concepts__ends_where_the_centroids_stand_still(blocks_of_64):
+    points = _cloud()
+    got = _fit(points, 5, num_iterations=500)
+    assert 2 < got.num_passes < 100
+    expected, _ = _plain_lloyd(points, got.centroids, 1)
+    np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
+    assert _fit(points, 5, num_iterations=500, num_shards=2).num_passes == got.num_passes
+
+
+def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
+    points = _cloud()
+    start = _fit(points, 7, num_iterations=3).centroids
+    shards = InMemory(points, 2)
+    objectives = []
+    for num_iterations in range(12):
+        centroids, _, _ = lloyd._iterate(shards, start, num_iterations)
+        objectives.append(_plain_lloyd(points, centroids, 1)[1][0])
+    assert (np.diff(objectives) <= 0).all()
+    assert objectives[-1] < objectives[0]
+
+
+def test_fit_sharded_concepts__same_bits_for_any_number_of_shards(blocks_of_64):
+    # On a coarse grid many points are as near to two centroids, and many sums are ties of rounding.
+    points = np.round(_cloud(701))
+    first, *others = (_fit(points, 9, num_shards=n, min_crops=20) for n in (1, 2, 3, 11))
+    for other in others:
+        assert other.centroids.tobytes() == first.centroids.tobytes()
+        assert np.array_equal(other.num_crops, first.num_crops)
+    assert _fit(points, 9, seed=1).centroids.tobytes() != first.centroids.tobytes()
+
+
+def test_fit_sharded_concepts__a_cap_is_the_same_as_in_memory(blocks_of_64):
+    points = _cloud()
+    got = _fit(points, 6, num_shards=2, max_points=80, min_crops=100)
+    settings = {"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 100, "max_points": 80}
+    expected = fit_concepts(points.astype(np.float32), 6, use_gpu=False, group="foreground", **settings)
+    assert got.centroids.tobytes() == expected.centroids.tobytes()
+    assert got.num_crops.tolist() == expected.num_crops.tolist()
+    assert (got.points_used, got.points_total) == (expected.points_used, expected.points_total) == (80, 1000)
+    assert got.num_reseeded == expected.num_reseeded > 0
+
+
+def test_fit_sharded_concepts__starved_concepts_are_seeded_anew(blocks_of_64):
+    # Not every cloud can be mended; those that are must meet the bound that the first fit missed.
+    mended = 0
+    for seed in range(8):
+        points = _cloud(300, dim=4, seed=seed)
+        try:
+            one, three = (_fit(points, 6, num_shards, min_crops=35) for num_shards in (1, 3))
+        except DataError:
+            continue
+        assert one.num_crops.min() >= 35
+        assert one.num_crops.sum() == 300
+        assert (one.num_reseeded > 0) == (_fit(points, 6).num_crops.min() < 35)
+        assert one.centroids.tobytes() == three.centroids.tobytes()
+        assert one.num_reseeded == three.num_reseeded
+        mended += one.num_reseeded > 0
+    assert mended >= 2
+
+
+def test_fit_sharded_concepts__starved_concepts_go_where_the_largest_serves_worst(blocks_of_64):
+    seen = []
+
+    class Recording(InMemory):
+        def sum_nearest(self, centroids):
+            seen.append(centroids.copy())
+            return super().sum_nearest(centroids)
+
+        def farthest(self, centroids, concept, most):
+            seen.append((concept, most))
+            return super().farthest(centroids, concept, most)
+
+    points = _cloud(300, dim=4)
+    settings = {"seed": 0, "num_iterations": 20, "num_redos": 2, "init_points": 100, "max_points": None}
+    with pytest.raises(DataError, match=r"of 6 foreground concepts have fewer than concepts\.min_crops=50"):
+        lloyd.fit_sharded_concepts(Recording(points, 3), 6, min_crops=50, group="foreground", **settings)
+    turns = [i for i, entry in enumerate(seen) if isinstance(entry, tuple)]
+    assert len(turns) == 5
+    for turn in turns:
+        before, after = seen[turn - 1], seen[turn + 1]
+        distance, assigned = nearest(points.astype(np.float32), before)
+        num_crops = np.bincount(assigned, minlength=6)
+        starved, largest = np.flatnonzero(num_crops < 50), num_crops.argmax()
+        own = np.flatnonzero(assigned == largest)
+        worst = own[np.argsort(-distance[own])][: len(starved)]
+        assert seen[turn] == (largest, len(starved))
+        assert np.array_equal(after[starved], points[worst].astype(np.float32))
+        assert np.array_equal(np.delete(after, starved, 0), np.delete(before, starved, 0))
+
+
+def test_fit_sharded_concepts__refuses_concepts_that_stay_starved(blocks_of_64):
+    points = np.concatenate([_cloud(300, dim=2), [[60000.0, 0.0]]])
+    with pytest.raises(DataError, match=r"1 of 3 foreground concepts have fewer than concepts\.min_crops=2 crops.*301"):
+        _fit(points, 3, min_crops=2, init_points=300)
+
+
+def test_fit_sharded_concepts__refuses_more_concepts_than_points():
+    with pytest.raises(DataError, match=r"9 foreground concepts were asked of 40 foreground crops"):
+        _fit(_cloud(40), 9, min_crops=5, init_points=20)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_fit_sharded_concepts__refuses_points_that_are_no_numbers(bad, blocks_of_64):
+    points = _cloud()
+    points[700, 1] = bad
+    with pytest.raises(DataError, match=r"NaN or infinity; check encoder\.weights"):
+        _fit(points, 3)
+
+
+def test_fit_sharded_concepts__refuses_sums_that_int64_cannot_hold():
+    shards = InMemory(_cloud(200))
+    shards.largest_value = 2.0**39 / 200
+    settings = {"seed": 0, "num_iterations": 1, "num_redos": 1, "min_crops": 1, "init_points": 100, "max_points": None}
+    with pytest.raises(DataError, match=r"reach 2748779069 *, and sums of 200 of them are exact only below 2748779069"):
+        lloyd.fit_sharded_concepts(shards, 3, group="foreground", **settings)
+    shards.largest_value *= 0.99
+    assert lloyd.fit_sharded_concepts(shards, 3, group="foreground", **settings).num_passes == 2

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule, steps_per_epoch
+
+
+def test_schedule__worked_by_hand():
+    epochs = schedule((3, 2), (0.02, 0.10))
+    assert [(e.index, e.round, e.starts_round) for e in epochs] == [
+        (0, 0, False), (1, 0, False), (2, 0, False), (3, 1, True), (4, 1, False),
+    ]  # fmt: skip
+    assert [e.alpha for e in epochs] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.10])
+
+
+def test_schedule__one_epoch_keeps_the_first_alpha():
+    assert schedule((1,), (0.03, 0.1)) == [Epoch(0, 0, False, 0.03)]
+
+
+def test_schedule__restart_begins_each_round_anew_and_steps_by_a_hundredth():
+    epochs = schedule((2, 4, 1, 2), (0.03, 0.05), "restart")
+    assert [e.alpha for e in epochs] == pytest.approx([0.03, 0.04, 0.03, 0.04, 0.05, 0.05, 0.03, 0.03, 0.04])
+    # Nothing but alpha differs.
+    linear = schedule((2, 4, 1, 2), (0.03, 0.05))
+    assert [replace(e, alpha=0.0) for e in epochs] == [replace(e, alpha=0.0) for e in linear]
+
+
+@pytest.mark.parametrize("how", ["linear", "restart"])
+def test_schedule__no_peer_weight_at_all(how):
+    assert {e.alpha for e in schedule((2, 3), (0.0, 0.0), how)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "world_size", "want"),
+    [
+        (10, 4, 1, (3, 4)),
+        (10, 4, 2, (3, 2)),
+        (8, 4, 2, (2, 2)),
+        (10, 5, 2, (3, 2)),  # the batch is rounded down to whole images a worker
+        (5, 256, 1, (1, 5)),  # fewer images than a batch
+        (3, 2, 4, (1, 1)),  # more workers than images
+    ],
+)
+def test_steps_per_epoch__cases(num_images, batch_size, world_size, want):
+    assert steps_per_epoch(num_images, batch_size, world_size) == want
+
+
+def test_sample_order__every_image_once_and_the_last_step_filled_from_the_start():
+    order = sample_order(seed=3, epoch=1, num_images=10, repeats=1, steps=3, per_worker=2, world_size=2)
+    assert order.shape == (2, 3, 2)
+    # In the order of training: step, worker, image.
+    flat = order.transpose(1, 0, 2).reshape(-1)
+    assert sorted(flat[:10]) == list(range(10))
+    assert flat[10:].tolist() == flat[:2].tolist()
+
+
+def test_sample_order__repeats_are_fresh_permutations():
+    order = sample_order(0, 0, num_images=6, repeats=3, steps=3, per_worker=6, world_size=1)[0]
+    assert [sorted(row) for row in order.tolist()] == [list(range(6))] * 3
+    assert len({tuple(row) for row in order.tolist()}) == 3
+
+
+def test_sample_order__depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        return sample_order(seed, epoch, 20, 1, 5, 4, 1)
+
+    assert np.array_equal(order(1, 2), order(1, 2))
+    assert not np.array_equal(order(1, 2), order(1, 3))
+    assert not np.array_equal(order(1, 2), order(2, 2))
+
+
+def test_sample_order__workers_share_out_the_same_steps():
+    # Two workers together see, step by step, what one worker sees.
+    one = sample_order(0, 0, 16, 1, 4, 4, 1)[0]
+    two = sample_order(0, 0, 16, 1, 4, 2, 2)
+    assert np.array_equal(np.concatenate([two[0], two[1]], axis=1), one)

@@ -1,0 +1,274 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from transfgu_ray.algorithms.scores.metrics import (
+    chance_confusion,
+    confusion_matrix,
+    foreground_iou,
+    majority_confusion,
+    match_concepts,
+    overlapping_classes,
+    score,
+    score_merged,
+)
+
+# Concepts 0, 1, 2 are classes 0, 1, 2: IoU 4/6, 3/6, 5/8.
+CONFUSION = np.array([[4, 1, 0], [0, 3, 2], [1, 0, 5]])
+
+
+def test_confusion_matrix__worked_by_hand():
+    target = np.array([[0, 0, 1], [1, 2, 255]], dtype=np.uint8)
+    pred = np.array([[0, 2, 1], [1, 0, 1]], dtype=np.uint8)
+    assert confusion_matrix(target, pred, 3, 3).tolist() == [[1, 0, 1], [0, 2, 0], [1, 0, 0]]
+
+
+def test_confusion_matrix__void_never_scores():
+    rng = np.random.default_rng(0)
+    target, pred = rng.integers(0, 3, (6, 7)).astype(np.uint8), rng.integers(0, 4, (6, 7))
+    target[2:4] = 255
+    want = confusion_matrix(target, pred, 3, 4)
+    assert want.sum() == 28
+    pred[2:4] = 3 - pred[2:4]
+    assert np.array_equal(confusion_matrix(target, pred, 3, 4), want)
+
+
+def test_confusion_matrix__ids_beyond_a_byte():
+    # 200 classes by 300 concepts overflows the labels' own type.
+    target, pred = np.array([199], dtype=np.uint8), np.array([299], dtype=np.uint16)
+    confusion = confusion_matrix(target, pred, 200, 300)
+    assert confusion.shape == (200, 300)
+    assert confusion[199, 299] == confusion.sum() == 1
+
+
+def test_score__three_classes_to_the_last_digit():
+    got = score(CONFUSION)
+    assert got.class_iou.tolist() == [4 / 6, 3 / 6, 5 / 8]
+    assert got.miou == pytest.approx(43 / 72, abs=1e-15)
+    assert got.pixel_accuracy == 12 / 16
+    assert got.coverage == 1.0
+
+
+def test_score__permuting_cluster_ids_changes_nothing():
+    want = score(CONFUSION)
+    for order in itertools.permutations(range(3)):
+        got = score(CONFUSION[:, order])
+        assert got.class_of_concept.tolist() == list(order)
+        assert (got.miou, got.pixel_accuracy) == (want.miou, want.pixel_accuracy)
+
+
+@pytest.mark.parametrize(("num_classes", "num_concepts"), [(4, 4), (3, 6), (6, 3), (6, 6), (1, 6)])
+def test_match_concepts__no_other_matching_has_more_pixels(num_classes, num_concepts):
+    rng = np.random.default_rng(num_classes)
+    for _ in range(20):
+        confusion = rng.integers(0, 50, (num_classes, num_concepts))
+        matched = match_concepts(confusion)
+        pairs = [(c, k) for k, c in enumerate(matched) if c >= 0]
+        assert len(pairs) == len({c for c, _ in pairs}) == min(num_classes, num_concepts)
+        tall = confusion if num_classes >= num_concepts else confusion.T
+        best = max(
+            sum(tall[row, column] for column, row in enumerate(rows))
+            for rows in itertools.permutations(range(tall.shape[0]), tall.shape[1])
+        )
+        assert sum(confusion[c, k] for c, k in pairs) == best
+
+
+def test_score__left_over_concepts_leave_the_score():
+    # Concept 2 has no class: its 2 + 4 pixels are neither hits nor misses.
+    got = score(np.array([[8, 0, 2], [2, 6, 4]]))
+    assert got.class_of_concept.tolist() == [0, 1, -1]
+    assert got.class_iou.tolist() == [8 / 10, 6 / 8]
+    assert got.pixel_accuracy == 14 / 16
+    assert got.coverage == 16 / 22
+
+
+# The same prediction as above, under the other policies: concept 2 has no class of its own.
+LEFT_OVER = np.array([[8, 0, 2], [2, 6, 4]])
+
+
+def test_score__left_over_concepts_count_as_misses_of_the_true_class():
+    got = score(LEFT_OVER, "count")
+    assert got.class_of_concept.tolist() == [0, 1, -1]
+    assert got.class_iou.tolist() == [8 / 12, 6 / 12]
+    assert got.pixel_accuracy == 14 / 22
+    assert got.coverage == 16 / 22
+
+
+def test_score__many_to_one_gives_each_concept_the_class_it_overlaps_most():
+    got = score(LEFT_OVER, "many_to_one")
+    assert got.class_of_concept.tolist() == [0, 1, 1]
+    assert got.class_iou.tolist() == [8 / 12, 10 / 14]
+    assert got.pixel_accuracy == 18 / 22
+    assert got.coverage == 1.0
+    assert overlapping_classes(np.array([[0, 1, 2], [0, 3, 2]])).tolist() == [-1, 1, 0]
+
+
+@pytest.mark.parametrize("num_concepts", [3, 5, 6])
+def test_score__discard_and_count_differ_by_exactly_the_unmatched_pixels(num_concepts):
+    rng = np.random.default_rng(num_concepts)
+    for _ in range(20):
+        confusion = rng.integers(1, 50, (3, num_concepts))
+        discard, count = score(confusion, "discard"), score(confusion, "count")
+        assert np.array_equal(discard.class_of_concept, count.class_of_concept)
+        missed = confusion[:, discard.class_of_concept < 0].sum(1)
+        assert discard.coverage == count.coverage == (confusion.sum() - missed.sum()) / confusion.sum()
+        hits = np.array([confusion[c, k] for k, c in enumerate(count.class_of_concept) if c >= 0])
+        assert count.pixel_accuracy == hits.sum() / confusion.sum()
+        assert discard.pixel_accuracy == hits.sum() / (confusion.sum() - missed.sum())
+        hits = np.array([confusion[c, list(count.class_of_concept).index(c)] for c in range(3)])
+        np.testing.assert_allclose(hits / count.class_iou - hits / discard.class_iou, missed, atol=1e-9)
+
+
+def test_score__many_to_one_is_never_less_accurate_than_one_to_one():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        confusion = rng.integers(0, 50, (4, 6))
+        assert score(confusion, "many_to_one").pixel_accuracy >= score(confusion, "count").pixel_accuracy
+
+
+# Class 1 is absent, and concept 1 can only go to it.
+ABSENT = np.array([[4, 1, 0], [0, 0, 0], [0, 2, 3]])
+
+
+def test_score__protocols_differ_in_the_mean_over_absent_classes():
+    assert score(ABSENT).miou == pytest.approx((4 / 5 + 3 / 5) / 2)
+    for protocol in ("picie", "stego"):
+        got = score(ABSENT, protocol=protocol)
+        assert got.class_iou.tolist() == [4 / 5, 0.0, 3 / 5]
+        assert got.miou == pytest.approx((4 / 5 + 0 + 3 / 5) / 3)
+    # Neither present nor predicted: in no mean.
+    for protocol in ("transfgu", "picie", "stego"):
+        got = score(np.diag([4, 0, 3]), protocol=protocol)
+        assert np.isnan(got.class_iou[1])
+        assert got.miou == 1.0
+
+
+def test_score__stego_makes_one_more_class_of_the_left_over_clusters():
+    confusion = np.array([[8, 0, 2, 0], [2, 6, 4, 1]])
+    want = (8 / 12 + 6 / 13) / 2
+    assert score(confusion, "count", "picie").miou == pytest.approx(want)
+    got = score(confusion, "count", "stego")
+    assert got.miou == pytest.approx(want * 2 / 3)
+    assert got.pixel_accuracy == 14 / 23
+    # Without a pixel in them, that class is not there; nor is it where their pixels are not errors.
+    empty = np.array([[8, 0, 0], [2, 6, 0]])
+    assert score(empty, "count", "stego").miou == score(empty).miou
+    for unmatched in ("discard", "many_to_one"):
+        assert score(confusion, unmatched, "stego").miou == score(confusion, unmatched).miou
+
+
+def published_histogram_scores(confusion):
+    """mIoU and accuracy as STEGO's and, for as many clusters as classes, PiCIE's code computes them: histograms."""
+    classes, clusters = confusion.shape
+    best = max(
+        itertools.permutations(range(clusters), classes), key=lambda order: confusion[range(classes), order].sum()
+    )
+    histogram = np.zeros((classes + 1, classes + 1))
+    histogram[:classes, :classes] = confusion[:, best]
+    histogram[:classes, classes] = np.delete(confusion, best, axis=1).sum(1)
+    hits = np.diag(histogram)
+    union = histogram.sum(0) + histogram.sum(1) - hits
+    return (hits[union > 0] / union[union > 0]).mean(), hits.sum() / histogram.sum()
+
+
+@pytest.mark.parametrize("num_clusters", [3, 5])
+def test_score__equals_the_published_codes_histograms(num_clusters):
+    rng = np.random.default_rng(num_clusters)
+    for absent in range(3):
+        confusion = rng.integers(1, 50, (3, num_clusters))
+        confusion[:absent] = 0
+        miou, accuracy = published_histogram_scores(confusion)
+        # Over-clustering is STEGO's alone.
+        for protocol in ("stego", "picie")[: 2 if num_clusters == 3 else 1]:
+            got = score(confusion, "count", protocol)
+            if absent < 2:
+                assert got.miou == pytest.approx(miou)
+            assert got.pixel_accuracy == pytest.approx(accuracy)
+
+
+def test_score__chance_and_majority_worked_by_hand():
+    classes = np.array([6, 3, 0])
+    # Each concept takes a fifth of a class: a third of what is scored, a fifth of everything.
+    chance = chance_confusion(classes, 5)
+    assert score(chance, "discard").pixel_accuracy == pytest.approx(1 / 3)
+    assert score(chance, "discard").coverage == 3 / 5
+    got = score(chance, "count")
+    assert got.pixel_accuracy == pytest.approx(1 / 5)
+    # In fifths of a pixel: class 0 has 6 hits of 30 + 3, class 1 3 of 15 + 6.
+    assert got.miou == pytest.approx((6 / 33 + 3 / 21) / 2)
+    for unmatched in ("discard", "count", "many_to_one"):
+        got = score(majority_confusion(classes), unmatched)
+        assert (got.pixel_accuracy, got.coverage) == (6 / 9, 1.0)
+        assert got.miou == pytest.approx((6 / 9 + 0) / 2)
+
+
+def test_score__chance_is_what_random_labels_come_to():
+    rng, classes = np.random.default_rng(0), np.array([50_000, 30_000, 20_000])
+    drawn = rng.integers(0, 4, classes.sum())
+    random = confusion_matrix(np.repeat(np.arange(3), classes), drawn, 3, 4)
+    for unmatched in ("discard", "count"):
+        want, got = score(random, unmatched), score(chance_confusion(classes, 4), unmatched)
+        assert got.miou == pytest.approx(want.miou, abs=0.005)
+        assert got.pixel_accuracy == pytest.approx(want.pixel_accuracy, abs=0.005)
+        assert got.coverage == pytest.approx(want.coverage, abs=0.005)
+
+
+def test_score__class_without_a_concept_counts_as_zero():
+    got = score(np.array([[5, 0], [0, 5], [1, 1]]))
+    assert got.class_iou.tolist() == [5 / 6, 5 / 6, 0.0]
+    assert got.miou == pytest.approx(5 / 9)
+
+
+def test_score__absent_class_leaves_the_mean():
+    got = score(np.array([[4, 0, 0], [0, 0, 0], [0, 2, 2]]))
+    assert np.isnan(got.class_iou[1])
+    # The third concept is matched to the absent class, so its pixels are errors of class 2.
+    assert got.miou == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_score__refuses_a_split_without_labels():
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        score(np.zeros((3, 3), dtype=np.int64))
+
+
+# Classes 0 and 1 are of the coarser class 0, class 2 of class 1; concept 3 is left over.
+MERGING = np.array([[5, 2, 1, 1], [3, 6, 0, 0], [0, 2, 7, 3]])
+
+
+def test_score_merged__worked_by_hand():
+    fine = score(MERGING)
+    assert fine.class_of_concept.tolist() == [0, 1, 2, -1]
+    got = score_merged(MERGING, fine.class_of_concept, np.array([0, 0, 1]))
+    # Of the 17 scored pixels of class 0, 16 are right and 1 is taken for class 1; of the 9 of class 1, 7 and 2.
+    assert got.class_iou.tolist() == [16 / 19, 7 / 10]
+    assert got.miou == pytest.approx((16 / 19 + 7 / 10) / 2, abs=1e-15)
+    assert got.pixel_accuracy == 23 / 26
+    assert got.coverage == fine.coverage == 26 / 30
+    assert got.class_of_concept.tolist() == [0, 0, 1, -1]
+
+
+def test_score_merged__left_over_concepts_as_for_the_classes():
+    fine = score(MERGING, "count")
+    got = score_merged(MERGING, fine.class_of_concept, np.array([0, 0, 1]), "count")
+    assert got.class_iou.tolist() == [16 / 20, 7 / 13]
+    assert got.pixel_accuracy == 23 / 30
+
+
+def test_score_merged__classes_that_stay_apart_change_nothing():
+    fine = score(MERGING)
+    got = score_merged(MERGING, fine.class_of_concept, np.arange(3))
+    assert (got.miou, got.pixel_accuracy, got.coverage) == (fine.miou, fine.pixel_accuracy, fine.coverage)
+
+
+def test_foreground_iou__worked_by_hand():
+    is_thing, is_background = np.array([True, True, False]), np.array([False, False, True, True])
+    # 18 pixels of things, 16 of them found, and 2 of the background taken for things.
+    assert foreground_iou(MERGING, is_thing, is_background) == 16 / 20
+    assert foreground_iou(MERGING[:, [1, 0, 3, 2]], is_thing, is_background) == 16 / 20
+
+
+def test_foreground_iou__is_none_where_it_has_no_meaning():
+    is_thing = np.array([True, True, False])
+    assert foreground_iou(MERGING, is_thing, np.zeros(4, dtype=bool)) is None
+    assert foreground_iou(np.array([[0, 0], [0, 0], [0, 5]]), is_thing, np.array([False, True])) is None

@@ -1,0 +1,290 @@
+"""What the command line refuses, in one sentence and with exit code 2; and how fast it answers."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tests.builders import TINY_OVERRIDES, TINY_VIT, listed, make_coco, make_folder, make_scenes, make_table
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
+from transfgu_ray.cli import app, main
+from transfgu_ray.runs import lock as claims
+from transfgu_ray.runs.run import Run
+from transfgu_ray.storage import Folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["transfgu", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, "one sentence, no traceback"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--set", "concepts.num_concept=3"), "did you mean concepts.num_concepts?"),
+        (("--set", "colour=3"), "unknown setting colour"),
+        (("--set", "concepts.num_concepts=0"), "concepts.num_concepts=0"),
+        (("--set", "concepts.num_concepts=100000"), "more than the"),
+        (("--set", "data.image_size=[100, 100]"), "patch of 8 px does not divide"),
+        (("--set", "train.token_window=20"), "train.token_window=20 must be a multiple"),
+        (("--set", "train.token_window=72"), "no larger than train.crop_size, 64 x 64 px"),
+        (("--preset", "huge"), "unknown preset 'huge'"),
+        (("--dataset", "imagenet"), "unknown dataset"),
+        (("--config", "no.yaml"), "cannot read the configuration file no.yaml"),
+        (("--data", "no/such/folder"), "does not exist"),
+        (("--weights", "no/such.pth"), "cannot be read"),
+    ],
+)
+def test_run__bad_input(
+    extra: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    base = ("run", str(tmp_path / "run"), "--preset", "tiny_cpu", "--data", str(data))
+    assert words in refusal(capsys, monkeypatch, *base, *extra)
+
+
+@pytest.mark.parametrize("command", [("run", "--preset", "tiny_cpu"), ("pretrain",), ("tune", "--num-trials", "2")])
+def test_commands__refuse_a_folder_where_another_process_is_at_work(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_DYING_S", 0.1)
+    data, (name, *options) = make_folder(tmp_path / "data", num_images=2), command
+    with claims.claimed(Folder(str(tmp_path / "out"))):
+        message = refusal(capsys, monkeypatch, name, str(tmp_path / "out"), "--data", str(data), *options)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [claims.CLAIM], "nothing is touched"
+    assert f"is at work in {tmp_path / 'out'}" in message
+
+
+def test_main__stopped_by_sigterm_says_so(tmp_path: Path) -> None:
+    script = (
+        "import transfgu_ray.cli as cli, time; cli.app = lambda: (print('up', flush=True), time.sleep(60)); cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "transfgu: stopped; the same command goes on from here\n"
+    assert process.returncode == 143
+
+
+def test_run__unwritable_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    # A file where a folder must be: root may write anywhere else.
+    (tmp_path / "file").write_text("")
+    message = refusal(
+        capsys, monkeypatch, "run", str(tmp_path / "file" / "run"), "--preset", "tiny_cpu", "--data", str(data)
+    )
+    assert "run folder" in message or "cannot write" in message
+
+
+def test_run__no_photographs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("")
+    message = refusal(
+        capsys, monkeypatch, "run", str(tmp_path / "run"), "--preset", "tiny_cpu", "--data", str(tmp_path / "data")
+    )
+    assert "no photograph in" in message
+
+
+def test_stage__no_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is no run folder" in refusal(capsys, monkeypatch, "train", str(tmp_path / "nothing"))
+
+
+def test_predict__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_folder(tmp_path / "data", num_images=1)
+    message = refusal(
+        capsys, monkeypatch, "predict", str(tmp_path), "--images", str(data), "--out", str(tmp_path / "out")
+    )
+    assert "neither a finished run nor a model folder" in message
+
+
+@pytest.mark.parametrize("port", ["80x", "0"])
+def test_serve__no_such_port(port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["transfgu", "serve", str(tmp_path), "--port", port])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+
+
+def test_serve__no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "neither a finished run nor a model folder" in refusal(capsys, monkeypatch, "serve", str(tmp_path))
+
+
+def test_demo__renders_scenes_beside_the_run_and_wants_the_bundled_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transfgu_ray.config.presets.DEMO_SCENES", {"num_train": 2, "num_val": 1, "seed": 0, "size_px": 64}
+    )
+    monkeypatch.setattr("transfgu_ray.models.weights._BUNDLED", "weights/not_there.safetensors")
+    arguments = ("demo", str(tmp_path / "run"), "--set", "seed=1", "--set", "concepts.granularity=super")
+    assert "no weights/not_there.safetensors; install the package again" in refusal(capsys, monkeypatch, *arguments)
+    stored = Run.stored_config(str(tmp_path / "run"))
+    assert stored is not None
+    assert stored.data.root == str(tmp_path / "scenes")
+    assert (stored.preset, stored.seed, stored.num_concepts, stored.num_background) == ("demo", 1, 6, 2)
+    images = listed(stored.data, "val", "super").images
+    assert [image.label_id for image in images] == ["masks/super/val/scene_00000.png"]
+    # A named source is not a path.
+    again = ("run", str(tmp_path / "other"), "--preset", "demo", "--data", stored.data.root, "--weights", "bundled")
+    assert "encoder.weights=bundled, but this installation" in refusal(capsys, monkeypatch, *again)
+
+
+def test_run__missing_labels_are_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_scenes(tmp_path / "data")
+    (data / "masks/fine/val").rename(tmp_path / "elsewhere")
+    arguments = ("run", str(tmp_path / "run"), "--preset", "demo", "--data", str(data), "--weights", "random")
+    assert "data/masks/fine/val (dataset scenes): expected" in refusal(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--set", "dino.learning_rat=3"), "did you mean dino.learning_rate?"),
+        (("--set", "schedule.batch_size=9"), "more than the 3 images to train on"),
+        (("--set", "crops.global_size=60"), "patch of 8 px does not divide"),
+        (("--set", "encoder.name=resnet18"), "is not a usable vision transformer"),
+        (("--preset", "paper"), "unknown pretraining preset 'paper'"),
+        (("--data", "no/such/folder"), "does not exist"),
+        (("--val", "no/such/folder"), "data.val_root="),
+    ],
+)
+def test_pretrain__bad_input(
+    extra: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=3)
+    base = ("pretrain", str(tmp_path / "out"), "--preset", "small_photos", "--data", str(data))
+    assert words in refusal(capsys, monkeypatch, *base, *extra)
+
+
+def test_pretrain__nothing_said_about_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "holds no pretraining" in refusal(capsys, monkeypatch, "pretrain", str(tmp_path / "out"))
+    message = refusal(capsys, monkeypatch, "pretrain", str(tmp_path / "out"), "--preset", "small_photos")
+    assert "give --data DIR or set data.root" in message
+
+
+def test_presets__those_of_each_verb_under_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in ((), ("show", "small_photos")):
+        monkeypatch.setattr(sys, "argv", ["transfgu", "presets", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        out = capsys.readouterr().out
+        if arguments:
+            assert yaml.safe_load(out)["crops"]["hue"] == 0.1
+        else:
+            runs, _, pretrainings = out.partition("transfgu pretrain --preset")
+            assert "\n  paper" in runs
+            assert "\n  small_photos" in pretrainings
+
+
+def test_presets__differences_with_their_sources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["transfgu", "presets", "diff", "paper", "released", "--dataset", "coco_stuff171"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith("coco_stuff171: paper -> released\n")
+    assert "\ncam.keep_mass: null -> 0.8\n    share of a CAM" in out
+
+
+def test_datasets__lists_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_coco(tmp_path, num_train=1, num_val=1)
+    for arguments, words in (
+        ((), "\ncoco80: 81 classes, things_only\n"),
+        (("check", "coco80", str(tmp_path)), "val    classes"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["transfgu", "datasets", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None)
+        assert words in capsys.readouterr().out
+    next(tmp_path.glob("annotations/val2017/*.png")).unlink()
+    message = refusal(capsys, monkeypatch, "datasets", "check", "coco80", str(tmp_path), "--quiet")
+    assert message.endswith("is no usable copy of coco80: 1 files are not as they should be\n")
+
+
+def test_probe__prints_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_table(tmp_path / "train-0.parquet", 6)
+    make_table(tmp_path / "val-0.parquet", 4)
+    encoder = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
+    (tmp_path / "w.safetensors").write_bytes(dump_encoder(encoder, TINY_VIT, TINY_OVERRIDES))
+    arguments = ("probe", str(tmp_path / "w.safetensors"), "--data", str(tmp_path), "--image-size", "32")
+    monkeypatch.setattr(sys, "argv", ["transfgu", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search(r"images +4 at 32 px", out)
+    assert re.search(r"k-NN top-1 +\d+\.\d\d % of 6 neighbours", out)
+    assert re.search(r"chance +50\.00 %", out)
+    assert re.search(r"IoU of attention +\d+\.\d\d %", out)
+    assert "no/such.safetensors cannot be read" in refusal(
+        capsys, monkeypatch, "probe", "no/such.safetensors", "--data", str(tmp_path)
+    )
+
+
+def test_help__imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from transfgu_ray.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'pyarrow', 'numpy', 'faiss', 'timm') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.rstrip().endswith("[]")
+
+
+def test_help__says_each_command_whole_in_80_columns() -> None:
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    listed = shown.partition("Commands:\n")[2]
+    assert len(listed.splitlines()) == len(typer.main.get_command(app).commands)
+    assert "..." not in listed
+
+
+def test_run__settings_of_an_existing_run_are_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_folder(tmp_path / "data", num_images=2)
+    folder = str(tmp_path / "run")
+    base = ("run", folder, "--preset", "tiny_cpu", "--data", str(data))
+    refusal(capsys, monkeypatch, *base, "--set", "concepts.num_concepts=100000")
+    # Without --preset the stored configuration is the base, not the default preset.
+    refusal(capsys, monkeypatch, "run", folder, "--set", "concepts.num_concepts=200000")
+    stored = Run.stored_config(folder)
+    assert stored is not None
+    assert stored.preset == "tiny_cpu"
+    assert stored.concepts.num_concepts == 200000

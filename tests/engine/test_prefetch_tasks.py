@@ -1,0 +1,50 @@
+"""What feeds a training: order, and how far it runs ahead."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from transfgu_ray.engine.prefetch import read_ahead, to_device
+
+
+def slow_at_first(number: int, scale: float) -> np.ndarray:
+    """The first calls end last."""
+    time.sleep(max(0.0, 0.3 - 0.1 * number))
+    return np.array([number * scale])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_ahead", [1, 3, 20])
+def test_read_ahead__keeps_the_order_and_takes_calls_as_they_are_needed(local_ray: None, num_ahead: int) -> None:
+    taken = 0
+
+    def calls() -> Iterator[tuple[int, float]]:
+        nonlocal taken
+        for number in range(8):
+            taken += 1
+            yield number, 0.5
+
+    for got, value in enumerate(read_ahead(slow_at_first, calls(), num_ahead)):
+        assert value == got * 0.5
+        assert taken == min(8, got + 1 + num_ahead)
+    assert got == 7
+
+
+@pytest.mark.ray
+def test_read_ahead__of_nothing_is_nothing(local_ray: None) -> None:
+    assert list(read_ahead(slow_at_first, [], 2)) == []
+
+
+def test_to_device__joins_parts_into_a_copy() -> None:
+    parts = [np.arange(6, dtype=np.float16).reshape(3, 2), np.ones((1, 2), dtype=np.float16)]
+    for part in parts:
+        part.flags.writeable = False
+    batch = to_device(parts, torch.device("cpu"))
+    assert batch.dtype == torch.float16
+    assert batch.tolist() == [[0, 1], [2, 3], [4, 5], [1, 1]]
+    alone = to_device(parts[:1], torch.device("cpu"))
+    alone += 1
+    assert parts[0][0, 0] == 0

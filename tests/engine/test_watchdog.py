@@ -1,0 +1,63 @@
+"""A stage that does nothing ends with its name; one that goes on, or is stopped by hand, does not."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from transfgu_ray.engine.watchdog import unless_stalled
+from transfgu_ray.errors import StalledError
+
+_SECOND = 1 / 60
+
+
+@pytest.fixture
+def on_sigint(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("on_sigint", [signal.default_int_handler, signal.SIG_IGN], ids=["", "nohup"], indirect=True)
+def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock(on_sigint: None) -> None:
+    began = time.monotonic()
+    words = r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray status` tells"
+    with pytest.raises(StalledError, match=words), unless_stalled("stage extract", _SECOND, lambda done: None):
+        threading.Event().wait(60)
+    assert time.monotonic() - began < 10
+
+
+def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
+    done = []
+    with unless_stalled("stage extract", _SECOND, done.append) as progress:
+        for i in range(6):
+            time.sleep(0.4)
+            progress(i)
+    assert done == list(range(6))
+
+
+def test_watchdog__leaves_ctrl_c_what_it_is() -> None:
+    with pytest.raises(KeyboardInterrupt), unless_stalled("stage extract", 1, lambda done: None):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_watchdog__passes_other_errors_on() -> None:
+    with pytest.raises(ValueError, match="broken"), unless_stalled("stage extract", 1, lambda done: None):
+        raise ValueError("broken")
+    assert all(thread.name != "watchdog" for thread in threading.enumerate())
+
+
+def test_watchdog__a_thread_of_a_trial_is_not_interrupted() -> None:
+    found = []
+
+    def trial() -> None:
+        with unless_stalled("stage extract", _SECOND / 4, found.append) as progress:
+            time.sleep(1)
+            progress("done")
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    thread.join()
+    assert found == ["done"]

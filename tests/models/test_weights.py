@@ -1,0 +1,48 @@
+import hashlib
+
+import pytest
+
+from tests.builders import TINY_OVERRIDES, TINY_VIT, tiny_encoder
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.errors import WeightsError
+from transfgu_ray.models.weights import resolve_encoder, weights_file_sha256
+
+BUNDLED = build_config(RunConfig(), None, ["encoder.weights=bundled"])
+
+
+def test_resolve_encoder__bundled_weights_lie_in_the_package(tmp_path, monkeypatch):
+    data = dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/rendered_vit.safetensors").write_bytes(data)
+    monkeypatch.setattr("importlib.resources.files", {"transfgu_ray": tmp_path}.__getitem__)
+    # The file's own architecture wins over encoder.name, and it is kept as it is.
+    assert resolve_encoder(BUNDLED) == data
+    # Another release with other weights makes another run.
+    assert weights_file_sha256(BUNDLED.encoder) == hashlib.sha256(data).hexdigest()
+
+
+def test_resolve_encoder__refuses_an_installation_without_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.resources.files", {"transfgu_ray": tmp_path}.__getitem__)
+    with pytest.raises(WeightsError, match=r"has no weights/rendered_vit\.safetensors; install the package again"):
+        resolve_encoder(BUNDLED)
+    assert weights_file_sha256(BUNDLED.encoder) is None
+
+
+@pytest.mark.parametrize("weights", ["random", "file"])
+def test_resolve_encoder__carries_how_positions_are_interpolated(tmp_path, weights):
+    (tmp_path / "own.safetensors").write_bytes(dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES))
+    settings = [
+        f"encoder.name={TINY_VIT}",
+        f"encoder.weights={tmp_path / 'own.safetensors' if weights == 'file' else 'random'}",
+        "encoder.overrides={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}",
+        "encoder.pos_embed_interpolation=dino",
+    ]
+    data = resolve_encoder(build_config(RunConfig(), None, settings))
+    assert load_encoder(data, "e").pos_embed_interpolation == "dino"
+
+
+def test_resolve_encoder__refuses_to_interpolate_positions_that_are_not_there():
+    settings = ["encoder.name=vit_small_patch16_dinov3", "encoder.weights=random", "encoder.overrides={depth: 1}"]
+    with pytest.raises(WeightsError, match="pos_embed_interpolation=dino, but this encoder has no learned positions"):
+        resolve_encoder(build_config(RunConfig(), None, [*settings, "encoder.pos_embed_interpolation=dino"]))

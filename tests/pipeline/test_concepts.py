@@ -1,0 +1,141 @@
+"""The concepts do not depend on workers or parts, whether a group fits one worker or is spread over several."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.algorithms.concepts.test_sharded_kmeans import InMemory
+from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
+from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.parts import part_name
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import unwrapped_errors
+from transfgu_ray.errors import DataError
+from transfgu_ray.pipeline.concepts import cluster
+from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.run import STAGE_FUNCTIONS
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
+from transfgu_ray.storage import Folder
+
+NUM_ROWS = 30_000
+SETTINGS = {"seed": 0, "num_iterations": 6, "num_redos": 1, "min_crops": 1, "max_points": None}
+
+
+def make_features(folder: Path, num_rows: int, rows_per_part: int, bad_row: int | None = None) -> Folder:
+    """Features of eight columns, nine in ten of them foreground, the same for any division into parts."""
+    rng = np.random.default_rng(0)
+    tokens = np.round(4 * rng.normal(size=(num_rows, 8))).astype(np.float16)
+    kinds = np.where(np.arange(num_rows) % 10 == 3, "background", "foreground")
+    if bad_row is not None:
+        tokens[bad_row, 0] = np.nan
+    run = Folder(str(folder))
+    for unit, first in enumerate(range(0, num_rows, rows_per_part)):
+        rows = np.arange(first, min(first + rows_per_part, num_rows))
+        columns = {
+            "image_id": [f"{row}.jpg" for row in rows],
+            "crop_id": np.zeros(len(rows), np.int32),
+            "box_xyxy": np.zeros((len(rows), 4), np.int32),
+            "window_frac": np.zeros(len(rows), np.float32),
+            "kind": kinds[rows].tolist(),
+            "foreground_frac": np.zeros(len(rows), np.float32),
+            "cls_token": tokens[rows],
+        }
+        run.write_bytes(part_name("features", unit), to_parquet(build_table(columns, features_schema(8)), {}))
+    return run
+
+
+def tokens_of(run: Folder, kind: str) -> np.ndarray:
+    features = pq.read_table(run.join("features")).to_pandas()
+    return np.stack(features["cls_token"][features["kind"] == kind].to_list())
+
+
+def config(*settings: str) -> RunConfig:
+    named = ["data.region_mode=things_and_stuff", "concepts.num_concepts=9", "concepts.num_background=3"]
+    fixed = ["concepts.num_iterations=6", "concepts.num_redos=1"]
+    return build_config(get_preset("tiny_cpu"), None, [*named, *fixed, *settings])
+
+
+def fit(run: Folder, num_workers: int, *settings: str) -> tuple[dict, np.ndarray, list[int]]:
+    """What the manifest says of the groups, the centroids and their crops."""
+    resources = Resources(2, num_workers, 1, "cpu", 1, None)
+    with unwrapped_errors():
+        groups, peak_mb = cluster(run, config(*settings), NUM_ROWS, resources)
+    assert 50 < peak_mb < 2048
+    table = pq.read_table(run.join("concepts.parquet")).to_pandas()
+    assert table["kind"].tolist() == ["foreground"] * 6 + ["background"] * 3
+    return groups, np.stack(table["centroid"].to_list()), table["num_crops"].tolist()
+
+
+@pytest.mark.ray
+def test_cluster__small_groups_are_clustered_by_one_worker(tmp_path: Path, local_ray: None) -> None:
+    run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
+    groups, centroids, num_crops = fit(run, 2)
+    expected = [
+        fit_concepts(tokens_of(run, kind).astype(np.float32), count, use_gpu=False, group=kind, **SETTINGS)
+        for kind, count in (("foreground", 6), ("background", 3))
+    ]
+    assert centroids.tobytes() == np.concatenate([group.centroids for group in expected]).tobytes()
+    assert num_crops == np.concatenate([group.num_crops for group in expected]).tolist()
+    assert {kind: group["passes"] for kind, group in groups.items()} == {"foreground": 0, "background": 0}
+
+
+@pytest.mark.ray
+def test_cluster__large_group_is_the_same_for_any_workers_and_parts(tmp_path: Path, local_ray: None) -> None:
+    # Of 27,000 foreground crops, four blocks, 5,000 are drawn; the 3,000 background crops stay in memory.
+    fitted = []
+    for num_workers, rows_per_part in ((1, NUM_ROWS), (2, 700), (3, 7777)):
+        run = make_features(tmp_path / str(num_workers), NUM_ROWS, rows_per_part)
+        fitted.append(fit(run, num_workers, "concepts.init_points=5000"))
+    points = InMemory(tokens_of(run, "foreground"))
+    expected = fit_sharded_concepts(points, 6, init_points=5000, group="foreground", **SETTINGS)
+    background = fit_concepts(tokens_of(run, "background").astype(np.float32), 3, use_gpu=False, group="", **SETTINGS)
+    for groups, centroids, num_crops in fitted:
+        assert centroids.tobytes() == np.concatenate([expected.centroids, background.centroids]).tobytes()
+        assert num_crops == [*expected.num_crops, *background.num_crops]
+        assert groups["foreground"] == {
+            "concepts": 6, "points_used": 27_000, "points_total": 27_000, "passes": 7, "reseeded": 0,
+            "smallest_concept_crops": expected.num_crops.min(), "used_gpu": False,
+        }  # fmt: skip
+        assert groups["background"]["passes"] == 0
+        assert groups["background"]["points_total"] == 3000
+
+
+@pytest.mark.ray
+def test_cluster__large_group_with_a_cap_uses_no_more(tmp_path: Path, local_ray: None) -> None:
+    run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
+    groups, centroids, num_crops = fit(run, 1, "concepts.init_points=5000", "concepts.max_points=4000")
+    points = tokens_of(run, "foreground").astype(np.float32)
+    expected = fit_concepts(points, 6, use_gpu=False, group="", **{**SETTINGS, "max_points": 4000})
+    assert centroids[:6].tobytes() == expected.centroids.tobytes()
+    assert num_crops[:6] == expected.num_crops.tolist()
+    assert (groups["foreground"]["points_used"], groups["foreground"]["points_total"]) == (4000, 27_000)
+
+
+@pytest.mark.ray
+def test_cluster__refuses_class_tokens_that_are_no_numbers(tmp_path: Path, local_ray: None) -> None:
+    run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000, bad_row=20_001)
+    with pytest.raises(DataError, match=r"the foreground class tokens hold NaN or infinity; check encoder\.weights"):
+        fit(run, 1, "concepts.init_points=5000")
+
+
+@pytest.mark.ray
+def test_concepts__manifest_tells_passes_and_the_workers_memory(tmp_path: Path, local_ray: None) -> None:
+    folder = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
+    run = Run(folder, config("concepts.init_points=5000"))
+    run.write_manifest("extract", "", {"rows_out": NUM_ROWS, "weights_sha256": "0" * 64})
+    done = []
+    resources = Resources(2, 1, 1, "cpu", 1, None)
+    content = STAGE_FUNCTIONS["concepts"](
+        Context(run, folder, Listing((), 0), resources, "", "", None, None, None, None, progress=done.append)
+    )
+    assert done == [1]
+    assert (content["rows_in"], content["rows_out"]) == (NUM_ROWS, 9)
+    assert content["groups"]["foreground"]["passes"] == 7
+    assert 50 < content["peak_memory_mb"] < 2048
+    assert content["weights_sha256"] == "0" * 64

@@ -1,0 +1,149 @@
+"""The token table: what it holds, that it follows the bank, and how long it stays."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.fixtures import Silent, open_run
+from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.engine.stream import Photo
+from transfgu_ray.errors import DataError
+from transfgu_ray.images import decode_rgb, to_working
+from transfgu_ray.models.weights import load_run_encoder
+from transfgu_ray.pipeline import train_loop as train_rounds
+from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.pipeline.samples import bank_image_ids
+from transfgu_ray.pipeline.tokens import TokenCacher
+from transfgu_ray.pipeline.train import TrainResult
+from transfgu_ray.runs.run import Run
+
+pytestmark = pytest.mark.ray
+CACHED = (
+    "train.features=cached",
+    "train.token_window=16",
+    "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}",
+)
+
+
+@pytest.fixture
+def photographs(photographs_with_refused: Path) -> Path:
+    return photographs_with_refused
+
+
+@pytest.fixture
+def run(labelled: Run, photographs: Path, tmp_path: Path) -> Run:
+    folder = Path(shutil.copytree(labelled.folder.path, tmp_path / "run"))
+    return open_run(folder, photographs, *CACHED, overwrite=True)
+
+
+def cacher(run: Run) -> TokenCacher:
+    place = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
+    return TokenCacher(config=run.config.model_dump(mode="json"), **place)
+
+
+def read_photos(photographs: Path, *names: str) -> list[Photo]:
+    return [Photo(name, (photographs / name).read_bytes(), None, None) for name in names]
+
+
+def read_whole(run: Run) -> pa.Table:
+    return pq.read_table(Path(run.folder.path) / "tokens").replace_schema_metadata()
+
+
+def expected_tokens(run: Run, photographs: Path) -> dict[str, np.ndarray]:
+    """What inference would read of each photograph of the bank, one at a time."""
+    encoder, found = load_run_encoder(run.folder, "float32", "cpu"), {}
+    for image_id in bank_image_ids(run.folder):
+        image = to_working(decode_rgb((photographs / image_id).read_bytes(), 32, 10**6), run.config.train_crop_size)
+        found[image_id] = read_tokens(encoder, torch.from_numpy(image)[None], 16)[0].numpy()
+    return found
+
+
+def test_token_cacher__holds_what_inference_reads_in_the_order_of_the_bank(run: Run, photographs: Path) -> None:
+    names = sorted(path.name for path in photographs.iterdir())
+    for unit in range(3):
+        cacher(run).process(unit, read_photos(photographs, *names[2 * unit : 2 * unit + 2]))
+    rows, expected = read_whole(run).to_pylist(), expected_tokens(run, photographs)
+    assert [row["image_id"] for row in rows] == bank_image_ids(run.folder) == list(expected)
+    for row in rows:
+        assert (row["grid_h"], row["grid_w"]) == (4, 4)
+        got = np.frombuffer(row["tokens"], "<f2").reshape(16, 48)
+        # Half a float16 step, and the last bits that a batch of another shape gives.
+        np.testing.assert_allclose(got, expected[row["image_id"]], rtol=2.0**-11, atol=1e-5)
+    parts = [pq.ParquetFile(path) for path in sorted((Path(run.folder.path) / "tokens").iterdir())]
+    assert [(part.num_row_groups, part.metadata.num_rows) for part in parts] == [(2, 2), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "photos", "message"),
+    [
+        (
+            0,
+            {"photo_000.jpg": True, "photo_001.jpg": False},
+            r"photo_001\.jpg is not .*\(now: not an image\)",
+        ),
+        (1, {"photo_001a.jpg": True, "photo_002.jpg": True}, r"photo_001a\.jpg is not .*\(now: readable\)"),
+    ],
+)
+def test_token_cacher__refuses_other_photographs_than_the_banks(
+    run: Run, photographs: Path, unit: int, photos: dict[str, bool], message: str
+) -> None:
+    (whole,) = read_photos(photographs, "photo_000.jpg")
+    changed = [Photo(name, whole.data if is_good else b"no picture", None, None) for name, is_good in photos.items()]
+    with pytest.raises(DataError, match=message):
+        cacher(run).process(unit, changed)
+    assert not (Path(run.folder.path) / "tokens").exists(), "a part that does not follow the bank was written"
+
+
+@pytest.mark.slow
+def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[pa.Table] = []
+
+    def interrupted(*arguments: object) -> TrainResult:
+        found.append(read_whole(run))
+        raise InterruptedError
+
+    monkeypatch.setattr(train_rounds, "train", interrupted)
+    with pytest.raises(InterruptedError):
+        run_stages(run, ("train",), None, Silent())
+    parts = sorted((Path(run.folder.path) / "tokens").iterdir())
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    parts[1].unlink()
+
+    history = [{"loss": 1.0}]
+    monkeypatch.setattr(train_rounds, "train", lambda *_: TrainResult(history, 0, 0))
+    wide = open_run(Path(run.folder.path), photographs, *CACHED, "runtime.num_workers=2", "runtime.num_blocks=3")
+    reporter = Silent()
+    (manifest,) = run_stages(wide, ("train",), None, reporter).values()
+    after = {part: part.stat().st_mtime_ns for part in parts}
+    assert [after[part] == before[part] for part in parts] == [True, False, True]
+    assert read_whole(run).equals(found[0])
+    num_bytes = sum(part.stat().st_size for part in parts)
+    assert manifest["cached_tokens"] == {"bytes": num_bytes, "parts": 3, "parts_resumed": 2}
+    assert reporter.done == {"train": 6}, "one pass over six photographs for the tokens"
+
+
+@pytest.mark.slow
+def test_train__table_goes_when_the_model_is_written(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = train_rounds.save_decoder, []
+
+    def save_decoder(*arguments: object) -> None:
+        seen.append((Path(run.folder.path) / "tokens").exists())
+        real(*arguments)
+
+    monkeypatch.setattr(train_rounds, "save_decoder", save_decoder)
+    reporter = Silent()
+    run_stages(run, ("train",), None, reporter)
+    assert seen == [True, True]
+    assert not (Path(run.folder.path) / "tokens").exists()
+    assert len(json.loads(run.folder.read_bytes("train/history.json"))) == 2
+    assert reporter.done == {"train": 6 + 2 * 6}

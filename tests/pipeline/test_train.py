@@ -1,0 +1,232 @@
+"""What each training worker is fed, the same however it is read; and the loop on images and on cached tokens."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.resnet import Bottleneck
+
+from tests.builders import small_resnet
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import Photo
+from transfgu_ray.engine.trainer import new_trainer
+from transfgu_ray.models.weights import BACKBONE, load_run_backbone, load_run_encoder, resolve_backbone
+from transfgu_ray.pipeline import train_loop as train_rounds
+from transfgu_ray.pipeline.samples import bank_image_ids, bank_index, load_samples
+from transfgu_ray.pipeline.tokens import TokenCacher
+from transfgu_ray.runs.run import Run
+from transfgu_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+EPOCHS = schedule((2,), (0.03, 0.1))
+COLOURLESS = "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}"
+
+
+@pytest.fixture(scope="module")
+def cached_run(tmp_path_factory: pytest.TempPathFactory, labelled: Run) -> Run:
+    """The run of five photographs with its tokens too; batches of 4 end an epoch with a filled one."""
+    run = Run.open(shutil.copytree(labelled.folder.path, tmp_path_factory.mktemp("tokens") / "run").as_posix(), None)
+    cache_tokens(run, configured(run, "cached"))
+    return run
+
+
+def configured(run: Run, tokens: str, *settings: str) -> RunConfig:
+    """The run's configuration without colour augmentation, on images or on cached tokens."""
+    return build_config(run.config, None, [f"train.features={tokens}", COLOURLESS, *settings])
+
+
+def grid_hw(config: RunConfig) -> tuple[int, int]:
+    height, width = config.train_crop_size
+    return height // 8, width // 8
+
+
+def cache_tokens(run: Run, config: RunConfig) -> None:
+    data = Path(config.data.root)
+    part = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
+    cacher = TokenCacher(config.model_dump(mode="json"), **part)
+    photos = [Photo(path.name, path.read_bytes(), None, None) for path in sorted(data.iterdir())]
+    for unit in range(3):
+        cacher.process(unit, photos[2 * unit : 2 * unit + 2])
+
+
+def read_batches(
+    run: Run, num_readers: int, rank: int = 0, world_size: int = 1, config: RunConfig | None = None
+) -> list[dict[str, torch.Tensor]]:
+    index, device = bank_index(run.folder), torch.device("cpu")
+    config = config or run.config
+    place = (rank, world_size, grid_hw(config), num_readers, device)
+    return list(train_rounds._batches(index, run.folder.uri, config, EPOCHS, *place))
+
+
+def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1) -> list[dict[str, np.ndarray]]:
+    """The batches by the definition, one after the other and without Ray."""
+    index, found = bank_index(run.folder), []
+    for epoch in EPOCHS:
+        order = sample_order(config.seed, epoch.index, 5, 1, 2, 4 // world_size, world_size)[rank]
+        positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
+        for rows, position in zip(order, positions, strict=True):
+            values = config.model_dump(mode="json")
+            found.append(load_samples(index.take(rows), position, run.folder.uri, values, epoch.index, grid_hw(config)))
+    return found
+
+
+def assert_equal(batches: list[dict[str, torch.Tensor]], expected: list[dict[str, np.ndarray]]) -> None:
+    for batch, want in zip(batches, expected, strict=True):
+        assert batch.keys() == want.keys()
+        for name in want:
+            np.testing.assert_array_equal(batch[name].numpy(), want[name])
+
+
+@pytest.mark.parametrize("samples_a_task", [32, 3])
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_batches__equal_samples_read_one_after_the_other(
+    cached_run: Run, monkeypatch: pytest.MonkeyPatch, num_readers: int, samples_a_task: int
+) -> None:
+    monkeypatch.setattr(train_rounds, "_SAMPLES_A_TASK", samples_a_task)
+    batches = read_batches(cached_run, num_readers)
+    assert [len(batch["image"]) for batch in batches] == [4] * 4
+    assert_equal(batches, read_plainly(cached_run, cached_run.config))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches__of_two_workers_are_halves_with_augmentations_of_their_own(cached_run: Run, rank: int) -> None:
+    assert_equal(read_batches(cached_run, 1, rank, 2), read_plainly(cached_run, cached_run.config, rank, 2))
+
+
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_batches__of_cached_tokens_equal_samples_read_one_after_the_other(cached_run: Run, num_readers: int) -> None:
+    config = configured(cached_run, "cached")
+    batches = read_batches(cached_run, num_readers, config=config)
+    assert [batch["tokens"].shape for batch in batches] == [(4, 16, 24)] * 4
+    assert_equal(batches, read_plainly(cached_run, config))
+    # Regions and flips are those of the images.
+    for batch, want in zip(batches, read_plainly(cached_run, configured(cached_run, "live")), strict=True):
+        np.testing.assert_array_equal(batch["scores"].numpy(), want["scores"])
+
+
+def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
+    """A copy of the run under another configuration, with its backbone and tokens."""
+    copy = Run(Folder(str(shutil.copytree(run.folder.path, folder))), config)
+    backbone = resolve_backbone(config)
+    if backbone is not None:
+        copy.folder.write_bytes(BACKBONE, backbone)
+    cache_tokens(copy, config)
+    return copy
+
+
+def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str, float]]:
+    """History of a training, run where it can be looked into."""
+    settings = {
+        "run_uri": run.folder.uri,
+        "config": run.config.model_dump(mode="json"),
+        "model": asdict(train_rounds.model_config(run.config, ["foreground"] * 4, "")),
+        "threads": 1,
+        "num_readers": 2,
+        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
+    }
+    alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
+    new_trainer(train_rounds.train_loop, settings, run.folder, "rounds", alone).fit()
+    return json.loads(run.folder.read_bytes(train_rounds.HISTORY))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("train.token_window=16",),
+        ("train.backbone_weights=random", "train.backbone=resnet50_fpn", "train.decoder=classifier"),
+    ],
+    ids=["tokens", "windows", "resnet"],
+)
+def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs(
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("transfgu_ray.algorithms.encoder.resnet._build", lambda: small_resnet(Bottleneck))
+    # At the size of the working image a crop of all of it is the photograph whose tokens are cached.
+    whole = ("train.augment={crop_scale: [1, 1], flip_prob: 0}", "train.crop_size=[64, 64]")
+    runs = {}
+    for tokens in ("live", "cached"):
+        config = configured(cached_run, tokens, *whole, *settings)
+        runs[tokens] = with_tokens(cached_run, config, tmp_path / tokens)
+    encoder = load_run_encoder(cached_run.folder, "float32", "cpu")
+    backbone = load_run_backbone(runs["live"].folder, runs["live"].config, "cpu")
+    for live, cached in zip(*(read_batches(run, 1, config=run.config) for run in runs.values()), strict=True):
+        side = runs["live"].config.train.token_window
+        seen, kept = (train_rounds._tokens(batch, encoder, side, backbone) for batch in (live, cached))
+        # Half a float16 step, and the last bits that a batch of another shape gives.
+        torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5 * float(seen.abs().max()))
+        assert torch.equal(live["scores"], cached["scores"])
+    live, cached = map(train_in_this_process, runs.values())
+    assert [row["round"] for row in cached] == [0, 1]
+    for row, want in zip(cached, live, strict=True):
+        # A loss is a mean over many tokens, whose roundings are of either sign: it moves by less than one of them may.
+        assert row == pytest.approx(want, rel=2.0**-11)
+
+
+def test_train_loop__a_loss_that_is_no_number_names_its_photographs_and_stops_when_it_comes_again(
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_tokens(cached_run, configured(cached_run, "cached"), tmp_path / "run")
+    real = Bootstrap.step
+
+    def poisoned(self: Bootstrap, tokens: torch.Tensor, scores: torch.Tensor, epoch: Epoch, step: int) -> object:
+        if (epoch.index, step) == (1, 1):
+            tokens = torch.full_like(tokens, torch.nan)
+        return real(self, tokens, scores, epoch, step)
+
+    monkeypatch.setattr(Bootstrap, "step", poisoned)
+    ids = bank_image_ids(run.folder)
+    batch = sorted({ids[place] for place in sample_order(run.config.seed, 1, 5, 1, 2, 4, 1)[0, 1]})
+    words = f"the loss is nan in epoch 1, step 1, on {', '.join(batch)}"
+    for _ in range(2):
+        with pytest.raises(Exception, match=words):
+            train_in_this_process(run)
+    with pytest.raises(Exception, match=f"{words}, and again after a restart from the last checkpoint; lower"):
+        train_in_this_process(run)
+    with pytest.raises(FloatingPointError, match=f"{words}$"):
+        train_in_this_process(run)
+    assert not run.folder.exists("model/decoder.safetensors")
+
+
+def test_train_loop__on_cached_tokens_never_calls_the_encoder(
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = train_rounds.load_run_encoder
+
+    def watched(*arguments: object) -> Encoder:
+        encoder = real(*arguments)
+        encoder.all_tokens = lambda images: calls.append(len(images)) or Encoder.all_tokens(encoder, images)
+        return encoder
+
+    monkeypatch.setattr(train_rounds, "load_run_encoder", watched)
+    cached, live = (
+        with_tokens(cached_run, configured(cached_run, tokens), tmp_path / tokens) for tokens in ("cached", "live")
+    )
+    train_in_this_process(cached)
+    assert calls == []
+    train_in_this_process(live)
+    assert calls == [4] * 4, "teacher and student share one forward a step"
+
+
+def test_train_loop__beside_a_sibling_learns_the_same_and_is_measured(cached_run: Run, tmp_path: Path) -> None:
+    config = configured(cached_run, "cached")
+    alone, watched = (with_tokens(cached_run, config, tmp_path / name) for name in ("alone", "watched"))
+    sibling = Run(watched.folder, config.model_copy(update={"seed": 7}))
+    want, found = train_in_this_process(alone), train_in_this_process(watched, sibling)
+    measured = ("agreement", "consistency", "silhouette", "usage", "score")
+    assert [{name: value for name, value in row.items() if name not in measured} for row in found] == want
+    assert all(-1 <= row[name] <= 1 for row in found for name in measured[:3])
+    assert all(1 <= row["usage"] <= config.num_concepts + 1 for row in found)
+    # Its twin of the same seed would agree in every patch.
+    twin = with_tokens(cached_run, config, tmp_path / "twin")
+    assert train_in_this_process(twin, twin)[-1]["agreement"] == pytest.approx(1)
+    assert found[-1]["agreement"] < 0.99

@@ -1,0 +1,91 @@
+import pytest
+
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import build_config
+from transfgu_ray.planning.plan import Cluster, plan_stages
+
+PIECES = {
+    "start_stage": 10.0, "start_training": 20.0, "windows": 25.0, "kept_windows": 8.0, "decode": 0.01, "cut": 0.001,
+    "crop": 0.009, "foreground": 0.04, "label": 0.09, "bank_bytes": 1000.0, "baselines": 0.5, "views": 0.0,
+    "read_tokens": 0.2, "sample": 0.01, "first_round_step": 0.3, "step": 0.6, "mask": 0.1, "kmeans": 1e-9,
+    "token_forwards": 1,
+}  # fmt: skip
+RESNET = ("train.backbone_weights=random", "train.backbone=resnet50_fpn")
+TWO = Cluster(num_workers=2, train_workers=2, num_cores=2, shares_cores=True)
+
+
+def plan(*settings, cluster=TWO, num_images=100, num_scored=10, **pieces):
+    base = ("data.region_mode=things_and_stuff", "train.round_epochs=[1, 2]", "train.batch_size=20", *settings)
+    config = build_config(get_preset("tiny_cpu"), None, base)
+    return {stage.stage: stage for stage in plan_stages(config, PIECES | pieces, num_images, num_scored, 96, cluster)}
+
+
+def test_plan_stages__by_hand():
+    stages = plan()
+    # 800 crops and 100 photographs, 50 and 400 a worker: 10 + 50 * (0.01 + 0.04) + 400 * 0.01.
+    assert (stages["extract"].forwards, stages["extract"].seconds) == (900, pytest.approx(16.5))
+    assert stages["extract"].num_bytes == 800 * (2 * 96 + 60)
+    # 8 concepts, 50 iterations, 3 restarts, 800 points of width 96.
+    assert stages["concepts"].seconds == pytest.approx(1e-9 * 8 * 150 * 800 * 96)
+    assert (stages["labels"].forwards, stages["labels"].num_bytes) == (100, 100_000)
+    assert stages["labels"].seconds == pytest.approx(15)
+    # 3 epochs of 5 steps of 10 images a worker; a mean step image takes 0.5, reading 0.2, feeding 0.02.
+    assert stages["train"].forwards == 300
+    assert stages["train"].seconds == pytest.approx(20 + 150 * 0.72)
+    # Decode, label, tokens and three masks of ten photographs on two workers.
+    assert stages["evaluate"].seconds == pytest.approx(10 + 5 * 0.6)
+
+
+def test_plan_stages__free_cores_feed_the_training():
+    cluster = Cluster(num_workers=4, train_workers=2, num_cores=4, shares_cores=True)
+    assert plan(cluster=cluster)["train"].seconds == pytest.approx(20 + 150 * 0.7)
+    on_gpu = Cluster(num_workers=2, train_workers=2, num_cores=1, shares_cores=False)
+    assert plan(cluster=on_gpu)["train"].seconds == pytest.approx(20 + 150 * 0.7)
+
+
+def test_plan_stages__cached_features_are_read_once():
+    settings = ("train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}", "train.features=cached")
+    train = plan(*settings)["train"]
+    assert train.forwards == 100
+    assert train.seconds == pytest.approx(20 + 150 * 0.51 + 10 + 50 * 0.21)
+
+
+def test_plan_stages__a_published_decoder_is_not_trained():
+    train = plan("train.decoder_weights=voc_decoder.pt")["train"]
+    assert (train.forwards, train.seconds) == (0, 0)
+
+
+def test_plan_stages__no_prior_has_no_forward_for_the_foreground():
+    assert plan("data.region_mode=no_prior")["extract"].forwards == 800
+
+
+def test_plan_stages__windows_vote_in_labels():
+    assert plan("cam.response=windows")["labels"].forwards == 100 * 26
+
+
+def test_plan_stages__baselines_read_the_training_photographs_too():
+    plain, more = plan()["evaluate"], plan("evaluate.baselines=[patch_tokens, raw_colour]")["evaluate"]
+    kmeans = 1e-9 * 8 * 150 * 50_000 * 96
+    assert more.seconds - plain.seconds == pytest.approx(10 + 50 * 0.51 + 5 * 0.5 + 2 * kmeans)
+    assert more.forwards - plain.forwards == 220
+
+
+def test_plan_stages__wider_tokens_of_the_decoder_take_longer_to_cluster():
+    plain, more = (plan("evaluate.baselines=[decoder_tokens]", *wide)["evaluate"] for wide in ((), RESNET))
+    # 3840 channels instead of 96.
+    assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 150 * 50_000 * 96)
+    assert more.forwards == plain.forwards
+
+
+def test_plan_stages__two_views_of_the_training_photographs_for_heads_that_share_their_tokens():
+    plain = plan("evaluate.baselines=[patch_tokens]")["evaluate"]
+    more = plan("evaluate.baselines=[patch_tokens, iic, picie]", views=0.2)["evaluate"]
+    kmeans = 1e-9 * 8 * 150 * 50_000 * 96
+    assert more.seconds - plain.seconds == pytest.approx(50 * 0.2 + 2 * kmeans)
+    assert more.forwards - plain.forwards == 200
+
+
+def test_plan_stages__twice_the_workers_halve_what_is_not_start():
+    cluster = Cluster(num_workers=4, train_workers=2, num_cores=2, shares_cores=True)
+    for stage in ("extract", "labels", "evaluate"):
+        assert plan(cluster=cluster)[stage].seconds - 10 == pytest.approx((plan()[stage].seconds - 10) / 2)

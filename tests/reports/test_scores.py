@@ -1,0 +1,239 @@
+import numpy as np
+import pytest
+
+from transfgu_ray.algorithms.scores import intervals
+from transfgu_ray.algorithms.scores.intervals import photo_counts
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.models.names import Names
+from transfgu_ray.reports.ablations import aggregate
+from transfgu_ray.reports.score_tables import score_lines, score_table
+from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json, scores_by_method
+
+# Scenes: 12 classes of things, then 4 of stuff; so are the concepts, one a class.
+KINDS = ["foreground"] * 12 + ["background"] * 4
+HUNGARIAN = "one concept a class (Hungarian), the pixels of concepts left over are"
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    # tests/algorithms/scores/test_intervals.py is about what they come to.
+    monkeypatch.setattr(intervals, "RESAMPLES", 10)
+
+
+def _config(*assignments):
+    return build_config(RunConfig(), None, ["data.dataset=scenes", "concepts.num_concepts=null", *assignments])
+
+
+def _confusions(right, wrong=2):
+    """Each class has `right` pixels of its own concept, and `wrong` of the next one's."""
+    one, next_one = (np.eye(16, k=k, dtype=np.int64) for k in (0, 1))
+    return dict.fromkeys(STAGE_NAMES, right * one + wrong * next_one)
+
+
+def _one_photograph(confusion):
+    classes, concepts = confusion.nonzero()
+    where = np.zeros_like(classes), classes, concepts
+    return photo_counts(*where, confusion[classes, concepts], (1, *confusion.shape))
+
+
+def _metrics(confusions, config=None, kinds=KINDS):
+    counts = {name: _one_photograph(confusion) for name, confusion in confusions.items()}
+    return metrics_json(config or _config(), "val", 3, counts, Names(tuple(kinds), {}), "f" * 64)
+
+
+def test_metrics_json__scores_of_both_granularities_worked_by_hand():
+    got = _metrics(_confusions(right=8))
+    assert (got["granularity"], got["num_classes"], got["num_concepts"], got["num_images"]) == ("fine", 16, 16, 3)
+    last = got["stages"]["bootstrapped"]
+    # The first class has no false positives, the last none missed; of the others each has 2 of both.
+    assert last["miou"] == pytest.approx((2 * 8 / 10 + 14 * 8 / 12) / 16)
+    assert last["pixel_accuracy"] == 128 / 158
+    # Only the last class of a coarser one is taken for another: 3 classes make 30 pixels, 28 of them right.
+    assert last["super"]["pixel_accuracy"] == (4 * 28 + 18 + 18) / 158
+    assert last["super"]["miou"] == pytest.approx((28 / 30 + 3 * 28 / 32 + 18 / 22 + 18 / 20) / 6)
+    # The 12th class is the last of things.
+    assert last["foreground_iou"] == 118 / 120
+    assert last["coverage"] == 1.0
+    # There is one photograph to draw.
+    assert last["miou_interval"] == [last["miou"]] * 2
+    assert last["pixel_accuracy_interval"] == [last["pixel_accuracy"]] * 2
+
+
+def test_metrics_json__chance_and_the_majority_class_are_always_beside():
+    got = _metrics(_confusions(right=8))
+    assert list(got["baselines"]) == ["chance", "majority"]
+    # 158 pixels: 10 in each class but the last, of 8; 16 concepts take a sixteenth of each.
+    chance, majority = got["baselines"].values()
+    assert chance["pixel_accuracy"] == pytest.approx(1 / 16)
+    assert chance["miou"] == pytest.approx((15 * 10 / (160 + 158 - 10) + 8 / (128 + 158 - 8)) / 16)
+    assert majority["pixel_accuracy"] == 10 / 158
+    assert majority["miou"] == pytest.approx(10 / 158 / 16)
+    # Three of a kind: the most frequent class is an animal.
+    assert majority["super"]["pixel_accuracy"] == 30 / 158
+    for scores in (chance, majority):
+        assert scores["coverage"] == 1.0
+        assert scores["miou_interval"] == pytest.approx([scores["miou"]] * 2)
+
+
+def test_metrics_json__policy_and_protocol_reach_every_score():
+    # 16 classes, 18 concepts: those left over have one pixel in each class.
+    left_over = np.concatenate([8 * np.eye(16, dtype=np.int64), np.ones((16, 2), dtype=np.int64)], axis=1)
+    kinds, confusions = ["any"] * 18, dict.fromkeys((*STAGE_NAMES, "refined", "raw_colour"), left_over)
+    settings = ("data.region_mode=no_prior", "concepts.num_concepts=18")
+    want = {
+        ("discard", "transfgu"): (1.0, 1.0),
+        ("count", "picie"): (0.8, 0.8),
+        ("count", "stego"): (0.8 * 16 / 17, 0.8),
+    }
+    for (unmatched, protocol), (miou, accuracy) in want.items():
+        rule = f"evaluate.unmatched={unmatched}", f"evaluate.protocol={protocol}"
+        got = _metrics(confusions, _config(*settings, *rule), kinds)
+        assert (got["unmatched"], got["protocol"]) == (unmatched, protocol)
+        assert score_lines(got)[0].startswith(f"protocol {protocol}; {HUNGARIAN}")
+        for scores in (*got["stages"].values(), got["refined"], got["baselines"]["raw_colour"]):
+            assert scores["coverage"] == 0.8
+            assert (scores["miou"], scores["pixel_accuracy"]) == pytest.approx((miou, accuracy))
+            assert scores["miou_interval"] == pytest.approx([miou] * 2)
+            assert scores["super"]["pixel_accuracy"] == pytest.approx(accuracy)
+        assert got["baselines"]["chance"]["coverage"] == pytest.approx(16 / 18)
+
+
+def test_metrics_json__intervals_keep_the_match_of_the_split():
+    # Two photographs that call the same two classes by each other's concepts; the first has more pixels.
+    confusions = np.zeros((2, 16, 16), dtype=np.int64)
+    confusions[0, [0, 1], [0, 1]] = 30
+    confusions[1, [0, 1], [1, 0]] = 10
+    photo, classes, concepts = confusions.nonzero()
+    counts = photo_counts(photo, classes, concepts, confusions[photo, classes, concepts], confusions.shape)
+    got = metrics_json(_config(), "val", 2, dict.fromkeys(STAGE_NAMES, counts), Names(tuple(KINDS), {}), "f" * 64)
+    last = got["stages"]["bootstrapped"]
+    assert last["pixel_accuracy"] == 0.75
+    # A resample of the second photograph alone, matched by itself, would be all right.
+    assert last["pixel_accuracy_interval"] == [0.0, 1.0]
+
+
+def test_metrics_json__refined_stands_beside_the_stages():
+    plain = _metrics(_confusions(8))
+    got = _metrics(_confusions(8) | {"refined": _confusions(9)["initial"]})
+    assert plain["refined"] is None
+    assert got["refined"]["miou"] > got["stages"]["bootstrapped"]["miou"]
+    # It replaces nothing.
+    assert got | {"refined": None} == plain
+    _, rows = score_table(got)
+    assert [row[0] for row in rows][:4] == [*STAGE_NAMES, "bootstrapped + PAMR"]
+    assert rows[3][3], "its foreground IoU"
+
+
+def test_metrics_json__what_has_no_meaning_is_null():
+    confusion = np.eye(6, dtype=np.int64)
+    coarse = _metrics(dict.fromkeys(STAGE_NAMES, confusion), _config("concepts.granularity=super"), KINDS[8:14])
+    assert coarse["stages"]["trained"]["super"] is None
+    header = ["scenes val super-categories, %", "mIoU", "accuracy", "foreground IoU", "coverage"]
+    assert score_table(coarse)[0] == header
+    assert [row["name"] for row in coarse["per_class"]] == ["animal", "vehicle", "furniture", "plant", "ground", "wall"]
+    together = _metrics(_confusions(8), kinds=["any"] * 16)
+    assert together["stages"]["trained"]["foreground_iou"] is None
+    unscored = metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")
+    assert {unscored[name] for name in ("stages", "refined", "baselines", "per_class", "split")} == {None}
+    assert scores_by_method(unscored) == {}
+    assert (unscored["scored"], unscored["num_images"]) == (False, 0)
+
+
+def test_metrics_json__background_of_eq_8_is_no_object():
+    # 20 concepts and the `none` channel; half of the cats' pixels are taken for background.
+    confusion = np.zeros((21, 21), dtype=np.int64)
+    confusion[8, 7], confusion[8, 20], confusion[0, 20] = 5, 5, 10
+    config = build_config(RunConfig(), None, ["data.dataset=voc", "concepts.num_concepts=null"])
+    got = _metrics(dict.fromkeys(STAGE_NAMES, confusion), config, ["foreground"] * 20 + ["none"])
+    assert got["stages"]["initial"]["foreground_iou"] == 0.5
+    assert got["stages"]["initial"]["super"] is None
+    rows = {row["name"]: row for row in got["per_class"]}
+    assert rows["cat"] == {"name": "cat", "kind": "thing", "iou": 0.5, "concepts": [7]}
+    assert rows["background"]["kind"] == "stuff"
+    assert rows["dog"]["iou"] is None
+
+
+def test_score_table__baselines_below_the_stages():
+    metrics = _metrics(
+        _confusions(8) | {"raw_colour": np.eye(16, dtype=np.int64)[:, ::-1], "patch_tokens": _confusions(2)["initial"]}
+    )
+    assert set(metrics["baselines"]["raw_colour"]) == {
+        "miou", "miou_interval", "pixel_accuracy", "pixel_accuracy_interval", "coverage", "super"
+    }  # fmt: skip
+    header, rows = score_table(metrics)
+    assert header == ["scenes val, %", "mIoU", "accuracy", "foreground IoU", "super mIoU", "coverage"]
+    assert [row[0] for row in rows] == [
+        *STAGE_NAMES, "k-means, colours", "k-means, patch tokens", "chance", "majority class"
+    ]  # fmt: skip
+    assert rows[2] == ["bootstrapped", "68.33 [68.3, 68.3]", "81.01", "98.33", "87.94", "100.00"]
+    assert rows[3] == ["k-means, colours", "100.00 [100.0, 100.0]", "100.00", "", "100.00", "100.00"]
+    assert score_lines(metrics) == [
+        f"protocol transfgu; {HUNGARIAN} not scored; [ ] 95 % of 1000 resamples of the photographs",
+        "bootstrapped is 0.68 x the best baseline (k-means, colours)",
+        "objects at IoU >= 0.3: 12 of 12",
+    ]
+
+
+def test_score_table__columns_without_a_value_are_left_out():
+    config = build_config(
+        RunConfig(), None, ["data.dataset=voc", "data.region_mode=no_prior", "concepts.num_concepts=2"]
+    )
+    confusion = np.zeros((21, 2), dtype=np.int64)
+    confusion[0, 0], confusion[8, 0], confusion[9, 1], confusion[9, 0] = 9, 1, 1, 9
+    metrics = _metrics(dict.fromkeys(STAGE_NAMES, confusion), config, ["any"] * 2)
+    assert score_table(metrics)[0] == ["voc val, %", "mIoU", "accuracy", "coverage"]
+    # The cat has no concept, the chair one pixel of ten.
+    assert score_lines(metrics)[1:] == [
+        "bootstrapped is 0.89 x the best baseline (chance)",
+        "objects at IoU >= 0.3: 0 of 2",
+    ]
+
+
+def _seeds(*rights, **changes):
+    return [_metrics(_confusions(right)) | {"seed": seed} | changes for seed, right in enumerate(rights)]
+
+
+def test_aggregate__mean_and_sample_deviation_by_hand():
+    runs = _seeds(2, 5, 8)
+    got = aggregate(runs)
+    assert (got["seeds"], got["dataset"], got["unmatched"]) == ([0, 1, 2], "scenes", "discard")
+    assert (list(got["stages"]), list(got["baselines"])) == (list(STAGE_NAMES), ["chance", "majority"])
+    assert got["refined"] is None
+    accuracy = [run["stages"]["trained"]["pixel_accuracy"] for run in runs]
+    mean = sum(accuracy) / 3
+    deviation = (sum((value - mean) ** 2 for value in accuracy) / 2) ** 0.5
+    assert got["stages"]["trained"]["pixel_accuracy"] == {
+        "mean": pytest.approx(mean),
+        "deviation": pytest.approx(deviation),
+    }
+    assert got["stages"]["trained"]["coverage"] == {"mean": 1.0, "deviation": 0.0}
+    assert set(got["baselines"]["chance"]) == {"miou", "pixel_accuracy", "coverage"}
+
+
+def test_aggregate__one_seed_has_no_deviation():
+    (run,) = _seeds(5, refined={"miou": 0.5, "pixel_accuracy": 0.6, "coverage": 1.0})
+    got = aggregate([run])
+    assert got["stages"]["initial"]["miou"] == {"mean": run["stages"]["initial"]["miou"], "deviation": None}
+    assert got["refined"]["pixel_accuracy"] == {"mean": 0.6, "deviation": None}
+
+
+@pytest.mark.parametrize(
+    "change", [{"dataset": "voc"}, {"recipe": "demo"}, {"protocol": "stego"}, {"unmatched": "count"}, {"num_images": 4}]
+)
+def test_aggregate__refuses_runs_that_differ_in_more_than_their_seed(change):
+    first, second = _seeds(5, 8)
+    ((name, value),) = change.items()
+    with pytest.raises(ConfigError, match=rf"more than their seed \({name}: {first[name]} and {value}\)"):
+        aggregate([first, second | change])
+
+
+def test_aggregate__refuses_what_has_no_mean():
+    first, second = _seeds(5, 8)
+    with pytest.raises(ConfigError, match=r"two of the runs have one seed \(0, 0\)"):
+        aggregate([first, second | {"seed": 0}])
+    with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
+        aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
+    for runs in ([], [metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")]):
+        with pytest.raises(ConfigError, match="runs that are scored"):
+            aggregate(runs)

@@ -1,0 +1,166 @@
+import hashlib
+import json
+import os
+
+import pytest
+import yaml
+
+from tests.faults.storage import flip_byte, truncate
+from transfgu_ray.config.presets import tiny_cpu
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import OUTPUTS, STAGES
+from transfgu_ray.storage import Folder
+
+
+def _config(*assignments):
+    return build_config(tiny_cpu(), None, assignments)
+
+
+def _fingerprints(*assignments, inputs="photographs"):
+    run = Run(Folder("unused"), _config(*assignments))
+    return {stage: run.fingerprint(stage, inputs) for stage in STAGES}
+
+
+def _changed(*assignments):
+    before, after = _fingerprints(), _fingerprints(*assignments)
+    return [stage for stage in STAGES if before[stage] != after[stage]]
+
+
+def test_run_open__writes_the_configuration_first_and_reads_it_back(tmp_path):
+    uri = str(tmp_path / "run")
+    Run.open(uri, _config("seed=3"))
+    assert os.listdir(uri) == ["config.yaml"]
+    assert Run.open(uri, None).config == _config("seed=3")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 3
+
+
+def test_run_open__refuses_another_configuration_and_says_what_differs(tmp_path):
+    uri = str(tmp_path)
+    Run.open(uri, _config("seed=5"))
+    # Nothing was computed yet, so nothing speaks against another try.
+    run = Run.open(uri, _config())
+    run.folder.write_bytes("features/part-000000.parquet", b"")
+    with pytest.raises(ArtifactError, match=r"another configuration \(seed: 0 -> 1; train\.omega_1: 1\.0 -> 2\.0\)"):
+        Run.open(uri, _config("seed=1", "train.omega_1=2"))
+    assert Run.open(uri, None).config == _config()
+    Run.open(uri, _config("seed=1"), overwrite=True)
+    assert Run.open(uri, None).config.seed == 1
+
+
+@pytest.mark.parametrize("change", ["data.root=/elsewhere", "runtime.num_workers=3", "tracking.experiment=other"])
+def test_run_open__where_it_runs_is_no_other_configuration(tmp_path, change):
+    Run.open(str(tmp_path), _config())
+    Run.open(str(tmp_path), _config(change))
+    # The newer answer is the one that later stages need.
+    assert Run.open(str(tmp_path), None).config == _config(change)
+    assert _changed(change) == []
+
+
+def test_run_open__refuses_what_is_no_run(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is no run folder \(it has no config\.yaml\)"):
+        Run.open(str(tmp_path), None)
+    (tmp_path / "config.yaml").write_text("train: [")
+    with pytest.raises(ArtifactError, match=r"config\.yaml is damaged"):
+        Run.open(str(tmp_path), None)
+    with pytest.raises(ArtifactError, match="cannot open nosuch://run"):
+        Run.open("nosuch://run", _config())
+    with pytest.raises(ArtifactError, match="cannot write"):
+        Run.open(str(tmp_path / "config.yaml" / "run"), RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ("seed=1", "extract"),
+        ("data.min_side_px=16", "extract"),
+        ("extract.window_fracs=[0.5]", "extract"),
+        ("concepts.num_concepts=9", "concepts"),
+        ("cam.exclusion=false", "labels"),
+        ("train.omega_1=0.5", "train"),
+        ("evaluate.batch_size=2", "evaluate"),
+    ],
+)
+def test_run_fingerprint__a_setting_touches_its_stage_and_those_after_it(change, first):
+    assert _changed(change) == list(STAGES[STAGES.index(first) :])
+
+
+def test_run_fingerprint__follows_the_input():
+    before, after = _fingerprints(), _fingerprints(inputs="other photographs")
+    assert all(before[stage] != after[stage] for stage in STAGES)
+
+
+def test_run_manifest__is_what_marks_a_stage_as_complete(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    assert run.manifest("extract") is None
+    with pytest.raises(ArtifactError, match="has no finished stage extract; run `transfgu extract"):
+        run.require("extract")
+    run.write_manifest("extract", "f" * 64, {"rows": 12})
+    manifest = run.require("extract")
+    assert manifest == json.loads((tmp_path / "extract.json").read_text())
+    assert (manifest["stage"], manifest["fingerprint"], manifest["rows"]) == ("extract", "f" * 64, 12)
+    assert {"python", "torch", "timm", "transfgu_ray"} <= manifest["versions"].keys()
+
+
+def test_run_manifest__half_written_counts_as_none(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    (tmp_path / "labels.json").write_text('{"stage": "lab')
+    assert run.manifest("labels") is None
+
+
+def test_run_clear__removes_the_manifest_first_then_the_outputs(tmp_path, monkeypatch):
+    run = Run.open(str(tmp_path), _config())
+    run.write_manifest("extract", "f", {})
+    run.write_manifest("concepts", "f", {})
+    for name in ("features/part-0.parquet", "model/encoder.safetensors", "concepts.parquet"):
+        run.folder.write_bytes(name, b"x")
+    removed, delete = [], run.folder.delete
+    monkeypatch.setattr(run.folder, "delete", lambda name: (removed.append(name), delete(name)))
+    run.clear("extract")
+    assert removed == ["extract.json", "extract.files.json", *OUTPUTS["extract"]]
+    left = [name for name, _ in run.folder.files(recursive=True)]
+    assert left == ["concepts.files.json", "concepts.json", "concepts.parquet", "config.yaml"]
+
+
+def test_run_damaged_files__are_those_that_are_gone_or_other_than_what_was_sealed(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    parts = [f"features/part-{unit:06d}.parquet" for unit in range(4)]
+    for name in parts:
+        run.folder.write_bytes(name, name.encode())
+    run.write_manifest("extract", "f", {})
+    record = json.loads((tmp_path / "extract.files.json").read_bytes())
+    assert list(record) == parts
+    assert record[parts[0]] == {"bytes": len(parts[0]), "sha256": hashlib.sha256(parts[0].encode()).hexdigest()}
+    assert run.damaged_files("extract") == []
+    (tmp_path / parts[0]).unlink()
+    flip_byte(tmp_path / parts[1])
+    truncate(tmp_path / parts[3])
+    run.folder.write_bytes("features/notes.txt", b"of no stage")
+    assert run.damaged_files("extract") == [parts[0], parts[1], parts[3]]
+
+
+def test_run_copy_stage__takes_the_seal_along(tmp_path):
+    source, target = (Run.open(str(tmp_path / name), _config()) for name in ("source", "target"))
+    source.folder.write_bytes("concepts.parquet", b"x")
+    source.write_manifest("concepts", "f", {})
+    target.copy_stage(source, "concepts")
+    assert target.damaged_files("concepts") == []
+    flip_byte(tmp_path / "target/concepts.parquet")
+    assert target.damaged_files("concepts") == ["concepts.parquet"]
+    assert source.damaged_files("concepts") == []
+
+
+def test_run_write_manifest__seals_neither_checkpoints_nor_tokens_nor_half_written_files(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    names = (
+        "train/history.json",
+        "model/decoder.safetensors",
+        "model/config.json",
+        "model/decoder_round_0.safetensors",
+    )
+    unsealed = ("train/rounds-0/state.pt", "tokens/part-000000.parquet", "model/.config.json.0badcafe.tmp")
+    for name in (*names, *unsealed):
+        run.folder.write_bytes(name, b"x")
+    run.write_manifest("train", "f", {})
+    assert set(json.loads((tmp_path / "train.files.json").read_bytes())) == set(names)

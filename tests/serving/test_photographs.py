@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from transfgu_ray.errors import DataError
+from transfgu_ray.serving.photographs import find_photographs
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos [1]"
+    for name in ("b.jpg", "a.PNG", "frames/f_10.jpg", "frames/f_9.jpg", "frames/deep/f_1.jpg", "frames/f_9.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(root / name)
+    (root / "notes.txt").write_text("")
+    return root
+
+
+def found(images: str) -> list[str]:
+    return [image.image_id for image in find_photographs(images)[1].images]
+
+
+def test_find_photographs__a_folder_in_the_order_of_its_frames(photos: Path) -> None:
+    in_order = ["a.PNG", "b.jpg", "frames/deep/f_1.jpg", "frames/f_9.jpg", "frames/f_9.png", "frames/f_10.jpg"]
+    assert found(str(photos)) == found(f"{photos}/") == found(photos.as_uri()) == in_order
+    assert find_photographs(str(photos))[0].path == str(photos)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("frames/*.jpg", ["f_9.jpg", "f_10.jpg"]),
+        ("frames/f_?.*", ["f_9.jpg", "f_9.png"]),
+        ("frames/**/*.jpg", ["deep/f_1.jpg", "f_9.jpg", "f_10.jpg"]),
+        ("*/f_[0-9].jpg", ["frames/f_9.jpg"]),
+        ("*.jpg", ["b.jpg"]),
+    ],
+)
+def test_find_photographs__a_glob(
+    pattern: str, names: list[str], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    assert found(pattern) == names
+    # The brackets in the folder's name are none of a pattern: one that is there is meant as it is.
+    link = photos.parent / "plain"
+    link.symlink_to(photos)
+    assert found(f"{link}/{pattern}") == names
+
+
+def test_find_photographs__one_file(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, listing = find_photographs(str(photos / "frames/f_10.jpg"))
+    assert (root.path, [image.image_id for image in listing.images]) == (str(photos / "frames"), ["f_10.jpg"])
+    monkeypatch.chdir(photos)
+    root, listing = find_photographs("b.jpg")
+    assert root.try_read(listing.images[0].image_id)[0] == (photos / "b.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("plain/none", "none does not exist; give a folder, a file, a glob in quotes or a URI"),
+        ("{}/notes.txt", r"notes\.txt is no photograph \(\.jpg, .*with `ffmpeg"),
+        ("plain/*.webp", r"no photograph matches --images plain/\*\.webp; 6 lie in "),
+        ("nowhere/*.jpg", r"nowhere/\*\.jpg: there is no folder nowhere"),
+        ("nope://bucket/x", "nope://bucket/x cannot be opened: "),
+    ],
+)
+def test_find_photographs__one_sentence_where_there_are_none(
+    images: str, words: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos.parent / "plain").symlink_to(photos)
+    with pytest.raises(DataError, match=words) as refused:
+        find_photographs(images.format(photos))
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,176 @@
+"""What `transfgu predict` leaves, read as other programs read it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.engine.session import ray_session
+from transfgu_ray.errors import DataError
+from transfgu_ray.models.model import load_model
+from transfgu_ray.runs.run import Run
+from transfgu_ray.serving import predict as prediction
+from transfgu_ray.serving.photographs import find_photographs
+from transfgu_ray.storage import Folder
+
+pytestmark = pytest.mark.ray
+
+SIZES = {
+    "a.jpg": (97, 61), "a.png": (40, 80), "deep er/é.webp": (120, 33), "f/f_2.png": (64, 70), "f/f_10.png": (64, 70)
+}  # fmt: skip
+STEMS = {
+    "a.jpg": "a.jpg", "a.png": "a.png", "deep er/é.webp": "deep er/é", "f/f_2.png": "f/f_2", "f/f_10.png": "f/f_10",
+    "turned.jpg": "turned",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of several sizes, kinds and folders, one that has to be turned, and one that is none."""
+    root = tmp_path_factory.mktemp("new")
+    for name, (width, height) in SIZES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        noise = Image.effect_noise((9, 9), 300).resize((width, height), Image.Resampling.BICUBIC)
+        Image.merge("RGB", [noise.rotate(angle) for angle in (0, 90, 180)]).save(root / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((50, 70), 80).convert("RGB").save(root / "turned.jpg", exif=exif)
+    (root / "b.jpg").write_text("no picture")
+    return root
+
+
+def run_predict(finished: Run, images: Path, out: Path, *wanted: Any, **runtime: Any) -> dict[str, Any]:
+    model = prediction.model_folder(finished.folder.uri)
+    root, listing = find_photographs(str(images))
+    done = []
+
+    def progress(more: int, refused: int = 0) -> None:
+        done.append((more, refused))
+
+    with ray_session(None, RuntimeConfig(**runtime)) as resources:
+        manifest = prediction.predict(
+            model, root, listing, Folder(str(out)), prediction.Wanted(*wanted), resources, progress
+        )
+    assert np.sum(done, axis=0).tolist() == [len(listing.images), len(manifest["refused"]) - len(listing.refused)]
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory, finished: Run, photos: Path) -> tuple[Path, dict[str, Any]]:
+    """All that can be made of `photos`, and the manifest."""
+    out = tmp_path_factory.mktemp("out")
+    return out, run_predict(finished, photos, out, False, True, True)
+
+
+def test_output_stems__no_two_photographs_write_the_same_file() -> None:
+    image_ids = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.webp", "d/c.tif"]
+    stems = prediction.output_stems(image_ids)
+    assert [stems[image_id] for image_id in image_ids] == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.webp", "d/c"]
+
+
+def mask_of(out: Path, stem: str) -> np.ndarray:
+    return np.asarray(Image.open(out / f"masks/{stem}.png"))
+
+
+def test_predict__masks_and_overlays_of_the_photographs_own_size(everything: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = everything
+    for image_id, stem in STEMS.items():
+        mask = Image.open(out / f"masks/{stem}.png")
+        size = SIZES.get(image_id, (70, 50))
+        assert (mask.mode, mask.size) == ("P", size)
+        assert np.asarray(mask).max() <= 4
+        assert Image.open(out / f"overlays/{stem}.jpg").size == size
+
+
+def test_predict__manifest_and_legend(everything: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    out, manifest = everything
+    assert json.loads((out / "predict.json").read_text()) == manifest
+    assert (manifest["rows_in"], manifest["rows_out"]) == (7, 6)
+    assert manifest["refused"] == [{"image_id": "b.jpg", "reason": "not an image"}]
+    assert manifest["images_per_second"] == pytest.approx(6 / manifest["seconds"])
+    legend = json.loads((out / "legend.json").read_text())
+    assert [(entry["id"], entry["name"]) for entry in legend[::4]] == [(0, "concept 0"), (4, "background")]
+    palette = Image.open(out / "masks/a.png.png").getpalette()[: 3 * len(legend)]
+    assert [f"#{bytes(palette[i : i + 3]).hex()}" for i in range(0, len(palette), 3)] == [e["colour"] for e in legend]
+    assert Image.open(out / "legend.png").height > 5 * 20
+
+
+def test_predict__probabilities_are_those_of_the_mask(everything: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = everything
+    for stem in STEMS.values():
+        classes = np.stack([np.asarray(Image.open(out / f"probabilities/{stem}/{i}.png")) for i in range(5)])
+        assert classes.dtype == np.uint8
+        assert np.abs(classes.sum(axis=0, dtype=int) - 255).max() <= 3
+        chosen = np.take_along_axis(classes, mask_of(out, stem)[None].astype(int), axis=0)[0]
+        np.testing.assert_array_equal(chosen, classes.max(axis=0))
+
+
+def test_predict__coco_labels_read_by_its_own_tools_are_the_masks(everything: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = everything
+    coco = COCO(str(out / "coco/labels.json"))
+    images = coco.loadImgs(coco.getImgIds())
+    assert {image["file_name"]: (image["width"], image["height"]) for image in images} == {
+        **SIZES,
+        "turned.jpg": (70, 50),
+    }
+    for image in images:
+        expected = mask_of(out, STEMS[image["file_name"]])
+        found = np.full(expected.shape, 4)
+        for annotation in coco.loadAnns(coco.getAnnIds(image["id"])):
+            piece = coco.annToMask(annotation).astype(bool)
+            assert annotation["area"] == piece.sum()
+            found[piece] = annotation["category_id"] - 1
+        np.testing.assert_array_equal(found, expected)
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == [f"concept {i}" for i in range(4)]
+
+
+def test_predict__coco_panoptic_pngs_say_what_their_json_says(everything: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = everything
+    panoptic = json.loads((out / "coco/panoptic.json").read_text())
+    assert len(panoptic["annotations"]) == len(panoptic["images"]) == 6
+    for annotation in panoptic["annotations"]:
+        rgb = np.asarray(Image.open(out / "coco/panoptic" / annotation["file_name"])).astype(int)
+        ids = rgb @ (1, 256, 65536)
+        areas = {int(each): int((ids == each).sum()) for each in np.unique(ids) if each}
+        assert areas == {info["id"]: info["area"] for info in annotation["segments_info"]}
+        # The background is unlabelled; any other class id is one less than its segment's.
+        mask = mask_of(out, annotation["file_name"].removesuffix(".png"))
+        np.testing.assert_array_equal(ids, np.where(mask == 4, 0, mask + 1))
+
+
+def test_predict__frames_keep_their_order(everything: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = everything
+    names = [image["file_name"] for image in json.loads((out / "coco/labels.json").read_text())["images"]]
+    assert names == ["a.jpg", "a.png", "deep er/é.webp", "f/f_2.png", "f/f_10.png", "turned.jpg"]
+
+
+@pytest.mark.slow
+def test_predict__the_same_bytes_with_more_workers(
+    everything: tuple[Path, dict[str, Any]], finished: Run, photos: Path, tmp_path: Path
+) -> None:
+    out, _ = everything
+    run_predict(finished, photos, tmp_path, False, True, True, num_workers=2, num_blocks=1)
+    files = [path.relative_to(out) for path in out.rglob("*") if path.is_file() and path.name != "predict.json"]
+    assert len(files) == 2 + 2 + 6 * 3 + 6 * 5
+    assert [name for name in files if (out / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+def test_predict__sliding(finished: Run, photos: Path, tmp_path: Path) -> None:
+    assert run_predict(finished, photos / "a.jpg", tmp_path, True)["sliding"]
+    model = load_model(Folder(finished.folder.uri_of("model")))
+    photo = Image.open(photos / "a.jpg")
+    expected = model.to_mask(model.photo_maps(photo, sliding=True), photo)
+    np.testing.assert_array_equal(mask_of(tmp_path, "a"), expected)
+    assert not np.array_equal(expected, model.segment([photo])[0])
+
+
+def test_predict__no_manifest_where_nothing_could_be_read(finished: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "predict.json").write_text("{}")
+    with pytest.raises(DataError, match=r"none of 1 photographs can be read; b\.jpg: not an image"):
+        run_predict(finished, photos / "b.jpg", tmp_path)
+    assert not (tmp_path / "predict.json").exists()

@@ -1,0 +1,88 @@
+"""Clusters of whole foreground masks, in the manner of MaskContrast: a mask is one embedding, and gets one cluster."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from transfgu_ray.algorithms.baselines.patch_kmeans import fit_centroids
+from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
+
+
+def mask_features(tokens: Float[Tensor, "b hw d"], foreground: Bool[Tensor, "b hw"]) -> Float[Tensor, "b hw d+1"]:
+    """What a patch knows of its mask: 1 in the foreground and 0 outside, then the mask's mean token at unit length."""
+    inside = foreground.unsqueeze(2).to(tokens.dtype)
+    pooled = [functional.normalize((tokens * mask).sum(1, keepdim=True), dim=2) for mask in (inside, 1 - inside)]
+    return torch.cat([inside, torch.where(foreground.unsqueeze(2), *pooled)], 2)
+
+
+def read_mask_features(
+    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], foreground_prior: str
+) -> Float[Tensor, "b hw e"]:
+    """`mask_features` of images, their foreground being where the prior is above its mean.
+
+    Args:
+        encoder: frozen.
+        images: RGB in 0-255 on the encoder's device.
+        foreground_prior: see `Encoder.saliency`.
+    """
+    tokens = encoder.prefix(images)
+    grid_hw = encoder.grid_hw((images.shape[2], images.shape[3]))
+    saliency = encoder.saliency(tokens, encoder.class_row(tokens, grid_hw), grid_hw, foreground_prior)
+    return mask_features(encoder.patch_tokens(images), above_mean(saliency).flatten(1))
+
+
+def fit_masks(
+    features: Float32[np.ndarray, "n e"],
+    photos: Int64[np.ndarray, " n"],
+    num_foreground: int,
+    num_background: int,
+    seed: int,
+    num_iterations: int,
+    num_redos: int,
+    use_gpu: bool,
+) -> tuple[Float32[np.ndarray, "k e"], tuple[int, int]]:
+    """Centroids of the foreground masks (first column 1), then of the backgrounds (0), and how many masks of each.
+
+    Reference: MaskContrast (Van Gansbeke, Vandenhende, Georgoulis and Van Gool, ICCV 2021) and its released
+    `save_embeddings_to_disk`: k-means of the masks' mean embeddings, and all of a mask gets its cluster. Departures:
+    tokens are frozen, where MaskContrast trains pixel embeddings with masks as positives; masks are the run's
+    foreground prior on the patch grid, not a saliency network's; clusters are those of training photographs, where
+    MaskContrast clusters the scored ones; no whitening to 32 principal components; where the model has several
+    background concepts, backgrounds are clustered too, in place of a single one.
+
+    Args:
+        features: `mask_features` of drawn patches.
+        photos: which photograph each is of; a mask of which no patch was drawn is unknown.
+        num_foreground: clusters of foreground masks.
+        num_background: clusters of backgrounds.
+        seed: of k-means.
+        num_iterations: Lloyd iterations.
+        num_redos: restarts.
+        use_gpu: whether FAISS may compute on a CUDA device.
+
+    Raises:
+        DataError: fewer masks than clusters.
+    """
+    centroids, counts = [], []
+    for flag, num_clusters, what in ((1, num_foreground, "foreground masks"), (0, num_background, "backgrounds")):
+        rows = np.flatnonzero(features[:, 0] == flag)
+        _, first = np.unique(photos[rows], return_index=True)
+        masks = np.ascontiguousarray(features[rows[first], 1:])
+        found = fit_centroids(
+            masks, num_clusters, seed, num_iterations, num_redos, use_gpu, "mask_contrast", points_are=what
+        )
+        centroids.append(np.insert(found, 0, flag, axis=1))
+        counts.append(len(masks))
+    return np.concatenate(centroids), (counts[0], counts[1])
+
+
+def mask_maps(
+    features: Float[Tensor, "b hw e"], centroids: Float[Tensor, "k e"], grid_hw: tuple[int, int]
+) -> Float[Tensor, "b k h w"]:
+    """1 on the patches of a mask in the map of the nearest centroid of its group, else 0."""
+    other_group = features[..., None, 0] != centroids[:, 0]
+    distances = torch.cdist(features[..., 1:], centroids[:, 1:]).masked_fill(other_group, torch.inf)
+    chosen = functional.one_hot(distances.argmin(2), len(centroids)).to(features.dtype)
+    return chosen.transpose(1, 2).unflatten(2, grid_hw)

@@ -1,0 +1,101 @@
+"""PiCIE: a projection that gives a place the same cluster in two views, by clustering and training in turn."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+from torch.nn import functional
+
+from transfgu_ray.algorithms.baselines.patch_kmeans import closeness, fit_centroids
+
+# Released: width, epochs, k-means iterations of an epoch and learning rate. Ours: the steps of an epoch.
+_WIDTH = 128
+_EPOCHS = 10
+_KMEANS_ITERATIONS = 10
+_LEARNING_RATE = 1e-3
+_STEPS_AN_EPOCH = 48
+_BATCH = 1024
+# Cosines alone cannot tell many clusters apart: the likeliest of 171 would have a probability of at most 0.04.
+_TEMPERATURE = 0.1
+
+
+def cluster_loss(
+    features: Float[Tensor, "n p"], labels: Int64[Tensor, " n"], centroids: Float[Tensor, "k p"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of a softmax over the cosines to all centroids, PiCIE's non-parametric classifier.
+
+    Args:
+        features: of unit length.
+        labels: cluster of each.
+        centroids: means of such features.
+    """
+    return functional.cross_entropy(features @ centroids.T / _TEMPERATURE, labels)
+
+
+def fit_picie(
+    tokens: Float32[np.ndarray, "n d"],
+    view_1: Float32[np.ndarray, "n d"],
+    view_2: Float32[np.ndarray, "n d"],
+    num_clusters: int,
+    seed: int,
+    num_iterations: int,
+    num_redos: int,
+    device: str,
+) -> Float32[np.ndarray, "k d+1"]:
+    """Weights, and the bias as last column, of a linear head: similarity of a projected token to each centroid.
+
+    Each view is clustered, then a projection to features of unit length is trained with each view's clusters on both
+    views: within a view and across. Last, clusters are found afresh on the tokens of the photographs as they are.
+
+    Reference: PiCIE (Cho, Mall, Bala and Hariharan, CVPR 2021), 3.2-3.3, and its released code. Departures: tokens are
+    frozen and their projection is linear, where PiCIE trains a feature pyramid; places are patches drawn once, with the
+    views of `token_views`; k-means sees all of them, not mini-batches; the projection starts orthogonal; the softmax
+    has a temperature; clusters weigh alike; there is no over-clustering head (PiCIE+H).
+
+    Args:
+        tokens: patch tokens of whole photographs.
+        view_1: patch tokens.
+        view_2: of the same places in another view.
+        num_clusters: K.
+        seed: draws initial weights, order and k-means.
+        num_iterations: Lloyd iterations of the last clustering.
+        num_redos: restarts of the last clustering.
+        device: where to train.
+
+    Raises:
+        DataError: fewer places than clusters.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    views = torch.from_numpy(np.stack([view_1, view_2])).to(device)
+    start = torch.nn.init.orthogonal_(torch.empty(_WIDTH, views.shape[2]), generator=rng)
+    weight = start.to(device).requires_grad_()
+    bias = torch.zeros(_WIDTH, device=device, requires_grad=True)
+    optimiser = torch.optim.Adam([weight, bias], lr=_LEARNING_RATE)
+
+    def project(some: Tensor) -> Tensor:
+        return functional.normalize(some @ weight.T + bias, dim=1)
+
+    @torch.no_grad()
+    def cluster(some: Tensor, num_iterations: int, num_redos: int) -> tuple[Tensor, Tensor]:
+        features = project(some)
+        found = fit_centroids(
+            features.cpu().numpy(), num_clusters, seed, num_iterations, num_redos, device == "cuda", "picie"
+        )
+        centroids = torch.from_numpy(found).to(device)
+        return centroids, closeness(features, centroids).argmax(1)
+
+    for _ in range(_EPOCHS):
+        clusterings = [cluster(view, _KMEANS_ITERATIONS, 1) for view in views]
+        for _ in range(_STEPS_AN_EPOCH):
+            rows = torch.randperm(views.shape[1], generator=rng)[:_BATCH]
+            loss = torch.zeros((), device=device)
+            for features in (project(view[rows]) for view in views):
+                for centroids, labels in clusterings:
+                    loss = loss + cluster_loss(features, labels[rows], centroids) / 4
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    centroids, _ = cluster(torch.from_numpy(tokens).to(device), num_iterations, num_redos)
+    # The feature's length is the same for all K, so that the head without it has the same argmax.
+    head = torch.cat([centroids @ weight.detach(), (centroids @ bias.detach())[:, None]], 1)
+    return head.cpu().numpy()

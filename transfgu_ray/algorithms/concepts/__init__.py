@@ -1,0 +1,1 @@
+"""Concepts: sliding windows and k-means of their class tokens (3.2)."""

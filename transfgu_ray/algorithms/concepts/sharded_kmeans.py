@@ -1,0 +1,229 @@
+"""k-means over points that no worker can hold: FAISS on a drawn sample, then Lloyd iterations over all points.
+
+The points lie in shards, whose blocks are read one after another. The result is the same to the last bit for any
+number of shards, because
+
+- a block is a run of `BLOCK_ROWS` consecutive points of the group, wherever the shards begin: the last bits of the
+  distances, and so a tie between two centroids, depend on the shape of the matrix product;
+- sums are exact. A float16 is an integer multiple of 2**-24 below 2**16 in magnitude, so that sums of 2**13 of them
+  are multiples of 2**-24 below 2**29, which float64 holds exactly (53 bits) in whatever order they are added. Blocks
+  are then added up as int64 multiples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float16, Float32, Int64
+from scipy.sparse import csr_array
+
+from transfgu_ray.algorithms.concepts.kmeans import (
+    MAX_RESEEDS,
+    Clustering,
+    draw_rows,
+    flat_index,
+    not_finite,
+    still_starved,
+    too_few,
+)
+from transfgu_ray.errors import DataError
+
+# No more than 2**13, or a block's sums need not be exact.
+BLOCK_ROWS = 8192
+_UNITS = 2.0**24
+# The largest sum in int64 units.
+_MAX_SUM = 2.0**63 / _UNITS
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """What an iteration needs of some points.
+
+    Attributes:
+        sums: sum of the points nearest to each centroid, in units of 2**-24.
+        num_points: how many they are.
+    """
+
+    sums: Int64[np.ndarray, "k d"]
+    num_points: Int64[np.ndarray, " k"]
+
+
+@dataclass(frozen=True)
+class FarPoints:
+    """Some points of one concept, the farthest from its centroid first, equal ones in order of row.
+
+    Attributes:
+        distance: squared.
+        row: number in the group.
+        points: the points themselves.
+    """
+
+    distance: Float32[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
+    points: Float16[np.ndarray, "n d"]
+
+
+class ShardedPoints(ABC):
+    """The points of one group, in shards that begin at multiples of `BLOCK_ROWS`.
+
+    Attributes:
+        num_points: of all shards.
+        largest_value: largest magnitude of a coordinate; NaN or infinity where a point is no number.
+        used_gpu: whether a CUDA index finds the nearest centroids.
+    """
+
+    num_points: int
+    largest_value: float
+    used_gpu: bool
+
+    @abstractmethod
+    def train_on(
+        self,
+        rows: Int64[np.ndarray, " m"],
+        num_concepts: int,
+        seed: int,
+        num_iterations: int,
+        num_redos: int,
+        start: Float32[np.ndarray, "k d"] | None,
+    ) -> Float32[np.ndarray, "k d"]:
+        """`train` on these rows of the group, ascending, brought together."""
+
+    @abstractmethod
+    def sum_nearest(self, centroids: Float32[np.ndarray, "k d"]) -> Sequence[ClusterSums]:
+        """`sum_nearest` of every shard."""
+
+    @abstractmethod
+    def farthest(self, centroids: Float32[np.ndarray, "k d"], concept: int, most: int) -> Sequence[FarPoints]:
+        """`farthest` of every shard."""
+
+
+def fit_sharded_concepts(
+    points: ShardedPoints,
+    num_concepts: int,
+    seed: int,
+    num_iterations: int,
+    num_redos: int,
+    min_crops: int,
+    init_points: int,
+    max_points: int | None,
+    group: str,
+) -> Clustering:
+    """Euclidean k-means: FAISS on `init_points` drawn by the seed, then Lloyd iterations over all points from there.
+
+    They end when no centroid moves any more, or after `num_iterations`. With `max_points`, at most `init_points`, FAISS
+    on so many points is all, as in `fit_concepts`. Concepts with fewer than `min_crops` crops are moved to the points
+    that the largest concept serves worst, and the fit goes on from there. A concept that loses all its points on the
+    way stays where it is until then.
+
+    Raises:
+        DataError: fewer points than concepts need, points that are no numbers or too large to be summed exactly, or
+            starved concepts that remain.
+    """
+    total = points.num_points
+    if not np.isfinite(points.largest_value):
+        raise not_finite(group)
+    if total * points.largest_value >= _MAX_SUM:
+        raise DataError(
+            f"the {group} class tokens reach {points.largest_value:.0f}, and sums of {total} of them are exact only "
+            f"below {_MAX_SUM / total:.0f}; check encoder.weights, or set concepts.max_points"
+        )
+    if total < num_concepts * min_crops:
+        raise too_few(num_concepts, total, group)
+    rows = draw_rows(total, max(max_points or init_points, num_concepts), seed)
+    centroids = points.train_on(rows, num_concepts, seed, num_iterations, num_redos, start=None)
+    num_passes = num_reseeded = 0
+    for attempt in range(MAX_RESEEDS + 1):
+        centroids, num_crops, passes = _iterate(points, centroids, num_iterations if max_points is None else 0)
+        num_passes += passes
+        starved = np.flatnonzero(num_crops < min_crops)
+        if not len(starved):
+            break
+        if attempt == MAX_RESEEDS:
+            raise still_starved(len(starved), num_concepts, min_crops, total, group)
+        worst = _merge(points.farthest(centroids, int(num_crops.argmax()), len(starved)), len(starved)).points
+        centroids[starved[: len(worst)]] = worst
+        if max_points is not None:
+            centroids = points.train_on(rows, num_concepts, seed, num_iterations, 1, start=centroids)
+        num_reseeded += len(starved)
+    points_used = total if max_points is None else len(rows)
+    return Clustering(centroids, num_crops, points_used, total, num_passes, num_reseeded, points.used_gpu)
+
+
+def largest_value(blocks: Iterable[Float16[np.ndarray, "_ d"]]) -> float:
+    """Largest magnitude of a coordinate; NaN or infinity where a point is no number."""
+    return float(np.max([np.abs(block).max() for block in blocks]))
+
+
+def sum_nearest(
+    blocks: Iterable[Float16[np.ndarray, "_ d"]], centroids: Float32[np.ndarray, "k d"], use_gpu: bool
+) -> ClusterSums:
+    """Sum and number of the points nearest to each centroid; of two centroids as near, FAISS decides.
+
+    Args:
+        blocks: of `BLOCK_ROWS` finite points each, the last of the group excepted.
+        centroids: of all concepts.
+        use_gpu: whether a CUDA index finds the nearest one.
+    """
+    index = flat_index(centroids, use_gpu)
+    sums = np.zeros(centroids.shape, np.int64)
+    num_points = np.zeros(len(centroids), np.int64)
+    for block in blocks:
+        points = block.astype(np.float32)
+        assigned = index.search(points, 1)[1][:, 0]
+        # A sparse product costs the same for any K.
+        is_nearest = csr_array((np.ones(len(points)), assigned, np.arange(len(points) + 1)), (len(points), len(sums)))
+        sums += (is_nearest.T @ points * _UNITS).astype(np.int64)
+        num_points += np.bincount(assigned, minlength=len(sums))
+    return ClusterSums(sums, num_points)
+
+
+def farthest(
+    blocks: Iterable[Float16[np.ndarray, "_ d"]],
+    first_row: int,
+    centroids: Float32[np.ndarray, "k d"],
+    concept: int,
+    most: int,
+    use_gpu: bool,
+) -> FarPoints:
+    """At most `most` points of a concept, the farthest from its centroid.
+
+    Args:
+        blocks: as for `sum_nearest`.
+        first_row: number of the first block's first point in the group.
+        centroids: of all concepts, which decide whose a point is.
+        concept: index of the concept.
+        most: how many points at most.
+        use_gpu: whether a CUDA index finds the nearest centroid.
+    """
+    index = flat_index(centroids, use_gpu)
+    far = FarPoints(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, centroids.shape[1]), np.float16))
+    for block in blocks:
+        distance, assigned = index.search(block.astype(np.float32), 1)
+        own = np.flatnonzero(assigned[:, 0] == concept)
+        far = _merge([far, FarPoints(distance[own, 0], first_row + own, block[own])], most)
+        first_row += len(block)
+    return far
+
+
+def _iterate(points: ShardedPoints, centroids: np.ndarray, num_iterations: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Centroids that no longer move, or were moved `num_iterations` times; their crops; passes over all points."""
+    for num_moves in range(num_iterations + 1):
+        shards = points.sum_nearest(centroids)
+        num_crops = np.sum([shard.num_points for shard in shards], axis=0)
+        served = num_crops > 0
+        moved = centroids.copy()
+        sums = np.sum([shard.sums for shard in shards], axis=0)
+        moved[served] = sums[served] / (num_crops[served, None] * _UNITS)
+        if num_moves == num_iterations or np.array_equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids, num_crops, num_moves + 1
+
+
+def _merge(found: Sequence[FarPoints], most: int) -> FarPoints:
+    distance = np.concatenate([far.distance for far in found])
+    row = np.concatenate([far.row for far in found])
+    points = np.concatenate([far.points for far in found])
+    kept = np.lexsort((row, -distance))[:most]
+    return FarPoints(distance[kept], row[kept], points[kept])

@@ -1,0 +1,1 @@
+"""DINO pretraining (Caron et al., ICCV 2021)."""

@@ -1,0 +1,281 @@
+"""Encoder weights: read from the formats people have, written as safetensors that carry their architecture."""
+
+import hashlib
+import io
+import json
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from transfgu_ray.algorithms.encoder.layouts import backbone_state, to_timm
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.errors import WeightsError
+
+FORMAT = "transfgu-encoder-1"
+# What may differ from the named architecture; timm takes more, such as files to read.
+OVERRIDES = {
+    *("embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"),
+    *("attn_type", "num_kv_heads", "qkv_fused", "qk_norm", "scale_attn_inner"),
+}
+_INTERPOLATION = "pos_embed_interpolation"
+
+
+def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = False) -> nn.Module:
+    """An untrained (or hub-trained) timm model without a head, usable at any size divisible by its patch.
+
+    Raises:
+        WeightsError: timm does not know the name, or the overrides do not fit together.
+    """
+    unknown = WeightsError(f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')")
+    # timm reads `hf-hub:` and `local-dir:` names, which files bring along, from the network and the disk.
+    if not timm.is_model(name):
+        raise unknown
+    if not set(overrides) <= OVERRIDES:
+        raise WeightsError(f"the overrides of {name} may be {', '.join(sorted(OVERRIDES))}, not {', '.join(overrides)}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **overrides)
+    except RuntimeError as error:
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
+            raise
+        raise unknown from None
+    except (TypeError, AssertionError) as error:
+        raise WeightsError(
+            f"encoder.name={name} with overrides {overrides} is not a usable vision transformer: {error}"
+        ) from None
+
+
+def random_vit(name: str, overrides: dict[str, int | str], seed: int) -> nn.Module:
+    """A timm model with weights drawn from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_vit(name, overrides)
+
+
+def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str]) -> nn.Module:
+    """A timm model with weights from the bytes of a file.
+
+    Accepts our own safetensors (the architecture in the file wins over `name`), and state dicts under timm's names
+    or in the layouts of `layouts`, as safetensors or as a PyTorch checkpoint. Never unpickles objects. Every tensor
+    of the model must be there, and every tensor of the file must be the model's or be known to lie beside it.
+
+    Args:
+        data: the file's content.
+        source: its name, for messages.
+        name: timm model.
+        overrides: changes to its architecture.
+
+    Raises:
+        WeightsError: the file cannot be read or its tensors do not fit the architecture.
+    """
+    checkpoint, metadata = read_safetensors(data, source) if _is_safetensors(data) else (None, {})
+    is_own = metadata.get("format") == FORMAT
+    if is_own:
+        name, overrides = _architecture(metadata, source)
+    elif checkpoint is None:
+        checkpoint = read_checkpoint(data, source)
+    vit = build_vit(name, overrides)
+    state = checkpoint if is_own else to_timm(checkpoint, vit, source, name)
+    if problem := misfit(state, vit.state_dict()):
+        raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
+    if unusable := not_finite(state):
+        raise WeightsError(f"{source} {unusable}; train it again, or take another checkpoint of it")
+    vit.load_state_dict({key: value.float() for key, value in state.items()})
+    return vit
+
+
+def not_finite(state: dict[str, Tensor]) -> str | None:
+    """What of a state dict is no number, to follow its name; None where all are."""
+    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    return f"holds NaN or infinite values in {bad[0]} ({len(bad)} tensors in all)" if bad else None
+
+
+def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """What is first wrong with a state dict, to follow "it"; None where it is just what is wanted."""
+    if missing := [key for key in wanted if key not in state]:
+        return f"lacks {missing[0]} ({len(missing)} tensors in all)"
+    if unknown := [key for key in state if key not in wanted]:
+        return f"holds {unknown[0]}, which has no place in it ({len(unknown)} tensors in all)"
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            return f"has {key} of shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+    return None
+
+
+def dump_encoder(
+    vit: nn.Module,
+    name: str,
+    overrides: dict[str, int | str],
+    dtype: torch.dtype | None = None,
+    facts: dict[str, str] | None = None,
+) -> bytes:
+    """Safetensors bytes with architecture, normalisation and the stored weights' SHA-256 in the metadata.
+
+    Args:
+        vit: the model.
+        name: its timm name.
+        overrides: changes to that architecture.
+        dtype: floating type that is stored; None = as they are. `load_vit` always gives float32.
+        facts: further metadata, such as how the weights were trained.
+    """
+    state = {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in vit.state_dict().items()}
+    mean, std = normalisation(vit)
+    metadata = {
+        **(facts or {}),
+        "format": FORMAT,
+        "name": name,
+        "overrides": json.dumps(overrides, sort_keys=True),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "weights_sha256": hash_weights(state),
+    }
+    return _save(state, metadata)
+
+
+def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """RGB mean and deviation, in [0, 1], that timm records for a model."""
+    known = vit.pretrained_cfg
+    return tuple(known.get("mean", (0.485, 0.456, 0.406))), tuple(known.get("std", (0.229, 0.224, 0.225)))
+
+
+def load_encoder(data: bytes, source: str, precision: str = "float32", device: str = "cpu") -> Encoder:
+    """The frozen encoder from what `dump_encoder` made.
+
+    Raises:
+        WeightsError: the bytes are of another format.
+    """
+    metadata = _encoder_metadata(data, source)
+    vit = load_vit(data, source, *_architecture(metadata, source))
+    return _as_encoder(vit, metadata, source, precision, device)
+
+
+def load_untrained(data: bytes, source: str, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
+    """An encoder of the architecture and normalisation that `dump_encoder` wrote, with weights drawn from `seed`.
+
+    Raises:
+        WeightsError: the bytes are of another format.
+    """
+    metadata = _encoder_metadata(data, source)
+    vit = random_vit(*_architecture(metadata, source), seed)
+    return _as_encoder(vit, metadata, source, precision, device)
+
+
+def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
+    _, metadata = read_safetensors(data, source)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{source} is not an encoder written by this package")
+    return metadata
+
+
+def _architecture(metadata: dict[str, str], source: str) -> tuple[str, dict[str, int | str]]:
+    overrides = _fact(metadata, "overrides", source)
+    is_plain = isinstance(overrides, dict) and all(isinstance(value, int | str) for value in overrides.values())
+    if not is_plain or "name" not in metadata:
+        raise WeightsError(f"{source} does not say which model it holds; it is damaged")
+    return metadata["name"], overrides
+
+
+def _fact(metadata: dict[str, str], key: str, source: str) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError):
+        raise WeightsError(f"{source} has no readable {key!r} in its metadata; it is damaged") from None
+
+
+def _as_encoder(vit: nn.Module, metadata: dict[str, str], source: str, precision: str, device: str) -> Encoder:
+    mean, std = (_fact(metadata, key, source) for key in ("mean", "std"))
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise WeightsError(f"{source} has no mean and deviation of three colours in its metadata; it is damaged")
+    mean, std = tuple(mean), tuple(std)
+    return Encoder(vit, mean, std, precision, metadata.get(_INTERPOLATION, "timm")).to(device)
+
+
+def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:
+    """What `dump_encoder` made, saying how positions are interpolated; the same bytes where it says so already.
+
+    Files that say nothing are of "timm".
+    """
+    state, metadata = read_safetensors(data, source)
+    if metadata.get(_INTERPOLATION, "timm") == interpolation:
+        return data
+    return _save(state, metadata | {_INTERPOLATION: interpolation})
+
+
+def _save(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Safetensors bytes, the same for the same content: the library itself draws an order of the metadata each time."""
+    data = safetensors.torch.save(state, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Tensors begin at a multiple of eight.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        WeightsError: the bytes are not such a file.
+    """
+    try:
+        return safetensors.torch.load(data), _metadata(data)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{source} is not a readable safetensors file: {error}") from None
+
+
+def read_state(data: bytes, source: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a PyTorch checkpoint in the wrappers that its authors publish.
+
+    Raises:
+        WeightsError: the bytes are neither.
+    """
+    if _is_safetensors(data):
+        return read_safetensors(data, source)[0]
+    return backbone_state(read_checkpoint(data, source), source)
+
+
+def hash_weights(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, in order of name."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_encoder_file(data: bytes) -> bool:
+    """Whether the bytes of a file are what `dump_encoder` makes."""
+    return _is_safetensors(data) and _metadata(data).get("format") == FORMAT
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})
+
+
+def _is_safetensors(data: bytes) -> bool:
+    # A little-endian header length, then JSON; PyTorch files begin with a zip or pickle mark.
+    return data[8:9] == b"{"
+
+
+def read_checkpoint(data: bytes, source: str) -> Any:
+    """What a PyTorch file holds, tensors and plain containers alone.
+
+    Raises:
+        WeightsError: it is no such file, or holds other objects.
+    """
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises many kinds for a file that is not a plain checkpoint
+        reason = str(error).splitlines()[0][:160] if str(error) else "no reason given"
+        raise WeightsError(
+            f"{source} is not a checkpoint of plain tensors ({type(error).__name__}: {reason}); pickled objects are "
+            "never loaded, so save its state_dict alone"
+        ) from None

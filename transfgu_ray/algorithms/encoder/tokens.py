@@ -1,0 +1,58 @@
+"""What the decoder reads of an image: patch tokens of the whole, dense tokens of windows, or features of a ResNet."""
+
+from itertools import product
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from transfgu_ray.algorithms.encoder.resnet import STAGE_CHANNELS, Backbone
+from transfgu_ray.algorithms.encoder.vit import Encoder
+
+# Windows of one forward; bounds its memory whatever the image's size.
+_WINDOWS_A_FORWARD = 1024
+
+
+def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> int:
+    """Width of what `read_tokens` gives of an encoder of width d: d, 2 d for windows, or the ResNet's 3840."""
+    if backbone == "resnet50_fpn":
+        return sum(STAGE_CHANNELS)
+    return embed_dim if window is None else 2 * embed_dim
+
+
+@torch.no_grad()
+def read_tokens(
+    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], window: int | None, backbone: Backbone | None = None
+) -> Float[Tensor, "b hw c"]:
+    """Tokens of each patch, float32, row by row: x^patch of Eq. 2, or dense tokens (ours).
+
+    With windows, the encoder reads every square window of that side, one patch apart, by itself. A patch gets the
+    mean, over the windows that hold it, of its own token there and of the window's class token, side by side. The
+    patches of a shallow encoder know little but themselves and the image's mean; the class token of a window says
+    what the window shows.
+
+    Args:
+        encoder: frozen.
+        images: RGB in 0-255 on the encoder's device, at least as large as a window.
+        window: side in px, a multiple of the patch; None = the patch tokens of the whole image.
+        backbone: read instead of the encoder, whose patch grid stays (Table 4).
+    """
+    if backbone is not None:
+        return backbone.read(images, encoder.grid_hw((images.shape[2], images.shape[3])))
+    if window is None:
+        return encoder.patch_tokens(images)
+    patch, side = encoder.patch_size, window // encoder.patch_size
+    height, width = encoder.grid_hw((images.shape[2], images.shape[3]))
+    rows, columns = height - side + 1, width - side + 1
+    windows = images.unfold(2, window, patch).unfold(3, window, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    tokens = torch.cat([encoder.all_tokens(part) for part in windows.split(_WINDOWS_A_FORWARD)])
+    tokens = tokens.unflatten(0, (len(images), rows, columns))
+    of_class = tokens[..., 0, :]
+    of_patches = tokens[..., encoder.num_prefix_tokens :, :].unflatten(3, (side, side))
+    total = tokens.new_zeros(len(images), height, width, token_dim(encoder.embed_dim, window))
+    count = tokens.new_zeros(height, width, 1)
+    for y, x in product(range(side), repeat=2):
+        here = slice(y, y + rows), slice(x, x + columns)
+        total[:, *here] += torch.cat([of_patches[:, :, :, y, x], of_class], dim=-1)
+        count[here] += 1
+    return (total / count).flatten(1, 2)

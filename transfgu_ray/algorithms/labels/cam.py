@@ -1,0 +1,86 @@
+"""Response maps of all K concepts from one encoder forward (Eq. 4-7).
+
+Only the class token's row of the last block reaches the class token, so the gradient of every concept's loss with
+respect to that row is K vector-Jacobian products of a single token through projection, MLP and norm, followed by one
+matrix product with the values. Nothing before the last block is differentiated.
+
+Letters: b images, k concepts, d embedding, n tokens, (h, w) patch grid.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transfgu_ray.algorithms.encoder.vit import ClassRow, Encoder
+
+# Concepts differentiated at once; bounds memory at chunk * b * 4d floats.
+_CHUNK = 256
+
+
+def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float[Tensor, "b k n"]:
+    """Head-mean of d loss_k / d attention for the class token's post-softmax row, loss_k = 1 - cos(cls, centroid_k).
+
+    Exact: equal to K autograd passes through the network up to float32 rounding.
+
+    Args:
+        row: the last block's class row of b images.
+        centroids: concept centroids on the same device, any length.
+
+    Reference: Eq. 5. Departures: cosine, as the text says, not a product over sqrt(d).
+    """
+    num_heads = row.attention.shape[1]
+    with torch.enable_grad():
+        context = row.context.detach().requires_grad_(True)
+        cls = row.tail(context)
+    length = cls.detach().norm(dim=-1, keepdim=True)
+    unit = (cls.detach() / length).unsqueeze(0)
+    gradients = []
+    for chunk in torch.nn.functional.normalize(centroids, dim=-1).split(_CHUNK):
+        target = chunk.unsqueeze(1)
+        cosine = (unit * target).sum(-1, keepdim=True)
+        # d(1 - cos)/d cls: the part of the centroid across the class token, scaled by its length.
+        at_cls = -(target - cosine * unit) / length
+        (at_context,) = torch.autograd.grad(cls, context, at_cls, retain_graph=True, is_grads_batched=True)
+        # Per head, d loss / d attention[token] is <d loss / d context, value[token]>; all heads side by side
+        # in one product sum over heads.
+        gradients.append(torch.einsum("kbd,bnd->bkn", at_context, row.values) / num_heads)
+    return torch.cat(gradients, dim=1)
+
+
+@torch.no_grad()
+def response_maps(
+    encoder: Encoder,
+    row: ClassRow,
+    centroids: Float[Tensor, "k d"],
+    grid_hw: tuple[int, int],
+    gradient_scale: float,
+    keep_mass: float | None,
+) -> Float[Tensor, "b k h w"]:
+    """Grad-CAM of each concept plus the attention divided by its per-image maximum (Eq. 7).
+
+    Args:
+        encoder: gives the number of prefix tokens.
+        row: the last block's class row of b images.
+        centroids: concept centroids.
+        grid_hw: patch grid of the images.
+        gradient_scale: factor on the gradient; 1/8 reproduces the released code's batch mean.
+        keep_mass: share of a CAM's mass that is kept, largest patches first; None keeps all.
+
+    Returns:
+        maps >= 0; zero CAM where the gradient is positive.
+    """
+    gradients = attention_gradients(row, centroids)[:, :, encoder.vit.num_prefix_tokens :]
+    cam = (-gradient_scale * gradients).clamp_(min=0)
+    if keep_mass is not None:
+        cam = keep_top_mass(cam, keep_mass)
+    attention = encoder.patch_attention(row, grid_hw)
+    attention = attention / attention.amax((1, 2), keepdim=True)
+    return cam.unflatten(-1, grid_hw) + attention.unsqueeze(1)
+
+
+def keep_top_mass(maps: Float[Tensor, "b k n"], share: float) -> Float[Tensor, "b k n"]:
+    """Each map with all but its largest entries zeroed: the fewest whose sum reaches `share` of the map's sum."""
+    values, order = maps.sort(-1, descending=True)
+    before = values.cumsum(-1) - values
+    kept = before < share * values.sum(-1, keepdim=True)
+    return torch.zeros_like(maps).scatter(-1, order, values * kept)

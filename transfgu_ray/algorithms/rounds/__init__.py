@@ -1,0 +1,1 @@
+"""Teacher-student rounds of the Segmenter decoder (3.3)."""

@@ -1,0 +1,135 @@
+"""One training step, and the turn of a round (3.3)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from transfgu_ray.algorithms.rounds.losses import bootstrap_targets, foreground_patches, total_loss
+from transfgu_ray.algorithms.rounds.schedule import Epoch
+
+
+class Bootstrap:
+    """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
+
+    Args:
+        student: the decoder with its initial weights: of tokens and a grid, class logits and class embeddings.
+        learning_rate: Adam's rate.
+        weight_decay: Adam's L2 term.
+        gradient_clamp: each gradient entry is clamped to +- this.
+        omega_1: weight of the diversity loss.
+        omega_2: weight of the uncertainty loss.
+        seed: fixes dropout and the shuffles of the peer loss.
+        diversity: pairs of the diversity loss; see `diversity_loss`.
+        foreground_above: T_bg of the patches that the uncertainty loss counts, see `foreground_patches`; None = all.
+        wrap: makes the student data-parallel; the identity on one worker.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        gradient_clamp: float,
+        omega_1: float,
+        omega_2: float,
+        seed: int,
+        diversity: str = "all_pairs",
+        foreground_above: float | None = None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        self.student = student
+        self.initial = copy.deepcopy(student.state_dict())
+        self.trained: dict[str, Tensor] | None = None
+        self.teacher: nn.Module | None = None
+        self._settings = (learning_rate, weight_decay)
+        self._gradient_clamp = gradient_clamp
+        self._omegas = (omega_1, omega_2)
+        self._seed = seed
+        self._diversity = diversity
+        self._foreground_above = foreground_above
+        self._parallel = wrap(student)
+        self._optimiser = self._new_optimiser()
+
+    def _new_optimiser(self) -> torch.optim.Adam:
+        rate, decay = self._settings
+        return torch.optim.Adam(self.student.parameters(), lr=rate, weight_decay=decay)
+
+    def begin_epoch(self, epoch: Epoch, rank: int) -> None:
+        """Turns the round where the epoch starts one, and seeds the epoch's dropout.
+
+        The teacher becomes a frozen copy of the student (no average, no momentum); the student starts again from
+        its initial weights with a fresh optimiser.
+        """
+        if epoch.starts_round:
+            if epoch.round == 1:
+                self.trained = copy.deepcopy(self.student.state_dict())
+            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+            self.student.load_state_dict(self.initial)
+            self._optimiser = self._new_optimiser()
+        self._parallel.train()
+        torch.manual_seed(int(np.random.SeedSequence([self._seed, epoch.index, rank]).generate_state(1)[0]))
+
+    def step(
+        self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], epoch: Epoch, step: int
+    ) -> dict[str, float]:
+        """One update of the student; returns each loss term.
+
+        Round 0 trains by cross-entropy on the bank (Eq. 9), later rounds by the total loss (Eq. 16) on
+        bootstrapped targets.
+
+        Args:
+            tokens: what the decoder reads of each crop, float32, row by row; see `read_tokens`.
+            scores: of the same patches.
+            epoch: that the step belongs to.
+            step: its number in the epoch.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; the student is left as it was.
+        """
+        grid_hw = (scores.shape[2], scores.shape[3])
+        with torch.no_grad():
+            guidance = None if self.teacher is None else self.teacher(tokens, grid_hw)[0]
+            targets = bootstrap_targets(scores.float(), guidance)
+        rng = np.random.default_rng([self._seed, epoch.index, step])
+        shuffle = torch.from_numpy(rng.permutation(scores.shape[1])).to(targets.device)
+        logits, classes = self._parallel(tokens, grid_hw)
+        above = self._foreground_above
+        foreground = None if above is None else foreground_patches(scores.float(), above)
+        terms = total_loss(logits, classes, targets, shuffle, epoch.alpha, *self._omegas, self._diversity, foreground)
+        loss = terms["cross_entropy"] if epoch.round == 0 else terms["total"]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch.index}, step {step}")
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_value_(self.student.parameters(), self._gradient_clamp)
+        self._optimiser.step()
+        return {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch needs, as tensors and plain Python."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "trained": self.trained,
+            "initial": self.initial,
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.student.load_state_dict(state["student"])
+        if state["teacher"] is not None:
+            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+            self.teacher.load_state_dict(state["teacher"])
+        self.trained, self.initial = state["trained"], state["initial"]
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+def mean_terms(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each loss term over an epoch's steps."""
+    return {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}

@@ -1,0 +1,51 @@
+"""Tokens of whole images in place of the images (ours): their stored form, and what is left of the augmentation."""
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from transfgu_ray.algorithms.rounds.augment import crop_maps, random_crop_box
+
+
+def encode_tokens(tokens: Float[np.ndarray, "hw c"]) -> bytes:
+    """The stored form of one image's tokens: little-endian float16, patch by patch, row by row."""
+    return tokens.astype("<f2").tobytes()
+
+
+def decode_tokens(data: bytes, grid_hw: tuple[int, int]) -> Float[np.ndarray, "c h w"]:
+    """Inverse of `encode_tokens`, as float32 maps."""
+    return np.frombuffer(data, "<f2").reshape(*grid_hw, -1).astype(np.float32).transpose(2, 0, 1)
+
+
+def augment_tokens(
+    tokens: Float[Tensor, "c th tw"],
+    scores: Float[Tensor, "k h w"],
+    image_hw: tuple[int, int],
+    grid_hw: tuple[int, int],
+    crop_scale: tuple[float, float],
+    flip_prob: float,
+    rng: np.random.Generator,
+) -> tuple[Float[Tensor, "hw c"], Float[Tensor, "k grid_h grid_w"]]:
+    """The region and the flip that `augment` draws from the same generator, of tokens in place of the image.
+
+    A crop's tokens are those of the whole image, resampled: each still knows what lies outside the crop, and a flip
+    turns their places, not what they say.
+
+    Args:
+        tokens: of the whole image, as maps.
+        scores: score maps on any grid that covers the same image.
+        image_hw: size in px of the image on which `augment` draws its box.
+        grid_hw: patch grid of the crop; RoIAlign resamples tokens and scores to it.
+        crop_scale: area share of the crop.
+        flip_prob: probability of a horizontal flip.
+        rng: the only source of randomness.
+
+    Returns:
+        tokens of the crop, row by row, and its scores.
+    """
+    top, left, height, width = random_crop_box(*image_hw, crop_scale, rng)
+    box = (left, top, left + width, top + height)
+    crop, cropped = crop_maps(tokens, box, image_hw, grid_hw), crop_maps(scores, box, image_hw, grid_hw)
+    if rng.random() < flip_prob:
+        crop, cropped = crop.flip(-1), cropped.flip(-1)
+    return crop.flatten(1).T, cropped

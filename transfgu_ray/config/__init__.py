@@ -1,0 +1,1 @@
+"""What fixes a run: strict sections and named presets."""

@@ -1,0 +1,157 @@
+"""What every configuration is made of: strict sections, read from YAML and `--set`, with errors in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.storage import refuse_credentials
+
+Positive = Annotated[int, Field(ge=1)]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+def tuple_field(description: str, default: tuple) -> Any:
+    """Return a field for a tuple of at least one element."""
+    # YAML has lists only, so tuples alone are exempt from strict typing.
+    return Field(default=default, strict=False, min_length=1, description=description)
+
+
+# What a verb is configured by: a run, or a pretraining.
+C = TypeVar("C", bound=Section)
+
+
+def merge_settings(base: Section, file: str | None, assignments: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The values of `base` with changes, as in `build_config`, not checked yet.
+
+    Raises:
+        ConfigError: a missing or malformed file, or an unknown key.
+    """
+    values = base.model_dump(mode="json")
+    if file is not None:
+        _merge(values, _read_yaml(file), where=file)
+    for assignment in assignments:
+        _merge(values, _parse_assignment(assignment), where=f"--set {assignment}")
+    return values
+
+
+def parse_config(values: dict[str, Any], kind: type[C]) -> C:
+    """A checked configuration from plain values.
+
+    Raises:
+        ConfigError: every problem in one sentence, or a URI with a password.
+    """
+    for name, value in flatten(values).items() if isinstance(values, dict) else ():
+        if isinstance(value, str):
+            refuse_credentials(name, value)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+        # A list with a bad element is also called too short, which says nothing.
+        telling = [problem for problem in problems if problem["type"] != "too_short"] or problems
+        raise ConfigError("; ".join(map(_explain, telling))) from None
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names: {"train": {"omega_1": 1.0}} -> {"train.omega_1": 1.0}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that differ, as `name: old -> new`."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
+    return [
+        f"{name}: {old_flat.get(name)} -> {new_flat.get(name)}"
+        for name in names
+        if old_flat.get(name) != new_flat.get(name)
+    ]
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}; check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold sections such as `train:`, not a {type(values).__name__}")
+    return values
+
+
+def _parse_assignment(assignment: str) -> dict[str, Any]:
+    name, equals, text = assignment.partition("=")
+    # Before any message repeats it.
+    refuse_credentials(f"--set {name}", text)
+    if not equals or not name.strip():
+        raise ConfigError(f"--set {assignment} must look like section.field=value, e.g. concepts.num_concepts=27")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
+    for key in reversed(name.strip().split(".")):
+        value = {key: value}
+    return value
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: str = "") -> None:
+    for key, change in changes.items():
+        if key not in values and path != "encoder.overrides.":
+            close = difflib.get_close_matches(str(key), list(values), n=1)
+            hint = f"did you mean {path}{close[0]}?" if close else f"allowed here: {', '.join(values)}"
+            raise ConfigError(f"unknown setting {path}{key} in {where}; {hint}")
+        current = values.get(key)
+        if isinstance(current, dict) and isinstance(change, dict):
+            _merge(current, change, where, f"{path}{key}.")
+        elif not path and isinstance(current, dict):
+            raise ConfigError(f"{key} in {where} must hold settings of that section, such as `{next(iter(current))}:`")
+        else:
+            values[key] = _number(change)
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as a string; people write rates that way.
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if not isinstance(value, str) or "e" not in value.lower() or value[0] not in "+-.0123456789":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    message = message[0].lower() + message[1:]
+    return f"{name}={problem['input']!r}: {message.replace('input should be', 'must be')}"

@@ -1,0 +1,508 @@
+"""The configuration of a run: one strict section a stage, every field with unit, range and source.
+
+"paper" cites TransFGU (Yin et al., ECCV 2022), "suppl." its supplement, "released" the published code,
+"ours" a choice of this project. The defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import Int16
+from pydantic import Field, field_validator, model_validator
+
+from transfgu_ray.config.base import C, Fraction, Positive, Section, merge_settings, parse_config, tuple_field
+from transfgu_ray.datasets import DATASETS, PAIRED, DatasetSpec, named_dataset
+from transfgu_ray.datasets.paired import read_names
+
+# "none" is for pos_embed; timm refuses what does not suit the key.
+Override = Positive | Literal["none"]
+Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour", "iic", "picie", "mask_contrast"]
+# What encoder.weights may be beside a file.
+NAMED_WEIGHTS = ("hub", "bundled", "random")
+# What PiCIE and STEGO are scored at, px.
+_CENTRE_CROP = (320, 320)
+RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
+
+
+class DataConfig(Section):
+    """Which photographs, and the size they are worked on at."""
+
+    dataset: str = Field("folder", description="layout of `root`; see `transfgu datasets`")
+    root: str = Field("", description="folder or URI that holds the photographs")
+    names: tuple[str, ...] = Field(
+        (), strict=False, description="lines of the names file of dataset paired; empty = read from names.txt in `root`"
+    )
+    image_size: tuple[Positive, Positive] = tuple_field(
+        "working (height, width) in px; photographs are squashed to it (released: 640 x 640)", (640, 640)
+    )
+    region_mode: RegionMode | None = Field(
+        None, description="which regions get concepts (4.2); null = the dataset's own (folder: no_prior)"
+    )
+    min_side_px: Positive = Field(32, description="photographs with a shorter side below this are refused (ours)")
+    max_pixels: Positive = Field(
+        120_000_000, description="photographs with more pixels are refused before decoding (ours)"
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _check_dataset(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise ValueError(f"unknown dataset; allowed: {', '.join(DATASETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DataConfig:
+        if self.names and self.dataset != "paired":
+            raise ValueError(f"data.names has no use when data.dataset is {self.dataset}, which has classes of its own")
+        # Refuses lines that it cannot read.
+        named_dataset(self.names)
+        return self
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """What is known of the dataset."""
+        return named_dataset(self.names) if self.dataset == "paired" else DATASETS[self.dataset]
+
+
+class EncoderConfig(Section):
+    """The frozen self-supervised vision transformer (3.1)."""
+
+    name: str = Field("vit_small_patch8_224.dino", description="timm model with a class token (paper: ViT-S/8, DINO)")
+    weights: str = Field(
+        "hub",
+        description="'hub' = timm's published weights, 'bundled' = this package's own, trained on rendered pictures, "
+        "'random' = initialised from the seed, else a file",
+    )
+    overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size", "pos_embed"], Override] = Field(
+        default_factory=dict,
+        description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
+    )
+    pos_embed_interpolation: Literal["timm", "dino"] = Field(
+        "timm",
+        description="of positions learned at another size: timm = antialiased bicubic to the size; dino = bicubic by "
+        "a scale factor with DINO's 0.1 (released); encoders without learned positions take timm only",
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
+
+
+class ExtractConfig(Section):
+    """Sliding windows and their class tokens (3.2, 4.2)."""
+
+    windows: Literal["sliding", "ground_truth"] = Field(
+        "sliding",
+        description="sliding: squares of window_fracs (paper); ground_truth: boxes around the labelled regions of the "
+        "training photographs, the upper bound of the supplement's Quality of Cropping, never for a comparable score",
+    )
+    window_fracs: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = tuple_field(
+        "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2)", (0.5, 0.4, 0.3, 0.2)
+    )
+    crop_size: Positive | None = Field(
+        None, description="side in px a crop is resized to; null = half the shorter working side (paper)"
+    )
+    foreground_prior: Literal["attention", "patch_contrast"] = Field(
+        "attention", description="attention: class-token attention above its mean (paper); patch_contrast: ours"
+    )
+    foreground_min_frac: Fraction = Field(0.5, description="crop is foreground if more of it than this is (paper)")
+    background_min_frac: Fraction = Field(0.8, description="crop is background if at least this much is (paper)")
+    batch_size: Positive = Field(32, description="crops an encoder forward; part of the run's identity (last bits)")
+    images_per_part: Positive = Field(16, description="photographs a Parquet part: the unit of work and of resume")
+
+
+class ConceptsConfig(Section):
+    """k-means on class tokens, Euclidean (3.2)."""
+
+    num_concepts: Positive | None = Field(
+        27, description="K, all groups together; null = one a class at `granularity` (a class of things beside Eq. 8)"
+    )
+    num_background: Positive | None = Field(
+        None,
+        description="K of the background group in things_and_stuff; null = K // 2 (ours), or one a class of stuff "
+        "where num_concepts is null",
+    )
+    granularity: Literal["fine", "super"] = Field(
+        "fine", description="the dataset's classes that are scored: its own, or the coarser ones that group them (ours)"
+    )
+    num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
+    num_redos: Positive = Field(3, description="restarts, the lowest objective wins (ours)")
+    min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded anew (ours)")
+    init_points: Positive = Field(
+        262_144,
+        description="crops of a group that one worker clusters; a larger group starts from so many drawn ones, then "
+        "all workers run Lloyd iterations over all of its crops (ours)",
+    )
+    max_points: Positive | None = Field(
+        None, description="cap on the crops used per group, at most init_points; null = all (paper)"
+    )
+
+
+class CamConfig(Section):
+    """Response maps of all K concepts from one encoder forward (Eq. 4-8)."""
+
+    image_size: tuple[Positive, Positive] | None = Field(
+        None, strict=False, description="(height, width) in px of the labelled image; null = data.image_size"
+    )
+    response: Literal["gradient", "windows"] = Field(
+        "gradient",
+        description="gradient: Eq. 5-7 (paper); windows: share of the sliding windows over a patch whose class token "
+        "is nearest to the concept, for small priors whose class token cannot be traced to patches (ours)",
+    )
+    gradient_scale: float = Field(
+        1.0, gt=0.0, description="factor on the gradient (Eq. 5-7: 1; released: 1/8, its batch mean)"
+    )
+    keep_mass: float | None = Field(
+        None, gt=0.0, le=1.0, description="share of a CAM's mass that is kept, top first; null = all (paper)"
+    )
+    background_threshold: Fraction = Field(0.1, description="T_bg of Eq. 8 (paper: 0.1)")
+    exclusion: bool = Field(
+        True, description="foreground patches score 0 on background concepts and the reverse (paper; released: off)"
+    )
+    batch_size: Positive = Field(4, description="photographs an encoder forward; part of the run's identity")
+
+
+class AugmentConfig(Section):
+    """Training augmentation (4.2 Data Augmentation; values of the released code)."""
+
+    crop_scale: tuple[Fraction, Fraction] = tuple_field("area range of the random resized crop", (0.4, 1.0))
+    flip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
+    jitter_prob: Fraction = Field(0.3, description="probability of colour jitter 0.8 / 0.8 / 0.8 / 0.2")
+    grey_prob: Fraction = Field(0.2, description="probability of dropping colour")
+    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, sigma 1-2 px")
+
+
+class TrainConfig(Section):
+    """Segmenter decoder, bootstrapped in rounds (3.3)."""
+
+    crop_size: tuple[Positive, Positive] | None = Field(
+        None, strict=False, description="(height, width) in px of a training crop; null = half of data.image_size"
+    )
+    inference_size: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="(height, width) in px that the finished model squashes photographs to; null = the crop's "
+        "(released: twice that)",
+    )
+    batch_size: Positive = Field(256, description="images a step over all workers (suppl.: 256; VOC 512)")
+    learning_rate: float = Field(1e-4, gt=0.0, description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5)")
+    weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term (released)")
+    gradient_clamp: float = Field(1.0, gt=0.0, description="each gradient entry is clamped to +- this (released)")
+    round_epochs: tuple[Positive, ...] = tuple_field(
+        "epochs of each round; round 0 has no teacher (released COCO: 3, then 2)", (3, 2, 2, 2)
+    )
+    epoch_repeats: Positive = Field(1, description="times an epoch goes over the photographs (released VOC: 20)")
+    token_window: Positive | None = Field(
+        None,
+        description="the decoder reads, of each patch, the mean patch and class token of the windows of this side in "
+        "px that hold it, for small priors whose patches know too little (ours); null = the patch tokens (paper)",
+    )
+    features: Literal["live", "cached"] = Field(
+        "live",
+        description="live: the encoder reads every augmented crop (paper); cached: it reads each whole photograph "
+        "once, and the decoder learns from crops of the tokens by RoIAlign, without colour augmentation (ours)",
+    )
+    backbone: Literal["prior", "resnet50_fpn"] = Field(
+        "prior",
+        description="what the student reads. prior: the encoder's tokens (paper); resnet50_fpn: a frozen ResNet-50, "
+        "through a feature pyramid that is trained with the decoder (Table 4). The labels stay the encoder's",
+    )
+    backbone_weights: str | None = Field(
+        None,
+        description="of resnet50_fpn: 'random' = initialised from the seed, else a file in torchvision's layout, such "
+        "as DINO's dino_resnet50_pretrain.pth (Table 4)",
+    )
+    decoder: Literal["segmenter", "classifier"] = Field(
+        "segmenter", description="segmenter: mask transformer (paper); classifier: one 1x1 convolution (Table 4)"
+    )
+    decoder_weights: str | None = Field(
+        None,
+        description="a decoder published with the paper (*_decoder.pt) in place of training: `trained` and "
+        "`bootstrapped` both score it, and the settings of training are without effect; null = train",
+    )
+    decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
+    decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the segmenter")
+    alpha: tuple[Fraction, Fraction] = tuple_field(
+        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves plain cross-entropy (Table 5)",
+        (0.03, 0.1),
+    )
+    alpha_schedule: Literal["linear", "restart"] = Field(
+        "linear",
+        description="linear: over all epochs (suppl.); restart: each round begins at alpha[0] and rises by 0.01 an "
+        "epoch, up to alpha[1] (released)",
+    )
+    omega_1: float = Field(
+        1.0, ge=0.0, description="weight of the diversity loss (paper: 1); 0 leaves it out (Table 5)"
+    )
+    omega_2: float = Field(
+        0.3, ge=0.0, description="weight of the uncertainty loss (paper: 0.3); 0 leaves it out (Table 5)"
+    )
+    diversity: Literal["all_pairs", "upper_triangle"] = Field(
+        "all_pairs",
+        description="pairs of class embeddings whose cosines the diversity loss averages. all_pairs: K x K (Eq. 15); "
+        "upper_triangle: each two classes once, none with itself (released)",
+    )
+    uncertainty: Literal["all", "foreground"] = Field(
+        "all",
+        description="what the uncertainty loss looks at. all: every patch and class (Eq. 14; released for COCO-Stuff "
+        "and Cityscapes); foreground: patches where a concept scores above cam.background_threshold, without the "
+        "background class of Eq. 8 (released for VOC and LIP)",
+    )
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+
+
+class EvaluateConfig(Section):
+    """Scores on labelled photographs (4.1)."""
+
+    split: str | None = Field(None, description="split to score; null = the dataset's own (voc: val)")
+    protocol: Literal["transfgu", "picie", "stego"] = Field(
+        "transfgu",
+        description="transfgu: the squashed photograph, mean over the classes present (paper); picie, stego: shorter "
+        "side resized to image_size, centre crop, mean over the classes present or predicted, as their published codes",
+    )
+    unmatched: Literal["discard", "count", "many_to_one"] = Field(
+        "discard",
+        description="pixels of concepts left over where K exceeds the classes: discard = they leave the score "
+        "(suppl.), count = they are errors (stego's code), many_to_one = every concept goes to the class that it "
+        "overlaps most",
+    )
+    refinement: Literal["none", "pamr"] = Field(
+        "none",
+        description="pamr: the last stage is also scored with its masks refined by the photograph's colours (Araslanov "
+        "& Roth, CVPR 2020), beside the plain scores (ours)",
+    )
+    image_size: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="(height, width) in px scored at; null = the model's, train.inference_size, or [320, 320] under "
+        "picie and stego",
+    )
+    batch_size: Positive = Field(8, description="photographs a forward")
+    baselines: tuple[Baseline, ...] = Field(
+        (),
+        strict=False,
+        description="scored beside the stages; k-means of patch features (ours): patch_tokens = "
+        "the encoder's, decoder_tokens = what the decoder reads under train.token_window, random_vit = of the same "
+        "architecture untrained, raw_colour = mean RGB; heads on the encoder's patch tokens: iic (Ji et al., ICCV "
+        "2019), picie (Cho et al., CVPR 2021); mask_contrast = k-means of whole foreground masks (Van Gansbeke et al., "
+        "ICCV 2021)",
+    )
+    num_samples: int = Field(
+        6, ge=0, description="photographs shown in the report, chosen by the seed; 0 = no pictures, no atlas"
+    )
+
+
+class TrackingConfig(Section):
+    """MLflow. Not part of a run's identity."""
+
+    uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite beside the run")
+    experiment: str = Field("transfgu", description="MLflow experiment")
+    model_name: str = Field("transfgu", description="registered model; each run adds a version")
+
+
+class RuntimeConfig(Section):
+    """Where and how wide to run. Not part of a run's identity: tables do not depend on it."""
+
+    num_workers: Positive | None = Field(None, description="actors a stage; null = one a GPU, else one a core")
+    train_workers: Positive | None = Field(None, description="Ray Train workers; null = one a GPU, else 1")
+    num_blocks: Positive | None = Field(None, description="Ray Data blocks; null = one a part, at most 1000")
+    threads: Positive = Field(1, description="torch and FAISS threads a worker (two on a busy core are slower)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where Ray grants a GPU")
+    object_store_mb: Positive = Field(500, description="object store of a local Ray, MB")
+    max_refused_share: Fraction = Field(
+        0.5, description="extract stops when more than this share of the photographs is refused (ours)"
+    )
+    stall_minutes: float = Field(
+        60, gt=0, description="a stage in which nothing is done for so long ends with an error (ours)"
+    )
+
+
+class RunConfig(Section):
+    """Everything that fixes a run."""
+
+    preset: str = Field("paper", description="the recipe the other values started from")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds clustering, initial weights, order and augmentation")
+    data: DataConfig = Field(default_factory=DataConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    extract: ExtractConfig = Field(default_factory=ExtractConfig)
+    concepts: ConceptsConfig = Field(default_factory=ConceptsConfig)
+    cam: CamConfig = Field(default_factory=CamConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RunConfig:
+        dataset, background = self.data.dataset, self.concepts.num_background
+        if not self.class_names and self.concepts.granularity == "super":
+            raise ValueError(f"concepts.granularity=super, but dataset {dataset} has no super-categories; use fine")
+        if not self.class_names and self.extract.windows == "ground_truth":
+            raise ValueError(f"extract.windows=ground_truth needs labels, which dataset {dataset} has not; use sliding")
+        if not self.class_names and self.concepts.num_concepts is None:
+            raise ValueError(
+                f"concepts.num_concepts=null takes K from the dataset's classes, but dataset {dataset} has none; "
+                "give a number"
+            )
+        if self.region_mode == "things_and_stuff":
+            if self.num_concepts < 2:
+                raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is things_and_stuff")
+            if background is not None and background >= self.num_concepts:
+                raise ValueError("concepts.num_background must be below concepts.num_concepts")
+        elif self.region_mode == "no_prior" and self.num_concepts < 2:
+            raise ValueError("concepts.num_concepts must be at least 2 when data.region_mode is no_prior")
+        if self.region_mode != "things_and_stuff" and background is not None:
+            raise ValueError(f"concepts.num_background has no use when data.region_mode is {self.region_mode}")
+        most, held = self.concepts.max_points, self.concepts.init_points
+        if most is not None and most > held:
+            raise ValueError(
+                f"concepts.max_points={most} must be at most concepts.init_points={held}, the crops that one worker "
+                "clusters; raise concepts.init_points, or set concepts.max_points to null to use all crops"
+            )
+        if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
+            raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
+        if self.train.decoder_weights is not None and self.train.token_window is not None:
+            raise ValueError("train.token_window must be null when train.decoder_weights is set; it reads patch tokens")
+        if "mask_contrast" in self.evaluate.baselines and self.region_mode in ("all_foreground", "no_prior"):
+            raise ValueError(
+                "evaluate.baselines: mask_contrast clusters foreground masks, of which there are none when "
+                f"data.region_mode is {self.region_mode}; leave it out, or use things_only or things_and_stuff"
+            )
+        low, high = self.train.augment.crop_scale
+        if not 0 < low <= high:
+            raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
+        colours = ("jitter_prob", "grey_prob", "blur_prob")
+        if self.train.features == "cached" and any(getattr(self.train.augment, name) for name in colours):
+            raise ValueError(
+                f"train.augment.{', '.join(colours[:-1])} and {colours[-1]} must be 0 when train.features is cached, "
+                "since the encoder never sees the crops"
+            )
+        if self.evaluate.protocol != "transfgu" and self.evaluate_image_size[0] != self.evaluate_image_size[1]:
+            raise ValueError(
+                f"evaluate.image_size={list(self.evaluate_image_size)} must be square when evaluate.protocol is "
+                f"{self.evaluate.protocol}, which scores the centre square; the published size is [320, 320]"
+            )
+        self._check_ablations(self.train)
+        return self
+
+    def _check_ablations(self, train: TrainConfig) -> None:
+        if train.uncertainty == "foreground" and (not self.has_background or self.num_concepts < 2):
+            raise ValueError(
+                "train.uncertainty=foreground needs the background class of Eq. 8 (data.region_mode things_only or "
+                "all_foreground) and at least 2 concepts; use all"
+            )
+        if (train.backbone == "prior") != (train.backbone_weights is None):
+            raise ValueError(
+                f"train.backbone_weights={train.backbone_weights or 'null'} does not go with train.backbone="
+                f"{train.backbone}: resnet50_fpn needs 'random' or the path of a checkpoint, prior must have null"
+            )
+        if train.decoder_weights is not None and (train.backbone, train.decoder) != ("prior", "segmenter"):
+            raise ValueError(
+                "train.decoder_weights holds a segmenter that reads the prior; set train.backbone to prior and "
+                "train.decoder to segmenter"
+            )
+        if train.backbone != "prior" and train.token_window is not None:
+            raise ValueError("train.token_window has no use when train.backbone is resnet50_fpn; set it to null")
+
+    @property
+    def region_mode(self) -> str:
+        """The region mode in force: the configured one, else the dataset's own."""
+        return self.data.region_mode or self.data.spec.region_mode
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Label id -> name at the granularity in force; empty where the dataset has no such labels."""
+        return self.data.spec.names(self.concepts.granularity)
+
+    @property
+    def class_kinds(self) -> tuple[str, ...]:
+        """Label id -> `thing` or `stuff` at the granularity in force."""
+        return self.data.spec.kinds(self.concepts.granularity)
+
+    @property
+    def label_table(self) -> Int16[np.ndarray, " 256"]:
+        """Class of every id that a label file can hold; see `DatasetSpec.label_table`."""
+        return self.data.spec.label_table(self.concepts.granularity)
+
+    @property
+    def has_background(self) -> bool:
+        """Whether Eq. 8 adds a background class to the K concepts."""
+        return self.region_mode in ("things_only", "all_foreground")
+
+    @property
+    def num_concepts(self) -> int:
+        """K, without the background class of Eq. 8."""
+        if self.concepts.num_concepts is not None:
+            return self.concepts.num_concepts
+        # The background of Eq. 8 stands for all stuff (suppl.: K = 20 for the 20 things of VOC).
+        return self.class_kinds.count("thing") if self.has_background else len(self.class_names)
+
+    @property
+    def num_background(self) -> int:
+        """Concepts of the background group; 0 unless things and stuff are clustered apart."""
+        if self.region_mode != "things_and_stuff":
+            return 0
+        if self.concepts.num_background is not None:
+            return self.concepts.num_background
+        if self.concepts.num_concepts is None:
+            return self.class_kinds.count("stuff")
+        return self.concepts.num_concepts // 2
+
+    @property
+    def extract_crop_size(self) -> int:
+        """Side in px a window is resized to before the encoder (paper: half the working side)."""
+        return self.extract.crop_size or min(self.data.image_size) // 2
+
+    @property
+    def cam_image_size(self) -> tuple[int, int]:
+        """(height, width) in px at which response maps are computed."""
+        return self.cam.image_size or self.data.image_size
+
+    @property
+    def train_crop_size(self) -> tuple[int, int]:
+        """(height, width) in px of a training crop."""
+        height, width = self.data.image_size
+        return self.train.crop_size or (height // 2, width // 2)
+
+    @property
+    def inference_size(self) -> tuple[int, int]:
+        """(height, width) in px that the finished model squashes photographs to."""
+        return self.train.inference_size or self.train_crop_size
+
+    @property
+    def evaluate_image_size(self) -> tuple[int, int]:
+        """(height, width) in px at which masks are scored."""
+        own = self.inference_size if self.evaluate.protocol == "transfgu" else _CENTRE_CROP
+        return self.evaluate.image_size or own
+
+
+# Sections that say where a run happens, not what it computes.
+NOT_IDENTITY = ("preset", "tracking", "runtime")
+
+
+def build_config(base: C, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()) -> C:
+    """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key, or a value out of its range.
+    """
+    values = merge_settings(base, file, assignments)
+    if isinstance(base, RunConfig) and values["data"]["dataset"] == PAIRED.name and not values["data"]["names"]:
+        # So that the configuration says what its classes are.
+        values["data"]["names"] = read_names(values["data"]["root"])
+    return parse_config(values, type(base))
+
+
+def describe(name: str) -> str:
+    """What a setting `section.field` is, in its unit, range and source.
+
+    Raises:
+        KeyError: no such setting.
+    """
+    kind: Any = RunConfig
+    description = ""
+    for part in name.split("."):
+        # What lies in a mapping is described with the mapping.
+        if isinstance(kind, type) and issubclass(kind, Section):
+            description, kind = kind.model_fields[part].description, kind.model_fields[part].annotation
+    return description or ""

@@ -1,0 +1,125 @@
+"""Whether a copy of a dataset is whole, before a cluster is paid for."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from transfgu_ray.datasets import DATASETS, PAIRED, VOID, named_dataset
+from transfgu_ray.datasets.listing import ImageRef, list_images, open_root
+from transfgu_ray.datasets.paired import read_names
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.images import FORMATS, ImageRefused, decode_label, to_classes
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of what was found.
+
+    Attributes:
+        split: of the dataset.
+        what: that was counted.
+        found: in words.
+    """
+
+    split: str
+    what: str
+    found: str
+
+
+@dataclass
+class Findings:
+    """What a check found.
+
+    Attributes:
+        facts: counts, sizes and classes.
+        refused: files that are not as they should be, each `image_id` with a `reason`.
+    """
+
+    facts: list[Fact] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+
+class Check:
+    """A dataset's copy, listed and ready to be read.
+
+    Args:
+        name: of the dataset.
+        folder: its root.
+
+    Raises:
+        ConfigError: no such dataset, or its names file is wrong.
+        DataError: the root, a list or the folder of labels is missing, or there is no photograph.
+    """
+
+    def __init__(self, name: str, folder: str | None) -> None:
+        if name not in DATASETS:
+            raise ConfigError(f"unknown dataset {name!r}; allowed: {', '.join(DATASETS)}")
+        uri, spec = folder or "", DATASETS[name]
+        if spec is PAIRED:
+            try:
+                spec = named_dataset(read_names(uri))
+            except ValueError as error:
+                raise ConfigError(f"data.names: {error}") from None
+        self._spec, self._root = spec, open_root(uri)
+        splits = dict.fromkeys((spec.train_split, spec.evaluate_split or spec.train_split))
+        scored = spec.evaluate_split
+        listings = {split: list_images(uri, spec, split, "fine" if split == scored else None) for split in splits}
+        self._listed = {split: listing.images for split, listing in listings.items()}
+        self._not_listed = {split: listing.refused for split, listing in listings.items()}
+        self.num_images = sum(map(len, self._listed.values()))
+
+    def run(self, progress: Callable[[int], None]) -> Findings:
+        """Reads the head of every photograph, and every label of the scored split."""
+        found, names = Findings(), self._spec.class_names
+        for split, images in self._listed.items():
+            sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
+            found.refused += self._not_listed[split]
+            for image in images:
+                try:
+                    size, counts = self._read(image)
+                    sizes.append(size)
+                    pixels += counts
+                except ImageRefused as refusal:
+                    found.refused.append({"image_id": image.image_id, "reason": str(refusal)})
+                progress(1)
+            title = split or "all"
+            found.facts.append(Fact(title, "photographs", self._count(split, len(images))))
+            if sizes:
+                low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
+                found.facts.append(Fact(title, "width x height", f"{low[0]} x {low[1]} to {high[0]} x {high[1]} px"))
+            if pixels.any():
+                seen = np.flatnonzero(pixels[:VOID])
+                absent = [names[i] for i in range(len(names)) if i not in seen]
+                text = f"{len(seen)} of {len(names)}" + (f"; not seen: {', '.join(absent)}" if absent else "")
+                found.facts.append(Fact(title, "classes", text))
+                found.facts.append(Fact(title, "void", f"{100 * pixels[VOID] / pixels.sum():.1f} % of the pixels"))
+        return found
+
+    def _count(self, split: str, count: int) -> str:
+        published = self._spec.num_images.get(split)
+        if published in (None, count):
+            return str(count)
+        return f"{count}, where {published} are published: scores cannot be compared"
+
+    def _read(self, image: ImageRef) -> tuple[tuple[int, int], np.ndarray]:
+        """(width, height), and how many pixels of its label are of each class."""
+        data, problem = self._root.try_read(image.image_id)
+        if data is None:
+            raise ImageRefused(problem)
+        try:
+            size = Image.open(io.BytesIO(data), formats=FORMATS).size
+        except (UnidentifiedImageError, OSError, ValueError):
+            raise ImageRefused("not an image") from None
+        counts = np.zeros(VOID + 1, dtype=np.int64)
+        if image.label_id is not None:
+            data, problem = self._root.try_read(image.label_id)
+            if data is None:
+                raise ImageRefused(f"its label {image.label_id} {problem}")
+            label = to_classes(decode_label(data), self._spec.label_table("fine"))
+            if label.shape != (size[1], size[0]):
+                raise ImageRefused(f"its label is of {label.shape[1]} x {label.shape[0]} px, not {size[0]} x {size[1]}")
+            counts = np.bincount(label.ravel(), minlength=VOID + 1)
+        return size, counts

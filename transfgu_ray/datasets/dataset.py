@@ -1,0 +1,88 @@
+"""What there is to know about a dataset, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int16
+
+if TYPE_CHECKING:
+    from transfgu_ray.datasets.listing import Listing
+    from transfgu_ray.storage import Folder
+
+    ListSplit = Callable[[Folder, str, str], tuple[Listing, str]]
+
+VOID = 255
+# What a label file may hold: one byte a pixel.
+_NUM_IDS = 256
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset: where its files lie, what its labels mean, and how the paper trains on it.
+
+    Attributes:
+        name: what `data.dataset` calls it.
+        expects: what must lie under the root, for people.
+        list_split: takes root, split and granularity; returns the photographs with the paths of their labels, and the
+            folder of the labels. Raises `listing.ListMissing` where a file that lists the split cannot be read.
+        region_mode: default of `data.region_mode` (4.2).
+        train_split: split the pipeline learns from; "" where there are none.
+        evaluate_split: split that is scored; None without labels.
+        class_names: class id -> name.
+        class_kinds: class id -> `thing` (an object) or `stuff` (a surface, or what is no object).
+        super_names: id -> name of the coarser classes; empty where the dataset has one granularity.
+        super_of: class id -> id of the coarser class it belongs to.
+        class_of_id: id in a label file -> class id, or 255 for void, which is never scored; any other id but 255 is
+            an error. Empty where the ids are the classes.
+        settings: preset -> its settings (`train.batch_size`: 256) for this dataset.
+        num_images: split -> published number of photographs.
+    """
+
+    name: str
+    expects: str
+    list_split: ListSplit
+    region_mode: str
+    train_split: str = ""
+    evaluate_split: str | None = None
+    class_names: tuple[str, ...] = ()
+    class_kinds: tuple[str, ...] = ()
+    super_names: tuple[str, ...] = ()
+    super_of: tuple[int, ...] = ()
+    class_of_id: Mapping[int, int] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    num_images: Mapping[str, int] = field(default_factory=dict)
+
+    def names(self, granularity: str) -> tuple[str, ...]:
+        """Class id -> name, of the classes themselves (`fine`) or of the coarser ones (`super`)."""
+        return self.super_names if granularity == "super" else self.class_names
+
+    def kinds(self, granularity: str) -> tuple[str, ...]:
+        """Class id -> kind; a coarser class is of its classes' kind."""
+        if granularity != "super":
+            return self.class_kinds
+        return tuple(self.class_kinds[self.super_of.index(super_id)] for super_id in range(len(self.super_names)))
+
+    def label_table(self, granularity: str) -> Int16[np.ndarray, " 256"]:
+        """Class of every id that a label file can hold: a class id, 255 for void, -1 for an id that must not occur."""
+        table = np.full(_NUM_IDS, UNKNOWN, dtype=np.int16)
+        table[VOID] = VOID
+        known = self.class_of_id or {i: i for i in range(len(self.names(granularity)))}
+        table[list(known)] = list(known.values())
+        return table
+
+
+def supplement(batch_size: int, learning_rate: float, round_epochs: tuple[int, ...]) -> dict[str, Any]:
+    """Settings of a dataset's row in the supplement's Training Details.
+
+    The text gives the epochs in all; the rounds that share them are those of the published code.
+    """
+    return {
+        "train.batch_size": batch_size,
+        "train.learning_rate": learning_rate,
+        "train.round_epochs": round_epochs,
+    }

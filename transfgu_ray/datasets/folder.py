@@ -1,0 +1,18 @@
+"""Any tree of photographs, without labels: the default."""
+
+from transfgu_ray.datasets.dataset import DatasetSpec
+from transfgu_ray.datasets.listing import Listing, photos_of
+from transfgu_ray.storage import Folder
+
+
+def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
+    return photos_of(root, "", lambda path: None, recursive=True), ""
+
+
+FOLDER = DatasetSpec(
+    name="folder",
+    expects="any tree of JPEG, PNG, WebP, BMP or TIFF files; no labels, nothing is scored",
+    list_split=_list_split,
+    # Nothing is known of a stranger's photographs, so every window counts and all concepts are one group.
+    region_mode="no_prior",
+)

@@ -1,0 +1,218 @@
+"""Which photographs a dataset holds, and where its labels are."""
+
+import hashlib
+import os
+import posixpath
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import itemgetter
+
+from transfgu_ray.datasets.dataset import DatasetSpec
+from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.images import EXTENSIONS
+from transfgu_ray.storage import Folder, leads_out
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One photograph of a dataset.
+
+    Attributes:
+        image_id: path relative to the dataset root; stable on every machine.
+        label_id: path of its label relative to the root; None without one, or where labels were not asked for.
+        num_bytes: size of the file; -1 where the listing does not tell.
+    """
+
+    image_id: str
+    label_id: str | None
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        images: photographs in order of image_id.
+        num_other_files: files that are none, passed over.
+        refused: links and names that cannot be used, each with its reason, in order of image_id.
+    """
+
+    images: tuple[ImageRef, ...]
+    num_other_files: int
+    refused: tuple[dict[str, str], ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every image_id and file size: the input of a run."""
+        text = "\n".join(f"{image.image_id}\t{image.num_bytes}" for image in self.images)
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def open_root(uri: str) -> Folder:
+    """Return the root folder of a dataset.
+
+    Args:
+        uri: the setting `data.root`.
+
+    Raises:
+        DataError: it is not given or not there.
+    """
+    if not uri:
+        raise DataError("no photographs were named; give --data DIR or set data.root")
+    try:
+        root = Folder(uri)
+        found = root.exists()
+    except (ArtifactError, OSError) as error:
+        raise DataError(f"data.root={uri} cannot be opened: {error}") from None
+    if not found:
+        raise DataError(f"data.root={uri} does not exist; give the folder of photographs with --data")
+    if root.is_file():
+        raise DataError(f"data.root={uri} is a file; give the folder of photographs with --data")
+    return root
+
+
+def list_images(uri: str, spec: DatasetSpec, split: str, granularity: str | None = None) -> Listing:
+    """Return the photographs of a split, in order of image_id.
+
+    Args:
+        uri: root of the dataset, the setting `data.root`.
+        spec: the dataset.
+        split: one of its splits; "" for a dataset without splits.
+        granularity: which labels go with the photographs, `fine` or `super`; None where none are wanted.
+
+    Raises:
+        DataError: the root, a list or the folder of labels is missing, or there is no photograph.
+    """
+    root = open_root(uri)
+    try:
+        listing, masks = spec.list_split(root, split, granularity or "fine")
+    except ListMissing as missing:
+        raise DataError(f"{uri} has no readable {missing}; dataset {spec.name} expects {spec.expects}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.root={uri} holds a name that is not UTF-8, {error.object!r}; rename it") from None
+    if not listing.images and listing.refused:
+        first = listing.refused[0]
+        raise DataError(
+            f"no photograph in {uri} can be used: {len(listing.refused)} names were refused, the first, "
+            f"{first['image_id']}: {first['reason']}"
+        )
+    if not listing.images:
+        of_split = f"dataset {spec.name}, split {split}" if split else f"dataset {spec.name}"
+        hint = "" if spec.name == "folder" else "; a plain tree of photographs is dataset folder"
+        raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}")
+    if granularity is None:
+        return replace(listing, images=tuple(replace(image, label_id=None) for image in listing.images))
+    if spec.class_names and not root.exists(masks):
+        raise DataError(f"no labels in {uri}/{masks} (dataset {spec.name}): expected {spec.expects}")
+    return listing
+
+
+class ListMissing(Exception):
+    """A file that says which photographs a split holds cannot be read."""
+
+
+def stem_of(path: str) -> str:
+    """Return the file name of a path without its extension."""
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def read_list_file(root: Folder, name: str) -> bytes:
+    """Return the content of a file that says which photographs a split holds.
+
+    Raises:
+        ListMissing: it cannot be read.
+    """
+    try:
+        return root.read_bytes(name)
+    except OSError:
+        raise ListMissing(name) from None
+
+
+def read_list(root: Folder, name: str) -> set[str]:
+    """Return the words of a text file that lists the photographs of a split.
+
+    Raises:
+        ListMissing: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return set(read_list_file(root, name).decode().split())
+    except UnicodeDecodeError:
+        raise ListMissing(name) from None
+
+
+def photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[[str], str]) -> Listing:
+    """Return the photographs `folder/STEM.jpg`, each with the label path that `mask_of` gives for its stem."""
+    sizes = dict(root.files(folder))
+    photos = {stem: f"{folder}/{stem}.jpg" for stem in sorted(stems)}
+    refused = [{"image_id": photo, "reason": "name out of the folder"} for photo in photos.values() if leads_out(photo)]
+    images = [
+        ImageRef(photo, mask_of(stem), sizes.get(photo, -1)) for stem, photo in photos.items() if not leads_out(photo)
+    ]
+    return Listing(tuple(images), 0, tuple(refused))
+
+
+def photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
+    """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
+    images, others, names = [], 0, {}
+    found, refused = _walk(root, name) if recursive and root.is_local else (root.files(name, recursive), [])
+    for path, num_bytes in found:
+        if not _is_photo(path):
+            others += 1
+        elif leads_out(path):
+            # Object stores know no folders: their names may be any text.
+            refused.append({"image_id": path, "reason": "name out of the folder"})
+        elif (twin := names.setdefault(path.casefold(), path)) != path:
+            refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
+        else:
+            images.append(ImageRef(path, mask_of(path), num_bytes))
+    return Listing(tuple(images), others, tuple(sorted(refused, key=itemgetter("image_id"))))
+
+
+def _is_photo(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith(".")
+
+
+def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
+    """Files below a local folder with their sizes, sorted, and what is refused with its reason.
+
+    Links below the folder are not followed: they show a photograph twice, lead out of the folder, or in circles.
+    """
+    top, found, refused = os.path.realpath(root.path), [], []
+
+    def refuse(path: str, reason: str) -> None:
+        shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        refused.append({"image_id": shown, "reason": reason})
+
+    def unreadable(error: OSError) -> None:
+        refuse(os.path.relpath(error.filename, root.path), f"folder cannot be read: {error.strerror}")
+
+    walked = os.walk(root.join(name), onerror=unreadable) if root.exists(name) else ()
+    for folder, folders, files in walked:
+        for each, is_folder in [*((each, True) for each in folders), *((each, False) for each in files)]:
+            path = os.path.join(folder, each)
+            shown = os.path.relpath(path, root.path)
+            status = os.lstat(path)
+            if not _is_utf8(each):
+                refuse(shown, "name is not UTF-8")
+                if is_folder:
+                    folders.remove(each)
+            elif stat.S_ISLNK(status.st_mode) and (is_folder or _is_photo(each)):
+                inside = f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}")
+                where = "within" if inside else "out of"
+                refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
+            elif not is_folder and _is_photo(each) and not stat.S_ISREG(status.st_mode):
+                # A pipe without a writer would be waited for without an end.
+                refuse(shown, "not a regular file")
+            elif not is_folder:
+                found.append((shown.replace(os.sep, "/"), status.st_size))
+    return sorted(found), refused
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

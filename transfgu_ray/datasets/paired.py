@@ -1,0 +1,88 @@
+"""Any labelled photographs: a folder of images, a folder of masks, and a file that names the ids in them."""
+
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transfgu_ray.datasets.dataset import VOID, DatasetSpec
+from transfgu_ray.datasets.listing import Listing, photos_of
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.storage import Folder
+
+
+def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
+    folder = f"images/{split}" if root.exists("images/train") and root.exists("images/val") else "images"
+
+    def mask_of(path: str) -> str:
+        return f"masks/{posixpath.splitext(path.removeprefix('images/'))[0]}.png"
+
+    return photos_of(root, folder, mask_of, recursive=True), "masks"
+
+
+NAMES_FILE = "names.txt"
+PAIRED = DatasetSpec(
+    name="paired",
+    expects=f"images/**, masks/** (PNG of the same path and stem), {NAMES_FILE} with a line `id: name | thing` or "
+    "`id: name | stuff` an id; one name for several ids merges them, the name void leaves an id out. Where images/ "
+    "holds train/ and val/, those are the splits, else all photographs are both",
+    list_split=_list_split,
+    region_mode="no_prior",
+    train_split="train",
+    evaluate_split="val",
+)
+_LINE = re.compile(r"(\d+)\s*:\s*([^|]+?)\s*(?:\|\s*(thing|stuff))?$")
+_VOID = "void"
+
+
+def named_dataset(lines: Sequence[str]) -> DatasetSpec:
+    """The dataset `paired` with the classes of its names file.
+
+    Args:
+        lines: `id: name`, `id: name | thing` or `id: name | stuff` each; a class without a kind is a thing, but the
+            one called background.
+
+    Raises:
+        ValueError: a line of another form, an id above 255, twice or void, or one name of two kinds.
+    """
+    kinds: dict[str, str] = {}
+    name_of_id: dict[int, str] = {}
+    for line in lines:
+        found = _LINE.match(line.strip())
+        if not found:
+            raise ValueError(f"{NAMES_FILE}: {line!r} must be `id: name`, `id: name | thing` or `id: name | stuff`")
+        label_id, name = int(found[1]), found[2]
+        if label_id > VOID or label_id in name_of_id or (label_id == VOID and name != _VOID):
+            raise ValueError(f"{NAMES_FILE}: id {label_id} must stand once, below {VOID}, which is void")
+        name_of_id[label_id] = name
+        if name == _VOID:
+            continue
+        kind = found[3] or ("stuff" if name == "background" else "thing")
+        if kinds.setdefault(name, kind) != kind:
+            raise ValueError(f"{NAMES_FILE}: {name} is called a thing and stuff; give all its ids one kind")
+    names = tuple(kinds)
+    return replace(
+        PAIRED,
+        class_names=names,
+        class_kinds=tuple(kinds.values()),
+        class_of_id={i: VOID if name == _VOID else names.index(name) for i, name in name_of_id.items()},
+    )
+
+
+def read_names(uri: str) -> list[str]:
+    """Return the lines of the names file of a copy of dataset `paired`, comments and empty lines left out.
+
+    Args:
+        uri: root of the dataset.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        lines = Folder(uri).read_bytes(NAMES_FILE).decode().splitlines()
+    except (OSError, UnicodeDecodeError, ArtifactError):
+        raise ConfigError(
+            f"dataset paired needs a readable {NAMES_FILE} in data.root={uri or '(not given)'}; it expects "
+            f"{PAIRED.expects}"
+        ) from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

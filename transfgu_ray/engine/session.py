@@ -1,0 +1,191 @@
+"""A Ray to run on, and how many workers of which kind it can carry."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.errors import ConfigError
+
+# A worker and the reading task that feeds it fit on one CPU together, so that one CPU is enough to make progress.
+WORKER_CPUS = 0.75
+READER_CPUS = 0.25
+_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage may use.
+
+    Attributes:
+        num_cores: CPUs of the machine or cluster.
+        num_workers: actors of a stage.
+        train_workers: Ray Train workers.
+        device: "cpu" or "cuda".
+        threads: torch and FAISS threads a worker.
+        num_blocks: Ray Data blocks; None = one a part, at most 1000.
+    """
+
+    num_cores: int
+    num_workers: int
+    train_workers: int
+    device: str
+    threads: int
+    num_blocks: int | None
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs that an actor asks Ray for."""
+        return 1 if self.device == "cuda" else 0
+
+
+@contextmanager
+def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = False) -> Iterator[Resources]:
+    """Connects to the Ray at `address`, or starts a local one on loopback and stops it afterwards.
+
+    Args:
+        address: of a cluster; None = start one.
+        runtime: workers and devices.
+        dashboard: start a local one with its dashboard. Without it, nobody frees what a training inside a trial holds
+            when the trial is stopped: Ray Train asks the dashboard whether its controller lives.
+
+    Raises:
+        ConfigError: no cluster answers at `address`, or it has no GPU where cuda was asked for.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray prints this amid the progress whenever trials, which have several processes each, run side by side.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+    is_local = address in (None, "local")
+    if is_local:
+        # Ray's own switch for single machines, read on import: without it every process listens on all interfaces.
+        # A driver of a cluster must not have it, or other nodes cannot reach it.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Workers must not each take all cores: intra-op threads are set from the configuration.
+    os.environ.setdefault("OMP_NUM_THREADS", str(runtime.threads))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield _resources(runtime)
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if is_local:
+        # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
+        slots = max(os.cpu_count() or 1, 4)
+        where = {
+            # Not the cluster that happens to run on this machine.
+            "address": "local",
+            "num_cpus": slots,
+            "include_dashboard": dashboard,
+            "object_store_memory": runtime.object_store_mb * 2**20,
+        }
+        _start(**where, **quiet)
+    else:
+        try:
+            with _quiet_start():
+                ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at --ray-address {address}: {str(error).splitlines()[0]}"
+            ) from None
+    try:
+        yield _resources(runtime)
+    finally:
+        ray.shutdown()
+
+
+def _start(**settings: Any) -> None:
+    """Starts a local Ray, again where a busy machine takes longer than the half minute that Ray waits for itself."""
+    import ray
+
+    for attempt in range(_STARTS):
+        try:
+            with _quiet_start(), _own_address():
+                ray.init(**settings)
+            return
+        # Ray raises no narrower class.
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
+                raise
+            ray.shutdown()
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Tells the processes of a local Ray its address, through the environment that they inherit.
+
+    Without it, Ray Train's cleaner looks for the one Ray of the machine and, among two, frees nothing of what a stopped
+    training holds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    with kept_environment(*told):
+        os.environ.update(told)
+        yield
+
+
+@contextmanager
+def kept_environment(*names: str) -> Iterator[None]:
+    """Leaves variables as they were, whatever happens to them meanwhile."""
+    kept = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Drops what Ray's C++ core prints while it starts (its own log level); errors still come as exceptions.
+
+    Keeps what SIGTERM does, too: Ray would end the process at once, before anything is closed.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _resources(runtime: RuntimeConfig) -> Resources:
+    import ray
+
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    if runtime.device == "cuda" and not gpus:
+        raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")
+    device = "cuda" if gpus and runtime.device != "cpu" else "cpu"
+    slots = int(total.get("CPU", 1))
+    # On one machine slots may outnumber cores, see `ray_session`.
+    cores = max(1, min(slots, os.cpu_count() or 1) if len(ray.nodes()) == 1 else slots)
+    wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
+    return Resources(
+        num_cores=cores,
+        num_workers=runtime.num_workers or wanted,
+        train_workers=runtime.train_workers or (gpus if device == "cuda" else 1),
+        device=device,
+        threads=runtime.threads,
+        num_blocks=runtime.num_blocks,
+    )

@@ -1,0 +1,204 @@
+"""Ray Data streams units of photographs into an actor pool.
+
+A unit is a fixed run of consecutive photographs. One actor call turns one unit into one artifact, named after the
+unit and written whole; so results do not depend on the number of workers or blocks, a killed actor's unit is simply
+done again, and a rerun skips the units whose artifact is there.
+"""
+
+import itertools
+import logging
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, Resources
+from transfgu_ray.errors import TransfguError
+from transfgu_ray.storage import Folder, storage_failure
+
+_MAX_BLOCKS = 1000
+
+
+def peak_memory_mb() -> int:
+    """Peak resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph of a unit, as read.
+
+    Attributes:
+        image_id: path relative to the dataset root.
+        data: encoded bytes; None if it could not be read.
+        label: encoded label bytes; None without one.
+        error: why it could not be read.
+    """
+
+    image_id: str
+    data: bytes | None
+    label: bytes | None
+    error: str | None
+
+
+class UnitWorker:
+    """Base of the actors. Subclasses load models in `__init__` and implement `process`."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.device = device
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Does one unit; what it returns reaches the driver, so it must be small."""
+        raise NotImplementedError
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One row in, one row out: the unit's result and this process's peak memory."""
+        (row,) = table.to_pylist()
+        photos = [
+            Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
+        ]
+        result = self.process(row["unit"], photos)
+        return pa.table(
+            {"unit": [row["unit"]], "result": pa.array([result], pa.binary()), "peak_mb": [peak_memory_mb()]}
+        )
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What came back of a unit.
+
+    Attributes:
+        unit: its number.
+        result: what `process` returned.
+        peak_mb: peak resident memory of the actor so far, MB.
+    """
+
+    unit: int
+    result: bytes
+    peak_mb: int
+
+
+def split_units(images: Sequence[ImageRef], images_per_unit: int) -> list[Sequence[ImageRef]]:
+    """Consecutive runs of photographs; the index in the list is the unit's number."""
+    return [images[i : i + images_per_unit] for i in range(0, len(images), images_per_unit)]
+
+
+def stream_units(
+    root: Folder,
+    units: dict[int, Sequence[ImageRef]],
+    worker: type[UnitWorker],
+    arguments: dict[str, Any],
+    resources: Resources,
+) -> Iterator[UnitResult]:
+    """Runs `worker(**arguments)` over all units and yields each result as it comes, in no particular order.
+
+    Raises:
+        TransfguError: raised by a worker because the user's input is wrong.
+    """
+    if not units:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    set_up_ray_data()
+    dataset = (
+        ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
+        .map_batches(
+            _read_unit,
+            fn_kwargs={"root_uri": root.uri},
+            batch_format="pyarrow",
+            batch_size=1,
+            # Without a limit Ray starts as many processes as fractions of a CPU fit.
+            compute=TaskPoolStrategy(size=resources.num_workers),
+            num_cpus=READER_CPUS,
+        )
+        .map_batches(
+            worker,
+            fn_constructor_kwargs={"device": resources.device, "threads": resources.threads, **arguments},
+            batch_format="pyarrow",
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),
+            num_cpus=WORKER_CPUS,
+            num_gpus=resources.gpus_per_worker or None,
+        )
+    )
+    with unwrapped_errors():
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in batch.to_pylist():
+                yield UnitResult(row["unit"], row["result"], row["peak_mb"])
+
+
+def set_up_ray_data() -> None:
+    """Has Ray Data print nothing, and raise what a worker raised: its own wrapper loses the cause on the way here."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raises the `TransfguError` that a Ray error carries, or what a failure of the storage means, in its place."""
+    try:
+        yield
+    except Exception as error:
+        for cause in _causes(error):
+            # Ray's own error pretends to be of its cause's type, with a remote traceback for a message.
+            if hasattr(cause, "cause"):
+                continue
+            if isinstance(cause, TransfguError):
+                # Ray Data adds lines of its own to what was said.
+                raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
+            if failure := storage_failure(cause):
+                raise failure from None
+        raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it follows from, as Python, Ray and Ray Train attach them."""
+    yield error
+    of_training = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for cause in (getattr(error, "cause", None) or error.__cause__, *of_training):
+        if cause is not None:
+            yield from _causes(cause)
+
+
+def _unit_blocks(units: dict[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
+    numbers = sorted(units)
+    table = pa.table(
+        {
+            "unit": pa.array(numbers, pa.int64()),
+            "image_ids": pa.array([[i.image_id for i in units[n]] for n in numbers], pa.list_(pa.string())),
+            "label_ids": pa.array([[i.label_id for i in units[n]] for n in numbers], pa.list_(pa.string())),
+        }
+    )
+    blocks = min(num_blocks or _MAX_BLOCKS, len(numbers))
+    edges = [len(numbers) * i // blocks for i in range(blocks + 1)]
+    return [table.slice(a, b - a).combine_chunks() for a, b in itertools.pairwise(edges)]
+
+
+def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
+    """Adds the encoded bytes of every photograph, and of its label where it has one."""
+    root = Folder(root_uri)
+    (row,) = table.to_pylist()
+    photos = [root.try_read(image_id) for image_id in row["image_ids"]]
+    labels = [None if label_id is None else root.try_read(label_id)[0] for label_id in row["label_ids"]]
+    return pa.table(
+        {
+            "unit": [row["unit"]],
+            "image_ids": pa.array([row["image_ids"]], pa.list_(pa.string())),
+            "data": pa.array([[data for data, _ in photos]], pa.list_(pa.large_binary())),
+            "labels": pa.array([labels], pa.list_(pa.large_binary())),
+            "errors": pa.array([[error for _, error in photos]], pa.list_(pa.string())),
+        }
+    )

@@ -1,0 +1,152 @@
+"""What trainings under Ray Train share: how they are started, continued and watched."""
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+    from ray.train.torch import TorchTrainer
+
+PULSE = "train/progress.json"
+_STATE = "state.pt"
+_PULSE_SECONDS = 2.0
+# Of a training that fails, from its last checkpoint.
+MAX_RESTARTS = 2
+
+
+def new_trainer(
+    loop: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    storage: Folder,
+    name: str,
+    resources: Resources,
+    max_restarts: int = MAX_RESTARTS,
+) -> "TorchTrainer":
+    """A data-parallel trainer that continues what `storage` holds under `name`, also when it had finished.
+
+    Args:
+        loop: what each worker runs.
+        settings: its argument.
+        storage: where the checkpoints go.
+        name: says what is trained, so that nothing else is continued.
+        resources: workers and device.
+        max_restarts: how often the workers are started again where one fails.
+
+    Raises:
+        ArtifactError: the storage cannot be written.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from transfgu_ray.engine.process_group import LoopbackTorchConfig
+
+    # Of a storage that cannot be written, Ray Train tells as of an actor that died.
+    storage.write_bytes(f"{name}/.writable", b"")
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    cuda = resources.device == "cuda"
+
+    class Interruptible(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Leaves Ctrl-C what it is: Ray's handler waits for the workers, which may hang, and exits with 0."""
+
+    return Interruptible(
+        loop,
+        train_loop_config=settings,
+        torch_config=LoopbackTorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.train_workers,
+            use_gpu=cuda,
+            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1} if cuda else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.path,
+            storage_filesystem=storage.fs,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=max_restarts, controller_failure_limit=3),
+        ),
+    )
+
+
+def drop_torn(run: Folder, name: str) -> None:
+    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
+
+    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
+    """
+    record = f"{name}/checkpoint_manager_snapshot.json"
+    try:
+        run.read_json(record)
+    except ValueError:
+        run.delete(name)
+
+
+def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
+    """What `report_state` kept."""
+    with checkpoint.as_directory() as directory:
+        return torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
+
+
+def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+    """Reports progress to Ray Train, which every worker must; the one that has a state adds a checkpoint of it."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        saved = None
+        if state is not None:
+            torch.save(state, Path(directory) / _STATE)
+            saved = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(row, checkpoint=saved)
+
+
+class Pulse:
+    """Leaves in a file how far a training has come, at most every few seconds: to be shown, and as a sign of life."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._written = folder, 0.0
+
+    def __call__(self, **content: float) -> None:
+        """Called after each step."""
+        if time.monotonic() - self._written >= _PULSE_SECONDS:
+            self._folder.write_bytes(PULSE, json.dumps(content).encode())
+            self._written = time.monotonic()
+
+
+@contextmanager
+def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
+    """Reports the content of a file that workers write, whenever it is another, while the driver waits for them."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen, last = None, False
+        while not last:
+            last = done.wait(1.0)
+            content = None
+            # Not there yet; and whoever finds the storage failing is the training itself.
+            with suppress(OSError, ArtifactError):
+                content = run.read_bytes(name)
+            if content is not None and content != seen:
+                on_change(json.loads(content))
+                seen = content
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,222 @@
+"""Where an encoder's weights come from: timm's hub, this package, a file, or the seed."""
+
+import hashlib
+import importlib.resources
+import os
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING
+
+from transfgu_ray.config.run import EncoderConfig, RunConfig, TrainConfig
+from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
+from transfgu_ray.storage import Folder, read_file
+
+if TYPE_CHECKING:
+    from transfgu_ray.algorithms.encoder.resnet import Backbone
+
+# Where a run keeps it: resolved once, then used by every worker and by the finished model.
+BACKBONE = "model/backbone.safetensors"
+
+
+def resolve_backbone(config: RunConfig) -> bytes | None:
+    """Safetensors bytes of the backbone that a run's configuration names; None where the student reads the prior.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or do not fit.
+    """
+    source = config.train.backbone_weights
+    if source is None:
+        return None
+    from transfgu_ray.algorithms.encoder.resnet import dump_resnet, load_resnet, random_resnet
+
+    return dump_resnet(random_resnet(config.seed) if source == "random" else load_resnet(_read(source), source))
+
+
+def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone | None":
+    """The backbone that a run folder holds, on a device; None where the student reads the prior."""
+    if config.train.backbone == "prior":
+        return None
+    from transfgu_ray.algorithms.encoder.resnet import load_backbone
+
+    return load_backbone(run.read_bytes(BACKBONE), run.uri_of(BACKBONE), config.encoder.precision, device)
+
+
+def backbone_file_sha256(config: TrainConfig) -> str | None:
+    """Hash of the weights file's bytes; None where there is no file or it is gone."""
+    source = config.backbone_weights
+    if source is None or source == "random":
+        return None
+    try:
+        return hashlib.sha256(_read(source)).hexdigest()
+    except WeightsError:
+        return None
+
+
+def _read(source: str) -> bytes:
+    return read_weights_file(source, "train.backbone_weights", "give 'random' or the path of a checkpoint")
+
+
+if TYPE_CHECKING:
+    from transfgu_ray.algorithms.encoder.vit import Encoder
+
+# Trained on rendered object images; small enough to lie in the package.
+_BUNDLED = "weights/rendered_vit.safetensors"
+# Where a run keeps its encoder: resolved once, then used by every worker and by the finished model.
+ENCODER = "model/encoder.safetensors"
+_PROBE_SECONDS = 5
+
+
+def resolve_encoder(config: RunConfig) -> bytes:
+    """Safetensors bytes of the encoder that a run's configuration names.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or do not fit.
+        ConfigError: a size in the configuration is not a multiple of the encoder's patch.
+    """
+    from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
+
+    data = read_encoder(config.encoder, config.seed)
+    encoder = load_encoder(data, config.encoder.weights)
+    _check_sizes(config, encoder.patch_size, encoder.embed_dim)
+    return data
+
+
+def read_encoder(config: EncoderConfig, seed: int) -> bytes:
+    """Safetensors bytes of the encoder that `weights` and `name` give; the seed draws random ones.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or do not fit.
+    """
+    source = config.weights
+    if source == "hub":
+        _require_hub(config)
+    from transfgu_ray.algorithms.encoder.checkpoints import (
+        build_vit,
+        dump_encoder,
+        is_encoder_file,
+        load_vit,
+        random_vit,
+        with_interpolation,
+    )
+    from transfgu_ray.algorithms.encoder.vit import Encoder
+
+    name, overrides, data = config.name, dict(config.overrides), b""
+    if source == "hub":
+        vit = build_vit(name, overrides, pretrained=True)
+    elif source == "random":
+        vit = random_vit(name, overrides, seed)
+    else:
+        data = _read_weights(source)
+        vit = load_vit(data, source, name, overrides)
+    # Refuses what is no plain vision transformer.
+    Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
+    # Our own files carry their architecture and are kept as they are.
+    data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    return with_interpolation(data, source, config.pos_embed_interpolation)
+
+
+def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
+    """The encoder that a run folder holds, on a device."""
+    from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
+
+    return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision, device)
+
+
+def weights_file_sha256(config: EncoderConfig) -> str | None:
+    """Hash of the weights file's bytes, bundled or the user's; None where the weights are no file or it is gone."""
+    if config.weights in ("hub", "random"):
+        return None
+    try:
+        return hashlib.sha256(_read_weights(config.weights)).hexdigest()
+    except WeightsError:
+        return None
+
+
+def _read_weights(source: str) -> bytes:
+    if source == "bundled":
+        return _read_bundled()
+    return read_weights_file(source, "encoder.weights", "give 'hub', 'bundled', 'random' or the path of a checkpoint")
+
+
+def read_weights_file(source: str, setting: str, advice: str) -> bytes:
+    """Content of the file that a setting names.
+
+    Args:
+        source: path or URI.
+        setting: its name, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return read_file(source)
+    except (OSError, ArtifactError):
+        raise WeightsError(f"{setting}={source} cannot be read; {advice}") from None
+
+
+def _read_bundled() -> bytes:
+    file = importlib.resources.files("transfgu_ray").joinpath(_BUNDLED)
+    try:
+        return file.read_bytes()
+    except OSError:
+        raise WeightsError(
+            f"encoder.weights=bundled, but this installation of transfgu_ray has no {_BUNDLED}; install the package "
+            "again, or give 'hub', 'random' or the path of a checkpoint"
+        ) from None
+
+
+def _check_sizes(config: RunConfig, patch: int, embed_dim: int) -> None:
+    sizes = {
+        "data.image_size": config.data.image_size,
+        "extract.crop_size": (config.extract_crop_size,),
+        "cam.image_size": config.cam_image_size,
+        "train.crop_size": config.train_crop_size,
+        "train.inference_size": config.inference_size,
+    }
+    for name, size in sizes.items():
+        if any(side % patch for side in size):
+            raise ConfigError(
+                f"{name} is {' x '.join(map(str, size))} px, which the encoder's patch of {patch} px does not divide; "
+                f"choose multiples of {patch}"
+            )
+    window = config.train.token_window
+    if window is not None and (window % patch or window > min(config.train_crop_size)):
+        raise ConfigError(
+            f"train.token_window={window} must be a multiple of the encoder's patch of {patch} px and no larger than "
+            f"train.crop_size, {' x '.join(map(str, config.train_crop_size))} px"
+        )
+    if config.train.decoder == "segmenter" and embed_dim % config.train.decoder_heads:
+        raise ConfigError(
+            f"train.decoder_heads={config.train.decoder_heads} must divide the encoder's width of {embed_dim}"
+        )
+
+
+def _require_hub(config: EncoderConfig) -> None:
+    """Tells at once what timm would find out after a minute of retries: no network and nothing cached."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    if not offline:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=_PROBE_SECONDS)  # nosec B310  # the user's own address, not read
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            # Read by huggingface_hub when it is first imported, which is below.
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=False) if timm.is_model(config.name) else None
+    if cfg is None:
+        raise WeightsError(
+            f"encoder.name={config.name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
+        )
+    cached = [try_to_load_from_cache(cfg.hf_hub_id, file) for file in ("model.safetensors", "pytorch_model.bin")]
+    if not any(isinstance(path, str) for path in cached):
+        raise WeightsError(
+            f"the weights of {config.name} are neither cached nor reachable at {endpoint}; connect to the network "
+            "once, or give a checkpoint file with --weights FILE (encoder.weights)"
+        )

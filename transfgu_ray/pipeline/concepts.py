@@ -1,0 +1,179 @@
+"""features -> concepts: k-means per group, on one worker or, where it is large, on all workers of the cluster."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from transfgu_ray.algorithms.concepts.kmeans import Clustering, fit_concepts
+from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.parts import part_files, read_part
+from transfgu_ray.engine.session import READER_CPUS, Resources
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.shards import actor_shards, read_points
+from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
+from transfgu_ray.storage import Folder
+
+
+def run_stage(context: Context) -> dict[str, Any]:
+    """Cluster the class tokens of a run; return what the manifest says of it."""
+    from transfgu_ray.engine.stream import unwrapped_errors
+
+    run = context.run
+    extracted = run.require("extract")
+    with unwrapped_errors():
+        groups, peak_mb = cluster(run.folder, run.config, extracted["rows_out"], context.resources)
+    context.progress(1)
+    return {
+        "rows_in": sum(group["points_total"] for group in groups.values()),
+        "rows_out": sum(group["concepts"] for group in groups.values()),
+        "refused": [],
+        "groups": groups,
+        "peak_memory_mb": peak_mb,
+        "weights_sha256": extracted["weights_sha256"],
+    }
+
+
+def concept_groups(config: RunConfig) -> dict[str, int]:
+    """Concepts of each kind of crop."""
+    total, background = config.num_concepts, config.num_background
+    if config.region_mode == "no_prior":
+        return {"any": total}
+    groups = {"foreground": total - background, "background": background}
+    return {kind: count for kind, count in groups.items() if count}
+
+
+def cluster(run: Folder, config: RunConfig, num_rows: int, resources: Resources) -> tuple[dict[str, Any], int]:
+    """Reads the features and writes concepts.parquet.
+
+    A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger one are spread
+    over all workers.
+
+    Args:
+        run: the run folder.
+        config: of the run.
+        num_rows: of the features.
+        resources: workers, threads and GPUs.
+
+    Returns:
+        What the manifest says about each group, and the highest peak memory of a worker, MB.
+
+    Raises:
+        DataError: a group has too few crops for its concepts, or class tokens that are no numbers.
+    """
+    import ray
+
+    groups = concept_groups(config)
+    # Small runs, which most are, need not be counted.
+    parts = _count_parts(run, resources) if num_rows > config.concepts.init_points else {}
+    totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
+    large = [kind for kind in groups if totals[kind] > config.concepts.init_points]
+    small = {kind: count for kind, count in groups.items() if kind not in large}
+    fitted: dict[str, Clustering] = {}
+    peak_mb = 0
+    if small:
+        task = ray.remote(_fit_in_memory).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+        use_gpu = resources.device == "cuda"
+        fitted, peak_mb = ray.get(task.remote(run.uri, config, small, resources.threads, use_gpu))
+    for kind in large:
+        with actor_shards(run, kind, parts[kind], resources) as points:
+            settings = config.concepts
+            fitted[kind] = fit_sharded_concepts(
+                points,
+                groups[kind],
+                config.seed,
+                settings.num_iterations,
+                settings.num_redos,
+                settings.min_crops,
+                settings.init_points,
+                settings.max_points,
+                kind,
+            )
+            peak_mb = max(peak_mb, points.peak_mb())
+    ordered = {kind: fitted[kind] for kind in groups}
+    _write_concepts(run, ordered)
+    return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
+
+
+def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str, int]]]:
+    """Name and number of crops of every part, in order, for each kind of crop."""
+    import ray
+
+    names = part_files(run, "features")
+    task = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
+    edges = [len(names) * i // resources.num_workers for i in range(resources.num_workers + 1)]
+    runs = ray.get([task.remote(run.uri, names[a:b]) for a, b in itertools.pairwise(edges)])
+    counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
+    kinds = set(itertools.chain.from_iterable(counts.values()))
+    return {kind: [(name, of_part.get(kind, 0)) for name, of_part in counts.items()] for kind in kinds}
+
+
+def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
+    """Crops of each kind in some parts."""
+    run = Folder(run_uri)
+    counted = (pc.value_counts(read_part(run, name, ["kind"])["kind"]).to_pylist() for name in names)
+    return [{entry["values"]: entry["counts"] for entry in part} for part in counted]
+
+
+def _fit_in_memory(
+    run_uri: str, config: RunConfig, groups: dict[str, int], threads: int, use_gpu: bool
+) -> tuple[dict[str, Clustering], int]:
+    """The groups, each with all of its crops in memory, and the peak of that memory, MB."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    run = Folder(run_uri)
+    names = part_files(run, "features")
+    fitted = {}
+    for kind, count in groups.items():
+        points = np.concatenate([read_points(run, name, kind) for name in names])
+        fitted[kind] = fit_concepts(
+            points.astype(np.float32),
+            count,
+            config.seed,
+            config.concepts.num_iterations,
+            config.concepts.num_redos,
+            config.concepts.min_crops,
+            config.concepts.max_points,
+            use_gpu,
+            kind,
+        )
+    return fitted, peak_memory_mb()
+
+
+def _write_concepts(run: Folder, fitted: dict[str, Clustering]) -> None:
+    centroids = np.concatenate([group.centroids for group in fitted.values()])
+    num_crops = np.concatenate([group.num_crops for group in fitted.values()])
+    table = build_table(
+        {
+            "concept_id": np.arange(len(centroids), dtype=np.int32),
+            "kind": [kind for kind, group in fitted.items() for _ in group.num_crops],
+            "centroid": centroids,
+            "num_crops": num_crops,
+        },
+        concepts_schema(centroids.shape[1]),
+    )
+    run.write_bytes("concepts.parquet", to_parquet(table, {}))
+
+
+def _describe(group: Clustering) -> dict[str, Any]:
+    return {
+        "concepts": len(group.num_crops),
+        "points_used": group.points_used,
+        "points_total": group.points_total,
+        "passes": group.num_passes,
+        "reseeded": group.num_reseeded,
+        "smallest_concept_crops": int(group.num_crops.min()),
+        "used_gpu": group.used_gpu,
+    }
+
+
+def read_concepts(run: Folder) -> tuple[list[str], np.ndarray]:
+    """Kind and centroid of every concept, in order of concept_id."""
+    table = run.read("concepts.parquet", pq.read_table)
+    column = table["centroid"].combine_chunks()
+    return table["kind"].to_pylist(), column.flatten().to_numpy().reshape(-1, column.type.list_size).copy()

@@ -1,0 +1,107 @@
+"""What stages are made of beside their settings: photographs, labels, weights; checked before anything starts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import Listing, list_images
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.models.weights import (
+    ENCODER,
+    backbone_file_sha256,
+    resolve_backbone,
+    resolve_encoder,
+    weights_file_sha256,
+)
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
+
+
+def list_training(config: RunConfig) -> Listing:
+    """Return the photographs of the training split, without labels.
+
+    Raises:
+        DataError: there are none.
+    """
+    return list_images(config.data.root, config.data.spec, config.data.spec.train_split)
+
+
+def list_labelled(config: RunConfig) -> Listing | None:
+    """The photographs that are learned from with their labels; None where those do not cut the windows.
+
+    Raises:
+        DataError: there are none, or their labels are missing.
+    """
+    if config.extract.windows != "ground_truth":
+        return None
+    return list_images(config.data.root, config.data.spec, config.data.spec.train_split, config.concepts.granularity)
+
+
+def scored_split(config: RunConfig) -> str | None:
+    """The split that is scored; None for a dataset without labels."""
+    split = config.data.spec.evaluate_split
+    return split and (config.evaluate.split or split)
+
+
+def list_scored(config: RunConfig) -> Listing | None:
+    """The photographs that are scored, with their labels; None for a dataset without labels.
+
+    Raises:
+        DataError: the split or its labels are missing.
+    """
+    split = scored_split(config)
+    if split is None:
+        return None
+    return list_images(config.data.root, config.data.spec, split, config.concepts.granularity)
+
+
+def resolve_weights(run: Run, pending: Sequence[str]) -> dict[str, Any]:
+    """The weights that pending stages start from, as `Context` takes them; labels and sizes are checked beside."""
+    config = run.config
+    if "extract" in pending:
+        list_labelled(config)
+    if "evaluate" in pending:
+        list_scored(config)
+    weights = {
+        "encoder": resolve_encoder(config) if "extract" in pending else None,
+        "backbone": resolve_backbone(config) if "train" in pending else None,
+    }
+    if "train" in pending and config.train.decoder_weights is not None:
+        from transfgu_ray.pipeline.published_decoder import check_decoder
+
+        check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
+    return weights
+
+
+def stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
+    """What each stage is made of beside its settings: the photographs, and the weights files that it follows from.
+
+    Where a file is gone, it is what the run recorded.
+    """
+    encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
+    inputs = dict.fromkeys(STAGES, f"{listing.fingerprint} {encoder}")
+    train, recorded, own = run.config.train, run.manifest("train") or {}, []
+    if train.backbone != "prior":
+        own.append(backbone_file_sha256(train) or recorded.get("backbone_file_sha256"))
+    if train.decoder_weights is not None:
+        from transfgu_ray.pipeline.published_decoder import decoder_sha256
+
+        own.append(decoder_sha256(train.decoder_weights) or recorded.get("imported"))
+    for stage in STAGES[STAGES.index("train") :]:
+        inputs[stage] = " ".join(map(str, (inputs[stage], *own)))
+    return inputs
+
+
+def check_early(config: RunConfig, listing: Listing) -> None:
+    """Refuses what cannot succeed before anything is computed."""
+    from transfgu_ray.algorithms.concepts.windows import enumerate_windows
+
+    if config.extract.windows == "ground_truth":
+        return
+    windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
+    most = windows * len(listing.images)
+    if config.num_concepts * config.concepts.min_crops > most:
+        raise ConfigError(
+            f"concepts.num_concepts={config.num_concepts} is more than the {most} crops that "
+            f"{len(listing.images)} photographs give at most; lower it or give more photographs"
+        )

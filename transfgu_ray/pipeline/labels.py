@@ -1,0 +1,81 @@
+"""images + concepts -> labels: the pseudo-label bank, one row an image."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from transfgu_ray.algorithms.labels.bank import encode_scores
+from transfgu_ray.algorithms.labels.labeller import Labeller
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.halving import halved
+from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_photos, require_finite, require_some
+from transfgu_ray.engine.stream import Photo
+from transfgu_ray.images import to_working
+from transfgu_ray.models.weights import load_run_encoder
+from transfgu_ray.pipeline.concepts import read_concepts
+from transfgu_ray.pipeline.context import Context, table_content, table_of_photographs
+from transfgu_ray.runs.tables import build_table, labels_schema
+from transfgu_ray.storage import Folder
+
+
+def run_stage(context: Context) -> dict[str, Any]:
+    """Write the pseudo-label bank; return what the manifest says of it."""
+    result = table_of_photographs(context, "labels", BankBuilder, root_uri=context.root.uri)
+    require_some(result.stats, len(context.listing.images))
+    return table_content(context, result) | {"weights_sha256": context.run.require("extract")["weights_sha256"]}
+
+
+def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
+    """The labeller of a run that has its encoder and concepts."""
+    encoder = load_run_encoder(run, config.encoder.precision, device)
+    kinds, centroids = read_concepts(run)
+    voting = config.cam.response == "windows"
+    # Some concept wins the votes everywhere, so that Eq. 8 needs the foreground to leave it any background.
+    excluding = config.cam.exclusion and (
+        config.region_mode == "things_and_stuff" or (voting and config.has_background)
+    )
+    return Labeller(
+        encoder=encoder,
+        centroids=torch.from_numpy(centroids).to(device),
+        is_background=torch.tensor([k == "background" for k in kinds], device=device) if excluding else None,
+        foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
+        gradient_scale=config.cam.gradient_scale,
+        keep_mass=config.cam.keep_mass,
+        windows=(config.extract.window_fracs, config.extract_crop_size) if voting else None,
+    )
+
+
+class BankBuilder(PartWorker):
+    """One unit of photographs -> one part of the bank. One row a row group, so that training reads single images."""
+
+    def __init__(self, config: dict[str, Any], root_uri: str, **part: Any) -> None:
+        super().__init__(**part)
+        self._config = RunConfig.model_validate(config)
+        self._root = Folder(root_uri)
+        self._labeller = load_labeller(Folder(part["run_uri"]), self._config, self.device)
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes the unit's part."""
+        config, stats = self._config, PartStats()
+        columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
+        working = []
+        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+            columns["image_id"].append(photo.image_id)
+            columns["path"].append(self._root.uri_of(photo.image_id))
+            columns["height_px"].append(image.height)
+            columns["width_px"].append(image.width)
+            working.append(to_working(image, config.cam_image_size))
+        for _, batch in batched_rows(np.array(working), config.cam.batch_size):
+            for scores, foreground in halved(self._labeller, torch.from_numpy(batch).to(self.device), stats.halve):
+                begun = columns["image_id"][len(columns["grid_h"]) :]
+                require_finite(scores.amax((2, 3)).cpu().numpy(), begun[: len(scores)], "scores")
+                grid_h, grid_w = foreground.shape[1:]
+                columns["grid_h"] += [grid_h] * len(scores)
+                columns["grid_w"] += [grid_w] * len(scores)
+                for name, values in zip(("scores", "low", "high"), encode_scores(scores), strict=True):
+                    columns[name] += [image.tobytes() for image in values.cpu().numpy()]
+                columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
+        table: pa.Table = build_table(columns, labels_schema())
+        return self.write(unit, table, stats, row_group_size=1)

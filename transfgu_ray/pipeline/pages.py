@@ -1,0 +1,101 @@
+"""What is made again of a run's artifacts alone, in seconds and without Ray: scores by other names, and the pages."""
+
+import json
+import time
+from typing import Any
+
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.models.model import load_model_config
+from transfgu_ray.models.names import Names, load_names
+from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.scoring import read_counts, read_scored_ids
+from transfgu_ray.reports.atlas_page import write_atlas
+from transfgu_ray.reports.run_page import write_report
+from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import NAMES
+from transfgu_ray.storage import Folder
+
+
+def run_stage(context: Context) -> dict[str, Any]:
+    """Write the pages of a run; return what the manifest says of them."""
+    content = write_pages(context.run)
+    context.progress(1)
+    return content
+
+
+# What `Run.write_manifest` adds itself.
+_OF_MANIFEST = ("stage", "fingerprint", "names_sha256", "files_sha256", "versions")
+
+
+def write_pages(run: Run) -> dict[str, Any]:
+    """Writes report.html and atlas.html; returns what the manifest says of them."""
+    model = load_model_config(Folder(run.folder.uri_of("model")))
+    counts = read_counts(run.folder, len(run.config.class_names), len(model.kinds))
+    shown = write_report(run, counts.get(STAGE_NAMES[-1]), read_scored_ids(run.folder))
+    examples = write_atlas(run) if run.folder.exists("atlas.json") else 0
+    return {"rows_in": shown, "rows_out": shown, "refused": [], "examples": examples}
+
+
+def rebuild_pages(run: Run) -> dict[str, Any]:
+    """Writes the pages again, and the manifest of the stage.
+
+    Raises:
+        ArtifactError: the run was not evaluated, or by other names, or what that left is damaged.
+    """
+    evaluated = run.require("evaluate")
+    if evaluated.get("names_sha256") != run.names_sha256("evaluate"):
+        raise ArtifactError(
+            f"{run.folder.uri} was evaluated with other names of its concepts; run `transfgu evaluate "
+            f"{run.folder.uri}` first"
+        )
+    run.require_whole("evaluate")
+    started, inputs = time.perf_counter(), evaluated["input_fingerprint"]
+    content = write_pages(run)
+    seconds = time.perf_counter() - started
+    content |= {
+        "seconds": round(seconds, 3),
+        "items_per_second": round(content["rows_in"] / seconds, 3),
+        "peak_memory_mb": peak_memory_mb(),
+        "input_fingerprint": inputs,
+    }
+    return run.write_manifest("report", run.fingerprint("report", inputs), content)
+
+
+def rename(run: Run, names: Names) -> None:
+    """Gives the concepts names; what was scored and shown without them is scored and shown with them.
+
+    The counts of the masks are kept, so that nothing is segmented or trained again.
+
+    Args:
+        run: with a finished model.
+        names: that replace all former ones.
+    """
+    if names.of_concept:
+        run.folder.write_bytes(NAMES, names.dump())
+    else:
+        run.folder.delete(NAMES)
+    evaluated = run.manifest("evaluate")
+    if evaluated is None:
+        return
+    before = json.loads(run.folder.read_bytes("metrics.json"))
+    counts = read_counts(run.folder, len(run.config.class_names), len(names.kinds))
+    metrics = metrics_json(run.config, before["split"], before["num_images"], counts, names, before["weights_sha256"])
+    run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
+    content = {name: value for name, value in evaluated.items() if name not in _OF_MANIFEST}
+    run.write_manifest("evaluate", evaluated["fingerprint"], content)
+    if run.manifest("report") is not None:
+        rebuild_pages(run)
+
+
+def read_names(run: Run) -> Names:
+    """The names of a run's concepts, and the kinds of its model's classes.
+
+    Raises:
+        ArtifactError: the run has no model yet.
+        ConfigError: the names are damaged.
+    """
+    run.require("train")
+    model = Folder(run.folder.uri_of("model"))
+    return load_names(model, load_model_config(model).kinds)

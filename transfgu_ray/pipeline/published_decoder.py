@@ -1,0 +1,87 @@
+"""A decoder published with the paper in place of training: held against the run's settings, written as its model."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
+from transfgu_ray.algorithms.rounds.published import (
+    NORM_EPS,
+    ReleasedDecoder,
+    background_last,
+    read_released_decoder,
+)
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.errors import ConfigError, WeightsError
+from transfgu_ray.models.model import save_decoder
+from transfgu_ray.models.weights import ENCODER, read_weights_file
+from transfgu_ray.pipeline.concepts import read_concepts
+from transfgu_ray.pipeline.train_loop import HISTORY, model_config
+from transfgu_ray.storage import Folder
+
+
+def decoder_sha256(source: str) -> str | None:
+    """Hash of a published decoder's bytes; None where the file is gone."""
+    try:
+        return hashlib.sha256(_read(source)).hexdigest()
+    except WeightsError:
+        return None
+
+
+def check_decoder(config: RunConfig, encoder: bytes) -> ReleasedDecoder:
+    """The decoder that `train.decoder_weights` names, where it fits the run.
+
+    Args:
+        config: of the run.
+        encoder: safetensors bytes of its encoder.
+
+    Raises:
+        WeightsError: the file cannot be read or is no published decoder.
+        ConfigError: its classes, width or layers are not the run's.
+    """
+    source = config.train.decoder_weights
+    assert source is not None
+    found = read_released_decoder(_read(source), source)
+    background = " and a background" if config.has_background else ""
+    num_classes, embed_dim = config.num_concepts + config.has_background, load_encoder(encoder, ENCODER).embed_dim
+    for has, wanted, what in (
+        (found.num_classes, num_classes, f"classes (concepts.num_concepts{background})"),
+        (found.num_layers, config.train.decoder_layers, "layers (train.decoder_layers)"),
+        (found.width, embed_dim, "dimensions of a token (encoder.name)"),
+    ):
+        if has != wanted:
+            raise ConfigError(
+                f"train.decoder_weights={source} was trained with {has} {what}, but this run has {wanted}; set what it "
+                "was trained with, or give another decoder"
+            )
+    return found
+
+
+def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[str, Any]:
+    """Writes the model with the published decoder as what every round learned; returns the manifest's content.
+
+    Args:
+        run: run folder that has its encoder and concepts.
+        config: its configuration.
+        weights_sha256: of the encoder.
+    """
+    state = check_decoder(config, run.read_bytes(ENCODER)).state
+    if config.has_background:
+        state = background_last(state)
+    kinds, _ = read_concepts(run)
+    described = replace(model_config(config, kinds, weights_sha256), norm_eps=NORM_EPS)
+    for name in ("decoder_round_0", "decoder"):
+        save_decoder(Folder(run.uri_of("model")), state, described, name)
+    run.write_bytes(HISTORY, b"[]")
+    return {
+        "rows_in": 0,
+        "rows_out": 0,
+        "refused": [],
+        "epochs": 0,
+        "imported": decoder_sha256(config.train.decoder_weights),
+        "weights_sha256": weights_sha256,
+    }
+
+
+def _read(source: str) -> bytes:
+    return read_weights_file(source, "train.decoder_weights", "give a published *_decoder.pt, or null to train")

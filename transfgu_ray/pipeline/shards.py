@@ -1,0 +1,249 @@
+"""The class tokens of a group, spilled to the local disks of Ray actors: an actor holds one block of its shard."""
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
+from transfgu_ray.algorithms.concepts.kmeans import has_gpu, train
+from transfgu_ray.engine.parts import read_part
+from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.storage import Folder
+
+# A killed actor is started again, spills its shard again and repeats its call, which changes nothing anywhere.
+_MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The points of one part.
+
+    Attributes:
+        name: the part's file.
+        first_row: number of its first point in the group.
+    """
+
+    name: str
+    first_row: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Rows `start` to `stop` of a group, and the parts that hold them."""
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+
+def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[ShardPlan]:
+    """Splits a group at multiples of `BLOCK_ROWS` into at most `num_shards` runs of as many blocks.
+
+    Args:
+        parts: name, and number of points of the group, of each part in order.
+        num_shards: how many shards are wanted.
+    """
+    edges = list(itertools.accumulate((rows for _, rows in parts), initial=0))
+    total = edges[-1]
+    num_blocks = -(-total // lloyd.BLOCK_ROWS)
+    num_shards = min(num_shards, num_blocks)
+    cuts = [min(num_blocks * i // num_shards * lloyd.BLOCK_ROWS, total) for i in range(num_shards + 1)]
+    return [
+        ShardPlan(
+            start,
+            stop,
+            tuple(
+                Piece(name, first)
+                for (name, rows), first in zip(parts, edges, strict=False)
+                if rows and first < stop and first + rows > start
+            ),
+        )
+        for start, stop in itertools.pairwise(cuts)
+    ]
+
+
+def read_points(run: Folder, name: str, kind: str) -> np.ndarray:
+    """Class tokens of one kind in a part of the features, float16 (n, d), in order."""
+    column = read_part(run, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+
+
+class PointShard:
+    """One shard. Its points lie in a file without a name, which is gone when the process is, however it ends."""
+
+    def __init__(self, run_uri: str, kind: str, plan: ShardPlan, threads: int, use_gpu: bool) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+        self._run = Folder(run_uri)
+        self._kind = kind
+        self._plan = plan
+        self._use_gpu = use_gpu and has_gpu()
+        self._spilled: tuple[IO[bytes], int] | None = None
+
+    def load(self) -> tuple[float, bool]:
+        """Spills the points; returns the largest magnitude in them, and whether a GPU will be used."""
+        return lloyd.largest_value(self._blocks()), self._use_gpu
+
+    def sum_nearest(self, centroids: np.ndarray) -> lloyd.ClusterSums:
+        """See `lloyd.sum_nearest`."""
+        return lloyd.sum_nearest(self._blocks(), centroids, self._use_gpu)
+
+    def farthest(self, centroids: np.ndarray, concept: int, most: int) -> lloyd.FarPoints:
+        """See `lloyd.farthest`."""
+        return lloyd.farthest(self._blocks(), self._plan.start, centroids, concept, most, self._use_gpu)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The points of some rows of the group, those of other shards left out; float16 (n, d)."""
+        file, width = self._file()
+        own = rows[(rows >= self._plan.start) & (rows < self._plan.stop)] - self._plan.start
+        points = np.empty((len(own), width), np.float16)
+        for point, row in zip(points, own.tolist(), strict=True):
+            file.seek(row * point.nbytes)
+            file.readinto(point)
+        return points
+
+    def train_on(self, others: list[Any], rows: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+        """`train` on some rows of the group, a few at a time of which come from the other shards, in their order."""
+        import ray
+
+        _, width = self._file()
+        points = np.empty((len(rows), width), np.float32)
+        for first in range(0, len(rows), lloyd.BLOCK_ROWS):
+            drawn = rows[first : first + lloyd.BLOCK_ROWS]
+            far = [other.take.remote(drawn) for other in others]
+            np.concatenate([self.take(drawn), *ray.get(far)], out=points[first : first + len(drawn)])
+        return train(points, use_gpu=self._use_gpu, **settings)
+
+    def peak_mb(self) -> int:
+        """Peak resident memory of this process so far, MB."""
+        return peak_memory_mb()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """Runs of `BLOCK_ROWS` points, the last one shorter; each is overwritten by the next."""
+        file, width = self._file()
+        file.seek(0)
+        # Read, not mapped: pages of a map count as this process's memory.
+        block = np.empty((lloyd.BLOCK_ROWS, width), np.float16)
+        while num_bytes := file.readinto(block):
+            yield block[: num_bytes // block[0].nbytes]
+
+    def _file(self) -> tuple[IO[bytes], int]:
+        if self._spilled is None:
+            width = 0
+            with self._disk_errors():
+                file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
+            for piece in self._plan.pieces:
+                points = read_points(self._run, piece.name, self._kind)
+                width = points.shape[1]
+                own = points[max(self._plan.start - piece.first_row, 0) : self._plan.stop - piece.first_row]
+                with self._disk_errors():
+                    file.write(np.ascontiguousarray(own))
+            with self._disk_errors():
+                file.flush()
+            self._spilled = file, width
+        return self._spilled
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot keep {self._plan.stop - self._plan.start} {self._kind} class tokens in "
+                f"{tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a folder with more free space"
+            ) from None
+
+
+class ActorShards(lloyd.ShardedPoints):
+    """Shards in Ray actors; only centroids, sums and the drawn sample travel."""
+
+    def __init__(self, actors: list[Any], num_points: int) -> None:
+        self._actors = actors
+        loaded = self._all("load")
+        self.num_points = num_points
+        self.largest_value = float(np.max([largest for largest, _ in loaded]))
+        self.used_gpu = loaded[0][1]
+
+    def train_on(
+        self,
+        rows: np.ndarray,
+        num_concepts: int,
+        seed: int,
+        num_iterations: int,
+        num_redos: int,
+        start: np.ndarray | None,
+    ) -> np.ndarray:
+        """On the first actor."""
+        import ray
+
+        settings = {
+            "num_concepts": num_concepts,
+            "seed": seed,
+            "num_iterations": num_iterations,
+            "num_redos": num_redos,
+            "start": start,
+        }
+        first, *others = self._actors
+        return ray.get(first.train_on.remote(others, rows, settings))
+
+    def sum_nearest(self, centroids: np.ndarray) -> list[lloyd.ClusterSums]:
+        """One pass of all actors over their points."""
+        return self._all("sum_nearest", centroids)
+
+    def farthest(self, centroids: np.ndarray, concept: int, most: int) -> list[lloyd.FarPoints]:
+        """One pass of all actors over their points."""
+        return self._all("farthest", centroids, concept, most)
+
+    def peak_mb(self) -> int:
+        """Highest peak memory of an actor so far, MB."""
+        return max(self._all("peak_mb"))
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        import ray
+
+        return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+
+@contextmanager
+def actor_shards(
+    run: Folder, kind: str, parts: Sequence[tuple[str, int]], resources: Resources
+) -> Iterator[ActorShards]:
+    """The points of one kind in as many actors as a stage may have; they end with the context.
+
+    Args:
+        run: the run folder.
+        kind: of the crops.
+        parts: name, and number of points of this kind, of each part of the features in order.
+        resources: workers, threads and GPUs.
+
+    Raises:
+        ArtifactError: an actor's temporary folder is full.
+    """
+    import ray
+
+    # One that is killed is replaced; Ray asks for both numbers.
+    worker = ray.remote(PointShard).options(
+        num_cpus=WORKER_CPUS,
+        num_gpus=resources.gpus_per_worker,
+        max_restarts=_MAX_RESTARTS,
+        max_task_retries=_MAX_RESTARTS,
+    )
+    use_gpu = resources.device == "cuda"
+    actors = [
+        worker.remote(run.uri, kind, plan, resources.threads, use_gpu)
+        for plan in plan_shards(parts, resources.num_workers)
+    ]
+    try:
+        yield ActorShards(actors, sum(rows for _, rows in parts))
+    finally:
+        for actor in actors:
+            ray.kill(actor)

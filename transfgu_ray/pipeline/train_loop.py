@@ -1,0 +1,262 @@
+"""labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from transfgu_ray.algorithms.encoder.resnet import Backbone
+from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, mean_terms
+from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule, steps_per_epoch
+from transfgu_ray.algorithms.scores.label_free import NUM_PROBED, Probe, agreement, score
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.prefetch import read_ahead, to_device
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.engine.trainer import Pulse, read_state, report_state
+from transfgu_ray.errors import DataError
+from transfgu_ray.models.model import ModelConfig, build_decoder
+from transfgu_ray.models.weights import load_run_backbone, load_run_encoder
+from transfgu_ray.pipeline.samples import bank_image_ids, bank_index, load_samples, read_photos
+from transfgu_ray.storage import Folder
+
+HISTORY = "train/history.json"
+# Where an epoch met a loss that is no number.
+STUMBLE = "train/stumble.json"
+# Samples a reading task; keeps a task's output to tens of MB at K = 171.
+_SAMPLES_A_TASK = 32
+
+
+def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
+    """What the finished model says of itself."""
+    return ModelConfig(
+        image_size=config.inference_size,
+        kinds=(*kinds, "none") if config.has_background else tuple(kinds),
+        decoder_layers=config.train.decoder_layers,
+        decoder_heads=config.train.decoder_heads,
+        precision=config.encoder.precision,
+        weights_sha256=weights_sha256,
+        token_window=config.train.token_window,
+        decoder=config.train.decoder,
+        backbone=config.train.backbone,
+    )
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    torch.set_num_threads(settings["threads"])
+    config = RunConfig.model_validate(settings["config"])
+    run = Folder(settings["run_uri"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    encoder = load_run_encoder(run, config.encoder.precision, str(device))
+    reads_backbone = settings["sibling"] is not None or config.train.features == "live"
+    backbone = load_run_backbone(run, config, str(device)) if reads_backbone else None
+    model = ModelConfig(**settings["model"])
+    checkpoint = ray.train.get_checkpoint()
+    state: dict[str, Any] = {"history": []} if checkpoint is None else read_state(checkpoint, device)
+    history: list[dict[str, float]] = state["history"]
+    resumed_at_epoch = len(history)
+    train = config.train
+    epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
+    feed = {
+        "epochs": epochs,
+        "rank": rank,
+        "world_size": world_size,
+        "grid_hw": encoder.grid_hw(config.train_crop_size),
+        "num_readers": settings["num_readers"],
+        "device": device,
+    }
+
+    def new_learner(name: str, of: dict[str, Any]) -> _Learner:
+        own, folder = RunConfig.model_validate(of["config"]), Folder(of["run_uri"])
+        bootstrap = _new_bootstrap(own, model, encoder)
+        if name in state:
+            bootstrap.load_state_dict(state[name])
+        return _Learner(bootstrap, bank_index(folder), folder, own, feed)
+
+    learners = {"bootstrap": new_learner("bootstrap", settings)}
+    if settings["sibling"] is not None:
+        learners["sibling"] = new_learner("sibling", settings["sibling"])
+    students = [learner.bootstrap.student for learner in learners.values()]
+    probe = _new_probe(run, config, model, encoder, backbone) if len(students) > 1 and rank == 0 else None
+    _stop_where_it_stumbled_twice(run)
+    pulse = Pulse(run) if rank == 0 else lambda **_: None
+    for epoch in epochs:
+        try:
+            terms, *_ = [learner.learn(epoch, rank, encoder, backbone, pulse) for learner in learners.values()]
+        except FloatingPointError as error:
+            _stumble(run, str(error))
+            raise
+        measured = {} if probe is None else _measure(probe, *students, len(model.kinds))
+        history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
+        kept = None
+        if rank == 0:
+            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_epoch": resumed_at_epoch}
+            of_students = {name: learner.bootstrap.state_dict() for name, learner in learners.items()}
+            kept = {**of_students, "history": history, **facts}
+        report_state(history[-1], kept)
+        if rank == 0:
+            run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+
+
+def _stumble(run: Folder, words: str) -> None:
+    """Notes a loss that is no number: Ray Train starts the workers again at the last checkpoint."""
+    times = (run.read_json(STUMBLE) or {"times": 0})["times"]
+    run.write_bytes(STUMBLE, json.dumps({"words": words, "times": times + 1}).encode())
+
+
+def _stop_where_it_stumbled_twice(run: Folder) -> None:
+    """A fault of the machine passes; what comes again from the same checkpoint will always come.
+
+    Raises:
+        DataError: the losses were no numbers twice.
+    """
+    stumble = run.read_json(STUMBLE) or {"times": 0}
+    if stumble["times"] > 1:
+        # Who asks for it again, knowing this, has it tried again.
+        run.delete(STUMBLE)
+        raise DataError(
+            f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
+            "look at these photographs"
+        )
+
+
+class _Learner:
+    """A student and the bank that it learns from."""
+
+    def __init__(self, bootstrap: Bootstrap, index: pa.Table, run: Folder, config: RunConfig, feed: dict[str, Any]):
+        self.bootstrap = bootstrap
+        self._token_window = config.train.token_window
+        self._run, self._seed = run, config.seed
+        repeats = config.train.epoch_repeats
+        self._steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, feed["world_size"])
+        self._order = len(index), repeats, self._steps, per_worker, feed["world_size"]
+        self._batches = _batches(index, run.uri, config, **feed)
+
+    def learn(
+        self,
+        epoch: Epoch,
+        rank: int,
+        encoder: Encoder,
+        backbone: Backbone | None,
+        pulse: Callable[..., None],
+    ) -> dict[str, float]:
+        """One epoch; the mean of each loss term.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; the message names the photographs of the batch.
+        """
+        self.bootstrap.begin_epoch(epoch, rank)
+        terms = []
+        for step, batch in enumerate(itertools.islice(self._batches, self._steps)):
+            tokens = _tokens(batch, encoder, self._token_window, backbone)
+            try:
+                terms.append(self.bootstrap.step(tokens, batch["scores"], epoch, step))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, rank, step))}") from None
+            pulse(epoch=epoch.index, step=step)
+        return mean_terms(terms)
+
+    def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:
+        order = sample_order(self._seed, epoch.index, *self._order)[rank, step]
+        names = bank_image_ids(self._run)
+        return sorted({names[place] for place in order})
+
+
+def _new_probe(
+    run: Folder, config: RunConfig, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
+) -> Probe:
+    """Photographs of the bank that are the same in every trial."""
+    index = bank_index(run)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_PROBED])
+    photos = read_photos(index.take(pa.array(chosen)), run, config, model.image_size)
+    return Probe(
+        torch.from_numpy(photos).to(encoder.device),
+        lambda images: read_tokens(encoder, images, model.token_window, backbone),
+        encoder.grid_hw(model.image_size),
+    )
+
+
+def _measure(probe: Probe, student: nn.Module, sibling: nn.Module, num_classes: int) -> dict[str, float]:
+    """What a student is worth without labels: each component, and their score."""
+    decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in (student, sibling)]
+    components = {
+        "agreement": agreement(*map(probe.labels, decoders), num_classes),
+        **probe.components(decoders[0], num_classes),
+    }
+    return components | {"score": score(components)}
+
+
+def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encoder) -> Bootstrap:
+    from ray.train.torch import prepare_model
+
+    torch.manual_seed(config.seed)
+    student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
+    return Bootstrap(student, **bootstrap_settings(config), wrap=prepare_model)
+
+
+def bootstrap_settings(config: RunConfig) -> dict[str, Any]:
+    """What a `Bootstrap` is told of the configuration."""
+    train = config.train
+    return {
+        "learning_rate": train.learning_rate,
+        "weight_decay": train.weight_decay,
+        "gradient_clamp": train.gradient_clamp,
+        "omega_1": train.omega_1,
+        "omega_2": train.omega_2,
+        "seed": config.seed,
+        "diversity": train.diversity,
+        "foreground_above": config.cam.background_threshold if train.uncertainty == "foreground" else None,
+    }
+
+
+def _tokens(
+    batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None, backbone: Backbone | None
+) -> torch.Tensor:
+    """What the decoder reads of a batch: the tokens that came with it, or those of its images."""
+    if "tokens" in batch:
+        return batch["tokens"].float()
+    return read_tokens(encoder, batch["image"], token_window, backbone)
+
+
+def _batches(
+    index: pa.Table,
+    run_uri: str,
+    config: RunConfig,
+    epochs: list[Epoch],
+    rank: int,
+    world_size: int,
+    grid_hw: tuple[int, int],
+    num_readers: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This worker's batches of every epoch, one epoch after the other, in the order that seed and epoch fix."""
+    repeats = config.train.epoch_repeats
+    steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
+    # A batch is one task or several.
+    slices = [slice(start, start + _SAMPLES_A_TASK) for start in range(0, per_worker, _SAMPLES_A_TASK)]
+    values = config.model_dump(mode="json")
+
+    def calls() -> Iterator[tuple[Any, ...]]:
+        for epoch in epochs:
+            order = sample_order(config.seed, epoch.index, len(index), repeats, steps, per_worker, world_size)[rank]
+            # The position tells apart the visits of an image that an epoch repeats.
+            position = np.arange(order.size).reshape(order.shape) * world_size + rank
+            for step, part in itertools.product(range(steps), slices):
+                places = index.take(pa.array(order[step, part]))
+                yield places, position[step, part], run_uri, values, epoch.index, grid_hw
+
+    samples = read_ahead(load_samples, calls(), num_readers)
+    while parts := list(itertools.islice(samples, len(slices))):
+        yield {name: to_device([part[name] for part in parts], device) for name in parts[0]}

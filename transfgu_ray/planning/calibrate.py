@@ -1,0 +1,250 @@
+"""How long the pieces of a run take on the machines at hand: each worker times them on a few of the photographs."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
+from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.algorithms.labels.bank import encode_scores
+from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.schedule import schedule
+from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.parts import PartStats, decode_photos
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import Photo, UnitWorker, stream_units
+from transfgu_ray.engine.trainer import new_trainer
+from transfgu_ray.images import to_working
+from transfgu_ray.models.model import build_decoder
+from transfgu_ray.models.weights import BACKBONE, ENCODER, load_run_backbone, load_run_encoder
+from transfgu_ray.pipeline.baselines import PatchFeatures
+from transfgu_ray.pipeline.concepts import concept_groups
+from transfgu_ray.pipeline.features import FeatureExtractor
+from transfgu_ray.pipeline.labels import load_labeller
+from transfgu_ray.pipeline.train_loop import bootstrap_settings, model_config
+from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
+from transfgu_ray.storage import Folder
+
+_PHOTOS_A_WORKER = 4
+# A piece is repeated until it has taken this long.
+_SECONDS_A_PIECE = 1.0
+_KMEANS_POINTS = 4096
+_KMEANS_ITERATIONS = 5
+
+
+def seconds_an_item(action: Callable[[int], object], most: int) -> float:
+    """Seconds an item of `action(count)`, at the largest count up to `most` that is not slow; the median of some calls.
+
+    The first call is not counted, since it also loads and allocates.
+    """
+    count = 1
+    action(count)
+    while count < most:
+        start = time.perf_counter()
+        action(count)
+        if time.perf_counter() - start > _SECONDS_A_PIECE / 4:
+            break
+        count = min(2 * count, most)
+    taken: list[float] = []
+    while not taken or sum(taken) < _SECONDS_A_PIECE:
+        start = time.perf_counter()
+        action(count)
+        taken.append(time.perf_counter() - start)
+    return median(taken) / count
+
+
+class Calibrator(UnitWorker):
+    """A few photographs -> seconds an item of each piece of the pipeline, with stand-in concepts and decoder."""
+
+    def __init__(self, run_uri: str, config: dict[str, Any], device: str, threads: int) -> None:
+        super().__init__(device, threads)
+        self._config = RunConfig.model_validate(config)
+        self._run = Folder(run_uri)
+        self._extractor = FeatureExtractor(
+            config, run_uri=run_uri, table="features", fingerprint="", device=device, threads=threads
+        )
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """JSON of seconds an item, and sizes, by name."""
+        started = time.perf_counter()
+        config, stats = self._config, PartStats()
+        limits = config.data.min_side_px, config.data.max_pixels
+        images = [image for _, image in decode_photos(photos, *limits, stats)]
+        if not images:
+            return json.dumps({"refused": stats.refused}).encode()
+        found = {"decode": self._time_decoding(photos, limits)}
+        working = np.stack([to_working(image, config.data.image_size) for image in images])
+        found |= self._extractor.time_pieces(working, seconds_an_item)
+        found |= self._time_labels(images) | self._time_training(images[0]) | self._time_kmeans()
+        found["inside"] = time.perf_counter() - started
+        return json.dumps(found).encode()
+
+    def _time_decoding(self, photos: list[Photo], limits: tuple[int, int]) -> float:
+        def decode(count: int) -> None:
+            for _, image in decode_photos(photos[:count], *limits, PartStats()):
+                to_working(image, self._config.data.image_size)
+
+        return seconds_an_item(decode, len(photos))
+
+    def _batch(self, images: Sequence[Any], size: tuple[int, int], most: int) -> torch.Tensor:
+        working = np.stack([to_working(image, size) for image in images])
+        return torch.from_numpy(np.resize(working, (most, *working.shape[1:]))).to(self.device)
+
+    def _time_labels(self, images: Sequence[Any]) -> dict[str, float]:
+        config = self._config
+        labeller = load_labeller(self._run, config, self.device)
+        batch = self._batch(images, config.cam_image_size, config.cam.batch_size)
+
+        def label(count: int) -> list[torch.Tensor]:
+            return [part.cpu() for part in encode_scores(labeller(batch[:count])[0])]
+
+        stored = [part[0].numpy().tobytes() for part in label(1)]
+        found = {
+            "label": seconds_an_item(label, len(batch)),
+            "bank_bytes": sum(len(pa.compress(part, "zstd", asbytes=True)) for part in stored),
+            "baselines": 0.0,
+            "views": 0.0,
+        }
+        if config.evaluate.baselines:
+            features = PatchFeatures(self._run, config, self.device)
+            whole = list(self._batch(images, config.data.image_size, config.cam.batch_size).cpu().numpy())
+            found["baselines"] = seconds_an_item(lambda count: list(features(whole[:count])), len(whole))
+            rngs = [np.random.default_rng(0)] * len(whole)
+            if features.has_views:
+                found["views"] = seconds_an_item(lambda count: list(features.views(whole[:count], rngs)), len(whole))
+        return found
+
+    def _time_training(self, image: Any) -> dict[str, float]:
+        config = self._config
+        encoder = load_run_encoder(self._run, config.encoder.precision, self.device)
+        backbone = load_run_backbone(self._run, config, self.device)
+        train, window = config.train, config.train.token_window
+        model = model_config(config, ["any"] * config.num_concepts, "")
+        student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
+        bootstrap = Bootstrap(student, **bootstrap_settings(config))
+        epochs = schedule(train.round_epochs, train.alpha)
+        grid_hw = encoder.grid_hw(config.train_crop_size)
+        crops = self._batch([image], config.train_crop_size, train.batch_size)
+        scores = torch.rand(len(crops), len(model.kinds), *grid_hw, device=self.device)
+        kept = read_tokens(encoder, crops[:1], window, backbone)
+
+        def read(count: int) -> torch.Tensor:
+            return read_tokens(encoder, crops[:count], window, backbone)
+
+        def step(count: int) -> None:
+            bootstrap.step(kept.expand(count, -1, -1), scores[:count], epochs[-1], 0)
+
+        def decode(count: int) -> None:
+            for maps in student.eval()(kept.expand(count, -1, -1), grid_hw)[0]:
+                upsample_argmax(maps, config.evaluate_image_size)
+
+        how, rng = Augmentation(**train.augment.model_dump()), np.random.default_rng(0)
+        photo = torch.from_numpy(to_working(image, config.data.image_size))
+        maps = torch.rand(len(model.kinds), *encoder.grid_hw(config.cam_image_size))
+
+        def sample(count: int) -> None:
+            for _ in range(count):
+                augment(photo, maps, config.train_crop_size, grid_hw, how, rng)
+
+        found = {"read_tokens": seconds_an_item(read, len(crops)), "sample": seconds_an_item(sample, 8)}
+        found["first_round_step"] = seconds_an_item(step, len(crops))
+        found["mask"] = seconds_an_item(decode, config.evaluate.batch_size)
+        if len(train.round_epochs) > 1:
+            # From the second round on there is a teacher.
+            bootstrap.begin_epoch(next(epoch for epoch in epochs if epoch.starts_round), rank=0)
+        reads = 1
+        if window is not None:
+            reads = math.prod((side - window) // encoder.patch_size + 1 for side in config.train_crop_size)
+        return found | {"step": seconds_an_item(step, len(crops)), "token_forwards": reads}
+
+    def _time_kmeans(self) -> dict[str, float]:
+        """Seconds a point, centroid, dimension and iteration."""
+        width = self._extractor.embed_dim
+        points = np.random.default_rng(0).standard_normal((_KMEANS_POINTS, width)).astype(np.float32)
+        count = min(self._config.num_concepts, _KMEANS_POINTS)
+        start = time.perf_counter()
+        fit_concepts(points, count, 0, _KMEANS_ITERATIONS, 1, 0, None, False, "calibration")
+        return {"kmeans": (time.perf_counter() - start) / (len(points) * count * width * _KMEANS_ITERATIONS)}
+
+
+def calibrate(
+    config: RunConfig,
+    encoder: bytes,
+    backbone: bytes | None,
+    root: Folder,
+    images: Sequence[ImageRef],
+    resources: Resources,
+) -> dict[str, Any]:
+    """Median over the workers of each piece's seconds, all workers timing at once as they work in a run.
+
+    Args:
+        config: of the run.
+        encoder: what `resolve_encoder` gives.
+        backbone: what `resolve_backbone` gives.
+        root: the dataset.
+        images: its photographs.
+        resources: workers and devices.
+
+    Returns:
+        Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin.
+    """
+    at_once = min(resources.num_workers, resources.num_cores)
+    spread = np.linspace(0, len(images) - 1, at_once * _PHOTOS_A_WORKER).astype(int).reshape(at_once, -1)
+    units = {unit: [images[i] for i in dict.fromkeys(row.tolist())] for unit, row in enumerate(spread)}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Folder(folder)
+        run.write_bytes(ENCODER, encoder)
+        if backbone is not None:
+            run.write_bytes(BACKBONE, backbone)
+        _write_stand_in_concepts(run, config)
+        start = time.perf_counter()
+        arguments = {"run_uri": run.uri, "config": config.model_dump(mode="json")}
+        results = list(stream_units(root, units, Calibrator, arguments, resources))
+        wall = time.perf_counter() - start
+        found = [json.loads(result.result) for result in results]
+        timed = [values for values in found if "inside" in values]
+        if not timed:
+            return {"refused": found[0]["refused"]}
+        pieces = {name: median(values[name] for values in timed) for name in timed[0]}
+        start = time.perf_counter()
+        new_trainer(_idle_loop, {}, Folder(run.uri_of("train")), "idle", resources).fit()
+        training = time.perf_counter() - start
+    return pieces | {
+        "workers": at_once,
+        "start_stage": max(0.0, wall - max(values["inside"] for values in timed)),
+        "start_training": training,
+    }
+
+
+def _write_stand_in_concepts(run: Folder, config: RunConfig) -> None:
+    encoder = load_run_encoder(run, config.encoder.precision, "cpu")
+    kinds = [kind for kind, count in concept_groups(config).items() for _ in range(count)]
+    columns = {
+        "concept_id": np.arange(len(kinds), dtype=np.int32),
+        "kind": kinds,
+        "centroid": np.random.default_rng(0).standard_normal((len(kinds), encoder.embed_dim)).astype(np.float32),
+        "num_crops": np.ones(len(kinds), dtype=np.int64),
+    }
+    table = build_table(columns, concepts_schema(encoder.embed_dim))
+    run.write_bytes("concepts.parquet", to_parquet(table, {}))
+
+
+def _idle_loop(settings: dict[str, Any]) -> None:
+    """What every training has to wait for before its first step."""
+    import ray.train
+    import ray.train.torch
+
+    import transfgu_ray.pipeline.train_rounds  # noqa: F401
+
+    ray.train.torch.get_device()

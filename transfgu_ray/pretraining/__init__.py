@@ -1,0 +1,1 @@
+"""An encoder of one's own: DINO on unlabelled photographs."""

@@ -1,0 +1,104 @@
+"""Working copies: every readable image decoded and squared once, in files that give out any row alone.
+
+A photograph is then never decoded again, whatever its size and wherever it lies, and a table can be read in any order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8
+
+from transfgu_ray.runs.tables import build_table
+from transfgu_ray.storage import Folder
+
+COPIES = "images"
+INDEX = f"{COPIES}/index.parquet"
+NO_LABEL = -1
+# Rows of the index: which file and row of it holds an image.
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The images of a pretraining, as rows of the index.
+
+    Attributes:
+        index: one row a readable image, see `INDEX_SCHEMA`.
+        train: rows that are trained on.
+        val: rows that never are.
+        classes: class of every row of the index, from 0; `NO_LABEL` without one.
+    """
+
+    index: pa.Table
+    train: Int64[np.ndarray, " n"]
+    val: Int64[np.ndarray, " m"]
+    classes: Int64[np.ndarray, " all"]
+
+    def places(self, rows: Int64[np.ndarray, " n"]) -> pa.Table:
+        """File and row of some images."""
+        return self.index.select(["file", "row"]).take(pa.array(rows))
+
+
+def open_copies(folder: Folder, seed: int, num_val: int) -> Copies:
+    """The finished working copies; without images of the split val, `num_val` of the others are held out by the seed.
+
+    At most a tenth is held out, but one image at least.
+    """
+    with folder.fs.open_input_file(folder.join(INDEX)) as file:
+        # In one piece, from which rows are taken fast.
+        index = pq.read_table(file).combine_chunks()
+    is_val = index["split"].to_numpy() == "val"
+    if not is_val.any():
+        held_out = max(1, min(num_val, len(index) // 10))
+        is_val[np.random.default_rng([seed, 1]).permutation(len(index))[:held_out]] = True
+    labels = index["label"].to_pylist()
+    numbers = {label: number for number, label in enumerate(sorted({label for label in labels if label is not None}))}
+    classes = np.array([numbers.get(label, NO_LABEL) for label in labels], dtype=np.int64)
+    return Copies(index, np.flatnonzero(~is_val), np.flatnonzero(is_val), classes)
+
+
+def build_index(rows: list[dict[str, object]]) -> pa.Table:
+    """A table of `INDEX_SCHEMA` from its rows."""
+    return build_table({name: [row[name] for row in rows] for name in INDEX_SCHEMA.names}, INDEX_SCHEMA)
+
+
+def pack(squares: list[UInt8[np.ndarray, "3 s s"]]) -> pa.Buffer:
+    """Arrow IPC bytes with one record batch an image, so that a reader fetches those it wants."""
+    kind = pa.fixed_shape_tensor(pa.uint8(), squares[0].shape)
+    schema = pa.schema([pa.field("pixels", kind, nullable=False)])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        for square in squares:
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(square.reshape(-1)), square.size)
+            writer.write_batch(pa.record_batch([pa.ExtensionArray.from_storage(kind, flat)], schema=schema))
+    return sink.getvalue()
+
+
+def fetch_copies(uri: str, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
+    """`read_copies` for a task; here, where nothing imports torch, its process stays small."""
+    return read_copies(Folder(uri), places)
+
+
+def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
+    """RGB 0-255 of the images at some places, in their order; each file is opened once."""
+    files, rows = places["file"].to_pylist(), places["row"].to_pylist()
+    squares: list[np.ndarray | None] = [None] * len(files)
+    wanted: dict[str, list[int]] = {}
+    for position, name in enumerate(files):
+        wanted.setdefault(name, []).append(position)
+    for name, positions in wanted.items():
+        with folder.fs.open_input_file(folder.join(name)) as stream:
+            reader = pa.ipc.open_file(stream)
+            for position in positions:
+                squares[position] = reader.get_batch(rows[position]).column(0).to_numpy_ndarray()[0]
+    return np.stack(squares)

@@ -1,0 +1,227 @@
+"""What each Ray Train worker of a pretraining runs."""
+
+import functools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from transfgu_ray.algorithms.dino.distillation import Dino
+from transfgu_ray.algorithms.dino.multicrop import MultiCrop
+from transfgu_ray.algorithms.dino.network import DinoHead, DinoNetwork, scale_linear_weights
+from transfgu_ray.algorithms.dino.probe import collapse_alarms, knn_accuracy, rank_me
+from transfgu_ray.algorithms.dino.schedules import DinoRecipe
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, normalisation, random_vit
+from transfgu_ray.algorithms.rounds.schedule import sample_order
+from transfgu_ray.engine.prefetch import read_ahead, to_device
+from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.engine.trainer import Pulse, read_state, report_state
+from transfgu_ray.pretraining.config import PretrainConfig
+from transfgu_ray.pretraining.copies import NO_LABEL, Copies, fetch_copies, open_copies, read_copies
+from transfgu_ray.pretraining.folder import HISTORY, LATEST, identity
+from transfgu_ray.storage import Folder
+
+# Bytes that a reading task gives, one batch at least.
+_TASK_BYTES = 8 * 2**20
+# Images that k-NN and RankMe look at.
+_MAX_BANK, _MAX_QUERIES, _PROBE_BATCH = 5000, 5000, 64
+# Asked for every few steps of an epoch.
+_epoch_order = functools.lru_cache(maxsize=2)(sample_order)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps between two checkpoints.
+
+    Attributes:
+        epoch: they belong to.
+        first: their first step.
+        last: the step after them.
+        ends_epoch: whether the epoch is then over.
+    """
+
+    epoch: int
+    first: int
+    last: int
+    ends_epoch: bool
+
+
+def stretches(epochs: int, epoch_steps: int, checkpoint_steps: int | None, start: int) -> Iterator[Stretch]:
+    """All stretches from a checkpoint on."""
+    for epoch in range(epochs):
+        end = (epoch + 1) * epoch_steps
+        for first in range(epoch * epoch_steps, end, checkpoint_steps or epoch_steps):
+            last = min(first + (checkpoint_steps or epoch_steps), end)
+            if first >= start:
+                yield Stretch(epoch, first, last, last == end)
+
+
+def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
+    """Trains from the last checkpoint on; returns why it stopped, if it had to."""
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    torch.set_num_threads(settings["threads"])
+    config, out = PretrainConfig.model_validate(settings["config"]), Folder(settings["out_uri"])
+    context, device = ray.train.get_context(), get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    copies = open_copies(out, config.seed, config.data.num_val)
+    epoch_steps = len(copies.train) // config.schedule.batch_size
+    total_steps = config.schedule.epochs * epoch_steps
+    dino = Dino(
+        build_network(config).to(device),
+        DinoRecipe(**config.dino.model_dump()),
+        MultiCrop(**config.crops.model_dump()),
+        total_steps,
+        config.seed,
+        rank,
+        wrap=prepare_model,
+    )
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        dino.load_state_dict(state["dino"])
+    history, start = state["history"], state["step"]
+    pulse = Pulse(out)
+    images = _batches(copies, config, out, (start, total_steps), rank, world_size, settings["num_readers"], device)
+    began = time.perf_counter()
+    for stretch in stretches(config.schedule.epochs, epoch_steps, config.schedule.checkpoint_steps, start):
+        terms = []
+        for step in range(stretch.first, stretch.last):
+            try:
+                terms.append(dino.step(next(images), step))
+            except FloatingPointError as error:
+                return {"diverged": str(error)}
+            if rank == 0:
+                rate = (step + 1 - start) / (time.perf_counter() - began)
+                pulse(step=step + 1, loss=terms[-1]["loss"], steps_per_second=rate)
+        row = {"step": stretch.last, "epoch": stretch.epoch, **_mean_over_workers(terms, world_size, device)}
+        history["checkpoints"].append(row)
+        if stretch.ends_epoch:
+            probed = _is_probed(stretch.epoch, config) and rank == 0
+            history["epochs"].append(_epoch_row(history, config, _probe(dino, copies, out, config) if probed else {}))
+        kept = None
+        if rank == 0:
+            seconds = state["seconds"] + time.perf_counter() - began
+            reached = {"step": stretch.last, "seconds": seconds, "history": history}
+            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_step": start}
+            kept = {"dino": dino.state_dict(), **reached, **facts}
+        report_state({"step": stretch.last}, kept)
+        if rank == 0:
+            out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
+            out.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+    return None
+
+
+def build_network(config: PretrainConfig) -> DinoNetwork:
+    """Backbone and head with weights from the seed."""
+    vit = random_vit(config.encoder.name, dict(config.encoder.overrides), config.seed)
+    recipe = config.dino
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        scale_linear_weights(vit)
+        # DINO's deviation; with timm's 1e-6 small trainings without positions stayed or became collapsed.
+        torch.nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        head = DinoHead(vit.embed_dim, recipe.head_hidden_dim, recipe.head_bottleneck_dim, recipe.num_prototypes)
+    return DinoNetwork(vit, head, recipe.masked_weight > 0, *normalisation(vit))
+
+
+def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str, str]) -> bytes:
+    """The backbone as float16 safetensors that say what they were trained by."""
+    facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
+    return dump_encoder(vit, config.encoder.name, dict(config.encoder.overrides), torch.float16, facts)
+
+
+def _batches(
+    copies: Copies,
+    config: PretrainConfig,
+    out: Folder,
+    steps: tuple[int, int],
+    rank: int,
+    world_size: int,
+    num_readers: int,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix."""
+    per_worker = config.schedule.batch_size // world_size
+    # Whole batches a task.
+    stride = max(1, _TASK_BYTES // (3 * config.data.source_size**2 * per_worker))
+    calls = (
+        (out.uri, copies.places(_rows(copies, config, (first, min(first + stride, steps[1])), rank, world_size)))
+        for first in range(*steps, stride)
+    )
+    for images in read_ahead(fetch_copies, calls, num_readers):
+        for first in range(0, len(images), per_worker):
+            yield to_device([images[first : first + per_worker]], device)
+
+
+def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
+    """Rows of the index of this worker's images, step after step; an epoch's last part of a batch is left out."""
+    first, last = steps
+    batch_size = config.schedule.batch_size
+    epoch_steps, per_worker = len(copies.train) // batch_size, batch_size // world_size
+    order = []
+    for epoch in range(first // epoch_steps, -(-last // epoch_steps)):
+        start = epoch * epoch_steps
+        whole = _epoch_order(config.seed, epoch, len(copies.train), 1, epoch_steps, per_worker, world_size)[rank]
+        order.append(whole[max(0, first - start) : last - start])
+    return copies.train[np.concatenate(order).reshape(-1)]
+
+
+def _mean_over_workers(terms: list[dict[str, float]], world_size: int, device: torch.device) -> dict[str, float]:
+    names = list(terms[0])
+    means = torch.tensor([[row[name] for name in names] for row in terms], dtype=torch.float64, device=device).mean(0)
+    if world_size > 1:
+        torch.distributed.all_reduce(means)
+        means /= world_size
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _epoch_row(history: dict[str, Any], config: PretrainConfig, probed: dict[str, float]) -> dict[str, Any]:
+    """Means over the stretches of the epoch that has just ended, each by its length, and what was found out."""
+    epoch = len(history["epochs"])
+    ends = [row["step"] for row in history["checkpoints"]]
+    rows = [row for row in history["checkpoints"] if row["epoch"] == epoch]
+    before = ends[-len(rows) - 1] if len(ends) > len(rows) else 0
+    weights = np.diff([before, *(row["step"] for row in rows)])
+    names = [name for name in rows[0] if name not in ("step", "epoch")]
+    means = {name: float(np.average([row[name] for row in rows], weights=weights)) for name in names}
+    alarms = collapse_alarms(
+        means["teacher_entropy"], means["usage_entropy"], config.dino.num_prototypes, probed.get("rank_me")
+    )
+    return {"epoch": epoch, "step": ends[-1], **means, **probed, "alarms": alarms}
+
+
+def _is_probed(epoch: int, config: PretrainConfig) -> bool:
+    return (epoch + 1) % config.schedule.probe_epochs == 0 or epoch + 1 == config.schedule.epochs
+
+
+def _probe(dino: Dino, copies: Copies, out: Folder, config: PretrainConfig) -> dict[str, float]:
+    """RankMe of images that are not trained on, and where there are labels how well neighbours tell their classes."""
+    rng = np.random.default_rng([config.seed, 2])
+    val = np.sort(rng.permutation(copies.val)[:_MAX_QUERIES])
+    tokens = _tokens(dino, copies, out, val)
+    found = {"rank_me": rank_me(tokens)}
+    labelled = copies.classes[val] != NO_LABEL
+    bank = copies.train[copies.classes[copies.train] != NO_LABEL]
+    if labelled.any() and len(bank):
+        bank = np.sort(rng.permutation(bank)[:_MAX_BANK])
+        truth = torch.from_numpy(copies.classes[val][labelled])
+        votes = _tokens(dino, copies, out, bank), torch.from_numpy(copies.classes[bank])
+        found["knn_top1"] = knn_accuracy(*votes, tokens[torch.from_numpy(labelled)], truth)
+        found["knn_chance"] = int(truth.bincount().max()) / len(truth)
+    return found
+
+
+def _tokens(dino: Dino, copies: Copies, out: Folder, rows: np.ndarray) -> torch.Tensor:
+    device = dino.student.mean.device
+    parts = []
+    for start in range(0, len(rows), _PROBE_BATCH):
+        images = torch.from_numpy(read_copies(out, copies.places(rows[start : start + _PROBE_BATCH])))
+        parts.append(dino.class_tokens(images.to(device)).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,210 @@
+"""Encoded images to learn from: photographs in a folder, or rows of Parquet tables."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transfgu_ray.datasets import FOLDER
+from transfgu_ray.datasets.listing import list_images
+from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.storage import Folder
+
+# What a table may hold; only `bytes` must be there.
+_COLUMNS = ("bytes", "path", "label", "mask")
+_IMAGES_PER_UNIT = 256
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Images that are read together.
+
+    Attributes:
+        split: "train" or "val".
+        num_images: how many, readable or not.
+        table: Parquet file that holds them; "" where they are files.
+        row_groups: of that table.
+        first_row: number of the first image in the table.
+        names: the files, where there is no table.
+        labels: their classes; empty without classes.
+    """
+
+    split: str
+    num_images: int
+    table: str = ""
+    row_groups: tuple[int, ...] = ()
+    first_row: int = 0
+    names: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image as stored.
+
+    Attributes:
+        image_id: path of the file, or the row's `path`; stable on every machine.
+        label: its class; None without one.
+        data: encoded bytes; None if it could not be read.
+        error: why it could not be read.
+        mask: encoded mask, 255 = object; None without one.
+    """
+
+    image_id: str
+    label: str | None
+    data: bytes | None
+    error: str | None
+    mask: bytes | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is found at a path or URI.
+
+    Attributes:
+        root: the folder.
+        units: all images, in order.
+        fingerprint: hash of names and sizes of the files.
+        num_other_files: files that were passed over.
+        refused: names that cannot be used, each with its reason.
+    """
+
+    root: Folder
+    units: tuple[Unit, ...]
+    fingerprint: str
+    num_other_files: int
+    refused: tuple[dict[str, str], ...] = ()
+
+    def num_images(self, split: str) -> int:
+        """How many images a split has, readable or not."""
+        return sum(unit.num_images for unit in self.units if unit.split == split)
+
+
+def open_source(uri: str, setting: str, option: str) -> Source:
+    """Lists images; a table named `val-*` is the split val, as `train-*` is train, and others are then left out.
+
+    Args:
+        uri: folder of photographs (in class folders or not), folder of Parquet tables, or one table.
+        setting: where the path comes from, for messages.
+        option: how it is given, for messages.
+
+    Raises:
+        DataError: there is nothing, a table is damaged, or a table has no column `bytes`.
+    """
+    if not uri:
+        raise DataError(f"no images were named; give {option} DIR or set {setting}")
+    try:
+        root = Folder(uri)
+        found, is_file = root.exists(), root.is_file()
+    except (ArtifactError, OSError) as error:
+        raise DataError(f"{setting}={uri} cannot be opened: {error}") from None
+    if not found:
+        raise DataError(f"{setting}={uri} does not exist; give a folder of images or Parquet tables with {option}")
+    if is_file:
+        folder, _, name = root.uri.rpartition("/")
+        return _tables(Folder(folder), {name: root.fs.get_file_info(root.path).size}, 0)
+    files = dict(root.files())
+    tables = {name: size for name, size in files.items() if name.endswith(".parquet")}
+    return _tables(root, tables, len(files) - len(tables)) if tables else _photographs(uri)
+
+
+def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
+    """The images of a unit, in order.
+
+    Raises:
+        DataError: a table is damaged.
+    """
+    if not unit.table:
+        for name, label in zip(unit.names, unit.labels or [None] * len(unit.names), strict=True):
+            yield EncodedImage(name, label, *root.try_read(name), None)
+        return
+    number = unit.first_row
+    try:
+        with root.fs.open_input_file(root.join(unit.table)) as file:
+            table = pq.ParquetFile(file)
+            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+            for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=list(unit.row_groups), columns=columns):
+                for row in batch.to_pylist():
+                    yield _from_row(row, f"{unit.table}#{number}")
+                    number += 1
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(root, unit.table, error) from None
+
+
+def _from_row(row: dict[str, object], name: str) -> EncodedImage:
+    label, data = row.get("label"), row["bytes"]
+    return EncodedImage(
+        image_id=str(row.get("path") or name),
+        label=None if label is None else str(label),
+        data=data,
+        error=None if data is not None else "the row has no bytes",
+        mask=row.get("mask"),
+    )
+
+
+def _photographs(uri: str) -> Source:
+    listing = list_images(uri, FOLDER, "")
+    names = [image.image_id for image in listing.images]
+    # Class folders: every photograph in exactly one level of folders, of which there are several.
+    labels = [name.split("/")[0] for name in names] if all(name.count("/") == 1 for name in names) else []
+    labels = labels if len(set(labels)) > 1 else []
+    slices = [slice(start, start + _IMAGES_PER_UNIT) for start in range(0, len(names), _IMAGES_PER_UNIT)]
+    units = [Unit("train", len(names[s]), names=tuple(names[s]), labels=tuple(labels[s])) for s in slices]
+    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.num_other_files, listing.refused)
+
+
+def _tables(root: Folder, sizes: dict[str, int], num_other_files: int) -> Source:
+    splits = {name: _split(name) for name in sizes}
+    if "train" in splits.values():
+        named = {name for name, split in splits.items() if split}
+        num_other_files += len(sizes) - len(named)
+    else:
+        splits, named = dict.fromkeys(sizes, "train"), set(sizes)
+    units = [unit for name in sizes if name in named for unit in _table_units(root, name, splits[name])]
+    if not any(unit.split == "train" for unit in units):
+        raise DataError(f"the tables in {root.uri} have no rows; give Parquet with encoded images in column `bytes`")
+    text = "\n".join(f"{name}\t{sizes[name]}" for name in sorted(named))
+    return Source(root, tuple(units), hashlib.sha256(text.encode()).hexdigest(), num_other_files)
+
+
+def _split(name: str) -> str | None:
+    """The split that a table's name says it belongs to (`train-00000-of-00004.parquet`); None for another or none."""
+    start = name.removesuffix(".parquet").split("-")[0]
+    return {"train": "train", "val": "val", "validation": "val"}.get(start)
+
+
+def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
+    try:
+        with root.fs.open_input_file(root.join(name)) as file:
+            table = pq.ParquetFile(file)
+            schema = table.schema_arrow
+            counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(root, name, error) from None
+    if "bytes" not in schema.names or not _is_binary(schema.field("bytes").type):
+        raise DataError(
+            f"{root.uri_of(name)} has no binary column `bytes` of encoded images; its columns are "
+            f"{', '.join(schema.names)}"
+        )
+    groups: list[int] = []
+    first = count = 0
+    for group, rows in enumerate(counts):
+        groups.append(group)
+        count += rows
+        # Small row groups are read together; a large one streams.
+        if count >= _IMAGES_PER_UNIT or group == len(counts) - 1:
+            if count:
+                yield Unit(split, count, name, tuple(groups), first)
+            groups, first, count = [], first + count, 0
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _damaged(root: Folder, name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:120]
+    return DataError(f"{root.uri_of(name)} is not a readable Parquet file: {reason}; write it again")

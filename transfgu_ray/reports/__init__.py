@@ -1,0 +1,1 @@
+"""Numbers told to people: pages, tables and figures, made from finished files."""

@@ -1,0 +1,264 @@
+"""What comparison.json says of versions of a model on the same photographs, and how terminal and picture tell it."""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from transfgu_ray.algorithms.scores.intervals import percentile_interval, resampled_scores, total_counts
+from transfgu_ray.algorithms.scores.metrics import confusion_matrix, match_concepts
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.models.model import ModelConfig
+from transfgu_ray.reports.page import sample_labels, sample_mask, sample_numbers, sample_photo
+from transfgu_ray.reports.run_page import matched_colours
+from transfgu_ray.reports.score_tables import percent, protocol_line
+from transfgu_ray.reports.scores import STAGE_NAMES, class_rows, score_confusion, score_resample
+from transfgu_ray.storage import Folder
+
+# Versions may have seeds of their own; all are resampled by this one.
+_SEED = 0
+_MASK = STAGE_NAMES[-1]
+
+
+def scored_rows(config: RunConfig, counts: Mapping[int, csr_array], reference: int) -> dict[int, dict[str, Any]]:
+    """Scores of each version, and its paired difference to another one.
+
+    Args:
+        config: protocol and classes, the same for all.
+        counts: version -> confusion matrices of the same photographs; see `photo_counts`.
+        reference: the version that the others are compared to.
+
+    Returns:
+        version -> miou, pixel_accuracy and coverage in [0, 1], `difference` of mIoU to the reference (null for itself),
+        the 95 % interval of each over the same resamples of the photographs, and per_class as in metrics.json.
+    """
+    num_classes = len(config.class_names)
+    found, resampled = {}, {}
+
+    def to_matrix(cells: np.ndarray) -> np.ndarray:
+        return cells.reshape(num_classes, -1)
+
+    for version, of_version in counts.items():
+        found[version] = score_confusion(config, to_matrix(total_counts(of_version)))
+        score_of = partial(score_resample, config, to_matrix, found[version])
+        resampled[version] = resampled_scores(of_version, _SEED, score_of)
+    rows = {}
+    for version, score in found.items():
+        difference = None
+        if version != reference:
+            paired = resampled[version][:, 0] - resampled[reference][:, 0]
+            difference = {"miou": score.miou - found[reference].miou, "interval": percentile_interval(paired)}
+        miou, pixel_accuracy = resampled[version].T
+        rows[version] = {
+            "miou": score.miou,
+            "miou_interval": percentile_interval(miou),
+            "pixel_accuracy": score.pixel_accuracy,
+            "pixel_accuracy_interval": percentile_interval(pixel_accuracy),
+            "coverage": score.coverage,
+            "difference": difference,
+            "per_class": class_rows(config, score),
+        }
+    return rows
+
+
+def unscored_row() -> dict[str, Any]:
+    """What `scored_rows` says of a version where there are no labels."""
+    names = (
+        "miou",
+        "miou_interval",
+        "pixel_accuracy",
+        "pixel_accuracy_interval",
+        "coverage",
+        "difference",
+        "per_class",
+    )
+    return dict.fromkeys(names)
+
+
+def best_version(rows: Sequence[dict[str, Any]], champion: int | None) -> int:
+    """The version of the highest mIoU, or label-free score where there are no labels; on ties the champion."""
+    ranked = "score" if rows[0]["miou"] is None else "miou"
+    return max(rows, key=lambda row: (row[ranked], row["version"] == champion))["version"]
+
+
+def decide(comparison: dict[str, Any], force: bool) -> tuple[bool, str]:
+    """Whether the best version becomes champion, and a sentence that says why, or why not.
+
+    Args:
+        comparison: content of comparison.json.
+        force: also if the difference to the champion is within its interval, or has none.
+    """
+    best, champion = comparison["best"], comparison["champion"]
+    by = "mIoU" if comparison["scored"] else "label-free score"
+    if champion is None:
+        return True, f"version {best} is champion now: the best of those compared by {by}, and there was none before"
+    if best == champion:
+        return False, f"version {champion} stays champion: none of those compared is better by {by}"
+    moved = f"version {best} is champion now and version {champion} previous-champion"
+    forced = f"--force makes version {best} champion"
+    if not comparison["scored"]:
+        if force:
+            return True, f"{moved}: --force, by the label-free score"
+        return False, f"version {champion} stays champion: without labels no difference has an interval; {forced}"
+    (row,) = (row for row in comparison["versions"] if row["version"] == best)
+    low, high = row["difference"]["interval"]
+    told = f"{_points(row['difference']['miou'])} points of mIoU [{_points(low, 1)}, {_points(high, 1)}]"
+    if low > 0:
+        return True, f"{moved}: {told}, an interval above 0"
+    if force:
+        return True, f"{moved}: --force, though {told} is no clear difference"
+    return False, f"version {champion} stays champion: {told} is no clear difference to version {best}; {forced}"
+
+
+def version_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, a version each, scores in percent; columns without a single value are left out.
+
+    Args:
+        comparison: content of comparison.json.
+    """
+    rows = comparison["versions"]
+    columns = {
+        "version": [_title(comparison, row["version"]) for row in rows],
+        "tagged score": ["" if row["tagged_score"] is None else f"{row['tagged_score']:.4f}" for row in rows],
+        "score": [f"{row['score']:.4f}" for row in rows],
+        "mIoU": [percent(row["miou"], row["miou_interval"]) for row in rows],
+        "accuracy": [percent(row["pixel_accuracy"], None) for row in rows],
+        f"minus {comparison['reference']}": [_difference(row["difference"]) for row in rows],
+        "photos /s": [f"{row['photos_per_second']:.2f}" for row in rows],
+        "MB": [f"{row['megabytes']:.1f}" for row in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def class_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, a class each that any version scores: its IoU in percent by each version.
+
+    Args:
+        comparison: content of a comparison.json that is scored.
+    """
+    rows = comparison["versions"]
+    classes = zip(*(row["per_class"] for row in rows), strict=True)
+    return ["IoU, %", *(_title(comparison, row["version"]) for row in rows)], [
+        [of_class[0]["name"], *(percent(each["iou"], None) for each in of_class)]
+        for of_class in classes
+        if any(each["iou"] is not None for each in of_class)
+    ]
+
+
+def comparison_lines(comparison: dict[str, Any]) -> list[str]:
+    """What the tables mean.
+
+    Args:
+        comparison: content of comparison.json.
+    """
+    lines = [
+        f"score: label-free, on {comparison['num_probed']} photographs; photos /s: of one worker on "
+        f"{comparison['device']}" + ("" if comparison["champion"] is None else "; * champion")
+    ]
+    if any(row["tagged_score"] is not None for row in comparison["versions"]):
+        lines.append("tagged score: of the sweep that made the version, which also knew the agreement of two students")
+    if comparison["scored"]:
+        lines.append(f"{comparison['num_images']} photographs of split {comparison['split']}, in %")
+        lines.append(protocol_line(comparison) + ", the same for all versions")
+    else:
+        lines.append(f"dataset {comparison['dataset']} has no labels: what needs them is left out")
+    if len({row["weights_sha256"] for row in comparison["versions"]}) > 1:
+        lines.append("the versions read different encoders, so that their label-free scores are hardly comparable")
+    return lines
+
+
+def comparison_markdown(comparison: dict[str, Any]) -> str:
+    """Tables and lines for people."""
+    tables = [version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])]
+    blocks = ["\n".join(f"- {line}" for line in comparison_lines(comparison))]
+    for header, rows in tables:
+        lines = [header, ["---"] * len(header), *rows]
+        # Classes are named by whoever made the dataset.
+        escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in cells] for cells in lines]
+        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in escaped))
+    return "\n\n".join(blocks) + "\n"
+
+
+def comparison_picture(
+    comparison: dict[str, Any], folders: Mapping[int, Folder], models: Mapping[int, ModelConfig]
+) -> bytes:
+    """PNG of the samples, a row each: photograph, truth where it is known, and the mask of each version.
+
+    A colour is a class; where there are no labels, concepts have the colour of the reference's concept that they share
+    most pixels with, one to one.
+
+    Args:
+        comparison: content of comparison.json.
+        folders: version -> folder that holds samples/.
+        models: version -> what the model says of itself.
+    """
+    from matplotlib.figure import Figure
+
+    reference = comparison["reference"]
+    numbers = sample_numbers(folders[reference])
+    colours = {row["version"]: matched_colours(models[row["version"]], row) for row in comparison["versions"]}
+    if not comparison["scored"]:
+        masks = {version: [sample_labels(folder, n, _MASK) for n in numbers] for version, folder in folders.items()}
+        for version, model in models.items():
+            pred = overlap_colours(colours[reference]["pred"], masks[reference], masks[version], len(model.kinds))
+            colours[version]["pred"] = pred
+    rows = []
+    for number in numbers:
+        photo = sample_photo(folders[reference], number)
+        shown = {"photograph": photo}
+        if comparison["scored"]:
+            shown["truth"] = sample_mask(folders[reference], number, "truth", photo, colours[reference]["truth"])
+        for version, folder in folders.items():
+            panel = sample_mask(folder, number, _MASK, photo, colours[version]["pred"])
+            shown[f"version {_title(comparison, version)}"] = panel
+        rows.append(shown)
+    figure = Figure(figsize=(2.4 * len(rows[0]), 0.3 + 1.8 * len(rows)), layout="constrained")
+    for axes, shown in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+        for axis, (title, panel) in zip(axes, shown.items(), strict=True):
+            axis.imshow(panel)
+            axis.set_axis_off()
+            if shown is rows[0]:
+                axis.set_title(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def overlap_colours(
+    colours: np.ndarray, masks: Sequence[np.ndarray], other_masks: Sequence[np.ndarray], num_other: int
+) -> np.ndarray:
+    """Colours of concepts by those of others on the same photographs, one to one; those left over are grey.
+
+    Args:
+        colours: of the others, uint8 (k, 3).
+        masks: of the others, integers (height, width) each.
+        other_masks: whose concepts get colours.
+        num_other: how many these are.
+
+    Returns:
+        uint8 (num_other, 3).
+    """
+    pairs = zip(masks, other_masks, strict=True)
+    pixels = sum(confusion_matrix(mask, other, len(colours), num_other) for mask, other in pairs)
+    matched = match_concepts(pixels)
+    return np.where(matched[:, None] >= 0, colours[matched], np.uint8(128))
+
+
+def _title(comparison: dict[str, Any], version: int) -> str:
+    return f"{version} *" if version == comparison["champion"] else str(version)
+
+
+def _difference(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return ""
+    low, high = difference["interval"]
+    return f"{_points(difference['miou'])} [{_points(low, 1)}, {_points(high, 1)}]"
+
+
+def _points(value: float, digits: int = 2) -> str:
+    return f"{100 * value:+.{digits}f}"

@@ -1,0 +1,241 @@
+"""report.html: one self-contained page made from a run's artifacts alone."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import csr_array
+
+from transfgu_ray import __version__
+from transfgu_ray.algorithms.scores.intervals import total_counts
+from transfgu_ray.config.base import flatten
+from transfgu_ray.config.presets import get_preset
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.models.model import ModelConfig, load_model_config
+from transfgu_ray.models.names import Names, load_names
+from transfgu_ray.reports.page import (
+    figure_svg,
+    hex_colour,
+    render,
+    sample_labels,
+    sample_mask,
+    sample_names,
+    sample_photo,
+    strip_jpeg,
+    within_bytes,
+)
+from transfgu_ray.reports.palette import class_colours, overlay, spotlight
+from transfgu_ray.reports.run_figures import (
+    class_confusion,
+    confusion_figure,
+    largest_confusions,
+    loss_figure,
+    loss_titles,
+)
+from transfgu_ray.reports.score_tables import score_lines, score_table
+from transfgu_ray.reports.scores import photo_mious
+from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
+from transfgu_ray.storage import Folder
+
+_MASKS = ("initial", "trained", "bootstrapped", "truth")
+_MAX_REFUSALS_SHOWN = 50
+# Of the page's 8 MB, what photographs may take.
+_PHOTO_BYTES = 6_000_000
+_GROUPS = {"": "Chosen by the seed", "best": "Best scored", "worst": "Worst scored"}
+
+
+def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) -> int:
+    """Writes the sample strips and report.html; returns the number of photographs.
+
+    Args:
+        run: evaluated.
+        counts: confusion matrices of the last stage; see `photo_counts`. None where nothing was scored.
+        scored_ids: image_id of each of its rows.
+    """
+    metrics = json.loads(run.folder.read_bytes("metrics.json"))
+    model_folder = Folder(run.folder.uri_of("model"))
+    model = load_model_config(model_folder)
+    names = load_names(model_folder, model.kinds)
+    colours = matched_colours(model, metrics, names)
+    mious = {}
+    if counts is not None:
+        mious = dict(zip(scored_ids, photo_mious(run.config, counts, names).tolist(), strict=True))
+    photos = [_photo(run.folder, name, colours, mious) for name in sample_names(run.folder)]
+    history = json.loads(run.folder.read_bytes("train/history.json"))
+    # Those before this one: the page is the same whenever it is made.
+    manifests = [m for m in map(run.manifest, STAGES[: STAGES.index("report")]) if m is not None]
+    refusals = {r["image_id"]: r["reason"] for m in manifests for r in m["refused"]}
+    # Of every group its first ones, should they be too many.
+    order = sorted(range(len(photos)), key=lambda i: photos[i]["rank"])
+    num_shown = within_bytes((b"".join(photos[i]["bytes"]) for i in order), _PHOTO_BYTES)
+    shown = [photos[i] for i in sorted(order[:num_shown])]
+    titles = loss_titles(history) if history else {}
+    page = render(
+        "report.html",
+        name=run.folder.uri.rstrip("/").rpartition("/")[2],
+        version=__version__,
+        config=run.config,
+        settings={name: _text(value) for name, value in flatten(run.config.model_dump(mode="json")).items()},
+        changed=_changed(run.config),
+        metrics=metrics,
+        names_line=names_line(names),
+        score_table=score_table(metrics) if metrics["scored"] else None,
+        score_lines=score_lines(metrics) if metrics["scored"] else [],
+        manifests=manifests,
+        refusals=list(refusals.items())[:_MAX_REFUSALS_SHOWN],
+        num_refused=len(refusals),
+        groups=[
+            {"title": title, "photos": [photo for photo in shown if photo["group"] == group]}
+            for group, title in _GROUPS.items()
+            if any(photo["group"] == group for photo in shown)
+        ],
+        most_panels=max((len(photo["panels"]) for photo in shown), default=1),
+        num_left_out=len(photos) - len(shown),
+        has_atlas=run.folder.exists("atlas.json"),
+        legend=_legend(names, metrics, colours),
+        classes=_classes(names, metrics, colours["truth"]),
+        losses=[
+            {"title": term.replace("_", " "), "svg": figure_svg(loss_figure(history, term), title)}
+            for term, title in titles.items()
+        ],
+        **_confusion(run.config, counts, metrics, len(model.kinds)),
+    )
+    run.folder.write_bytes("report.html", page)
+    return len(photos)
+
+
+def matched_colours(model: ModelConfig, metrics: dict[str, Any], names: Names | None = None) -> dict[str, np.ndarray]:
+    """Colour tables of predictions and of the truth: a matched concept has its class's colour, others are grey.
+
+    Args:
+        model: whose concepts they are.
+        metrics: whose `per_class` says what they are matched to; null where nothing was scored.
+        names: concepts of one name share a colour, and hidden ones are black; None for none.
+    """
+    names = names or Names(model.kinds, {})
+    if not metrics["per_class"]:
+        pred = class_colours(names.num_classes, names.background_id)[names.class_of]
+        return {"pred": pred, "truth": pred}
+    pred = np.repeat(np.linspace(90, 220, len(model.kinds)).astype(np.uint8)[:, None], 3, axis=1)[
+        names.class_of.clip(max=len(model.kinds) - 1)
+    ]
+    truth = class_colours(len(metrics["per_class"]), 0 if metrics["per_class"][0]["name"] == "background" else None)
+    for class_id, row in enumerate(metrics["per_class"]):
+        pred[row["concepts"]] = truth[class_id]
+    if names.background_id == len(model.kinds):
+        pred[names.hidden] = 0
+    return {"pred": pred, "truth": truth}
+
+
+def names_line(names: Names) -> str | None:
+    """What names did to the concepts; None where there are none."""
+    if not names.of_concept:
+        return None
+    num_classes = len(np.unique(np.delete(names.class_of, names.hidden)))
+    hidden = f"; {len(names.hidden)} hidden" if names.hidden else ""
+    return (
+        f"Concepts have names: {len(names.kinds)} classes of the model are {num_classes} by their names{hidden}. "
+        "Training knows nothing of them, and baselines keep clusters of their own."
+    )
+
+
+def _photo(run: Folder, name: str, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
+    """A sample photograph: its panels as JPEG, and their strip, which is written."""
+    photo, group, _ = sample_photo(run, name), *name.rpartition("_")[::2]
+    image_id = run.read_json(f"samples/{name}/sample.json")["image_id"]
+    panels: dict[str, Image.Image | None] = {"photograph": photo}
+    panels["prior attention"] = spotlight(photo, sample_labels(run, name, "prior") / 255)
+    coarse = Image.fromarray(sample_labels(run, name, "pseudo_label").astype(np.int32))
+    patches = np.asarray(coarse.resize(photo.size, Image.Resampling.NEAREST))
+    pred = colours["pred"]
+    panels["pseudo-label"] = overlay(photo, patches, pred, opacity=0.7)
+    for mask in _MASKS:
+        panels[mask] = sample_mask(run, name, mask, photo, colours["truth" if mask == "truth" else "pred"])
+    seen = {title: panel for title, panel in panels.items() if panel is not None}
+    run.write_bytes(f"samples/strip_{name}.jpg", strip_jpeg(list(seen.values())))
+    jpegs = {title: strip_jpeg([panel]) for title, panel in seen.items()}
+    width, height = Image.open(io.BytesIO(jpegs["photograph"])).size
+    return {
+        "image_id": image_id,
+        "group": group,
+        "rank": int(name.rpartition("_")[2]),
+        "miou": mious.get(image_id),
+        "bytes": list(jpegs.values()),
+        "panels": [
+            {"title": title, "jpeg": base64.b64encode(jpeg).decode(), "width": width, "height": height}
+            for title, jpeg in jpegs.items()
+        ],
+    }
+
+
+def _legend(names: Names, metrics: dict[str, Any], colours: dict[str, np.ndarray]) -> list[dict[str, str]]:
+    """What the colours of the masks mean: classes and what they are made of, or concepts where there are no classes."""
+    if metrics["per_class"]:
+        rows = enumerate(metrics["per_class"])
+        entries = [
+            {"label": row["name"], "colour": hex_colour(colours["truth"][class_id])}
+            for class_id, row in rows
+            if row["iou"] is not None or row["concepts"]
+        ]
+        return [*entries, {"label": "no class", "colour": "#9b9b9b"}]
+    shown = dict.fromkeys(names.class_of.tolist())
+    return [
+        {"label": names.label(c), "colour": hex_colour(colours["pred"][names.members(c)[0]])} for c in sorted(shown)
+    ]
+
+
+def _classes(names: Names, metrics: dict[str, Any], colours: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of the table of classes, best first, those that are absent last."""
+    rows = [
+        row
+        | {
+            "colour": hex_colour(colours[class_id]),
+            "made_of": ", ".join(
+                f"{names.of_concept[c]} ({c})" if names.of_concept.get(c) else str(c) for c in row["concepts"]
+            ),
+        }
+        for class_id, row in enumerate(metrics["per_class"] or [])
+    ]
+    return sorted(rows, key=lambda row: (row["iou"] is None, -(row["iou"] or 0)))
+
+
+def _confusion(
+    config: RunConfig, counts: csr_array | None, metrics: dict[str, Any], num_concepts: int
+) -> dict[str, Any]:
+    if counts is None:
+        return {}
+    class_of_concept = np.full(num_concepts, -1)
+    for class_id, row in enumerate(metrics["per_class"]):
+        class_of_concept[row["concepts"]] = class_id
+    names = config.class_names
+    by_class = class_confusion(total_counts(counts).reshape(len(names), -1), class_of_concept)
+    title = f"Confusion matrix of {len(names)} classes; the largest confusions are in the table below"
+    return {
+        "confusion_svg": figure_svg(confusion_figure(by_class, names), title),
+        "confused": largest_confusions(by_class, names),
+    }
+
+
+def _text(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _changed(config: RunConfig) -> list[tuple[str, str, str]] | None:
+    """Setting, the preset's value and the run's, where they differ; None where there is no such preset."""
+    try:
+        preset = get_preset(config.preset, config.data.dataset)
+    except ConfigError:
+        return None
+    before, values = flatten(preset.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    return [
+        (name, _text(before.get(name)), _text(values.get(name)))
+        for name in dict.fromkeys((*before, *values))
+        if before.get(name) != values.get(name)
+    ]

@@ -1,0 +1,188 @@
+"""What metrics.json says of confusion matrices, and how the terminal and the report tell it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from transfgu_ray.algorithms.scores.intervals import (
+    class_counts,
+    merge_concepts,
+    score_intervals,
+    total_counts,
+)
+from transfgu_ray.algorithms.scores.metrics import (
+    Score,
+    chance_confusion,
+    foreground_iou,
+    majority_confusion,
+    score,
+    score_matched,
+    score_merged,
+)
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.models.names import Names
+
+STAGE_NAMES = ("initial", "trained", "bootstrapped")
+REFINED = "refined"
+# The methods whose masks are of the model's concepts.
+_OF_MODEL = (*STAGE_NAMES, REFINED)
+
+
+def metrics_json(
+    config: RunConfig,
+    split: str | None,
+    num_images: int,
+    counts: dict[str, csr_array],
+    names: Names,
+    weights_sha256: str,
+) -> dict[str, Any]:
+    """The content of metrics.json; `stages`, `refined`, `baselines` and `per_class` are null where nothing was scored.
+
+    The baselines always hold `chance`, the expected score of labels drawn uniformly over the concepts, and `majority`,
+    that of calling every pixel the most frequent true class; see `chance_confusion` and `majority_confusion`.
+
+    Args:
+        config: the run's configuration.
+        split: the scored split.
+        num_images: scored photographs.
+        counts: per-photograph confusion matrices of each stage, of `refined` where it was asked for, then of each
+            baseline; see `photo_counts`. Empty where nothing was scored.
+        names: of the model's concepts. Concepts of one name are scored as one, and hidden ones as none; baselines have
+            clusters of their own.
+        weights_sha256: of the encoder.
+    """
+    content: dict[str, Any] = {
+        "dataset": config.data.dataset,
+        "split": split,
+        "granularity": config.concepts.granularity,
+        "protocol": config.evaluate.protocol,
+        "unmatched": config.evaluate.unmatched,
+        "num_images": num_images if counts else 0,
+        "num_classes": len(config.class_names),
+        "num_concepts": config.num_concepts,
+        "concept_names": {str(concept): name for concept, name in names.of_concept.items()} or None,
+        "scored": bool(counts),
+        "stages": None,
+        "refined": None,
+        "baselines": None,
+        "per_class": None,
+    }
+    if counts:
+        content |= _scores(config, counts, names)
+    return content | {
+        "recipe": config.preset,
+        "backbone": config.encoder.name,
+        "weights_sha256": weights_sha256,
+        "seed": config.seed,
+    }
+
+
+def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, Any]:
+    num_classes, kinds = len(config.class_names), names.kinds
+    is_thing = np.array([kind == "thing" for kind in config.class_kinds])
+    is_background = np.array([kind in ("background", "none") for kind in kinds])
+    # Every method's matrices have the same rows: the truth.
+    truth = class_counts(counts[STAGE_NAMES[0]], num_classes)
+
+    def to_matrix(cells: np.ndarray) -> np.ndarray:
+        return cells.reshape(num_classes, -1)
+
+    methods: dict[str, tuple[csr_array, Callable[[np.ndarray], np.ndarray]]] = {
+        **{
+            name: (named_counts(of_method, names) if name in _OF_MODEL else of_method, to_matrix)
+            for name, of_method in counts.items()
+        },
+        "chance": (truth, partial(chance_confusion, num_concepts=len(kinds))),
+        "majority": (truth, majority_confusion),
+    }
+    numbers, scores = {}, {}
+    for name, (of_method, confusion_of) in methods.items():
+        confusion = confusion_of(total_counts(of_method))
+        # The one class beyond the model's own holds what is hidden.
+        scores[name] = score_confusion(config, confusion, len(kinds))
+        numbers[name] = _numbers(config, confusion, scores[name])
+        intervals = score_intervals(of_method, config.seed, partial(score_resample, config, confusion_of, scores[name]))
+        numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
+        if name in _OF_MODEL:
+            own = to_matrix(total_counts(counts[name]))
+            numbers[name]["foreground_iou"] = foreground_iou(own, is_thing, is_background)
+    last = scores[STAGE_NAMES[-1]]
+    return {
+        "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
+        "refined": numbers.pop(REFINED, None),
+        "baselines": numbers,
+        # Each of the model's concepts by its number, also of those that are one class.
+        "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
+    }
+
+
+def named_counts(counts: csr_array, names: Names) -> csr_array:
+    """Counts of the model's concepts as those of the classes that their names make of them; see `photo_counts`."""
+    return merge_concepts(counts, names.class_of, names.num_classes)
+
+
+def score_confusion(config: RunConfig, confusion: np.ndarray, num_matched: int | None = None) -> Score:
+    """Scores of a split by the configured policy and protocol; for `num_matched` see `score`."""
+    return score(confusion, config.evaluate.unmatched, config.evaluate.protocol, num_matched)
+
+
+def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarray:
+    """Score of each photograph, its mIoU by the match of all of them, float64 (photographs,).
+
+    Args:
+        config: protocol and classes.
+        counts: of one of the run's own stages; see `photo_counts`.
+        names: of the concepts.
+    """
+    named, num_classes = named_counts(counts, names), len(config.class_names)
+    found = score_confusion(config, total_counts(named).reshape(num_classes, -1), len(names.kinds))
+    score_of = partial(score_resample, config, lambda cells: cells.reshape(num_classes, -1), found)
+    return np.array([score_of(named[[photo]].toarray()[0]).miou for photo in range(named.shape[0])])
+
+
+def score_resample(
+    config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score, cells: np.ndarray
+) -> Score:
+    """Scores of a resample by the match of the whole split: one of its own would favour every resample."""
+    rule = config.evaluate.unmatched, config.evaluate.protocol
+    return score_matched(confusion_of(cells), found.class_of_concept, *rule)
+
+
+def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str, Any]:
+    super_of = config.data.spec.super_of
+    coarser = None
+    if super_of and config.concepts.granularity == "fine":
+        rule = config.evaluate.unmatched, config.evaluate.protocol
+        merged = score_merged(confusion, found.class_of_concept, np.array(super_of), *rule)
+        coarser = {"miou": merged.miou, "pixel_accuracy": merged.pixel_accuracy}
+    return {
+        "miou": found.miou,
+        "pixel_accuracy": found.pixel_accuracy,
+        "coverage": found.coverage,
+        "super": coarser,
+    }
+
+
+def class_rows(config: RunConfig, found: Score) -> list[dict[str, Any]]:
+    """IoU and concepts of each class, as `per_class` of metrics.json; the IoU of a class that is not scored is null."""
+    classes = zip(config.class_names, config.class_kinds, found.class_iou, strict=True)
+    return [
+        {
+            "name": name,
+            "kind": kind,
+            "iou": None if np.isnan(iou) else float(iou),
+            # A match without a single right pixel is an accident of the matching, not a finding.
+            "concepts": np.flatnonzero(found.class_of_concept == class_id).tolist() if iou > 0 else [],
+        }
+        for class_id, (name, kind, iou) in enumerate(classes)
+    ]
+
+
+def scores_by_method(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores of each stage, of `refined` and of each baseline in a metrics.json; empty where nothing was scored."""
+    refined = {} if metrics["refined"] is None else {REFINED: metrics["refined"]}
+    return (metrics["stages"] or {}) | refined | (metrics["baselines"] or {})

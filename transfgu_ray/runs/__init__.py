@@ -1,0 +1,1 @@
+"""What a run leaves: its folder, stages, tables, checksums, lock and provenance."""

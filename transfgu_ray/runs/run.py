@@ -1,0 +1,251 @@
+"""The run folder: configuration first, manifests last, and what may be reused on a rerun."""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from transfgu_ray.config.base import difference, dump_yaml, parse_config
+from transfgu_ray.config.run import NOT_IDENTITY, RunConfig
+from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs.checksums import (
+    Mending,
+    dump_record,
+    find_damaged,
+    read_mending,
+    record_name,
+    seal_files,
+    write_mending,
+)
+from transfgu_ray.runs.provenance import library_versions
+from transfgu_ray.runs.stages import NAMED, NAMES, OUTPUTS, SECTIONS, STAGES, UNSEALED
+from transfgu_ray.storage import Folder
+
+
+class Run:
+    """A run folder and the configuration it was made with."""
+
+    def __init__(self, folder: Folder, config: RunConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def open(cls, uri: str, config: RunConfig | None, overwrite: bool = False) -> "Run":
+        """Opens a run folder, or makes one; its configuration is written before anything else.
+
+        Args:
+            uri: local path or URI.
+            config: the configuration asked for; None to take the run's own.
+            overwrite: accept another configuration; stages that it touches are computed again.
+
+        Raises:
+            ArtifactError: there is no run, it was made with another configuration, or it cannot be written.
+        """
+        folder, stored = Folder(uri), cls.stored_config(uri)
+        if config is None:
+            if stored is None:
+                raise ArtifactError(
+                    f"{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`"
+                )
+            return cls(folder, stored)
+        changes = [] if stored is None else difference(_identity(stored), _identity(config))
+        if changes and not overwrite and cls._has_results(folder):
+            raise ArtifactError(
+                f"{uri} was made with another configuration ({'; '.join(changes)}); use another run folder, or "
+                "--overwrite to compute again what this changes"
+            )
+        if stored != config:
+            folder.write_bytes("config.yaml", dump_yaml(config).encode())
+        return cls(folder, config)
+
+    @staticmethod
+    def _has_results(folder: Folder) -> bool:
+        # A call that was refused before it computed anything leaves the configuration only.
+        return any(folder.exists(f"{stage}.json") for stage in STAGES) or any(True for _ in folder.files("features"))
+
+    @staticmethod
+    def stored_config(uri: str) -> RunConfig | None:
+        """The configuration of a run folder; None where there is no run.
+
+        Raises:
+            ArtifactError: the folder cannot be opened or its configuration is damaged.
+        """
+        folder = Folder(uri)
+        try:
+            return (
+                parse_config(yaml.safe_load(folder.read_bytes("config.yaml")), RunConfig)
+                if folder.exists("config.yaml")
+                else None
+            )
+        except OSError as error:
+            raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
+        except yaml.YAMLError:
+            raise ArtifactError(f"{uri}/config.yaml is damaged; use another run folder") from None
+
+    def fingerprint(self, stage: str, inputs: str) -> str:
+        """Hash of every setting and input that the stage's output depends on."""
+        return _hash([self._sections(stage), inputs])
+
+    def tokens_fingerprint(self, inputs: str) -> str:
+        """Hash of what the table of cached tokens depends on, which is less than what training does.
+
+        Args:
+            inputs: of the stage train.
+        """
+        train = _identity(self.config)["train"]
+        read = {name: train[name] for name in ("crop_size", "token_window", "backbone", "backbone_weights")}
+        seed = self.config.seed if train["backbone_weights"] == "random" else None
+        return _hash([self._sections("extract"), read, seed, self.config.cam.batch_size, inputs])
+
+    def settings_key(self, stage: str) -> str:
+        """Sixteen hex digits that name every setting that the stage's output depends on."""
+        return _hash([self._sections(stage)])[:16]
+
+    def _sections(self, stage: str) -> dict[str, Any]:
+        values = _identity(self.config)
+        upto = STAGES[: STAGES.index(stage) + 1]
+        sections = {name: values[name] for step in upto for name in SECTIONS[step]}
+        # Random weights follow from the seed; nothing else of the first stage does.
+        return sections | ({"seed": self.config.seed} if self.config.encoder.weights == "random" else {})
+
+    def names_sha256(self, stage: str) -> str | None:
+        """Hash of the names of concepts; None where there are none, or the stage does not depend on them."""
+        if stage not in NAMED or not self.folder.exists(NAMES):
+            return None
+        return hashlib.sha256(self.folder.read_bytes(NAMES)).hexdigest()
+
+    def copy_stage(self, source: "Run", stage: str) -> None:
+        """Takes over a finished stage of another run, its manifest last."""
+        for output in OUTPUTS[stage]:
+            self.copy_output(source, output)
+        if source.folder.exists(record_name(stage)):
+            self.folder.copy_from(source.folder, record_name(stage))
+        self.folder.copy_from(source.folder, f"{stage}.json")
+
+    def copy_output(self, source: "Run", output: str) -> None:
+        """Takes over a file, or the files of a table, of another run."""
+        for name, _ in source.folder.files(output):
+            self.folder.copy_from(source.folder, name)
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """A finished stage's manifest; None where there is none, or it is damaged."""
+        try:
+            manifest = self.folder.read_json(f"{stage}.json")
+        except ValueError:
+            return None
+        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) else None
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The manifest of a stage that another needs.
+
+        Raises:
+            ArtifactError: the stage has not finished.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise ArtifactError(
+                f"{self.folder.uri} has no finished stage {stage}; run `transfgu {stage} {self.folder.uri}` first"
+            )
+        return manifest
+
+    def clear(self, stage: str) -> None:
+        """Removes the stage's manifest first, then its outputs."""
+        for name in (f"{stage}.json", record_name(stage), *OUTPUTS[stage]):
+            self.folder.delete(name)
+
+    def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
+        """Seals the stage's files and marks it as complete; call it last.
+
+        Where `discard` had removed damaged files, the manifest names them. Stages after it were made of what was there
+        before: they are cleared unless the files are the same again, bit for bit.
+        """
+        record = dump_record(seal_files(self.folder, self._files(stage)))
+        seal = hashlib.sha256(record).hexdigest()
+        mended = {}
+        if (note := read_mending(self.folder, stage)) is not None:
+            mended = {"damaged": note.damaged, "same_again": seal == note.seal}
+            if not mended["same_again"]:
+                for later in STAGES[STAGES.index(stage) + 1 :]:
+                    self.clear(later)
+        names = {} if stage not in NAMED else {"names_sha256": self.names_sha256(stage)}
+        manifest = {"stage": stage, "fingerprint": fingerprint, **names, **content, **mended, "files_sha256": seal}
+        manifest |= {"versions": library_versions()}
+        self.folder.write_bytes(record_name(stage), record)
+        self.folder.write_bytes(f"{stage}.json", json.dumps(manifest, indent=1).encode())
+        return manifest
+
+    def damaged_files(self, stage: str) -> list[str]:
+        """Files of a finished stage that are gone or no longer what it wrote; none where an older version made it.
+
+        A record that is damaged itself is written again if all files are as the manifest says; else all of them count.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None or "files_sha256" not in manifest:
+            return []
+        there, seal = self._files(stage), manifest["files_sha256"]
+        record = self.folder.read_bytes(record_name(stage)) if self.folder.exists(record_name(stage)) else b""
+        if hashlib.sha256(record).hexdigest() == seal:
+            return find_damaged(self.folder, json.loads(record), there)
+        record = dump_record(seal_files(self.folder, there))
+        if hashlib.sha256(record).hexdigest() != seal:
+            return [record_name(stage), *sorted(there)]
+        self.folder.write_bytes(record_name(stage), record)
+        return []
+
+    def require_whole(self, stage: str) -> None:
+        """Refuses a finished stage whose files are no longer what it wrote.
+
+        Raises:
+            ArtifactError: some are not; the message names the first, and what makes it again.
+        """
+        if damaged := self.damaged_files(stage):
+            raise ArtifactError(
+                f"{self.folder.uri_of(damaged[0])}{and_more(damaged)}: not what stage {stage} wrote, damaged or "
+                f"deleted since; run `transfgu {stage} {self.folder.uri}` to make it again"
+            )
+
+    def discard(self, stage: str, damaged: list[str]) -> None:
+        """Removes damaged files of a finished stage and then its manifest, so that they are made again.
+
+        In this order a kill in between leaves a stage that lacks files, not one that would go on with damaged ones.
+        """
+        seal = self.require(stage)["files_sha256"]
+        for name in damaged:
+            self.folder.delete(name)
+        if any(name.startswith("samples/") for name in damaged):
+            # Samples are written with the part that counts their photograph.
+            self.folder.delete("confusions")
+            self.folder.delete("extremes")
+        write_mending(self.folder, stage, Mending(damaged, seal))
+        self.folder.delete(f"{stage}.json")
+
+    def _files(self, stage: str) -> dict[str, int]:
+        """Bytes of each file that the stage has left, Ray Train's own storage and the like aside."""
+        found = {}
+        for output in OUTPUTS[stage]:
+            # The stage train itself leaves nothing deeper.
+            found |= self.folder.files(output, recursive=output != "train")
+        return {
+            name: size
+            for name, size in found.items()
+            if not name.startswith(UNSEALED) and not posixpath.basename(name).startswith(".")
+        }
+
+
+def and_more(damaged: Sequence[str]) -> str:
+    """How many files beside the first are damaged, in words."""
+    return f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    # Where the photographs lie does not matter; the input fingerprint says which they are.
+    del values["data"]["root"]
+    return values

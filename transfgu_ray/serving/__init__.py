@@ -1,0 +1,1 @@
+"""New photographs: predict, serve, export."""

@@ -1,0 +1,74 @@
+"""Which photographs `--images` names: a folder, a file, a glob or a URI of one of these."""
+
+import re
+from dataclasses import replace
+
+from fsspec.utils import glob_translate
+
+from transfgu_ray.datasets import FOLDER
+from transfgu_ray.datasets.listing import ImageRef, Listing, list_images
+from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.images import EXTENSIONS
+from transfgu_ray.storage import Folder
+
+_WILD = re.compile(r"[*?[]")
+
+
+def find_photographs(images: str) -> tuple[Folder, Listing]:
+    """The folder that photographs lie in, and those of them that are meant, in the order of their frames.
+
+    Args:
+        images: a folder, a file, a glob such as `photos/**/*.jpg`, or a URI of one of these.
+
+    Raises:
+        DataError: there are none.
+    """
+    try:
+        whole = Folder(images)
+        is_file, is_there = whole.is_file(), whole.exists()
+    except (ArtifactError, OSError) as error:
+        raise DataError(f"--images {images} cannot be opened: {error}") from None
+    if is_file:
+        root, listing = _single(images)
+    elif is_there:
+        root, listing = whole, list_images(images, FOLDER, "")
+    elif wild := _WILD.search(images):
+        parent, pattern = _parent(images[: wild.start()])
+        root, listing = _matching(images, parent, pattern + images[wild.start() :])
+    else:
+        raise DataError(f"--images {images} does not exist; give a folder, a file, a glob in quotes or a URI")
+    return root, replace(listing, images=tuple(sorted(listing.images, key=lambda image: _natural(image.image_id))))
+
+
+def _parent(path: str) -> tuple[str, str]:
+    """The folder of a path or URI, and what comes after it."""
+    folder, slash, name = path.rpartition("/")
+    return folder or slash or ".", name
+
+
+def _single(images: str) -> tuple[Folder, Listing]:
+    if not images.lower().endswith(EXTENSIONS):
+        raise DataError(
+            f"--images {images} is no photograph ({', '.join(EXTENSIONS)}); of a video, save the frames as photographs "
+            "first, e.g. with `ffmpeg -i VIDEO frames/%06d.jpg`"
+        )
+    folder, name = _parent(images)
+    return Folder(folder), Listing((ImageRef(name, None, -1),), 0)
+
+
+def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
+    root = Folder(folder)
+    if not root.exists() or root.is_file():
+        raise DataError(f"--images {images}: there is no folder {folder}")
+    listing, meant = list_images(folder, FOLDER, ""), re.compile(glob_translate(pattern))
+    found = tuple(image for image in listing.images if meant.match(image.image_id))
+    if not found:
+        raise DataError(f"no photograph matches --images {images}; {len(listing.images)} lie in {root.uri}")
+    refused = tuple(refusal for refusal in listing.refused if meant.match(refusal["image_id"]))
+    return root, Listing(found, 0, refused)
+
+
+def _natural(image_id: str) -> list[tuple[bool, int, str]]:
+    """Frame 10 comes after frame 9, not after frame 1."""
+    pieces = re.split(r"(\d+)", image_id)
+    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]

@@ -1,0 +1,188 @@
+"""model + new photographs -> masks, overlays and what else is asked for, each at its photograph's own size."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from transfgu_ray.algorithms.scores.upsampling import upsample_probabilities
+from transfgu_ray.config.run import DataConfig
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.parts import PartStats, decode_photos
+from transfgu_ray.engine.progress import Progress
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
+from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.images import encode
+from transfgu_ray.models.model import load_model, load_model_config
+from transfgu_ray.models.names import load_names
+from transfgu_ray.reports.legend import legend, legend_image
+from transfgu_ray.reports.palette import class_colours, overlay, palette_image
+from transfgu_ray.runs.provenance import library_versions
+from transfgu_ray.serving.coco import CocoWriter, find_segments, panoptic_image
+from transfgu_ray.storage import Folder
+
+MANIFEST = "predict.json"
+_IMAGES_A_UNIT = 4
+_JPEG_MOST_PX = 65500
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is made of each photograph.
+
+    Attributes:
+        sliding: see `Segmenter.photo_maps`.
+        probabilities: a greyscale PNG a class, 255 = certain.
+        coco: COCO JSON, as detections and as panoptic segments.
+    """
+
+    sliding: bool = False
+    probabilities: bool = False
+    coco: bool = False
+
+
+class Predictor(UnitWorker):
+    """One unit of photographs -> their masks and overlays."""
+
+    def __init__(
+        self, model_uri: str, out_uri: str, stems: dict[str, str], wanted: Wanted, device: str, threads: int
+    ) -> None:
+        super().__init__(device, threads)
+        self._model = load_model(Folder(model_uri), device)
+        self._out = Folder(out_uri)
+        self._stems = stems
+        self._wanted = wanted
+        self._names = load_names(Folder(model_uri), self._model.config.kinds)
+        self._colours = class_colours(self._names.num_classes, self._names.background_id)
+
+    def process(self, unit: int, photos: list[Photo]) -> bytes:
+        """Writes what is wanted of each photograph; returns counts, refusals and COCO's segments as JSON."""
+        stats, segmented = PartStats(), []
+        for photo, image in decode_photos(photos, 1, DataConfig().max_pixels, stats):
+            stem, background_id = self._stems[photo.image_id], self._names.background_id
+            maps = self._model.photo_maps(image, self._wanted.sliding)
+            mask = self._names.apply(self._model.to_mask(maps, image))
+            self._write(f"masks/{stem}.png", palette_image(mask, self._colours))
+            ending = "jpg" if max(image.size) <= _JPEG_MOST_PX else "png"
+            self._write(f"overlays/{stem}.{ending}", overlay(image, mask, self._colours))
+            if self._wanted.probabilities:
+                digits = len(str(self._names.num_classes - 1))
+                members = {i: self._names.members(i) for i in self._names.used}
+                shares = upsample_probabilities(maps, (image.height, image.width), members.values())
+                for class_id, each in zip(members, shares, strict=True):
+                    name = f"probabilities/{stem}/{class_id:0{digits}}.png"
+                    self._write(name, Image.fromarray(each.cpu().numpy()))
+            if self._wanted.coco:
+                self._write(f"coco/panoptic/{stem}.png", panoptic_image(mask, background_id))
+                segments = find_segments(mask, background_id)
+                size = {"height": image.height, "width": image.width}
+                segmented.append({"image_id": photo.image_id, "stem": stem, **size, "segments": segments})
+        return json.dumps({"stats": vars(stats), "segmented": segmented}).encode()
+
+    def _write(self, name: str, image: Image.Image) -> None:
+        is_jpeg = name.endswith(".jpg")
+        self._out.write_bytes(name, encode(image, "JPEG", quality=90) if is_jpeg else encode(image, "PNG"))
+
+
+def model_folder(uri: str) -> Folder:
+    """The model folder of a run folder, or the folder itself.
+
+    Raises:
+        ArtifactError: neither is a model.
+    """
+    folder = Folder(uri)
+    if folder.exists("model/config.json"):
+        return Folder(folder.uri_of("model"))
+    if not folder.exists("config.json"):
+        raise ArtifactError(f"{uri} is neither a finished run nor a model folder; train one with `transfgu run`")
+    return folder
+
+
+def output_stems(image_ids: list[str]) -> dict[str, str]:
+    """File name of each photograph's mask, without an ending; the photograph's own ending stays where names collide."""
+    ids = set(image_ids)
+    stems = {image_id: str(PurePosixPath(image_id).with_suffix("")) for image_id in image_ids}
+    taken: dict[str, int] = {}
+    for stem in stems.values():
+        taken[stem] = taken.get(stem, 0) + 1
+    return {image_id: image_id if taken[stem] > 1 or stem in ids else stem for image_id, stem in stems.items()}
+
+
+def predict(
+    model: Folder,
+    root: Folder,
+    photos: Listing,
+    out: Folder,
+    wanted: Wanted,
+    resources: Resources,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes what is wanted of every readable photograph, the legend, and last the manifest, which it returns.
+
+    Raises:
+        DataError: none can be read.
+    """
+    started = time.monotonic()
+    out.delete(MANIFEST)
+    config = load_model_config(model)
+    names = load_names(model, config.kinds)
+    entries = legend(names)
+    images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
+    stems = output_stems([image.image_id for image in images])
+    numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
+    units = dict(enumerate(split_units(images, _IMAGES_A_UNIT)))
+    arguments = {"model_uri": model.uri, "out_uri": out.uri, "stems": stems, "wanted": wanted}
+    total, peak_mb = PartStats(refused=list(photos.refused)), 0
+
+    def done() -> Iterator[tuple[int, dict[str, Any]]]:
+        nonlocal peak_mb
+        for result in stream_units(root, units, Predictor, arguments, resources):
+            found = json.loads(result.result)
+            peak_mb = max(peak_mb, result.peak_mb)
+            progress(len(units[result.unit]), refused=len(found["stats"]["refused"]))
+            yield result.unit, found
+
+    for found in _in_order(done()):
+        total.add(PartStats(**found["stats"]))
+        for photo in found["segmented"]:
+            coco.add(numbers[photo["image_id"]], photo)
+    if not total.images:
+        first = total.refused[0]
+        raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
+    out.write_bytes("legend.json", json.dumps(entries, indent=1).encode())
+    out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
+    if coco:
+        coco.write(out)
+    seconds = time.monotonic() - started
+    manifest = {
+        "stage": "predict",
+        "model": model.uri,
+        "weights_sha256": config.weights_sha256,
+        "images": root.uri,
+        **asdict(wanted),
+        "rows_in": len(images) + len(photos.refused),
+        "rows_out": total.images,
+        "refused": sorted(total.refused, key=lambda refusal: refusal["image_id"]),
+        "seconds": seconds,
+        "images_per_second": total.images / seconds,
+        "peak_memory_mb": peak_mb,
+        "versions": library_versions(),
+    }
+    out.write_bytes(MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _in_order(results: Iterator[tuple[int, _Found]]) -> Iterator[_Found]:
+    """Units as they are numbered: what is written must not depend on which worker was the faster."""
+    early, expected = {}, 0
+    for unit, found in results:
+        early[unit] = found
+        while expected in early:
+            yield early.pop(expected)
+            expected += 1

@@ -1,0 +1,1 @@
+"""Many runs: sweeps, ablations and the comparison of registered versions."""

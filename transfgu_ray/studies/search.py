@@ -1,0 +1,155 @@
+"""Tune's schedulers, and Optuna as a search that never suggests a point twice."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from ray.tune import Callback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from transfgu_ray.studies.spaces import Range, Space, expand
+from transfgu_ray.studies.trials import POINT
+
+# After so many known suggestions in a row there is nothing new that is worth trying.
+_MAX_KNOWN = 100
+
+
+def new_scheduler(name: str, num_epochs: int) -> TrialScheduler:
+    """What stops trials by the score of their epochs.
+
+    Args:
+        name: `none`, `asha` (Li et al. 2020) or `median` (Golovin et al. 2017).
+        num_epochs: of a trial that is not stopped.
+    """
+    grace = max(1, num_epochs // 4)
+    if name == "asha":
+        # One more than there are: what reaches its end is finished, not stopped.
+        return ASHAScheduler(time_attr="epoch", grace_period=grace, max_t=num_epochs + 1, reduction_factor=2)
+    if name == "median":
+        return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
+    return FIFOScheduler()
+
+
+class Ended(Callback):
+    """Tells of each trial as soon as it has ended.
+
+    Args:
+        on_end: takes its point, and what it is unless its last stage is done: `stopped` or `failed`.
+        on_epoch: called whenever a trial has done one.
+    """
+
+    def __init__(self, on_end: Callable[[dict[str, Any], str], None], on_epoch: Callable[[], None]) -> None:
+        self._on_end, self._on_epoch = on_end, on_epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: what Tune pickles to restore a sweep with is never used, and a terminal's lock cannot be pickled."""
+        return {}
+
+    def on_trial_result(self, **info: Any) -> None:
+        """Of a trial that reports."""
+        self._on_epoch()
+
+    def on_trial_complete(self, trial: Any, **info: Any) -> None:
+        """Of a trial that came to its end, or was stopped."""
+        self._on_end(json.loads(trial.config[POINT]), "stopped")
+
+    def on_trial_error(self, trial: Any, **info: Any) -> None:
+        """Of a trial that raised."""
+        self._on_end(json.loads(trial.config[POINT]), "failed")
+
+
+class OptunaSearch(Searcher):
+    """Points suggested by Optuna's sampler, a tree-structured Parzen estimator (Bergstra et al. 2011).
+
+    Departures from Ray's adaptor of the same name: no point is suggested twice, and what an earlier call of the sweep
+    has found is known from the start.
+
+    Args:
+        space: what varies.
+        seed: of the sampler.
+        metric: what is maximised.
+        known: point and result of each finished trial.
+        taken: points of trials that were stopped.
+        first: points to go on with before new ones are suggested.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        seed: int,
+        metric: str,
+        known: Sequence[tuple[Mapping[str, Any], float]],
+        taken: Sequence[Mapping[str, Any]],
+        first: Sequence[Mapping[str, Any]],
+    ) -> None:
+        super().__init__(metric=metric, mode="max")
+        self._space = space
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            key: _distribution(values) for key, values in space.items()
+        }
+        self._seen = {to_text(point) for point in (*(point for point, _ in known), *taken)}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        for point, value in known:
+            parameters = self._parameters(point)
+            trial = optuna.trial.create_trial(params=parameters, distributions=self._distributions, value=value)
+            self._study.add_trial(trial)
+        for point in first:
+            self._study.enqueue_trial(self._parameters(point))
+        self._asked: dict[str, optuna.Trial] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A point that was not suggested before, as text; FINISHED where there seems to be none left."""
+        for _ in range(_MAX_KNOWN):
+            trial = self._study.ask(self._distributions)
+            choice = {
+                key: trial.params[key] if isinstance(values, Range) else values[trial.params[key]]
+                for key, values in self._space.items()
+            }
+            text = to_text(expand(choice))
+            if text not in self._seen:
+                self._seen.add(text)
+                self._asked[trial_id] = trial
+                return {POINT: text}
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells Optuna what a trial reached; a trial without a result counts as failed."""
+        trial = self._asked.pop(trial_id)
+        if error or not result or self.metric not in result:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, result[self.metric])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the sweep's folder says what was found."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
+    def _parameters(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = {}
+        for key, values in self._space.items():
+            if isinstance(values, Range):
+                parameters[key] = point[key]
+            else:
+                parameters[key] = next(
+                    i for i, value in enumerate(values) if expand({key: value}).items() <= point.items()
+                )
+        return parameters
+
+
+def _distribution(values: Sequence[Any] | Range) -> optuna.distributions.BaseDistribution:
+    if not isinstance(values, Range):
+        return optuna.distributions.CategoricalDistribution(list(range(len(values))))
+    if values.is_whole:
+        return optuna.distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
+    return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
+
+
+def to_text(point: Mapping[str, Any]) -> str:
+    """A point as a trial is handed it."""
+    return json.dumps(point)

@@ -1,0 +1,94 @@
+"""What trials have in common, made once: runs below SWEEP/shared, named by the settings that they depend on."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.progress import Reporter
+from transfgu_ray.pipeline.run import cache_tokens, run_stages
+from transfgu_ray.pipeline.samples import TOKENS
+from transfgu_ray.runs.run import Run
+from transfgu_ray.storage import Folder
+
+SHARED = ("extract", "concepts", "labels")
+
+
+class SharedStages:
+    """The shared runs of a sweep.
+
+    Args:
+        folder: of the sweep.
+        base: configuration that the trials change.
+    """
+
+    def __init__(self, folder: Folder, base: RunConfig) -> None:
+        self._folder = folder
+        self._base = base
+
+    def bank(self, config: RunConfig) -> Run:
+        """The run that holds features, concepts, bank and cached tokens of a trial."""
+        return self._open("labels", config)
+
+    def make(self, configs: Iterable[RunConfig], reporter: Reporter) -> None:
+        """Makes what the trials need and is not there: features, banks, then tokens, each distinct one once.
+
+        Raises:
+            TransfguError: settings, data or weights are unusable.
+        """
+        with_tokens: dict[str, Run] = {}
+        for place, _ in self._banks(configs):
+            run = Run.open(place.folder.uri, place.config)
+            features = self._open("extract", run.config)
+            if run.manifest("extract") is None:
+                run_stages(features, SHARED[:1], None, reporter)
+                run.copy_stage(features, "extract")
+            run_stages(run, SHARED, None, reporter)
+            if run.config.train.features == "cached":
+                source = with_tokens.setdefault(features.folder.uri, run)
+                if source is run:
+                    cache_tokens(run, reporter)
+                else:
+                    run.copy_output(source, TOKENS)
+
+    def give(self, target: Run) -> None:
+        """Gives a trial what it shares, unless it is trained."""
+        if target.manifest("train") is not None:
+            return
+        source = self.bank(target.config)
+        for stage in SHARED:
+            target.copy_stage(source, stage)
+        target.copy_output(source, TOKENS)
+
+    def drop_tokens(self, configs: Iterable[RunConfig]) -> None:
+        """Removes the cached tokens, which are large and of no use once every trial has ended."""
+        for place, _ in self._banks(configs):
+            place.folder.delete(TOKENS)
+
+    def describe(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
+        """Each stage of the shared runs: its fingerprint, its seconds, and how many of these trials use it."""
+        stages: dict[str, dict[str, Any]] = {}
+        for run, uses in self._banks(configs):
+            for manifest in filter(None, map(run.manifest, SHARED)):
+                entry = {"stage": manifest["stage"], "fingerprint": manifest["fingerprint"], "used_by": 0}
+                entry |= {"seconds": manifest["seconds"]}
+                stages.setdefault(manifest["fingerprint"], entry)["used_by"] += uses
+        return sorted(stages.values(), key=lambda entry: SHARED.index(entry["stage"]))
+
+    def _banks(self, configs: Iterable[RunConfig]) -> list[tuple[Run, int]]:
+        """The distinct runs that hold the banks of trials, and how many of these use each."""
+        places = [self._place("labels", config) for config in configs]
+        used_by = Counter(place.folder.uri for place in places)
+        return [(place, used_by[uri]) for uri, place in {place.folder.uri: place for place in places}.items()]
+
+    def _open(self, stage: str, config: RunConfig) -> Run:
+        place = self._place(stage, config)
+        return Run.open(place.folder.uri, place.config)
+
+    def _place(self, stage: str, config: RunConfig) -> Run:
+        """The shared run of a stage; of the settings after it, it has those of the base."""
+        changed = {"extract": config.extract}
+        if stage == "labels":
+            changed |= {"seed": config.seed, "concepts": config.concepts, "cam": config.cam}
+        run = Run(self._folder, self._base.model_copy(update=changed))
+        return Run(Folder(self._folder.uri_of(f"shared/{stage}-{run.settings_key(stage)}")), run.config)

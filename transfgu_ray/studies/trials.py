@@ -1,0 +1,198 @@
+"""Trials of a sweep: run folders named by their settings, and what became of each."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from transfgu_ray.algorithms.scores.label_free import COMPONENTS
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.engine.progress import SilentReporter
+from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, ray_session
+from transfgu_ray.errors import TransfguError
+from transfgu_ray.pipeline.context import Trial
+from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.runs.run import Run
+from transfgu_ray.storage import Folder
+from transfgu_ray.studies.shared import SharedStages
+from transfgu_ray.studies.spaces import assignments
+from transfgu_ray.tracking.runs import RECORD, Tracked
+
+# What a trial's own process takes of Ray's CPUs: it waits for others.
+DRIVER_CPUS = 0.1
+STAGES = ("train", "evaluate", "report", "register")
+# A point is handed to trials as text, so that Tune does not look for searches inside its lists.
+POINT = "point"
+# Apart from the seeds that people give.
+_SIBLING_SEED = 1_000_000
+
+
+def sibling_of(config: RunConfig) -> RunConfig:
+    """The same settings with another seed: other concepts, another bank, another student."""
+    return config.model_copy(update={"seed": config.seed + _SIBLING_SEED})
+
+
+def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
+    """The configuration with as many workers as one trial may have, and how many trials run at a time.
+
+    Each trial's driver, its workers and one reading task fit into Ray's CPUs (and GPUs) at once, so that no trial waits
+    for another one that waits for it.
+    """
+    import ray
+
+    with ray_session(None, base.runtime) as resources:
+        total = ray.cluster_resources()
+    train_workers = resources.train_workers
+    cores = resources.num_cores // resources.threads
+    if resources.device == "cuda":
+        concurrent = max(1, int(total["GPU"]) // train_workers)
+    else:
+        need = DRIVER_CPUS + train_workers * WORKER_CPUS + READER_CPUS
+        concurrent = max(1, min(cores // train_workers, int(total["CPU"] / need)))
+    runtime = base.runtime.model_copy(update={"num_workers": train_workers, "train_workers": train_workers})
+    return base.model_copy(update={"runtime": runtime}), concurrent
+
+
+class Trials:
+    """The trials of a sweep's folder.
+
+    Args:
+        folder: of the sweep.
+        base: configuration that the trials change.
+    """
+
+    def __init__(self, folder: Folder, base: RunConfig) -> None:
+        self._folder = folder
+        self._base = base
+        self._described: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def _notes(self) -> dict[str, dict[str, Any]]:
+        """What became of each trial by its id, in the order of ids."""
+        names = [name for name, _ in self._folder.files("trials") if name.endswith(".json")]
+        return {name.removeprefix("trials/").removesuffix(".json"): self._folder.read_json(name) for name in names}
+
+    @property
+    def ended(self) -> set[str]:
+        """Ids of the trials that finished or were stopped; those that failed are tried again."""
+        return {name for name, note in self._notes.items() if note["status"] in ("finished", "stopped")}
+
+    def config(self, point: Mapping[str, Any]) -> RunConfig:
+        """The configuration of a trial."""
+        return build_config(self._base, None, assignments(point))
+
+    def id_of(self, point: Mapping[str, Any]) -> str:
+        """Sixteen hex digits that name a trial by its settings."""
+        return Run(self._folder, self.config(point)).settings_key("evaluate")
+
+    def folder_of(self, name: str) -> Folder:
+        """The run folder of a trial."""
+        return Folder(self._folder.uri_of(f"trials/{name}"))
+
+    def begin(self, point: Mapping[str, Any]) -> Run:
+        """Opens the run folder of a trial."""
+        name = self.id_of(point)
+        run = Run.open(self.folder_of(name).uri, self.config(point))
+        self._write_note(name, {"point": dict(point), "status": "running", "error": None})
+        return run
+
+    def fail(self, point: Mapping[str, Any], error: str) -> None:
+        """Notes why a trial failed."""
+        self._write_note(self.id_of(point), {"point": dict(point), "status": "failed", "error": error})
+
+    def end(self, point: Mapping[str, Any], otherwise: str) -> None:
+        """Notes what became of a trial: finished where its last stage is, else what Tune says."""
+        name = self.id_of(point)
+        # The trial itself has noted its error.
+        note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "error": None}
+        finished = self.folder_of(name).exists(f"{STAGES[-1]}.json")
+        self._notes[name] = note | {"status": "finished" if finished else otherwise}
+        self._described.pop(name, None)
+        self._write_note(name, self._notes[name])
+
+    def _write_note(self, name: str, note: Mapping[str, Any]) -> None:
+        self._folder.write_bytes(_note_name(name), json.dumps(note, indent=1).encode())
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The trials that have ended as sweep.json tells them, in the order of their ids."""
+        ended = {name: note for name, note in sorted(self._notes.items()) if note["status"] != "running"}
+        for name in ended.keys() - self._described.keys():
+            self._described[name] = self._describe(name, ended[name])
+        return [self._described[name] for name in ended]
+
+    def _describe(self, name: str, note: Mapping[str, Any]) -> dict[str, Any]:
+        folder, config = self.folder_of(name), self.config(note["point"])
+        run = Run(folder, config)
+        history = folder.read_json("train/history.json") or []
+        last = history[-1] if history else {}
+        stages = (folder.read_json("metrics.json") or {}).get("stages")
+        scored = (stages or {}).get("bootstrapped", {})
+        manifests = [manifest for manifest in map(run.manifest, STAGES) if manifest is not None]
+        return {
+            "id": name,
+            "run": folder.uri,
+            "point": note["point"],
+            "status": note["status"],
+            "epochs": len(history),
+            "num_concepts": config.num_concepts,
+            "score": last.get("score"),
+            "components": {each: last[each] for each in COMPONENTS if each in last},
+            "miou": scored.get("miou"),
+            "pixel_accuracy": scored.get("pixel_accuracy"),
+            "seconds": round(sum(manifest["seconds"] for manifest in manifests), 3),
+            "model_version": (run.manifest("register") or {}).get("model_version"),
+            "mlflow_run_id": (folder.read_json(RECORD) or {}).get("run_id"),
+            "error": note["error"] if note["status"] == "failed" else None,
+        }
+
+    def for_search(self, objective: str) -> tuple[list[tuple[dict[str, Any], float]], list[Any], list[Any]]:
+        """Points with their results, points that were stopped, and points to go on with."""
+        trials = self.describe()
+        known = [(trial["point"], trial[objective]) for trial in trials if trial["status"] == "finished"]
+        taken = [trial["point"] for trial in trials if trial["status"] == "stopped"]
+        first = [note["point"] for name, note in self._notes.items() if name not in self.ended]
+        return known, taken, first
+
+
+def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
+    """What Tune runs: the stages of one trial, its epochs' scores reported as they come.
+
+    Args:
+        values: the point, as text.
+        settings: folder and base configuration of the sweep, its MLflow run and its objective.
+    """
+    from ray import tune
+
+    base, folder = RunConfig.model_validate(settings["base"]), Folder(settings["folder"])
+    trials, shared = Trials(folder, base), SharedStages(folder, base)
+    point, objective = json.loads(values[POINT]), settings["objective"]
+    run = trials.begin(point)
+    # The last epoch is told at the end of all: a scheduler would stop a trained trial before it is scored.
+    epochs, reported = sum(run.config.train.round_epochs) - 1, 0
+
+    def on_epoch(history: list[dict[str, float]]) -> None:
+        nonlocal reported
+        for epoch in history[reported:epochs] if objective == "score" else []:
+            tune.report({"score": epoch["score"], "epoch": epoch["epoch"] + 1})
+        reported = len(history)
+
+    try:
+        shared.give(run)
+        sibling = shared.bank(sibling_of(run.config)) if objective == "score" else None
+        tags = {"objective": objective, "sweep": folder.uri}
+        trial = Trial(Tracked(**settings["parent"]), tags, sibling, on_epoch)
+        run_stages(run, STAGES, None, SilentReporter(), trial=trial)
+    except Exception as error:
+        sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
+        trials.fail(point, sentence.splitlines()[0])
+        raise
+    history = json.loads(run.folder.read_bytes("train/history.json"))
+    metrics = json.loads(run.folder.read_bytes("metrics.json"))
+    last = (
+        {"score": history[-1]["score"]} if objective == "score" else {"miou": metrics["stages"]["bootstrapped"]["miou"]}
+    )
+    tune.report(last | {"epoch": len(history)})
+
+
+def _note_name(trial: str) -> str:
+    return f"trials/{trial}.json"

@@ -1,0 +1,263 @@
+"""A sweep: what trials share is made once, then Ray Tune runs one ordinary run folder a point."""
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transfgu_ray.algorithms.scores.label_free import NUM_PROBED
+from transfgu_ray.config.base import difference, flatten
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.engine.progress import Reporter
+from transfgu_ray.engine.session import ray_session
+from transfgu_ray.engine.trainer import MAX_RESTARTS
+from transfgu_ray.engine.watchdog import unless_stalled
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.pipeline.inputs import scored_split
+from transfgu_ray.storage import Folder
+from transfgu_ray.studies.shared import SharedStages
+from transfgu_ray.studies.spaces import (
+    Range,
+    Space,
+    assignments,
+    grid_points,
+    plain_settings,
+    plain_space,
+    random_points,
+)
+from transfgu_ray.studies.trials import DRIVER_CPUS, POINT, Trials, run_trial, sibling_of, trial_resources
+from transfgu_ray.tracking.client import tracking_uri
+from transfgu_ray.tracking.runs import Tracked, ended_on_error
+from transfgu_ray.tracking.sweeps import begin_sweep, end_sweep, settle_trials
+
+SWEEP, PAGE = "sweep.json", "sweep.html"
+_IDENTITY = "sweep_config.json"
+# Settings that change what trials share.
+_SHARED_SECTIONS = ("seed", "extract", "concepts", "cam")
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """How a sweep is made.
+
+    Attributes:
+        space: what varies.
+        num_trials: how many points are tried; None = all of a grid.
+        sampler: `grid`, `random` or `optuna`.
+        scheduler: `none`, `asha` or `median`.
+        objective: `score`, which needs no labels, or `miou` of the validation photographs.
+    """
+
+    space: Space
+    num_trials: int | None
+    sampler: str
+    scheduler: str
+    objective: str
+
+
+def tune(folder: Folder, base: RunConfig, plan: SweepPlan, address: str | None, reporter: Reporter) -> dict[str, Any]:
+    """Runs every trial that has not ended yet; returns the content of sweep.json.
+
+    Raises:
+        TransfguError: settings, data, weights or the folder are unusable.
+    """
+    from transfgu_ray.reports.sweep_page import write_sweep_report
+
+    _check(base, plan)
+    base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": tracking_uri(folder, base)})})
+    identity = _claim(folder, base, plan)
+    trials = Trials(folder, base)
+    parent = begin_sweep(folder, base, identity)
+    with ended_on_error(parent), ray_session(address, base.runtime, dashboard=True):
+        _run_missing(folder, base, plan, trials, parent, reporter)
+        content = _write(folder, base, plan, trials)
+        settle_trials(parent, content["trials"])
+        write_sweep_report(folder, content)
+        end_sweep(parent, folder, content, [SWEEP, PAGE])
+    return content
+
+
+def _check(base: RunConfig, plan: SweepPlan) -> None:
+    if plan.objective == "score" and base.encoder.weights == "random":
+        raise ConfigError(
+            "objective score measures all trials in one frozen prior, but encoder.weights=random makes another for "
+            "each seed; give --weights, or use --objective miou"
+        )
+    if plan.objective == "miou" and not base.class_names:
+        raise ConfigError(f"objective miou needs labels, which dataset {base.data.dataset} has not; use score")
+    if plan.objective == "miou" and plan.scheduler != "none":
+        raise ConfigError(
+            f"scheduler {plan.scheduler} stops trials by what their epochs reach, but objective miou is measured once, "
+            "at the end; use --objective score or --scheduler none"
+        )
+    if plan.sampler != "grid" and plan.num_trials is None:
+        raise ConfigError(f"sampler {plan.sampler} needs --num-trials; a grid alone knows how many there are")
+    if plan.sampler == "grid" and plan.num_trials is not None:
+        raise ConfigError("sampler grid tries every point; leave out --num-trials, or use --sampler random")
+    ranges = [key for key in _shared_part(plan.space) if isinstance(plan.space[key], Range)]
+    if plan.sampler == "optuna" and ranges:
+        raise ConfigError(
+            f"{ranges[0]} is a range, and sampler optuna would make a bank of its own for each trial; give a list, or "
+            "use --sampler random"
+        )
+
+
+def _shared_part(space: Space) -> Space:
+    return {key: values for key, values in space.items() if key.partition(".")[0] in _SHARED_SECTIONS}
+
+
+def _claim(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[str, Any]:
+    """Writes what the sweep is made of, first of all.
+
+    Raises:
+        ArtifactError: the folder holds another sweep.
+    """
+    identity = {
+        "base": flatten(base.model_dump(mode="json", exclude={"tracking", "runtime"})),
+        "space": plain_space(plan.space),
+        "sampler": plan.sampler,
+        "scheduler": plan.scheduler,
+        "objective": plan.objective,
+    }
+    data = json.dumps(identity, indent=1).encode()
+    if folder.exists(_IDENTITY):
+        changes = difference(json.loads(folder.read_bytes(_IDENTITY)), json.loads(data))
+        if changes:
+            raise ArtifactError(
+                f"{folder.uri} holds another sweep ({'; '.join(changes)}); use another folder (more trials of the same "
+                "sweep need none: raise --num-trials)"
+            )
+    folder.write_bytes(_IDENTITY, data)
+    return identity
+
+
+def _run_missing(
+    folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials, parent: Tracked, reporter: Reporter
+) -> None:
+    if plan.sampler == "optuna":
+        points, shared = None, grid_points(_shared_part(plan.space))
+        missing = (plan.num_trials or 0) - len(trials.ended)
+    else:
+        found = (
+            grid_points(plan.space)
+            if plan.sampler == "grid"
+            else random_points(plan.space, plan.num_trials or 0, base.seed)
+        )
+        points = shared = [point for point in found if trials.id_of(point) not in trials.ended]
+        missing = len(points)
+    if missing <= 0:
+        return
+    configs = _with_siblings([build_config(base, None, assignments(point)) for point in shared], plan)
+    stages = SharedStages(folder, base)
+    stages.make(configs, reporter)
+    with (
+        reporter.stage("trials", missing, "trials") as show,
+        unless_stalled("the sweep", base.runtime.stall_minutes, show) as progress,
+    ):
+        _tune(folder, base, plan, trials, parent, points, missing, progress)
+    stages.drop_tokens(configs)
+
+
+def _with_siblings(configs: list[RunConfig], plan: SweepPlan) -> list[RunConfig]:
+    """The trials, and the runs of another seed that the score compares them with."""
+    return [*configs, *(map(sibling_of, configs) if plan.objective == "score" else ())]
+
+
+def _tune(
+    folder: Folder,
+    base: RunConfig,
+    plan: SweepPlan,
+    trials: Trials,
+    parent: Tracked,
+    points: list[dict[str, Any]] | None,
+    num_trials: int,
+    progress: Any,
+) -> None:
+    """Ray Tune over the points, or over what Optuna suggests where they are None."""
+    # Tune shall log and say nothing of its own, and Ctrl-C shall end the sweep instead of a part of it.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    from ray import tune as ray_tune
+
+    from transfgu_ray.studies.search import Ended, OptunaSearch, new_scheduler, to_text
+
+    # Of a trial that fails it shows tracebacks; the trial has noted the reason in words.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+    def on_end(point: dict[str, Any], otherwise: str) -> None:
+        trials.end(point, otherwise)
+        _write(folder, base, plan, trials)
+        progress(1)
+
+    resources, concurrent = trial_resources(base)
+    settings = {
+        "folder": folder.uri,
+        "base": resources.model_dump(mode="json"),
+        "parent": asdict(parent),
+        "objective": plan.objective,
+    }
+    epochs = sum(base.train.round_epochs)
+    if points is None:
+        search = OptunaSearch(plan.space, base.seed, plan.objective, *trials.for_search(plan.objective))
+        space, num_samples = {}, num_trials
+    else:
+        search, num_samples = None, 1
+        space = {POINT: ray_tune.grid_search([to_text(point) for point in points])}
+    folder.delete("tune")
+    ray_tune.Tuner(
+        ray_tune.with_resources(ray_tune.with_parameters(run_trial, settings=settings), {"CPU": DRIVER_CPUS}),
+        param_space=space,
+        tune_config=ray_tune.TuneConfig(
+            metric=plan.objective,
+            mode="max",
+            search_alg=search,
+            scheduler=new_scheduler(plan.scheduler, epochs),
+            num_samples=num_samples,
+            max_concurrent_trials=concurrent,
+            # Saves each trial the start of a process; one that is stopped must end, to leave the CPUs of its training.
+            reuse_actors=plan.scheduler == "none",
+        ),
+        run_config=ray_tune.RunConfig(
+            name="tune",
+            storage_path=folder.path,
+            storage_filesystem=folder.fs,
+            verbose=0,
+            callbacks=[Ended(on_end, lambda: progress(0))],
+            failure_config=ray_tune.FailureConfig(max_failures=MAX_RESTARTS),
+        ),
+    ).fit()
+    # The trials' own folders say all of it.
+    folder.delete("tune")
+
+
+def _write(folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials) -> dict[str, Any]:
+    """Brings sweep.json up to date; returns its content."""
+    from transfgu_ray.reports.sweep_tables import best_trial, evidence
+
+    found = trials.describe()
+    configs = _with_siblings([trials.config(trial["point"]) for trial in found], plan)
+    proof = evidence(found)
+    of_score = (proof or {}).get("score", {})
+    content = {
+        "name": folder.uri.rstrip("/").rpartition("/")[2],
+        "preset": base.preset,
+        "dataset": base.data.dataset,
+        "split": scored_split(base),
+        "objective": plan.objective,
+        "sampler": plan.sampler,
+        "scheduler": plan.scheduler,
+        "seed": base.seed,
+        "num_photos_probed": NUM_PROBED,
+        "space": plain_settings(plan.space),
+        "base": flatten(base.model_dump(mode="json")),
+        "shared": SharedStages(folder, base).describe(configs),
+        "trials": found,
+        "spearman": of_score.get("spearman"),
+        "regret_miou": of_score.get("regret_miou"),
+        "evidence": proof,
+        "best": best_trial(found, plan.objective),
+    }
+    folder.write_bytes(SWEEP, json.dumps(content, indent=1).encode())
+    return content

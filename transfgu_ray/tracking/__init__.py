@@ -1,0 +1,1 @@
+"""The only room with MLflow: runs, sweeps and the model registry."""

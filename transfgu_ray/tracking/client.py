@@ -1,0 +1,127 @@
+"""Connections to MLflow: tracking server, sqlite store and registry."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.session import kept_environment
+from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.storage import Folder, refuse_credentials
+
+SQLITE = "sqlite:///"
+
+_SERVER = "MLFLOW_TRACKING_URI"
+
+
+def tracking_uri(run: Folder, config: RunConfig) -> str:
+    """The configured URI, else $MLFLOW_TRACKING_URI, else a sqlite store beside a local run folder.
+
+    Raises:
+        ConfigError: the run folder is remote and no URI is given, or the URI holds a password.
+    """
+    configured = config.tracking.uri or os.environ.get(_SERVER)
+    if configured:
+        refuse_credentials("the tracking URI", configured)
+        return configured
+    if "://" in run.uri:
+        raise ConfigError(
+            "a run folder at a URI needs a tracking server: set --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
+        )
+    return f"{SQLITE}{Path(run.uri).parent / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def mlflow_at(uri: str) -> Iterator[None]:
+    """MLflow's functions that take no client, at a server and its registry.
+
+    MLflow enters the server into the environment, where the next run of this process would take it for the user's.
+    """
+    import mlflow
+
+    with kept_environment(_SERVER, "MLFLOW_REGISTRY_URI"):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(None)
+            mlflow.set_registry_uri(None)
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Tells in a sentence of a tracking server or store that fails."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command goes on from here") from None
+
+
+def registry_uri(uri: str | None) -> str:
+    """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory.
+
+    Raises:
+        ConfigError: it holds a password.
+    """
+    found = uri or os.environ.get(_SERVER) or f"{SQLITE}{Path.cwd() / 'mlflow.db'}"
+    refuse_credentials("the tracking URI", found)
+    return found
+
+
+def has_run(client: Any, run_id: str) -> bool:
+    """Return whether the server has this run, not deleted."""
+    import mlflow
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException:
+        return False
+
+
+def connect(uri: str) -> tuple[Any, str]:
+    """A client of a tracking server and registry, and the URI.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        if uri.startswith(SQLITE):
+            _make_store(Path(uri.removeprefix(SQLITE)))
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
+    except (mlflow.exceptions.MlflowException, OperationalError, OSError) as error:
+        raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _make_store(file: Path) -> None:
+    """Makes a sqlite store that is not there yet, whole or not at all: MLflow can never use one that is half made."""
+    import mlflow
+
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        made = f"{SQLITE}{folder}/{file.name}"
+        mlflow.MlflowClient(tracking_uri=made, registry_uri=made).search_experiments()
+        # Of several that make one at the same time, the first has it.
+        try:
+            os.link(f"{folder}/{file.name}", file)
+        except FileExistsError:
+            pass
+        except OSError:
+            # File systems without second names.
+            os.replace(f"{folder}/{file.name}", file)

@@ -1,0 +1,70 @@
+"""MLflow's side of a sweep: one parent run, a child a trial, and statuses that say what became of each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.storage import Folder
+from transfgu_ray.tracking.client import connect
+from transfgu_ray.tracking.runs import PARENT, Tracked, log_files, open_run
+
+# MLflow has no word for a trial that its scheduler stopped.
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+def begin_sweep(folder: Folder, config: RunConfig, identity: dict[str, Any]) -> Tracked:
+    """The parent run of a sweep: the one it had, or a new one.
+
+    Args:
+        folder: of the sweep.
+        config: that the trials change; says where they are tracked.
+        identity: what is varied and how; its parameters.
+    """
+    return open_run(folder, config, identity, {"kind": "sweep"})
+
+
+def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
+    """Gives each child the status of its trial, and removes children that no trial knows; returns how many it removed.
+
+    A child is unknown when its trial was killed before it had noted the id.
+
+    Args:
+        parent: of the sweep.
+        trials: as in sweep.json.
+    """
+    client, _ = connect(parent.uri)
+    status = {trial["mlflow_run_id"]: _STATUS[trial["status"]] for trial in trials if trial["mlflow_run_id"]}
+    experiment_id = client.get_run(parent.run_id).info.experiment_id
+    children, page, removed = [], None, 0
+    while page != "":
+        found = client.search_runs([experiment_id], f"tags.`{PARENT}` = '{parent.run_id}'", page_token=page)
+        children += found
+        page = found.token or ""
+    for child in children:
+        run_id = child.info.run_id
+        if run_id not in status:
+            client.delete_run(run_id)
+            removed += 1
+        elif child.info.status != status[run_id]:
+            client.set_terminated(run_id, status=status[run_id])
+    return removed
+
+
+def end_sweep(parent: Tracked, folder: Folder, sweep: Mapping[str, Any], artifacts: Sequence[str]) -> None:
+    """Logs what the sweep found, keeps its files, and closes the parent run.
+
+    Args:
+        parent: of the sweep.
+        folder: of the sweep.
+        sweep: content of sweep.json.
+        artifacts: names in the folder.
+    """
+    client, _ = connect(parent.uri)
+    best = sweep["best"] or {}
+    numbers = {"spearman": sweep["spearman"], "regret_miou": sweep["regret_miou"]}
+    numbers |= {f"best/{name}": best.get(name) for name in ("score", "miou")}
+    for name, value in numbers.items():
+        if value is not None:
+            client.log_metric(parent.run_id, name, value)
+    log_files(client, parent.run_id, ((name, folder.read_bytes(name)) for name in artifacts))
+    client.set_terminated(parent.run_id, status="FINISHED")
