@@ -14,6 +14,7 @@ from tests.builders import make_folder, make_voc
 from transfgu_ray.algorithms.scores import intervals
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RuntimeConfig, build_config
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.run import Run
@@ -41,6 +42,16 @@ def _few_resamples() -> Iterator[None]:
         yield
 
 
+class Counted(Progress):
+    """Adds up what was done."""
+
+    def __init__(self, add: Callable[[int], None]) -> None:
+        self._add = add
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        self._add(done)
+
+
 class Silent:
     """A reporter that only remembers how far stages came and what was said. Like a terminal, it cannot be pickled."""
 
@@ -50,13 +61,13 @@ class Silent:
         self.notes: list[str] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
         self.done[name] = 0
 
-        def count(more: int, words: str = "", refused: int = 0) -> None:
-            self.done[name] += more
+        def add(done: int) -> None:
+            self.done[name] += done
 
-        yield count
+        yield Counted(add)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -102,10 +113,10 @@ def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", 
 
 
 def make_run(
-    folder: Path, data: Path, *settings: str, stages: tuple[str, ...] = STAGES, dataset: str = "folder"
+    folder: Path, data: Path, *settings: str, stages: tuple[str, ...] = STAGES.lasting, dataset: str = "folder"
 ) -> Run:
     run = open_run(folder, data, *settings, dataset=dataset)
-    run_stages(run, stages, None, Silent())
+    run_stages(run, stages, address=None, reporter=Silent())
     return run
 
 

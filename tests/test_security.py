@@ -330,8 +330,8 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
 
 
 SESSION = """
-from transfgu_ray.config import RuntimeConfig
-from transfgu_ray.pipeline.session import ray_session
+from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.engine.session import ray_session
 with ray_session(None, RuntimeConfig(object_store_mb=100), dashboard=True):
     print("ready", flush=True)
     input()

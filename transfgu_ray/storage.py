@@ -187,6 +187,14 @@ class Folder:
         """
         return json.loads(self.read_bytes(name)) if self.exists(name) else None
 
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file whole or not at all.
+
+        Raises:
+            ArtifactError: the storage cannot be written.
+        """
+        self.write_bytes(name, json.dumps(content, indent=1).encode())
+
     def try_read(self, name: str) -> tuple[bytes | None, str | None]:
         """The content of a file, or why it cannot be read.
 

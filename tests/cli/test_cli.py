@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.builders import TINY_OVERRIDES, TINY_VIT, listed, make_coco, make_folder, make_scenes, make_table
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.cli import app, main
-from transfgu_ray.runs import lock as claims
+from transfgu_ray.runs import lock
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -61,11 +61,11 @@ def test_run__bad_input(
 def test_commands__refuse_a_folder_where_another_process_is_at_work(
     command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "_DYING_S", 0.1)
+    monkeypatch.setattr(lock, "_DYING_S", 0.1)
     data, (name, *options) = make_folder(tmp_path / "data", num_images=2), command
-    with claims.claimed(Folder(str(tmp_path / "out"))):
+    with lock.locked(Folder(str(tmp_path / "out"))):
         message = refusal(capsys, monkeypatch, name, str(tmp_path / "out"), "--data", str(data), *options)
-        assert [path.name for path in (tmp_path / "out").iterdir()] == [claims.CLAIM], "nothing is touched"
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [lock.LOCK], "nothing is touched"
     assert f"is at work in {tmp_path / 'out'}" in message
 
 

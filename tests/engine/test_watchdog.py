@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fixtures import Counted
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import StalledError
 
@@ -24,14 +26,14 @@ def on_sigint(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock(on_sigint: None) -> None:
     began = time.monotonic()
     words = r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray status` tells"
-    with pytest.raises(StalledError, match=words), unless_stalled("stage extract", _SECOND, lambda done: None):
+    with pytest.raises(StalledError, match=words), unless_stalled("stage extract", _SECOND, Progress()):
         threading.Event().wait(60)
     assert time.monotonic() - began < 10
 
 
 def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
     done = []
-    with unless_stalled("stage extract", _SECOND, done.append) as progress:
+    with unless_stalled("stage extract", _SECOND, Counted(done.append)) as progress:
         for i in range(6):
             time.sleep(0.4)
             progress(i)
@@ -39,12 +41,12 @@ def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
 
 
 def test_watchdog__leaves_ctrl_c_what_it_is() -> None:
-    with pytest.raises(KeyboardInterrupt), unless_stalled("stage extract", 1, lambda done: None):
+    with pytest.raises(KeyboardInterrupt), unless_stalled("stage extract", 1, Progress()):
         signal.raise_signal(signal.SIGINT)
 
 
 def test_watchdog__passes_other_errors_on() -> None:
-    with pytest.raises(ValueError, match="broken"), unless_stalled("stage extract", 1, lambda done: None):
+    with pytest.raises(ValueError, match="broken"), unless_stalled("stage extract", 1, Progress()):
         raise ValueError("broken")
     assert all(thread.name != "watchdog" for thread in threading.enumerate())
 
@@ -53,11 +55,11 @@ def test_watchdog__a_thread_of_a_trial_is_not_interrupted() -> None:
     found = []
 
     def trial() -> None:
-        with unless_stalled("stage extract", _SECOND / 4, found.append) as progress:
+        with unless_stalled("stage extract", _SECOND / 4, Counted(found.append)) as progress:
             time.sleep(1)
-            progress("done")
+            progress(1)
 
     thread = threading.Thread(target=trial)
     thread.start()
     thread.join()
-    assert found == ["done"]
+    assert found == [1]

@@ -20,7 +20,7 @@ from tests.builders import make_voc
 from tests.faults.cluster import Cluster
 from tests.faults.hostile import make_hostile_corpus
 from tests.faults.storage import SmallDisk, flip_byte, s3_server, tmpfs, truncate
-from transfgu_ray.runs.stages import OUTPUTS, STAGES
+from transfgu_ray.runs.stages import STAGES
 
 _NUM_PHOTOS = 90
 _SETTINGS = (
@@ -114,8 +114,8 @@ class Bench:
         """A copy of the undisturbed run as it was before a stage."""
         self._num_copies += 1
         copy = self.folder / f"{stage}-{self._num_copies}"
-        later = STAGES[STAGES.index(stage) :]
-        outputs = {output for each in later for output in (*OUTPUTS[each], f"{each}.json", f"{each}.files.json")}
+        later = STAGES.lasting[STAGES.lasting.index(stage) :]
+        outputs = {output for each in later for output in (*STAGES[each].outputs, f"{each}.json", f"{each}.files.json")}
 
         def unwanted(folder: str, names: list[str]) -> set[str]:
             inside = Path(folder).relative_to(self.quiet)
@@ -235,7 +235,7 @@ def tries(bench: Bench, fault: Fault, times: int) -> Outcome:
     """Does a fault so many times; a stage that ended before its moment came does not count."""
     outcome, missed = Outcome(fault.name), 0
     while outcome.tried < times and missed < 3:
-        run = bench.copy_before(STAGES[STAGES.index(fault.stage) + fault.is_finished])
+        run = bench.copy_before(STAGES.lasting[STAGES.lasting.index(fault.stage) + fault.is_finished])
         began = time.monotonic()
         try:
             note = fault.do(bench, run, fault.stage)

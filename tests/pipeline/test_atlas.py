@@ -15,6 +15,7 @@ from tests.builders import listed
 from tests.fixtures import open_run
 from transfgu_ray.config.run import RuntimeConfig
 from transfgu_ray.datasets.listing import open_root
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.atlas import CROPS_A_CONCEPT, MAPS_A_CONCEPT, build_atlas
 from transfgu_ray.pipeline.concepts import read_concepts
@@ -77,7 +78,14 @@ def test_atlas__does_not_depend_on_the_number_of_workers(finished: Run, tmp_path
     with ray_session(None, RuntimeConfig()) as resources:
         for num_workers in (1, 3):
             given = replace(resources, num_workers=num_workers)
-            build_atlas(run.folder, run.config, fingerprint, open_root(data.root), listing.images, given)
+            job = Job(
+                folder=run.folder,
+                config=run.config,
+                root=open_root(data.root),
+                resources=given,
+                fingerprint=fingerprint,
+            )
+            build_atlas(job, listing.images)
             assert {name: run.folder.read_bytes(name) for name in names} == before
 
 
@@ -88,6 +96,6 @@ def test_atlas__is_left_out_where_no_pictures_are_wanted(finished: Run, voc: Pat
 
     folder = shutil.copytree(finished.folder.path, tmp_path / "run")
     run = open_run(folder, voc, "evaluate.num_samples=0", dataset="voc", overwrite=True)
-    run_stages(run, ("evaluate", "report"), None, Silent(), overwrite=True)
+    run_stages(run, ("evaluate", "report"), address=None, reporter=Silent(), overwrite=True)
     for name in ("atlas", "atlas.json", "atlas.html", "samples"):
         assert not run.folder.exists(name)

@@ -7,19 +7,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.algorithms.concepts.test_sharded_kmeans import InMemory
+from tests.fixtures import Counted
 from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import DataError
 from transfgu_ray.pipeline.concepts import cluster
-from transfgu_ray.pipeline.context import Context
-from transfgu_ray.pipeline.run import STAGE_FUNCTIONS
+from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
@@ -65,7 +67,8 @@ def fit(run: Folder, num_workers: int, *settings: str) -> tuple[dict, np.ndarray
     """What the manifest says of the groups, the centroids and their crops."""
     resources = Resources(2, num_workers, 1, "cpu", 1, None)
     with unwrapped_errors():
-        groups, peak_mb = cluster(run, config(*settings), NUM_ROWS, resources)
+        job = Job(folder=run, config=config(*settings), root=run, resources=resources, fingerprint="")
+        groups, peak_mb = cluster(job, NUM_ROWS)
     assert 50 < peak_mb < 2048
     table = pq.read_table(run.join("concepts.parquet")).to_pandas()
     assert table["kind"].tolist() == ["foreground"] * 6 + ["background"] * 3
@@ -131,10 +134,19 @@ def test_concepts__manifest_tells_passes_and_the_workers_memory(tmp_path: Path, 
     run.write_manifest("extract", "", {"rows_out": NUM_ROWS, "weights_sha256": "0" * 64})
     done = []
     resources = Resources(2, 1, 1, "cpu", 1, None)
-    content = STAGE_FUNCTIONS["concepts"](
-        Context(run, folder, Listing((), 0), resources, "", "", None, None, None, None, progress=done.append)
+    job = StageJob(
+        folder=folder,
+        config=run.config,
+        root=folder,
+        resources=resources,
+        fingerprint="",
+        progress=Counted(done.append),
+        run=run,
+        listing=Listing((), 0),
+        inputs="",
     )
-    assert done == [1]
+    content = STAGES["concepts"].function(job)
+    assert done == [1, 1], "its two groups"
     assert (content["rows_in"], content["rows_out"]) == (NUM_ROWS, 9)
     assert content["groups"]["foreground"]["passes"] == 7
     assert 50 < content["peak_memory_mb"] < 2048

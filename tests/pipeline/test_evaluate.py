@@ -91,9 +91,8 @@ def read_photos(run: Run, split: str) -> list[Photo]:
 
 def draw(run: Run, photos: list[Photo], patches_a_photo: int) -> dict[str, list[dict]]:
     """Rows of the table of drawn patches, by photograph."""
-    config = run.config.model_dump(mode="json")
     part = {"run_uri": run.folder.uri, "table": "baselines", "fingerprint": "", **BARE}
-    PatchSampler(config, patches_a_photo, **part).process(0, photos)
+    PatchSampler(run.config, patches_per_photo=patches_a_photo, **part).process(0, photos)
     rows: dict[str, list[dict]] = {}
     for row in pq.read_table(Path(run.folder.path) / "baselines/part-000000.parquet").to_pylist():
         rows.setdefault(row["image_id"], []).append(row)
@@ -128,10 +127,10 @@ def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> 
 
 def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Evaluator:
     """A bare worker, with the clusters of the baseline raw_colour."""
-    config = build_config(run.config, None, settings).model_dump(mode="json")
+    config = build_config(run.config, None, settings)
     centroids = {} if colours is None else {"raw_colour": colours}
     part = {"run_uri": run.folder.uri, "table": "confusions", "fingerprint": "", **BARE}
-    return Evaluator(config, 16, {}, centroids, **part)
+    return Evaluator(config, num_classes=16, samples={}, centroids=centroids, **part)
 
 
 @pytest.fixture
@@ -168,7 +167,8 @@ def test_cluster_patches__heads_are_scored_as_centroids_are(of_heads: Run) -> No
     )
     assert all(np.array_equal(head, again[0][name]) for name, head in heads.items())
     photos, part = read_photos(of_heads, "val"), {"run_uri": of_heads.folder.uri, "table": "confusions"}
-    Evaluator(of_heads.config.model_dump(mode="json"), 16, [], heads, fingerprint="", **part, **BARE).process(0, photos)
+    given = {"num_classes": 16, "samples": {}, "centroids": heads, "fingerprint": ""}
+    Evaluator(of_heads.config, **given, **part, **BARE).process(0, photos)
     counts = read_counts(of_heads.folder, 16, 16)
     assert list(counts) == [*STAGE_NAMES, *heads]
     scored = sum((resize_label(decode_label(photo.label or b""), (32, 32)) != 255).sum() for photo in photos)

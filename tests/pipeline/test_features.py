@@ -27,7 +27,7 @@ def extract(folder: Path, data: Path, *settings: str) -> tuple[list[dict], dict]
     run = Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*TINY, *named]))
     run.folder.write_bytes(ENCODER, resolve_encoder(run.config))
     worker = FeatureExtractor(
-        run.config.model_dump(mode="json"), run_uri=run.folder.uri, table="features", fingerprint="", device="cpu",
+        run.config, run.folder.uri, table="features", fingerprint="", device="cpu",
         threads=1,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_rename__tells_scores_and_pages_anew_and_segments_nothing(run: Run) -> N
     assert "0 · animal" in run.folder.read_bytes("atlas.html").decode()
     # It is all up to date; what it is made of has other names than before.
     reporter = Silent()
-    run_stages(run, STAGES_AFTER, None, reporter)
+    run_stages(run, STAGES_AFTER, address=None, reporter=reporter)
     assert reporter.done == {}
     assert run.manifest("evaluate")["names_sha256"] == run.manifest("report")["names_sha256"] is not None
     assert "names_sha256" not in run.manifest("train")
@@ -72,7 +72,7 @@ def test_rename__of_what_was_not_evaluated_yet_is_followed_by_evaluate(run: Run)
     before = times(run)
     rename(run, parse_names(b"0: animal\n1: animal\n", "names.yaml", read_names(run).kinds))
     assert run.folder.read_json("metrics.json") == metrics
-    run_stages(run, STAGES_AFTER, None, Silent())
+    run_stages(run, STAGES_AFTER, address=None, reporter=Silent())
     assert run.folder.read_json("metrics.json")["concept_names"] == {"0": "animal", "1": "animal"}
     after = times(run)
     assert all(after[path] == before[path] for path in before if path.parent.name in ("confusions", "extremes"))
@@ -83,9 +83,9 @@ def test_run_stages__names_that_were_changed_by_hand_are_followed(run: Run) -> N
     with pytest.raises(ArtifactError, match="evaluated with other names"):
         rebuild_pages(run)
     with pytest.raises(ArtifactError, match="other settings, photographs or names"):
-        run_stages(run, ("report",), None, Silent())
+        run_stages(run, ("report",), address=None, reporter=Silent())
     before, reporter = times(run), Silent()
-    run_stages(run, STAGES_AFTER, None, reporter)
+    run_stages(run, STAGES_AFTER, address=None, reporter=reporter)
     assert list(reporter.done) == list(STAGES_AFTER)
     after = times(run)
     assert all(after[path] == before[path] for path in before if path.parent.name == "confusions")
@@ -185,7 +185,7 @@ def test_run_stages__a_model_is_registered_once_by_its_names(run: Run) -> None:
     for text in ("{0: animal, 1: animal}", "{}", "{0: animal, 1: animal}"):
         rename(run, parse_names(text.encode(), "names.yaml", kinds))
         reporter = Silent()
-        registered = run_stages(run, STAGES, None, reporter)["register"]
+        registered = run_stages(run, STAGES.lasting, address=None, reporter=reporter)["register"]
         assert list(reporter.done) == ["register"]
         versions.setdefault(text, []).append(registered["model_version"])
         uri = f"models:/{registered['model_name']}/{registered['model_version']}"

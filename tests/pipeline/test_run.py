@@ -19,6 +19,8 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking import runs as tracking
+from transfgu_ray.tracking.client import mlflow_at
+from transfgu_ray.tracking.models import fetch_model, register
 
 pytestmark = pytest.mark.ray
 
@@ -27,7 +29,7 @@ def test_run__leaves_the_documented_files(finished: Run) -> None:
     folder = Path(finished.folder.path)
     for name in ("config.yaml", "concepts.parquet", "metrics.json", "report.html", "model/config.json"):
         assert (folder / name).is_file(), name
-    for stage in STAGES:
+    for stage in STAGES.lasting:
         manifest = json.loads((folder / f"{stage}.json").read_bytes())
         assert {"rows_in", "rows_out", "refused", "seconds", "items_per_second", "peak_memory_mb"} <= set(manifest)
         assert {"fingerprint", "input_fingerprint", "versions"} <= set(manifest)
@@ -75,7 +77,7 @@ def test_run__again_recomputes_nothing(finished: Run) -> None:
     folder = Path(finished.folder.path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     reporter = Silent()
-    run_stages(finished, STAGES, None, reporter)
+    run_stages(finished, STAGES.lasting, address=None, reporter=reporter)
     assert reporter.done == {}
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -90,7 +92,9 @@ def test_run__another_configuration_is_refused_until_overwritten(finished: Run, 
     reporter = Silent()
     before = json.loads(finished.folder.read_bytes("metrics.json"))
     run = open_run(folder, voc, "evaluate.num_samples=1", "runtime.num_workers=2", dataset="voc", overwrite=True)
-    run_stages(run, STAGES[: STAGES.index("report") + 1], None, reporter, overwrite=True)
+    run_stages(
+        run, STAGES.lasting[: STAGES.lasting.index("report") + 1], address=None, reporter=reporter, overwrite=True
+    )
     assert list(reporter.done) == ["evaluate", "report"], "nothing before the changed stage is computed again"
     assert [path.name for path in (folder / "samples").glob("strip_0*")] == ["strip_00.jpg"]
     assert json.loads(run.folder.read_bytes("metrics.json")) == before
@@ -99,17 +103,17 @@ def test_run__another_configuration_is_refused_until_overwritten(finished: Run, 
 def test_run__other_photographs_are_refused(finished: Run, voc: Path, tmp_path: Path) -> None:
     data = shutil.copytree(voc, tmp_path / "data")
     moved = open_run(shutil.copytree(finished.folder.path, tmp_path / "run"), data, dataset="voc")
-    run_stages(moved, STAGES, None, Silent())
+    run_stages(moved, STAGES.lasting, address=None, reporter=Silent())
     (photo, *_) = sorted((data / "JPEGImages").iterdir())
     Image.new("RGB", (80, 80), "red").save(photo)
     with pytest.raises(ArtifactError, match=r"stage extract .* other settings or photographs"):
-        run_stages(moved, STAGES, None, Silent())
+        run_stages(moved, STAGES.lasting, address=None, reporter=Silent())
 
 
 def test_run__stage_without_its_predecessor_is_refused(tmp_path: Path, voc: Path) -> None:
     run = open_run(tmp_path / "run", voc, dataset="voc")
     with pytest.raises(ArtifactError, match="no finished stage extract"):
-        run_stages(run, ("labels",), None, Silent())
+        run_stages(run, ("labels",), address=None, reporter=Silent())
 
 
 def test_run__hostile_folder(tmp_path: Path, local_ray: None) -> None:
@@ -177,16 +181,16 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     assert {"report.html", "metrics.json", "config.yaml", "samples"} <= artifacts
     # Registering again finds the version that is there.
     tracked = tracking.Tracked(registered["tracking_uri"], registered["mlflow_run_id"])
-    again = tracking.register(tracked, finished.folder, finished.config, metrics, ["metrics.json"], {})
+    again = register(tracked, finished, metrics=metrics, artifacts=["metrics.json"], more_tags={})
     assert again["model_version"] == registered["model_version"]
 
-    with tracking._mlflow_at(registered["tracking_uri"]):
+    with mlflow_at(registered["tracking_uri"]):
         loaded = mlflow.pyfunc.load_model(f"models:/{registered['model_name']}/{registered['model_version']}")
     photos = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
     direct = load_model(Folder(finished.folder.uri_of("model"))).segment([Image.fromarray(photo) for photo in photos])
     np.testing.assert_array_equal(loaded.predict(photos), np.stack(direct))
 
-    fetched = tracking.fetch_model(f"models:/{registered['model_name']}/1", registered["tracking_uri"])
+    fetched = fetch_model(f"models:/{registered['model_name']}/1", registered["tracking_uri"])
     assert load_model(Folder(fetched)).config == load_model(Folder(finished.folder.uri_of("model"))).config
 
 

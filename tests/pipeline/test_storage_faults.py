@@ -28,8 +28,8 @@ pytestmark = pytest.mark.ray
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything that a finished stage sealed, by name."""
-    names = [name for stage in STAGES for name in json.loads((folder / f"{stage}.files.json").read_bytes())]
+    """Everything that a finished stage has checksums of, by name."""
+    names = [name for stage in STAGES.lasting for name in json.loads((folder / f"{stage}.files.json").read_bytes())]
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -56,12 +56,12 @@ def test_damage__is_found_said_and_made_again_alone(
 ) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     before = files_of(folder)
-    manifests = {each: (folder / f"{each}.json").read_bytes() for each in STAGES}
+    manifests = {each: (folder / f"{each}.json").read_bytes() for each in STAGES.lasting}
     damage(folder / name)
-    later = STAGES[STAGES.index(stage) + 1 :]
+    later = STAGES.lasting[STAGES.lasting.index(stage) + 1 :]
     with pytest.raises(ArtifactError, match=rf"run/{name}: not what stage {stage} wrote, .*; run `transfgu {stage} "):
-        run_stages(run, later[:1], None, Silent())
-    run_stages(run, STAGES, None, reporter)
+        run_stages(run, later[:1], address=None, reporter=Silent())
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert files_of(folder) == before
     assert list(reporter.done) == [stage]
     assert reporter.notes == [f"{stage}: {name}: damaged or deleted since they were written, made again"]
@@ -71,11 +71,11 @@ def test_damage__is_found_said_and_made_again_alone(
         assert mended["parts_resumed"] == mended["parts"] - 1
     if stage == "train":
         assert mended["epochs"] == 2
-    assert {each: (folder / f"{each}.json").read_bytes() for each in STAGES if each != stage} == {
+    assert {each: (folder / f"{each}.json").read_bytes() for each in STAGES.lasting if each != stage} == {
         each: content for each, content in manifests.items() if each != stage
     }
     quiet = Silent()
-    run_stages(run, STAGES, None, quiet)
+    run_stages(run, STAGES.lasting, address=None, reporter=quiet)
     assert (quiet.done, quiet.notes) == ({}, [])
 
 
@@ -92,8 +92,8 @@ def test_damage__where_other_bytes_come_out_the_stages_after_it_are_made_again(f
     assert json.loads(record.read_bytes())["concepts.parquet"] != entry
     assert json.loads(manifest.read_bytes()).get("damaged") is None
     (folder / "concepts.parquet").write_bytes(concepts[:-1])
-    run_stages(run, STAGES, None, reporter)
-    assert list(reporter.done) == list(STAGES[1:])
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
+    assert list(reporter.done) == list(STAGES.lasting[1:])
     assert reporter.notes[1] == "concepts: other bytes than before, so the stages after it are made again too"
     after = files_of(folder)
     # The page tells of the mending.
@@ -106,12 +106,12 @@ def test_damage__of_a_record_alone_is_undone_and_of_a_file_too_makes_the_stage_a
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     record = (folder / "labels.files.json").read_bytes()
     flip_byte(folder / "labels.files.json")
-    run_stages(run, STAGES, None, reporter)
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert (reporter.done, reporter.notes) == ({}, [])
     assert (folder / "labels.files.json").read_bytes() == record
     (folder / "labels.files.json").unlink()
     flip_byte(folder / "labels/part-000000.parquet")
-    run_stages(run, STAGES, None, reporter)
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert list(reporter.done) == ["labels"]
     assert reporter.notes == [
         "labels: labels.files.json and 3 more files: damaged or deleted since they were written, made again"
@@ -139,18 +139,18 @@ def test_damage__a_kill_amid_mending_is_mended_too(
             patch.setattr(run.folder, "delete", die)
             with pytest.raises(KeyboardInterrupt):
                 run.discard("labels", [name])
-        run_stages(run, STAGES, None, Silent())
+        run_stages(run, STAGES.lasting, address=None, reporter=Silent())
         assert files_of(folder) == before
 
 
 def test_damage__runs_of_older_versions_are_left_alone(finished: Run, tmp_path: Path) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
-    for stage in STAGES:
+    for stage in STAGES.lasting:
         manifest = run.require(stage)
         del manifest["files_sha256"]
         (folder / f"{stage}.json").write_text(json.dumps(manifest))
         (folder / f"{stage}.files.json").unlink()
-    run_stages(run, STAGES, None, reporter)
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert (reporter.done, reporter.notes) == ({}, [])
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.builders import make_folder
 from tests.fixtures import Silent, make_run, transfgu
+from transfgu_ray.config.run import build_config
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.pipeline.labels import BankBuilder
@@ -72,9 +73,10 @@ def bare_tables(run: Run, photographs: Path, folder: Path, batch_size: int | Non
     """The tables that the workers make without Ray, from the run's own encoder and concepts."""
     for name in ("model/encoder.safetensors", "concepts.parquet"):
         Folder(str(folder)).write_bytes(name, run.folder.read_bytes(name))
-    config = run.config.model_dump(mode="json")
+    config = run.config
     if batch_size is not None:
-        config["extract"]["batch_size"] = config["cam"]["batch_size"] = batch_size
+        changes = [f"extract.batch_size={batch_size}", f"cam.batch_size={batch_size}"]
+        config = build_config(config, None, changes)
     common = {"config": config, "run_uri": str(folder), "fingerprint": "", "device": "cpu", "threads": 1}
     workers = (
         FeatureExtractor(table="features", **common),
@@ -152,7 +154,7 @@ def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: 
     process.communicate()
     assert not (folder / "train.json").exists()
     run = Run.open(str(folder), None)
-    run_stages(run, STAGES, None, Silent())
+    run_stages(run, STAGES.lasting, address=None, reporter=Silent())
     for stage, name in (("extract", "features"), ("labels", "labels")):
         assert run.require(stage)["parts_resumed"] == len(list(folder.glob(f"{name}/part-*.parquet"))) - 1 > 0
     for name in ("features", "concepts.parquet", "labels"):

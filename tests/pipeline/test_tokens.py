@@ -16,7 +16,7 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_rgb, to_working
 from transfgu_ray.models.weights import load_run_encoder
-from transfgu_ray.pipeline import train_loop as train_rounds
+from transfgu_ray.pipeline import train as train_rounds
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.pipeline.samples import bank_image_ids
 from transfgu_ray.pipeline.tokens import TokenCacher
@@ -44,7 +44,7 @@ def run(labelled: Run, photographs: Path, tmp_path: Path) -> Run:
 
 def cacher(run: Run) -> TokenCacher:
     place = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
-    return TokenCacher(config=run.config.model_dump(mode="json"), **place)
+    return TokenCacher(run.config, **place)
 
 
 def read_photos(photographs: Path, *names: str) -> list[Photo]:
@@ -106,28 +106,35 @@ def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
 ) -> None:
     found: list[pa.Table] = []
 
-    def interrupted(*arguments: object) -> TrainResult:
+    def interrupted(*arguments: object, **named: object) -> TrainResult:
         found.append(read_whole(run))
         raise InterruptedError
 
     monkeypatch.setattr(train_rounds, "train", interrupted)
     with pytest.raises(InterruptedError):
-        run_stages(run, ("train",), None, Silent())
+        run_stages(run, ("train",), address=None, reporter=Silent())
     parts = sorted((Path(run.folder.path) / "tokens").iterdir())
     before = {part: part.stat().st_mtime_ns for part in parts}
+    num_bytes = sum(part.stat().st_size for part in parts)
     parts[1].unlink()
 
     history = [{"loss": 1.0}]
-    monkeypatch.setattr(train_rounds, "train", lambda *_: TrainResult(history, 0, 0))
+    after: dict[Path, int] = {}
+
+    def trained(*arguments: object, **named: object) -> TrainResult:
+        after.update({part: part.stat().st_mtime_ns for part in parts})
+        found.append(read_whole(run))
+        return TrainResult(history, 0, 0)
+
+    monkeypatch.setattr(train_rounds, "train", trained)
     wide = open_run(Path(run.folder.path), photographs, *CACHED, "runtime.num_workers=2", "runtime.num_blocks=3")
     reporter = Silent()
-    (manifest,) = run_stages(wide, ("train",), None, reporter).values()
-    after = {part: part.stat().st_mtime_ns for part in parts}
+    (manifest,) = run_stages(wide, ("train",), address=None, reporter=reporter).values()
     assert [after[part] == before[part] for part in parts] == [True, False, True]
-    assert read_whole(run).equals(found[0])
-    num_bytes = sum(part.stat().st_size for part in parts)
-    assert manifest["cached_tokens"] == {"bytes": num_bytes, "parts": 3, "parts_resumed": 2}
-    assert reporter.done == {"train": 6}, "one pass over six photographs for the tokens"
+    assert found[1].equals(found[0])
+    kept = {name: manifest["cached_tokens"][name] for name in ("bytes", "parts", "parts_resumed")}
+    assert kept == {"bytes": num_bytes, "parts": 3, "parts_resumed": 2}
+    assert reporter.done == {"tokens": 6, "train": 0}, "one pass over six photographs for the tokens"
 
 
 @pytest.mark.slow
@@ -136,14 +143,15 @@ def test_train__table_goes_when_the_model_is_written(
 ) -> None:
     real, seen = train_rounds.save_decoder, []
 
-    def save_decoder(*arguments: object) -> None:
+    def save_decoder(*arguments: object, **named: object) -> None:
         seen.append((Path(run.folder.path) / "tokens").exists())
-        real(*arguments)
+        real(*arguments, **named)
 
     monkeypatch.setattr(train_rounds, "save_decoder", save_decoder)
     reporter = Silent()
-    run_stages(run, ("train",), None, reporter)
+    run_stages(run, ("train",), address=None, reporter=reporter)
     assert seen == [True, True]
     assert not (Path(run.folder.path) / "tokens").exists()
     assert len(json.loads(run.folder.read_bytes("train/history.json"))) == 2
-    assert reporter.done == {"train": 6 + 2 * 6}
+    assert not (Path(run.folder.path) / "tokens.json").exists()
+    assert reporter.done == {"tokens": 6, "train": 2}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ def grid_hw(config: RunConfig) -> tuple[int, int]:
 def cache_tokens(run: Run, config: RunConfig) -> None:
     data = Path(config.data.root)
     part = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
-    cacher = TokenCacher(config.model_dump(mode="json"), **part)
+    cacher = TokenCacher(config, **part)
     photos = [Photo(path.name, path.read_bytes(), None, None) for path in sorted(data.iterdir())]
     for unit in range(3):
         cacher.process(unit, photos[2 * unit : 2 * unit + 2])
@@ -73,8 +72,7 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
         order = sample_order(config.seed, epoch.index, 5, 1, 2, 4 // world_size, world_size)[rank]
         positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
         for rows, position in zip(order, positions, strict=True):
-            values = config.model_dump(mode="json")
-            found.append(load_samples(index.take(rows), position, run.folder.uri, values, epoch.index, grid_hw(config)))
+            found.append(load_samples(index.take(rows), position, run.folder.uri, config, epoch.index, grid_hw(config)))
     return found
 
 
@@ -126,14 +124,14 @@ def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str
     """History of a training, run where it can be looked into."""
     settings = {
         "run_uri": run.folder.uri,
-        "config": run.config.model_dump(mode="json"),
-        "model": asdict(train_rounds.model_config(run.config, ["foreground"] * 4, "")),
+        "config": run.config,
+        "model": train_rounds.model_config(run.config, ["foreground"] * 4, ""),
         "threads": 1,
         "num_readers": 2,
-        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
+        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
     alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
-    new_trainer(train_rounds.train_loop, settings, run.folder, "rounds", alone).fit()
+    new_trainer(train_rounds.train_loop, settings, storage=run.folder, name="rounds", resources=alone).fit()
     return json.loads(run.folder.read_bytes(train_rounds.HISTORY))
 
 

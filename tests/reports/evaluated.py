@@ -50,7 +50,7 @@ def make_evaluated(path: Path | str, num_concepts: int = 16, labels: bool = True
     for i, name in enumerate([*names, *(["best_0", "worst_0"] if labels and num_samples else [])]):
         _write_sample(folder, name, ids[i % 2], num_concepts, labels, rng)
     _write_atlas(folder, kinds, rng, examples=num_samples > 0)
-    for stage in STAGES[:5]:
+    for stage in STAGES.lasting[:5]:
         refused = [{"image_id": HOSTILE, "reason": "no <b>picture</b>"}] if stage == "extract" else []
         content = {"rows_in": 2, "rows_out": 2, "refused": refused, "seconds": 1.25, "items_per_second": 1.6}
         content |= {"peak_memory_mb": 100, "input_fingerprint": "photographs"}

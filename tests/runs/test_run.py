@@ -10,7 +10,7 @@ from transfgu_ray.config.presets import tiny_cpu
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.run import Run
-from transfgu_ray.runs.stages import OUTPUTS, STAGES
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 
 
@@ -20,12 +20,12 @@ def _config(*assignments):
 
 def _fingerprints(*assignments, inputs="photographs"):
     run = Run(Folder("unused"), _config(*assignments))
-    return {stage: run.fingerprint(stage, inputs) for stage in STAGES}
+    return {stage: run.fingerprint(stage, inputs) for stage in STAGES.lasting}
 
 
 def _changed(*assignments):
     before, after = _fingerprints(), _fingerprints(*assignments)
-    return [stage for stage in STAGES if before[stage] != after[stage]]
+    return [stage for stage in STAGES.lasting if before[stage] != after[stage]]
 
 
 def test_run_open__writes_the_configuration_first_and_reads_it_back(tmp_path):
@@ -83,12 +83,12 @@ def test_run_open__refuses_what_is_no_run(tmp_path):
     ],
 )
 def test_run_fingerprint__a_setting_touches_its_stage_and_those_after_it(change, first):
-    assert _changed(change) == list(STAGES[STAGES.index(first) :])
+    assert _changed(change) == list(STAGES.lasting[STAGES.lasting.index(first) :])
 
 
 def test_run_fingerprint__follows_the_input():
     before, after = _fingerprints(), _fingerprints(inputs="other photographs")
-    assert all(before[stage] != after[stage] for stage in STAGES)
+    assert all(before[stage] != after[stage] for stage in STAGES.lasting)
 
 
 def test_run_manifest__is_what_marks_a_stage_as_complete(tmp_path):
@@ -118,12 +118,12 @@ def test_run_clear__removes_the_manifest_first_then_the_outputs(tmp_path, monkey
     removed, delete = [], run.folder.delete
     monkeypatch.setattr(run.folder, "delete", lambda name: (removed.append(name), delete(name)))
     run.clear("extract")
-    assert removed == ["extract.json", "extract.files.json", *OUTPUTS["extract"]]
+    assert removed == ["extract.json", "extract.files.json", *STAGES["extract"].outputs]
     left = [name for name, _ in run.folder.files(recursive=True)]
     assert left == ["concepts.files.json", "concepts.json", "concepts.parquet", "config.yaml"]
 
 
-def test_run_damaged_files__are_those_that_are_gone_or_other_than_what_was_sealed(tmp_path):
+def test_run_damaged_files__are_those_that_are_gone_or_other_than_what_was_written(tmp_path):
     run = Run.open(str(tmp_path), _config())
     parts = [f"features/part-{unit:06d}.parquet" for unit in range(4)]
     for name in parts:

@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.model import load_model
@@ -49,12 +50,19 @@ def run_predict(finished: Run, images: Path, out: Path, *wanted: Any, **runtime:
     root, listing = find_photographs(str(images))
     done = []
 
-    def progress(more: int, refused: int = 0) -> None:
-        done.append((more, refused))
+    class Noted(Progress):
+        def __call__(self, more: int = 0, words: str = "", *, refused: int = 0) -> None:
+            done.append((more, refused))
 
     with ray_session(None, RuntimeConfig(**runtime)) as resources:
         manifest = prediction.predict(
-            model, root, listing, Folder(str(out)), prediction.Wanted(*wanted), resources, progress
+            model,
+            Folder(str(out)),
+            root=root,
+            photos=listing,
+            wanted=prediction.Wanted(*wanted),
+            resources=resources,
+            progress=Noted(),
         )
     assert np.sum(done, axis=0).tolist() == [len(listing.images), len(manifest["refused"]) - len(listing.refused)]
     return manifest

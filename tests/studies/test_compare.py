@@ -19,8 +19,10 @@ from transfgu_ray.engine.stream import Photo, UnitResult, UnitWorker
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies import compare as comparing
-from transfgu_ray.studies.compare import compare
+from transfgu_ray.studies.compare import Comparison, compare
 from transfgu_ray.tracking import runs as tracking
+from transfgu_ray.tracking.client import connect
+from transfgu_ray.tracking.models import register
 from transfgu_ray.tracking.registry import Registry
 
 pytestmark = pytest.mark.ray
@@ -39,7 +41,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, finished: Run) -> Registr
         shutil.copy(source, path / "model/decoder.safetensors")
         shutil.copy(Path(finished.folder.path) / "config.yaml", path)
         tracked = tracking.begin(Folder(str(path)), config)
-        tracking.register(tracked, Folder(str(path)), config, metrics, ["config.yaml"], {})
+        register(tracked, Run(Folder(str(path)), config), metrics=metrics, artifacts=["config.yaml"], more_tags={})
     return Registry("compared", uri)
 
 
@@ -47,7 +49,14 @@ def registry(tmp_path_factory: pytest.TempPathFactory, finished: Run) -> Registr
 def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run, voc: Path, tmp_path: Path) -> None:
     registry.promote(2)
     out, reporter = Folder(str(tmp_path / "out")), Silent()
-    got = compare("compared", [1], None, str(voc), out, registry.uri, None, reporter, promote=True, force=True)
+    got = compare(
+        Comparison(name="compared", numbers=[1], dataset=None, data=str(voc), tracking_uri=registry.uri),
+        out,
+        address=None,
+        reporter=reporter,
+        promote=True,
+        force=True,
+    )
     # 3 photographs probed, then scored, by 2 versions.
     assert reporter.done == {"compare": 12}
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
@@ -71,7 +80,7 @@ def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run
     pixels = np.asarray(Image.open(Path(out.path) / "comparison.png"))
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 100
     assert Registry(registry.name, registry.uri).champion == got["best"]
-    client, _ = tracking.connect(registry.uri)
+    client, _ = connect(registry.uri)
     experiment = client.get_experiment_by_name(finished.config.tracking.experiment)
     (logged,) = client.search_runs([experiment.experiment_id], "run_name = 'compare compared'")
     assert logged.info.status == "FINISHED"
@@ -82,6 +91,7 @@ def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run
 def in_process(
     root: Folder,
     units: dict[int, Sequence[ImageRef]],
+    *,
     worker: type[UnitWorker],
     arguments: dict[str, Any],
     resources: Resources,
@@ -102,7 +112,13 @@ def test_compare__a_folder_without_labels(
     data = shutil.copytree(voc / "JPEGImages", tmp_path / "data")
     (data / "2007_000000.jpg").write_text("no picture")
     out = Folder(str(tmp_path / "out"))
-    got = compare("compared", [], "folder", str(data), out, registry.uri, None, Silent(), promote=True)
+    got = compare(
+        Comparison(name="compared", numbers=[], dataset="folder", data=str(data), tracking_uri=registry.uri),
+        out,
+        address=None,
+        reporter=Silent(),
+        promote=True,
+    )
     assert got["scored"] is False
     for row in got["versions"]:
         assert (row["miou"], row["difference"], row["per_class"]) == (None, None, None)

@@ -47,7 +47,7 @@ def tiny_base(data: Path, weights: str) -> RunConfig:
 @pytest.mark.ray
 def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunConfig, tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "sweep"))
-    sweep = tune(folder, base, PLAN, None, Silent())
+    sweep = tune(folder, base, plan=PLAN, address=None, reporter=Silent())
     assert sweep == json.loads(folder.read_bytes("sweep.json"))
     assert [trial["status"] for trial in sweep["trials"]] == ["finished"] * 2
     assert {trial["point"]["train.omega_1"] for trial in sweep["trials"]} == {0.0, 1.0}
@@ -82,11 +82,11 @@ def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunCon
         return [path.stat().st_mtime_ns for path in sorted(Path(folder.path).glob(f"*/*/{name}"))]
 
     before = made("train.json") + made("labels.json")
-    assert tune(folder, base, PLAN, None, Silent())["trials"] == sweep["trials"]
+    assert tune(folder, base, plan=PLAN, address=None, reporter=Silent())["trials"] == sweep["trials"]
     assert made("train.json") + made("labels.json") == before
     assert len(client.search_runs([runs[0].info.experiment_id])) == 3
     with pytest.raises(ArtifactError, match="holds another sweep"):
-        tune(folder, base, SweepPlan(SPACE, 1, "random", "none", "score"), None, Silent())
+        tune(folder, base, plan=SweepPlan(SPACE, 1, "random", "none", "score"), address=None, reporter=Silent())
 
     # A child that was killed before its folder had noted it, and one whose process died.
     orphan = client.create_run(runs[0].info.experiment_id, tags={"mlflow.parentRunId": parent})
@@ -105,15 +105,15 @@ import json, sys, time
 from ray.util.placement_group import placement_group_table
 from tests.fixtures import Silent
 from transfgu_ray.config import RunConfig
-from transfgu_ray.pipeline.session import ray_session
-from transfgu_ray.pipeline.tune import SweepPlan, tune
+from transfgu_ray.engine.session import ray_session
+from transfgu_ray.studies.tune import SweepPlan, tune
 from transfgu_ray.storage import Folder
 import ray
 
 base = RunConfig.model_validate(json.loads(sys.argv[2]))
 plan = SweepPlan({"train.learning_rate": (0.01, 0.001, 1e-4, 1e-6)}, 4, "optuna", "asha", "score")
 with ray_session(None, base.runtime, dashboard=True):
-    sweep = tune(Folder(sys.argv[1]), base, plan, None, Silent())
+    sweep = tune(Folder(sys.argv[1]), base, plan=plan, address=None, reporter=Silent())
     begun = time.monotonic()
     end = begun + 120
     while True:
@@ -191,13 +191,15 @@ def test_tune__of_which_all_trials_fail_says_why_and_fails(base: RunConfig, tmp_
 def test_tune__refuses(base: RunConfig, tmp_path: Path, changes: dict[str, object], words: str) -> None:
     plan = SweepPlan(**{**vars(PLAN), **changes})
     with pytest.raises(ConfigError, match=words):
-        tune(Folder(str(tmp_path / "sweep")), base, plan, None, Silent())
+        tune(Folder(str(tmp_path / "sweep")), base, plan=plan, address=None, reporter=Silent())
     assert not (tmp_path / "sweep").exists()
 
 
 def test_tune__without_a_frozen_prior_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"encoder\.weights=random"):
-        tune(Folder(str(tmp_path / "sweep")), configure("tiny_cpu", None, []), PLAN, None, Silent())
+        tune(
+            Folder(str(tmp_path / "sweep")), configure("tiny_cpu", None, []), plan=PLAN, address=None, reporter=Silent()
+        )
 
 
 def test_trials__are_named_by_their_settings_and_remember_how_they_ended(base: RunConfig, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.versions import Entry, enter
 from transfgu_ray.tracking import runs as tracking
+from transfgu_ray.tracking.client import connect
+from transfgu_ray.tracking.models import register
 from transfgu_ray.tracking.registry import Registry, Version
 
 
@@ -31,7 +33,7 @@ def registered(folder: Path, *settings: str) -> Run:
     save_decoder(model, build_decoder(config, 24).state_dict(), config)
     metrics = {"stages": None, "refined": None, "baselines": None, "weights_sha256": "ab"}
     tracked = tracking.begin(run.folder, run.config)
-    tracking.register(tracked, run.folder, run.config, metrics, ["config.yaml"], {"score": "0.25"})
+    register(tracked, run, metrics=metrics, artifacts=["config.yaml"], more_tags={"score": "0.25"})
     return run
 
 
@@ -68,7 +70,7 @@ def test_registry__versions_carry_what_scores_them_and_the_alias_moves(tmp_path:
         {"model": "transfgu", "versions": [{"version": 1, "miou": 0.5, "difference": {"miou": 0.25}, "per_class": []}]},
         {"comparison.json": b"{}"},
     )
-    client, _ = tracking.connect(uri)
+    client, _ = connect(uri)
     logged = client.get_run(run_id)
     assert logged.info.status == "FINISHED"
     assert logged.data.metrics == {"version_1/miou": 0.5, "version_1/difference/miou": 0.25}
@@ -84,7 +86,7 @@ def entered(
     versions = [Version(i, (), {}, "", config, Folder(str(out))) for i, config in enumerate(configs, start=1)]
     registry = Registry.__new__(Registry)
     registry.name, registry.uri = "transfgu", ""
-    entries, listing, has_labels = enter(registry, versions, dataset, str(data), Folder(str(out)))
+    entries, listing, has_labels = enter(registry, versions, dataset=dataset, data=str(data), out=Folder(str(out)))
     return entries, len(listing.images), has_labels
 
 

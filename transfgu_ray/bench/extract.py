@@ -38,8 +38,8 @@ def measure(device: str) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         Folder(folder).write_bytes(ENCODER, dump_encoder(random_vit(VIT, {}, seed=0), VIT, {}))
         extractor = FeatureExtractor(
-            config.model_dump(mode="json"),
-            run_uri=folder,
+            config,
+            folder,
             table="features",
             fingerprint="",
             device=device,

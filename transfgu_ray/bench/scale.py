@@ -20,6 +20,7 @@ from transfgu_ray.bench.timing import Findings, Target
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, RuntimeConfig, build_config
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name
 from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.stream import Photo, split_units, stream_units
@@ -126,9 +127,13 @@ def measure_ray(device: str) -> Findings:
         with ray_session(None, RuntimeConfig(device=device)) as resources:
             parts = []
             for _ in range(_ROUNDS):
-                loop.append(_plain_loop(run, photos, config, units, resources))
+                loop.append(_plain_loop(run, photos, config=config, units=units, resources=resources))
                 for workers, seconds in ((1, one), (2, two)):
-                    seconds.append(_under_ray(run, photos, config, units, replace(resources, num_workers=workers)))
+                    seconds.append(
+                        _under_ray(
+                            run, photos, config=config, units=units, resources=replace(resources, num_workers=workers)
+                        )
+                    )
                     parts.append([run.read_bytes(part_name("features", unit)) for unit in range(len(units))])
     return Findings(
         targets=[
@@ -154,7 +159,8 @@ def measure_concepts(device: str) -> Findings:
             run.write_bytes(part_name("features", part), _features_part(part, rows // parts))
         start = time.perf_counter()
         with ray_session(None, RuntimeConfig(device=device)) as resources:
-            groups, peak_mb = cluster(run, config, rows, resources)
+            job = Job(folder=run, config=config, root=run, resources=resources, fingerprint="")
+            groups, peak_mb = cluster(job, rows)
     return Findings(
         targets=[Target(f"concepts: GB a worker, {rows:,} x {_WIDTH}", "<=", 2.0, peak_mb / 1024)],
         details={
@@ -184,12 +190,11 @@ def _features_part(number: int, rows: int) -> pa.Buffer:
 
 
 def _arguments(run: Folder, config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    return {"config": values, "run_uri": run.uri, "table": "features", "fingerprint": ""}
+    return {"config": config, "run_uri": run.uri, "table": "features", "fingerprint": ""}
 
 
 def _plain_loop(
-    run: Folder, photos: Path, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+    run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
     """Seconds a unit, reading included."""
     extractor = FeatureExtractor(**_arguments(run, config), device=resources.device, threads=resources.threads)
@@ -201,13 +206,19 @@ def _plain_loop(
 
 
 def _under_ray(
-    run: Folder, photos: Path, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+    run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
     """Seconds a unit from the first finished one to the last, so that starting processes does not count."""
     numbered = dict(enumerate(units))
     times = [
         time.perf_counter()
-        for _ in stream_units(Folder(str(photos)), numbered, FeatureExtractor, _arguments(run, config), resources)
+        for _ in stream_units(
+            Folder(str(photos)),
+            numbered,
+            worker=FeatureExtractor,
+            arguments=_arguments(run, config),
+            resources=resources,
+        )
     ]
     # Each worker's first unit ends near the start of the clock.
     return (times[-1] - times[0]) / (len(times) - resources.num_workers)

@@ -66,7 +66,7 @@ def pretrain(
     from transfgu_ray.pretraining.folder import PretrainFolder
     from transfgu_ray.pretraining.presets import get_pretrain_preset
     from transfgu_ray.pretraining.pretrain import pretrain as verb
-    from transfgu_ray.runs.lock import claimed
+    from transfgu_ray.runs.lock import locked
     from transfgu_ray.storage import Folder
 
     shorthand = {"data.root": absolute(data), "data.val_root": absolute(val)}
@@ -76,7 +76,7 @@ def pretrain(
         base = None if preset else PretrainFolder.stored_config(folder)
         resolved = build_config(base or get_pretrain_preset(preset or "photos"), config, [*named, *assignments])
     terminal = Terminal(quiet)
-    with claimed(Folder(folder)):
+    with locked(Folder(folder)):
         opened = PretrainFolder.open(folder, resolved, overwrite)
         _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
 

@@ -70,7 +70,9 @@ def predict(
         unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
         ray_session(ray_address, RuntimeConfig()) as resources,
     ):
-        manifest = verb.predict(source, root, photos, target, wanted, resources, progress)
+        manifest = verb.predict(
+            source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress
+        )
     note_refused(terminal, manifest["refused"])
     terminal.note(
         f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
@@ -154,13 +156,16 @@ def compare(
     """Registered versions side by side, on the same photographs."""
     from transfgu_ray.reports.comparison import class_table, comparison_lines, version_table
     from transfgu_ray.storage import Folder
+    from transfgu_ray.studies.compare import Comparison
     from transfgu_ray.studies.compare import compare as verb
 
     if force and not promote:
         raise ConfigError("--force has no use without --promote")
     terminal, target, root = Terminal(quiet), Folder(out), str(absolute(data))
-    numbers = _version_numbers(versions)
-    comparison = verb(model, numbers, dataset, root, target, tracking_uri, ray_address, terminal, promote, force)
+    wanted = Comparison(
+        name=model, numbers=_version_numbers(versions), dataset=dataset, data=root, tracking_uri=tracking_uri
+    )
+    comparison = verb(wanted, target, address=ray_address, reporter=terminal, promote=promote, force=force)
     for header, rows in (version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])):
         # Intervals below their scores, so that versions keep to 80 columns.
         cells = [[cell.replace(" [", "\n[") for cell in row] for row in rows]

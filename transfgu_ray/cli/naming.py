@@ -41,7 +41,7 @@ def name_concepts(
     """
     from transfgu_ray.models.names import parse_names
     from transfgu_ray.pipeline.pages import read_names, rename
-    from transfgu_ray.runs.lock import claimed
+    from transfgu_ray.runs.lock import locked
     from transfgu_ray.runs.run import Run
     from transfgu_ray.storage import Folder, read_file
 
@@ -50,7 +50,7 @@ def name_concepts(
     except OSError:
         raise ConfigError(f"{file} cannot be read; give a YAML file of names") from None
     terminal = Terminal(quiet)
-    with claimed(Folder(folder)):
+    with locked(Folder(folder)):
         opened = Run.open(folder, None)
         names = parse_names(data, file, read_names(opened).kinds)
         rename(opened, names)

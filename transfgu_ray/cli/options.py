@@ -55,4 +55,4 @@ def write_json(file: str | None, content: dict[str, Any]) -> None:
 
     if file is not None:
         folder, _, name = file.rpartition("/")
-        Folder(folder or ".").write_bytes(name, json.dumps(content, indent=1).encode())
+        Folder(folder or ".").write_json(name, content)

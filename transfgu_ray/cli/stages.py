@@ -44,7 +44,7 @@ def _verb(name: str) -> Callable[..., None]:
         from transfgu_ray.config.presets import configure
         from transfgu_ray.config.run import build_config
         from transfgu_ray.pipeline.run import run_stages
-        from transfgu_ray.runs.lock import claimed
+        from transfgu_ray.runs.lock import locked
         from transfgu_ray.runs.run import Run
         from transfgu_ray.runs.stages import STAGES
         from transfgu_ray.storage import Folder
@@ -59,8 +59,8 @@ def _verb(name: str) -> Callable[..., None]:
                 build_config(stored, config, changes) if stored else configure(preset or "paper", config, changes)
             )
         terminal = Terminal(quiet)
-        stages = STAGES if name == "run" else (name,)
-        with claimed(Folder(folder)):
+        stages = STAGES.lasting if name == "run" else (name,)
+        with locked(Folder(folder)):
             opened = Run.open(folder, resolved, overwrite)
             if name == "report":
                 from transfgu_ray.pipeline.pages import rebuild_pages
@@ -68,7 +68,7 @@ def _verb(name: str) -> Callable[..., None]:
                 # Always, and without Ray: it takes seconds, and another version makes other pages.
                 manifests = {name: rebuild_pages(opened)}
             else:
-                manifests = run_stages(opened, stages, ray_address, terminal, overwrite)
+                manifests = run_stages(opened, stages, address=ray_address, reporter=terminal, overwrite=overwrite)
             _close(terminal, opened, manifests)
 
     return command
@@ -144,11 +144,12 @@ def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
     from transfgu_ray.runs.stages import STAGES
 
     uri = opened.folder.uri
+    *_, last = STAGES.lasting
     # Pages are also made again of a run that is whole.
-    if done == STAGES[-1] or (done == "report" and opened.manifest(STAGES[-1]) is not None):
+    if done == last or (done == "report" and opened.manifest(last) is not None):
         terminal.note(f"next: look at report.html, then transfgu predict {uri} --images DIR --out DIR")
         terminal.note(f"      or transfgu serve {uri}, a page to drop photographs on")
     else:
         # The last stage, MLflow's, has no command of its own.
-        following = STAGES[STAGES.index(done) + 1]
-        terminal.note(f"next: transfgu {'run' if following == STAGES[-1] else following} {uri}")
+        following = STAGES.lasting[STAGES.lasting.index(done) + 1]
+        terminal.note(f"next: transfgu {'run' if following == last else following} {uri}")

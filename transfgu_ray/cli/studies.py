@@ -44,7 +44,7 @@ def ablate(
     """
     from transfgu_ray.config.presets import DEMO_SCENES, configure
     from transfgu_ray.reports.ablations import VARIANTS, ablation_tables
-    from transfgu_ray.runs.lock import claimed
+    from transfgu_ray.runs.lock import locked
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.ablate import ablate as verb
@@ -63,7 +63,7 @@ def ablate(
         preset, config, [*named_settings(dataset, data, weights), "evaluate.baselines=[]", *assignments]
     )
     resnet = resnet if resnet == "random" else str(absolute(resnet))
-    with claimed(target):
+    with locked(target):
         metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
     tables = ablation_tables(metrics, notes)
     target.write_bytes("ablations.md", tables.encode())
@@ -122,7 +122,7 @@ def tune(
     """
     from transfgu_ray.config.presets import DEMO_SCENES, configure
     from transfgu_ray.reports.sweep_tables import evidence_lines, evidence_table, failed_trials, sweep_table
-    from transfgu_ray.runs.lock import claimed
+    from transfgu_ray.runs.lock import locked
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.spaces import read_space
@@ -141,8 +141,8 @@ def tune(
     # Trials side by side use the cores better than workers side by side.
     resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
     planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
-    with claimed(target):
-        sweep = verb(target, resolved, planned, ray_address, terminal)
+    with locked(target):
+        sweep = verb(target, resolved, plan=planned, address=ray_address, reporter=terminal)
     header, rows = sweep_table(sweep)
     terminal.table(rows, [name.replace("_", "_\n").replace(" ", "\n") for name in header])
     if sweep["evidence"]:

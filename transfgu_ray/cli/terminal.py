@@ -1,11 +1,14 @@
 """Progress and closing lines in the terminal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from transfgu_ray.engine.progress import Progress
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Task
 
 # Between two lines of a log, s: a job shows life, and quick stages stay short.
@@ -32,7 +35,7 @@ def duration(seconds: float) -> str:
 
 def _pace(task: "Task") -> str:
     """How far a stage is, how fast, how long it still takes, and how much of it was refused."""
-    parts = [f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"]
+    parts = [f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"] if task.total else []
     if task.finished:
         parts.append(duration(task.finished_time or 0))
     elif task.speed and task.time_remaining is not None:
@@ -43,6 +46,60 @@ def _pace(task: "Task") -> str:
     if task.fields["words"]:
         parts.append(task.fields["words"])
     return ", ".join(parts)
+
+
+class _Shown(Progress):
+    """One stage on a console."""
+
+    def __init__(self, console: "Console", name: str, unit: str) -> None:
+        from rich.progress import BarColumn, ProgressColumn, TextColumn
+        from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class Pace(ProgressColumn):
+            """Drawn anew between updates too, so that the time left goes down."""
+
+            def render(self, task: "Task") -> Text:
+                return Text(_pace(task), no_wrap=True, overflow="ellipsis")
+
+        self._console, self._name, self._unit = console, name, unit
+        self._is_live = console.is_terminal
+        columns = (TextColumn(f"{name:<9}"), BarColumn(bar_width=16), Pace())
+        self._bars = Bars(*columns, console=console, disable=not self._is_live)
+        self._number = self._bars.add_task(name, total=None, unit=unit, words="", refused=0)
+        self._task = self._bars.tasks[0]
+        self._shown_at, self._tenths_shown = time.monotonic(), 0
+
+    def __enter__(self) -> "_Shown":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._bars.stop()
+        if self._is_live or kind is not None:
+            return
+        task, total = self._task, self._task.total
+        counted = f", {task.completed:.0f} of {total:.0f} {self._unit}" if total else ""
+        refused = f", {task.fields['refused']} refused" if task.fields["refused"] else ""
+        self._log(f"{self._name}: done{counted} in {duration(task.elapsed or 0)}{refused}")
+
+    def expect(self, total: int) -> None:
+        self._bars.update(self._number, total=total)
+        if not self._is_live:
+            self._log(f"{self._name}: {total} {self._unit}")
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        task = self._task
+        self._bars.update(self._number, advance=done, words=words, refused=task.fields["refused"] + refused)
+        if self._is_live or not task.total or task.completed >= task.total:
+            return
+        tenths, waited = int(10 * task.completed / task.total), time.monotonic() - self._shown_at
+        if waited >= _MOST_S or (tenths > self._tenths_shown and waited >= _LEAST_S):
+            self._log(f"{self._name}: {_pace(task)}")
+            self._shown_at, self._tenths_shown = time.monotonic(), tenths
+
+    def _log(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
 
 
 class Terminal:
@@ -56,56 +113,21 @@ class Terminal:
         self._progress = Console(stderr=True, highlight=False)
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        """Shows one stage while it runs: one live line, or in a log a line every tenth or half a minute.
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
+        """Show one stage while it runs: one live line, or in a log a line every tenth or half a minute.
 
         Args:
             name: of the stage.
-            total: items to do.
+            total: items to do; None until the stage says so.
             unit: what they are, in the plural.
-
-        Yields:
-            A function that takes items done, words to show beside them, and how many of the items were refused.
         """
-        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-        from rich.text import Text
-
         if self._quiet:
-            yield lambda more, words="", refused=0: None
+            yield Progress()
             return
-
-        class Pace(ProgressColumn):
-            """Drawn anew between updates too, so that the time left goes down."""
-
-            def render(self, task: "Task") -> Text:
-                return Text(_pace(task), no_wrap=True, overflow="ellipsis")
-
-        is_live = self._progress.is_terminal
-        columns = (TextColumn(f"{name:<9}"), BarColumn(bar_width=16), Pace())
-        with Progress(*columns, console=self._progress, disable=not is_live) as progress:
-            number = progress.add_task(name, total=total, unit=unit, words="", refused=0)
-            task = progress.tasks[0]
-            shown_at, tenths_shown = time.monotonic(), 0
-
-            def count(more: int, words: str = "", refused: int = 0) -> None:
-                nonlocal shown_at, tenths_shown
-                progress.update(number, advance=more, words=words, refused=task.fields["refused"] + refused)
-                tenths, waited = int(10 * task.completed / max(total, 1)), time.monotonic() - shown_at
-                is_due = waited >= _MOST_S or (tenths > tenths_shown and waited >= _LEAST_S)
-                if is_due and not is_live and task.completed < total:
-                    self._log(f"{name}: {_pace(task)}")
-                    shown_at, tenths_shown = time.monotonic(), tenths
-
-            if not is_live:
-                self._log(f"{name}: {total} {unit}")
-            yield count
-            if not is_live:
-                refusals = f", {task.fields['refused']} refused" if task.fields["refused"] else ""
-                took = duration(task.elapsed or 0)
-                self._log(f"{name}: done, {task.completed:.0f} of {total} {unit} in {took}{refusals}")
-
-    def _log(self, text: str) -> None:
-        self._progress.print(text, markup=False, soft_wrap=True)
+        with _Shown(self._progress, name, unit) as shown:
+            if total is not None:
+                shown.expect(total)
+            yield shown
 
     def note(self, text: str) -> None:
         """Prints one line, unless quiet."""

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
-from transfgu_ray.engine.progress import Progress
-from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_classes
@@ -153,18 +153,26 @@ def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> N
 
 
 class PartWorker(UnitWorker):
-    """A worker whose units become Parquet parts of one table."""
+    """A worker whose units become Parquet parts of one table.
 
-    def __init__(self, run_uri: str, table: str, fingerprint: str, device: str, threads: int) -> None:
+    Attributes:
+        config: of the run.
+        run: the run folder.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_uri: str, *, table: str, fingerprint: str, device: str, threads: int
+    ) -> None:
         super().__init__(device, threads)
-        self._folder = Folder(run_uri)
+        self.config = config
+        self.run = Folder(run_uri)
         self._table = table
         self._fingerprint = fingerprint
 
     def write(self, unit: int, table: pa.Table, stats: PartStats, row_group_size: int | None = None) -> bytes:
         """Writes the unit's part whole; returns how many photographs were refused, for the progress."""
         metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
-        self._folder.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
+        self.run.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
         return str(len(stats.refused)).encode()
 
 
@@ -188,36 +196,48 @@ class TableResult:
 
 
 def build_table_of_parts(
-    run: Folder,
+    job: Job,
     table: str,
-    fingerprint: str,
-    root: Folder,
+    *,
     images: Sequence[ImageRef],
     images_per_part: int,
-    worker: type[PartWorker],
-    arguments: dict[str, Any],
-    resources: Resources,
-    progress: Progress,
+    worker: Callable[..., PartWorker],
+    arguments: Mapping[str, Any] | None = None,
 ) -> TableResult:
-    """Makes the parts that are missing, then reads every footer: the table is complete when this returns."""
+    """Make the parts of a table that are missing, then read every footer: it is complete when this returns.
+
+    Args:
+        job: where, by which settings and with what.
+        table: its folder.
+        images: photographs, in order; consecutive ones share a part.
+        images_per_part: how many.
+        worker: makes the parts; called with what `PartWorker` takes.
+        arguments: further ones of the worker, by name.
+
+    Raises:
+        TransfguError: raised by a worker, because the user's input is wrong.
+    """
+    folder = job.folder
     units = dict(enumerate(split_units(images, images_per_part)))
     wanted = {part_name(table, unit): unit for unit in units}
-    for name, _ in list(run.files(table)):
-        if name not in wanted or read_footer(run, name, fingerprint) is None:
-            run.delete(name)
-    present = {wanted[name] for name, _ in run.files(table)}
-    progress(sum(len(units[unit]) for unit in present))
+    for name, _ in list(folder.files(table)):
+        if name not in wanted or read_footer(folder, name, job.fingerprint) is None:
+            folder.delete(name)
+    present = {wanted[name] for name, _ in folder.files(table)}
+    job.progress(sum(len(units[unit]) for unit in present))
     missing = {unit: refs for unit, refs in units.items() if unit not in present}
-    arguments = {"run_uri": run.uri, "table": table, "fingerprint": fingerprint, **arguments}
+    given = {"config": job.config, "run_uri": folder.uri, "table": table, "fingerprint": job.fingerprint}
     peak_mb = 0
-    for result in stream_units(root, missing, worker, arguments, resources):
+    for result in stream_units(
+        job.root, missing, worker=worker, arguments=given | dict(arguments or {}), resources=job.resources
+    ):
         peak_mb = max(peak_mb, result.peak_mb)
-        progress(len(units[result.unit]), refused=int(result.result))
+        job.progress(len(units[result.unit]), refused=int(result.result))
     total, num_rows = PartStats(), 0
     for name in wanted:
-        footer = read_footer(run, name, fingerprint)
+        footer = read_footer(folder, name, job.fingerprint)
         if footer is None:
-            raise RuntimeError(f"{run.uri_of(name)} was not written")
+            raise RuntimeError(f"{folder.uri_of(name)} was not written")
         stats, rows = footer
         num_rows += rows
         total.add(stats)

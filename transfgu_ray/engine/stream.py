@@ -8,7 +8,7 @@ done again, and a rerun skips the units whose artifact is there.
 import itertools
 import logging
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +92,10 @@ def split_units(images: Sequence[ImageRef], images_per_unit: int) -> list[Sequen
 
 def stream_units(
     root: Folder,
-    units: dict[int, Sequence[ImageRef]],
-    worker: type[UnitWorker],
-    arguments: dict[str, Any],
+    units: Mapping[int, Sequence[ImageRef]],
+    *,
+    worker: Callable[..., UnitWorker],
+    arguments: Mapping[str, Any],
     resources: Resources,
 ) -> Iterator[UnitResult]:
     """Runs `worker(**arguments)` over all units and yields each result as it comes, in no particular order.
@@ -173,7 +174,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield from _causes(cause)
 
 
-def _unit_blocks(units: dict[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
+def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
     numbers = sorted(units)
     table = pa.table(
         {

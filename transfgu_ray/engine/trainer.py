@@ -31,6 +31,7 @@ MAX_RESTARTS = 2
 def new_trainer(
     loop: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
+    *,
     storage: Folder,
     name: str,
     resources: Resources,
@@ -122,7 +123,7 @@ class Pulse:
     def __call__(self, **content: float) -> None:
         """Called after each step."""
         if time.monotonic() - self._written >= _PULSE_SECONDS:
-            self._folder.write_bytes(PULSE, json.dumps(content).encode())
+            self._folder.write_json(PULSE, content)
             self._written = time.monotonic()
 
 

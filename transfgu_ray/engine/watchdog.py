@@ -3,10 +3,10 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.errors import StalledError
 
 # Not SIGINT, which is ignored in what a shell script starts with `&`. Its handler raises what Ctrl-C does: Ray's own
@@ -15,7 +15,7 @@ _WAKE = signal.SIGUSR1
 
 
 @contextmanager
-def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
+def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[Progress]:
     """Gives `progress` back, to be called whenever something was done; interrupts the main thread when that stays away.
 
     Ray itself notices dead processes and starts them again; what it waits for in silence is a process that lives but
@@ -34,17 +34,12 @@ def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) ->
     if threading.current_thread() is not main:
         yield progress
         return
-    last, is_stalled, done = time.monotonic(), False, threading.Event()
-
-    def noted(*done: Any, **named: Any) -> None:
-        nonlocal last
-        last = time.monotonic()
-        progress(*done, **named)
+    noted, is_stalled, done = _Noted(progress), False, threading.Event()
 
     def watch() -> None:
         nonlocal is_stalled
         while not done.wait(min(60 * minutes / 4, 1.0)):
-            if time.monotonic() - last > 60 * minutes:
+            if time.monotonic() - noted.last > 60 * minutes:
                 is_stalled = True
                 # A real signal: nothing less wakes a main thread that waits for a lock.
                 signal.pthread_kill(main.ident, _WAKE)
@@ -67,3 +62,19 @@ def unless_stalled(doing: str, minutes: float, progress: Callable[..., None]) ->
         thread.join()
         # None stands for a handler of C code, which Python cannot put back.
         signal.signal(_WAKE, before or signal.SIG_DFL)
+
+
+class _Noted(Progress):
+    """Passes progress on, and remembers when there last was some."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.last = time.monotonic()
+
+    def expect(self, total: int) -> None:
+        self.last = time.monotonic()
+        self._progress.expect(total)
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        self.last = time.monotonic()
+        self._progress(done, words, refused=refused)

@@ -1,9 +1,8 @@
 """features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
 
 import itertools
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from transfgu_ray.algorithms.labels.bank import decode_scores
 from transfgu_ray.algorithms.scores.examples import Best, nearest_crops, stand_ins, strongest_responses
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
@@ -24,6 +24,7 @@ from transfgu_ray.engine.parts import (
     read_part,
     read_row,
 )
+from transfgu_ray.engine.progress import Heartbeat
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.engine.stream import Photo, peak_memory_mb, unwrapped_errors
 from transfgu_ray.images import encode
@@ -63,41 +64,27 @@ class _Scan:
         )
 
 
-def build_atlas(
-    run: Folder,
-    config: RunConfig,
-    fingerprint: str,
-    root: Folder,
-    images: Sequence[ImageRef],
-    resources: Resources,
-) -> tuple[dict[str, int], int]:
+def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], int]:
     """Brings atlas.json and the table of example pictures up to date.
 
     Args:
-        run: run folder with features, concepts and bank.
-        config: its configuration.
-        fingerprint: of what they depend on.
-        root: the dataset.
-        images: its photographs.
-        resources: workers and devices.
+        job: of a run with features, concepts and bank; its progress gets signs of life only.
+        images: photographs of the training split.
 
     Returns:
         What the manifest says of it, and the highest peak memory of a worker, MB.
     """
+    run = job.folder
     kinds, centroids = read_concepts(run)
-    found = _scan_parts(run, kinds, centroids, resources)
-    jobs = _jobs(run, found)
+    found = _scan_parts(run, kinds, centroids=centroids, resources=job.resources)
+    pictures = _pictures(run, found)
     result = build_table_of_parts(
-        run,
+        replace(job, progress=Heartbeat(job.progress)),
         _TABLE,
-        fingerprint,
-        root,
-        [image for image in images if image.image_id in jobs],
-        _PHOTOS_A_UNIT,
-        ExamplePainter,
-        {"config": config.model_dump(mode="json"), "jobs": jobs},
-        resources,
-        lambda *_, **__: None,
+        images=[image for image in images if image.image_id in pictures],
+        images_per_part=_PHOTOS_A_UNIT,
+        worker=ExamplePainter,
+        arguments={"pictures": pictures},
     )
     total = int(found.patches.sum())
     followers = np.argsort(-found.followed, axis=1, kind="stable")[:, :_CONFUSED_A_CONCEPT]
@@ -109,12 +96,12 @@ def build_atlas(
         }
         for won, row, order in zip(found.patches, found.followed, followers, strict=True)
     ]
-    run.write_bytes(ATLAS, json.dumps({"concepts": concepts}, indent=1).encode())
+    run.write_json(ATLAS, {"concepts": concepts})
     content = {"photographs": result.stats.images, "pictures": result.num_rows}
     return content, max(found.peak_mb, result.peak_mb)
 
 
-def _scan_parts(run: Folder, kinds: list[str], centroids: np.ndarray, resources: Resources) -> _Scan:
+def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resources: Resources) -> _Scan:
     import ray
 
     count = len(part_files(run, "labels"))
@@ -180,9 +167,9 @@ def _decode(record: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
     return codes, decode_scores(torch.from_numpy(codes.copy()), low, high)
 
 
-def _jobs(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
+def _pictures(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
     """The pictures to make of each photograph."""
-    jobs: dict[str, list[dict[str, Any]]] = {}
+    pictures: dict[str, list[dict[str, Any]]] = {}
     for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
         columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
         for part in np.unique(best.parts[np.isfinite(best.values)]).tolist():
@@ -192,41 +179,42 @@ def _jobs(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
                 record = rows.slice(row, 1).to_pylist()[0]
                 box = record["box_xyxy"] if what == "crop" else [0, 0, record["width_px"], record["height_px"]]
                 value = abs(float(best.values[rank, concept]))
-                job = {"concept_id": concept, "what": what, "rank": rank, "box_xyxy": box, "value": value}
-                jobs.setdefault(record["image_id"], []).append(job | {"place": (part, row)})
-    return jobs
+                picture = {"concept_id": concept, "what": what, "rank": rank, "box_xyxy": box, "value": value}
+                pictures.setdefault(record["image_id"], []).append(picture | {"place": (part, row)})
+    return pictures
 
 
 class ExamplePainter(PartWorker):
     """One unit of photographs -> the pictures of concepts that are made of them."""
 
-    def __init__(self, config: dict[str, Any], jobs: dict[str, list[dict[str, Any]]], **part: Any) -> None:
-        super().__init__(**part)
-        self._limits = RunConfig.model_validate(config).data
-        self._run = Folder(part["run_uri"])
-        self._jobs = jobs
+    def __init__(
+        self, config: RunConfig, run_uri: str, *, pictures: dict[str, list[dict[str, Any]]], **part: Any
+    ) -> None:
+        super().__init__(config, run_uri, **part)
+        self._limits = config.data
+        self._pictures = pictures
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
         stats = PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
         for photo, image in decode_photos(photos, self._limits.min_side_px, self._limits.max_pixels, stats):
-            for job in self._jobs[photo.image_id]:
-                row = {name: job[name] for name in ("concept_id", "what", "rank", "box_xyxy", "value")}
-                row |= {"image_id": photo.image_id, "picture": self._picture(image, job)}
+            for wanted in self._pictures[photo.image_id]:
+                row = {name: wanted[name] for name in ("concept_id", "what", "rank", "box_xyxy", "value")}
+                row |= {"image_id": photo.image_id, "picture": self._picture(image, wanted)}
                 for name, value in row.items():
                     columns[name].append(value)
         columns["box_xyxy"] = np.array(columns["box_xyxy"], dtype=np.int32).reshape(-1, 4)  # type: ignore[assignment]
         return self.write(unit, build_table(columns, atlas_schema()), stats)
 
-    def _picture(self, image: Image.Image, job: dict[str, Any]) -> bytes:
-        if job["what"] == "crop":
-            picture = image.crop(tuple(job["box_xyxy"]))
+    def _picture(self, image: Image.Image, wanted: dict[str, Any]) -> bytes:
+        if wanted["what"] == "crop":
+            picture = image.crop(tuple(wanted["box_xyxy"]))
             picture.thumbnail((_CROP_PX, _CROP_PX))
         else:
             picture = image.copy()
             picture.thumbnail((_MAP_PX, _MAP_PX))
-            part, row = job["place"]
-            scores = _decode(read_row(self._run, part_name("labels", part), row))[1][job["concept_id"]]
+            part, row = wanted["place"]
+            scores = _decode(read_row(self.run, part_name("labels", part), row))[1][wanted["concept_id"]]
             picture = spotlight(picture, scores.numpy())
         return encode(picture, "WEBP", quality=75)

@@ -23,6 +23,7 @@ from transfgu_ray.algorithms.encoder.checkpoints import load_untrained
 from transfgu_ray.algorithms.encoder.tokens import read_tokens, token_dim
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
@@ -31,8 +32,6 @@ from transfgu_ray.engine.parts import (
     decode_photos,
     read_table,
 )
-from transfgu_ray.engine.progress import Progress
-from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, unwrapped_errors
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import ENCODER, load_run_backbone, load_run_encoder
@@ -143,15 +142,14 @@ class BaselineMapper:
 class PatchSampler(PartWorker):
     """One unit of photographs -> one part of the table of drawn patches."""
 
-    def __init__(self, config: dict[str, Any], patches_a_photo: int, **part: Any) -> None:
-        super().__init__(**part)
-        self._config = RunConfig.model_validate(config)
-        self._patches_a_photo = patches_a_photo
-        self._features = PatchFeatures(Folder(part["run_uri"]), self._config, self.device)
+    def __init__(self, config: RunConfig, run_uri: str, *, patches_per_photo: int, **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
+        self._patches_per_photo = patches_per_photo
+        self._features = PatchFeatures(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
-        stats, data, features = PartStats(), self._config.data, self._features
+        stats, data, features = PartStats(), self.config.data, self._features
         working = {
             photo.image_id: to_working(image, data.image_size)
             for photo, image in decode_photos(photos, data.min_side_px, data.max_pixels, stats)
@@ -162,11 +160,11 @@ class PatchSampler(PartWorker):
         patches = [np.empty(0, dtype=np.int32)]
         columns = {name: [np.empty((0, width), dtype=np.float16)] for name, width in features.widths.items()}
         # A stream of its own beside the draw's.
-        rngs = [np.random.default_rng([self._config.seed, numbers[image_id], 1]) for image_id in working]
+        rngs = [np.random.default_rng([self.config.seed, numbers[image_id], 1]) for image_id in working]
         images = list(working.values())
         for image_id, plain, views in zip(working, features(images), features.views(images, rngs), strict=True):
             height, width = features.grid_hw
-            drawn = draw_patches(height * width, self._patches_a_photo, self._config.seed, numbers[image_id])
+            drawn = draw_patches(height * width, self._patches_per_photo, self.config.seed, numbers[image_id])
             image_ids += [image_id] * len(drawn)
             patches.append(drawn.astype(np.int32))
             for name, values in (plain | views).items():
@@ -190,14 +188,7 @@ def chosen_photos(config: RunConfig, images: Sequence[ImageRef]) -> list[ImageRe
 
 
 def fit_baselines(
-    run: Folder,
-    config: RunConfig,
-    fingerprint: str,
-    root: Folder,
-    images: Sequence[ImageRef],
-    num_clusters: int,
-    resources: Resources,
-    progress: Progress,
+    job: Job, images: Sequence[ImageRef], *, num_clusters: int
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """What `cluster_patches` gives, and with it how many photographs and patches were drawn.
 
@@ -208,15 +199,20 @@ def fit_baselines(
     """
     import ray
 
+    config, resources = job.config, job.resources
     chosen = chosen_photos(config, images)
-    arguments = {"config": config.model_dump(mode="json"), "patches_a_photo": MAX_POINTS // len(chosen)}
     result = build_table_of_parts(
-        run, _TABLE, fingerprint, root, chosen, _PHOTOS_A_UNIT, PatchSampler, arguments, resources, progress
+        job,
+        _TABLE,
+        images=chosen,
+        images_per_part=_PHOTOS_A_UNIT,
+        worker=PatchSampler,
+        arguments={"patches_per_photo": MAX_POINTS // len(chosen)},
     )
     task = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
         centroids, counts = ray.get(
-            task.remote(run.uri, config, num_clusters, resources.threads, resources.device == "cuda")
+            task.remote(job.folder.uri, config, num_clusters, resources.threads, resources.device == "cuda")
         )
     return centroids, {"photographs": result.stats.images, "patches": result.num_rows, **counts}
 

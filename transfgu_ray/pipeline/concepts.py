@@ -10,24 +10,22 @@ import pyarrow.parquet as pq
 from transfgu_ray.algorithms.concepts.kmeans import Clustering, fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
 from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_files, read_part
 from transfgu_ray.engine.session import READER_CPUS, Resources
-from transfgu_ray.engine.stream import peak_memory_mb
-from transfgu_ray.pipeline.context import Context
+from transfgu_ray.engine.stream import peak_memory_mb, unwrapped_errors
+from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.shards import actor_shards, read_points
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Cluster the class tokens of a run; return what the manifest says of it."""
-    from transfgu_ray.engine.stream import unwrapped_errors
-
-    run = context.run
-    extracted = run.require("extract")
+    extracted = job.run.require("extract")
+    job.progress.expect(len(concept_groups(job.config)))
     with unwrapped_errors():
-        groups, peak_mb = cluster(run.folder, run.config, extracted["rows_out"], context.resources)
-    context.progress(1)
+        groups, peak_mb = cluster(job, extracted["rows_out"])
     return {
         "rows_in": sum(group["points_total"] for group in groups.values()),
         "rows_out": sum(group["concepts"] for group in groups.values()),
@@ -47,17 +45,15 @@ def concept_groups(config: RunConfig) -> dict[str, int]:
     return {kind: count for kind, count in groups.items() if count}
 
 
-def cluster(run: Folder, config: RunConfig, num_rows: int, resources: Resources) -> tuple[dict[str, Any], int]:
-    """Reads the features and writes concepts.parquet.
+def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
+    """Read the features of a run and write concepts.parquet.
 
     A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger one are spread
     over all workers.
 
     Args:
-        run: the run folder.
-        config: of the run.
+        job: of the run.
         num_rows: of the features.
-        resources: workers, threads and GPUs.
 
     Returns:
         What the manifest says about each group, and the highest peak memory of a worker, MB.
@@ -67,6 +63,7 @@ def cluster(run: Folder, config: RunConfig, num_rows: int, resources: Resources)
     """
     import ray
 
+    run, config, resources = job.folder, job.config, job.resources
     groups = concept_groups(config)
     # Small runs, which most are, need not be counted.
     parts = _count_parts(run, resources) if num_rows > config.concepts.init_points else {}
@@ -79,6 +76,7 @@ def cluster(run: Folder, config: RunConfig, num_rows: int, resources: Resources)
         task = ray.remote(_fit_in_memory).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
         fitted, peak_mb = ray.get(task.remote(run.uri, config, small, resources.threads, use_gpu))
+        job.progress(len(small))
     for kind in large:
         with actor_shards(run, kind, parts[kind], resources) as points:
             settings = config.concepts
@@ -94,6 +92,7 @@ def cluster(run: Folder, config: RunConfig, num_rows: int, resources: Resources)
                 kind,
             )
             peak_mb = max(peak_mb, points.peak_mb())
+        job.progress(1)
     ordered = {kind: fitted[kind] for kind in groups}
     _write_concepts(run, ordered)
     return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb

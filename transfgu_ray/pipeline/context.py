@@ -1,15 +1,13 @@
-"""What each stage reads, calls and says of itself in its manifest."""
+"""What every stage is told, and what all stages do with it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.datasets.listing import Listing
-from transfgu_ray.engine.parts import refusals
-from transfgu_ray.engine.progress import Progress
-from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.job import Job
+from transfgu_ray.engine.parts import PartWorker, TableResult, build_table_of_parts, refusals
 from transfgu_ray.runs.run import Run
-from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.runs import Tracked
 
 
@@ -31,63 +29,58 @@ class Trial:
     on_epoch: Callable[[list[dict[str, float]]], None]
 
 
-@dataclass(frozen=True)
-class Context:
-    """What every stage gets.
+@dataclass(frozen=True, kw_only=True)
+class StageJob(Job):
+    """What a stage is told.
 
     Attributes:
         run: run folder and configuration.
-        root: the dataset.
         listing: photographs of the training split.
-        resources: workers and devices.
-        fingerprint: of the stage.
         inputs: what the stage is made of beside its settings; part of the fingerprint.
-        encoder: safetensors bytes of the encoder; None where extract is not pending.
-        backbone: safetensors bytes of the student's own backbone; None where it has none, or train is not pending.
+        encoder: safetensors bytes of the encoder; None where extract is not to be made.
+        backbone: safetensors bytes of the student's own backbone; None where it has none, or where it is not read.
         tracked: the MLflow run; None outside `transfgu run`.
         trial: what a sweep wants of the run; None outside one.
-        progress: takes items done.
     """
 
     run: Run
-    root: Folder
     listing: Listing
-    resources: Resources
-    fingerprint: str
     inputs: str
-    encoder: bytes | None
-    backbone: bytes | None
-    tracked: Any
-    trial: Trial | None
-    progress: Progress
+    encoder: bytes | None = None
+    backbone: bytes | None = None
+    tracked: Tracked | None = None
+    trial: Trial | None = None
 
 
 def table_of_photographs(
-    context: Context, table: str, worker: Any, listing: Listing | None = None, **arguments: Any
-) -> Any:
-    """A table of the training photographs, brought up to date; see `parts.build_table_of_parts`."""
-    from transfgu_ray.engine.parts import build_table_of_parts
+    job: StageJob, table: str, *, worker: type[PartWorker], listing: Listing | None = None, **arguments: Any
+) -> TableResult:
+    """Bring a table of the training photographs up to date; see `parts.build_table_of_parts`.
 
-    config = context.run.config
+    Args:
+        job: of the stage.
+        table: its folder.
+        worker: makes the parts.
+        listing: the photographs where they are not those of the job, e.g. with their labels.
+        arguments: further ones of the worker.
+    """
+    images = (job.listing if listing is None else listing).images
+    job.progress.expect(len(images))
     return build_table_of_parts(
-        context.run.folder,
+        job,
         table,
-        context.fingerprint,
-        context.root,
-        (listing or context.listing).images,
-        config.extract.images_per_part,
-        worker,
-        {"config": config.model_dump(mode="json"), **arguments},
-        context.resources,
-        context.progress,
+        images=images,
+        images_per_part=job.config.extract.images_per_part,
+        worker=worker,
+        arguments=arguments,
     )
 
 
-def table_content(context: Context, result: Any) -> dict[str, Any]:
+def table_content(job: StageJob, result: TableResult) -> dict[str, Any]:
     """Return what the manifest says of a table of the training photographs."""
     stats = result.stats
     return {
-        **refusals(stats, context.listing.refused),
+        **refusals(stats, job.listing.refused),
         "rows_out": result.num_rows,
         "images": stats.images,
         "dropped": stats.dropped,

@@ -1,6 +1,7 @@
 """model + bank's method -> confusion matrices and sample masks: all stages and baselines on the same photographs."""
 
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,18 @@ from transfgu_ray.algorithms.scores.pamr import refined_argmax
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import TableResult, batched_rows, refusals, require_some
-from transfgu_ray.engine.progress import Progress
-from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.progress import Heartbeat
 from transfgu_ray.images import to_working
-from transfgu_ray.models.model import load_model
-from transfgu_ray.models.names import Names
-from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures
-from transfgu_ray.pipeline.context import Context
+from transfgu_ray.models.model import load_model, load_model_config
+from transfgu_ray.models.names import Names, load_names
+from transfgu_ray.pipeline.atlas import build_atlas
+from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures, chosen_photos, fit_baselines
+from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.inputs import list_scored, scored_split
 from transfgu_ray.pipeline.labels import load_labeller
+from transfgu_ray.pipeline.samples import bank_image_ids
 from transfgu_ray.pipeline.scoring import (
     EXTREMES,
     Scorer,
@@ -32,72 +35,48 @@ from transfgu_ray.pipeline.scoring import (
     score_photos,
     token_batches,
 )
-from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, photo_mious
+from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, metrics_json, photo_mious
 from transfgu_ray.storage import Folder
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Score the stages of a run, or segment samples where there are no labels; return what the manifest says of it."""
-    from transfgu_ray.models.model import load_model_config
-    from transfgu_ray.models.names import load_names
-    from transfgu_ray.pipeline.atlas import build_atlas
-    from transfgu_ray.pipeline.baselines import fit_baselines
-    from transfgu_ray.pipeline.samples import bank_image_ids
-    from transfgu_ray.pipeline.scoring import read_counts
-    from transfgu_ray.reports.scores import metrics_json
-
-    run, config = context.run, context.run.config
+    run, config = job.run, job.config
     scored = list_scored(config)
     if scored is None:
         # Only to be looked at: take those that are known to be readable.
         readable = set(bank_image_ids(run.folder))
-        images = [image for image in context.listing.images if image.image_id in readable]
+        images = [image for image in job.listing.images if image.image_id in readable]
+        job.progress.expect(min(config.evaluate.num_samples, len(images)))
     else:
         images = list(scored.images)
+        job.progress.expect(len(images) + len(chosen_photos(config, job.listing.images)))
     weights_sha256 = run.require("extract")["weights_sha256"]
     model = Folder(run.folder.uri_of("model"))
     kinds = load_model_config(model).kinds
     names = load_names(model, kinds)
-    centroids, drawn = {}, {}
+    centroids: dict[str, np.ndarray] = {}
+    drawn: dict[str, Any] = {}
     if scored is not None and config.evaluate.baselines:
-        centroids, drawn = fit_baselines(
-            run.folder,
-            config,
-            context.fingerprint,
-            context.root,
-            context.listing.images,
-            len(kinds),
-            context.resources,
-            context.progress,
-        )
-        drawn = {"baselines": drawn}
+        centroids, counts_drawn = fit_baselines(job, job.listing.images, num_clusters=len(kinds))
+        drawn = {"baselines": counts_drawn}
     # The photographs that are scored are no part of the run's input.
-    fingerprint = context.fingerprint if scored is None else f"{context.fingerprint} {scored.fingerprint}"
+    fingerprint = job.fingerprint if scored is None else f"{job.fingerprint} {scored.fingerprint}"
     result = evaluate(
-        run.folder,
-        config,
-        kinds,
-        fingerprint,
-        context.root,
-        images,
-        scored is not None,
-        centroids,
-        context.resources,
-        context.progress,
+        replace(job, fingerprint=fingerprint), images, kinds=kinds, scored=scored is not None, centroids=centroids
     )
     stats = result.stats
     if scored is not None:
         require_some(stats, len(images))
-    atlas, atlas_mb = {}, 0
+    atlas: dict[str, int] = {}
+    atlas_mb = 0
     if config.evaluate.num_samples:
-        atlas, atlas_mb = build_atlas(
-            run.folder, config, context.fingerprint, context.root, context.listing.images, context.resources
-        )
+        atlas, atlas_mb = build_atlas(job, job.listing.images)
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
     metrics = metrics_json(config, scored_split(config), stats.images, counts, names, weights_sha256)
-    run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
+    run.folder.write_json("metrics.json", metrics)
     return {
-        **refusals(stats, (context.listing if scored is None else scored).refused),
+        **refusals(stats, (job.listing if scored is None else scored).refused),
         "rows_out": stats.images,
         "scored": metrics["scored"],
         "parts": result.num_parts,
@@ -118,15 +97,8 @@ class Evaluator(Scorer):
 
     shown = STAGE_NAMES
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        num_classes: int,
-        samples: dict[str, str],
-        centroids: dict[str, np.ndarray],
-        **part: Any,
-    ) -> None:
-        super().__init__(config, num_classes, samples, **part)
+    def __init__(self, config: RunConfig, run_uri: str, *, centroids: dict[str, np.ndarray], **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
         self._labeller = load_labeller(self.run, self.config, self.device)
         model = Folder(self.run.uri_of("model"))
         self._models = [load_model(model, self.device, name) for name in ("decoder_round_0", "decoder")]
@@ -184,55 +156,34 @@ class Evaluator(Scorer):
 
 
 def evaluate(
-    run: Folder,
-    config: RunConfig,
-    kinds: tuple[str, ...],
-    fingerprint: str,
-    root: Folder,
-    images: list[ImageRef],
-    scored: bool,
-    centroids: dict[str, np.ndarray],
-    resources: Resources,
-    progress: Progress,
+    job: Job, images: Sequence[ImageRef], *, kinds: tuple[str, ...], scored: bool, centroids: dict[str, np.ndarray]
 ) -> TableResult:
-    """Brings the table of confusions up to date, then shows the best and the worst photographs; see `score_photos`.
+    """Bring the table of confusions up to date, then show the best and the worst photographs; see `score_photos`.
 
     Args:
-        run: run folder with a finished model.
-        config: its configuration.
-        kinds: of the model's classes.
-        fingerprint: of what the table depends on.
-        root: the dataset.
+        job: of a run with a finished model.
         images: photographs to score, or to look at.
-        scored: whether they have labels.
+        kinds: of the model's classes.
+        scored: whether the photographs have labels.
         centroids: of each baseline, or its linear head.
-        resources: workers and devices.
-        progress: takes photographs done.
     """
+    config = job.config
     samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
     arguments = {"centroids": centroids}
-    result = score_photos(
-        run, config, fingerprint, root, images, samples, scored, Evaluator, arguments, resources, progress
-    )
-    counts = read_counts(run, len(config.class_names), len(kinds))
+    result = score_photos(job, images, samples=samples, scored=scored, scorer=Evaluator, arguments=arguments)
+    counts = read_counts(job.folder, len(config.class_names), len(kinds))
     if counts:
         scores = photo_mious(config, counts[STAGE_NAMES[-1]], Names(kinds, {}))
         count = min(_NUM_EXTREMES, config.evaluate.num_samples)
-        extremes = choose_extremes(read_scored_ids(run), scores, count)
-        chosen = [image for image in images if image.image_id in extremes]
+        extremes = choose_extremes(read_scored_ids(job.folder), scores, count)
+        # They are chosen by the scores, which follow from what the fingerprint says. None of them is counted twice.
         score_photos(
-            run,
-            config,
-            # They are chosen by the scores, which follow from what the fingerprint says.
-            fingerprint,
-            root,
-            chosen,
-            extremes,
-            scored,
-            Evaluator,
-            {"centroids": {}},
-            resources,
-            lambda *_, **__: progress(0),
-            EXTREMES,
+            replace(job, progress=Heartbeat(job.progress)),
+            [image for image in images if image.image_id in extremes],
+            samples=extremes,
+            scored=scored,
+            scorer=Evaluator,
+            arguments={"centroids": {}},
+            table=EXTREMES,
         )
     return result

@@ -26,28 +26,27 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import cut_crops, resize_label, to_working
 from transfgu_ray.models.weights import ENCODER, load_run_encoder, weights_file_sha256
-from transfgu_ray.pipeline.context import Context, table_content, table_of_photographs
+from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
 from transfgu_ray.pipeline.inputs import list_labelled
 from transfgu_ray.runs.tables import build_table, features_schema
-from transfgu_ray.storage import Folder
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Write the class tokens of all windows, and the encoder; return what the manifest says of them."""
     from transfgu_ray.algorithms.encoder.checkpoints import read_safetensors
 
-    run, config = context.run, context.run.config
+    config = job.config
     # Resolved here once: workers and the finished model all use this very file.
-    assert context.encoder is not None
-    run.folder.write_bytes(ENCODER, context.encoder)
-    result = table_of_photographs(context, "features", FeatureExtractor, list_labelled(config))
-    require_some(result.stats, len(context.listing.images))
-    content = table_content(context, result)
+    assert job.encoder is not None
+    job.folder.write_bytes(ENCODER, job.encoder)
+    result = table_of_photographs(job, "features", worker=FeatureExtractor, listing=list_labelled(config))
+    require_some(result.stats, len(job.listing.images))
+    content = table_content(job, result)
     _require_most(content, config.runtime.max_refused_share)
     return content | {
-        "weights_sha256": read_safetensors(context.encoder, ENCODER)[1]["weights_sha256"],
+        "weights_sha256": read_safetensors(job.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
-        "other_files_passed_over": context.listing.num_other_files,
+        "other_files_passed_over": job.listing.num_other_files,
     }
 
 
@@ -85,10 +84,9 @@ def _column(windows: list[_Windows], name: str, dtype: type) -> np.ndarray:
 class FeatureExtractor(PartWorker):
     """One unit of photographs -> one part of the features table."""
 
-    def __init__(self, config: dict[str, Any], **part: Any) -> None:
-        super().__init__(**part)
-        self._config = config = RunConfig.model_validate(config)
-        self._encoder = load_run_encoder(Folder(part["run_uri"]), config.encoder.precision, self.device)
+    def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
+        self._encoder = load_run_encoder(self.run, config.encoder.precision, self.device)
         height, width = config.data.image_size
         self._crop_size = config.extract_crop_size
         # Whole images are larger than crops: as many at a time as give about the same number of pixels.
@@ -101,7 +99,7 @@ class FeatureExtractor(PartWorker):
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
-        config, stats = self._config, PartStats()
+        config, stats = self.config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
         limits = config.data.min_side_px, config.data.max_pixels
         for photo, image, classes in decode_labelled(photos, *limits, self._label_table, stats):
@@ -140,10 +138,10 @@ class FeatureExtractor(PartWorker):
 
     def _sliding(self, working: list[np.ndarray], stats: PartStats) -> list[_Windows]:
         """The sliding windows that each working image keeps (4.2)."""
-        extract, found = self._config.extract, []
+        extract, found = self.config.extract, []
         for fracs in self._foreground_fracs(np.array(working)) if working else []:
             kinds = classify_windows(
-                fracs, self._config.region_mode, extract.foreground_min_frac, extract.background_min_frac
+                fracs, self.config.region_mode, extract.foreground_min_frac, extract.background_min_frac
             )
             keep = np.flatnonzero([kind != DROPPED for kind in kinds])
             stats.drop("neither foreground nor background", len(kinds) - len(keep))
@@ -152,7 +150,7 @@ class FeatureExtractor(PartWorker):
 
     def _regions(self, labels: list[np.ndarray], stats: PartStats) -> list[_Windows]:
         """The labelled regions of each working image, from its classes."""
-        config, found = self._config, []
+        config, found = self.config, []
         things = np.array([kind == "thing" for kind in config.class_kinds])
         for classes in labels:
             boxes, class_ids, num_small = region_boxes(classes)
@@ -181,7 +179,7 @@ class FeatureExtractor(PartWorker):
             working: (b, 3, y, x) working images.
             seconds_an_item: times a function of a count, up to a largest one.
         """
-        config, most = self._config, self._config.extract.batch_size
+        config, most = self.config, self.config.extract.batch_size
         fracs = list(self._foreground_fracs(working))
         limits = config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
         kept = sum(kind != DROPPED for of_image in fracs for kind in classify_windows(of_image, *limits))
@@ -201,7 +199,7 @@ class FeatureExtractor(PartWorker):
 
     def _foreground_fracs(self, working: np.ndarray) -> Iterator[np.ndarray]:
         """Foreground share of every window of each working image."""
-        encoder, config = self._encoder, self._config
+        encoder, config = self._encoder, self.config
         grid_hw = encoder.grid_hw(config.data.image_size)
         if config.region_mode in ("all_foreground", "no_prior"):
             yield from np.ones((len(working), len(self._boxes)))

@@ -1,8 +1,9 @@
 """What stages are made of beside their settings: photographs, labels, weights; checked before anything starts."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
+from transfgu_ray.algorithms.concepts.windows import enumerate_windows
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import Listing, list_images
 from transfgu_ray.errors import ConfigError
@@ -13,6 +14,7 @@ from transfgu_ray.models.weights import (
     resolve_encoder,
     weights_file_sha256,
 )
+from transfgu_ray.pipeline.published_decoder import check_decoder, decoder_sha256
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 
@@ -55,47 +57,56 @@ def list_scored(config: RunConfig) -> Listing | None:
     return list_images(config.data.root, config.data.spec, split, config.concepts.granularity)
 
 
-def resolve_weights(run: Run, pending: Sequence[str]) -> dict[str, Any]:
-    """The weights that pending stages start from, as `Context` takes them; labels and sizes are checked beside."""
-    config = run.config
-    if "extract" in pending:
-        list_labelled(config)
-    if "evaluate" in pending:
-        list_scored(config)
-    weights = {
-        "encoder": resolve_encoder(config) if "extract" in pending else None,
-        "backbone": resolve_backbone(config) if "train" in pending else None,
-    }
-    if "train" in pending and config.train.decoder_weights is not None:
-        from transfgu_ray.pipeline.published_decoder import check_decoder
+@dataclass(frozen=True)
+class Weights:
+    """Weights that stages start from, as safetensors bytes; None where no stage to be made reads them.
 
-        check_decoder(config, weights["encoder"] or run.folder.read_bytes(ENCODER))
-    return weights
+    Attributes:
+        encoder: of the encoder.
+        backbone: of the student's own backbone.
+    """
+
+    encoder: bytes | None
+    backbone: bytes | None
+
+
+def resolve_weights(run: Run, to_make: Sequence[str]) -> Weights:
+    """Return the weights that the stages to be made start from, after a look at labels and sizes.
+
+    Raises:
+        TransfguError: weights or labels are missing, damaged or do not fit.
+    """
+    config = run.config
+    if "extract" in to_make:
+        list_labelled(config)
+    if "evaluate" in to_make:
+        list_scored(config)
+    encoder = resolve_encoder(config) if "extract" in to_make else None
+    backbone = resolve_backbone(config) if {"tokens", "train"} & {*to_make} else None
+    if "train" in to_make and config.train.decoder_weights is not None:
+        check_decoder(config, encoder or run.folder.read_bytes(ENCODER))
+    return Weights(encoder, backbone)
 
 
 def stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
-    """What each stage is made of beside its settings: the photographs, and the weights files that it follows from.
+    """Return what each stage is made of beside its settings: the photographs, and the weights files it follows from.
 
     Where a file is gone, it is what the run recorded.
     """
     encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
-    inputs = dict.fromkeys(STAGES, f"{listing.fingerprint} {encoder}")
+    inputs = dict.fromkeys(STAGES.names, f"{listing.fingerprint} {encoder}")
     train, recorded, own = run.config.train, run.manifest("train") or {}, []
     if train.backbone != "prior":
         own.append(backbone_file_sha256(train) or recorded.get("backbone_file_sha256"))
     if train.decoder_weights is not None:
-        from transfgu_ray.pipeline.published_decoder import decoder_sha256
-
         own.append(decoder_sha256(train.decoder_weights) or recorded.get("imported"))
-    for stage in STAGES[STAGES.index("train") :]:
+    for stage in ("tokens", "train", *STAGES.after("train")):
         inputs[stage] = " ".join(map(str, (inputs[stage], *own)))
     return inputs
 
 
 def check_early(config: RunConfig, listing: Listing) -> None:
     """Refuses what cannot succeed before anything is computed."""
-    from transfgu_ray.algorithms.concepts.windows import enumerate_windows
-
     if config.extract.windows == "ground_truth":
         return
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])

@@ -15,16 +15,16 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import load_run_encoder
 from transfgu_ray.pipeline.concepts import read_concepts
-from transfgu_ray.pipeline.context import Context, table_content, table_of_photographs
+from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
 from transfgu_ray.runs.tables import build_table, labels_schema
 from transfgu_ray.storage import Folder
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Write the pseudo-label bank; return what the manifest says of it."""
-    result = table_of_photographs(context, "labels", BankBuilder, root_uri=context.root.uri)
-    require_some(result.stats, len(context.listing.images))
-    return table_content(context, result) | {"weights_sha256": context.run.require("extract")["weights_sha256"]}
+    result = table_of_photographs(job, "labels", worker=BankBuilder, root_uri=job.root.uri)
+    require_some(result.stats, len(job.listing.images))
+    return table_content(job, result) | {"weights_sha256": job.run.require("extract")["weights_sha256"]}
 
 
 def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
@@ -50,15 +50,14 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
 class BankBuilder(PartWorker):
     """One unit of photographs -> one part of the bank. One row a row group, so that training reads single images."""
 
-    def __init__(self, config: dict[str, Any], root_uri: str, **part: Any) -> None:
-        super().__init__(**part)
-        self._config = RunConfig.model_validate(config)
+    def __init__(self, config: RunConfig, run_uri: str, *, root_uri: str, **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
         self._root = Folder(root_uri)
-        self._labeller = load_labeller(Folder(part["run_uri"]), self._config, self.device)
+        self._labeller = load_labeller(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part."""
-        config, stats = self._config, PartStats()
+        config, stats = self.config, PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
         working = []
         for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):

@@ -8,7 +8,7 @@ from transfgu_ray.engine.stream import peak_memory_mb
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.models.model import load_model_config
 from transfgu_ray.models.names import Names, load_names
-from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.scoring import read_counts, read_scored_ids
 from transfgu_ray.reports.atlas_page import write_atlas
 from transfgu_ray.reports.run_page import write_report
@@ -18,10 +18,10 @@ from transfgu_ray.runs.stages import NAMES
 from transfgu_ray.storage import Folder
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Write the pages of a run; return what the manifest says of them."""
-    content = write_pages(context.run)
-    context.progress(1)
+    content = write_pages(job.run)
+    job.progress(sum(map(job.folder.exists, ("report.html", "atlas.html"))))
     return content
 
 
@@ -82,7 +82,7 @@ def rename(run: Run, names: Names) -> None:
     before = json.loads(run.folder.read_bytes("metrics.json"))
     counts = read_counts(run.folder, len(run.config.class_names), len(names.kinds))
     metrics = metrics_json(run.config, before["split"], before["num_images"], counts, names, before["weights_sha256"])
-    run.folder.write_bytes("metrics.json", json.dumps(metrics, indent=1).encode())
+    run.folder.write_json("metrics.json", metrics)
     content = {name: value for name, value in evaluated.items() if name not in _OF_MANIFEST}
     run.write_manifest("evaluate", evaluated["fingerprint"], content)
     if run.manifest("report") is not None:

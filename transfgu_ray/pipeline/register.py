@@ -3,25 +3,26 @@
 import json
 from typing import Any
 
-from transfgu_ray.pipeline.context import Context
+from transfgu_ray.pipeline.context import StageJob
+from transfgu_ray.tracking.models import register
+from transfgu_ray.tracking.runs import log_epochs
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Register the model in MLflow; return what the manifest says of it."""
-    from transfgu_ray.tracking import runs as tracking
-
-    run = context.run
-    tracked = context.tracked
+    run, tracked = job.run, job.tracked
+    assert tracked is not None
+    job.progress.expect(1)
     # Epochs that an interrupted call had trained but not logged.
     history = json.loads(run.folder.read_bytes("train/history.json"))
-    tracking.log_epochs(tracked, history)
+    log_epochs(tracked, history)
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
     pages = filter(run.folder.exists, ("report.html", "atlas.html"))
     artifacts = ["config.yaml", "metrics.json", *pages, *strips]
-    tags = {"dataset_fingerprint": context.listing.fingerprint, **(context.trial.tags if context.trial else {})}
+    tags = {"dataset_fingerprint": job.listing.fingerprint, **(job.trial.tags if job.trial else {})}
     if history and "score" in history[-1]:
         tags["score"] = f"{history[-1]['score']:.6f}"
-    registered = tracking.register(tracked, run.folder, run.config, metrics, artifacts, tags)
-    context.progress(1)
+    registered = register(tracked, run, metrics=metrics, artifacts=artifacts, more_tags=tags)
+    job.progress(1)
     return {"rows_in": 1, "rows_out": 1, "refused": [], **registered}

@@ -39,7 +39,7 @@ def load_samples(
     places: pa.Table,
     positions: Int64[np.ndarray, " b"],
     run_uri: str,
-    config: dict[str, Any],
+    config: RunConfig,
     epoch: int,
     grid_hw: tuple[int, int],
 ) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def load_samples(
         places: rows of `bank_index`.
         positions: of each in the epoch.
         run_uri: the run folder.
-        config: the run's configuration, as plain values.
+        config: of the run.
         epoch: its index.
         grid_hw: patch grid of a crop.
 
@@ -60,26 +60,25 @@ def load_samples(
         scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or where tokens are cached, tokens: float16 (b, hw, c).
     """
     torch.set_num_threads(1)
-    settings, run = RunConfig.model_validate(config), Folder(run_uri)
-    how = Augmentation(**settings.train.augment.model_dump())
+    run, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
         record = read_row(run, part_name("labels", place["unit"]), place["row"])
         maps = _stored_scores(record)
-        if settings.has_background:
-            maps = add_background(maps, settings.cam.background_threshold)
-        rng = np.random.default_rng([settings.seed, epoch, int(position)])
-        if settings.train.features == "cached":
+        if config.has_background:
+            maps = add_background(maps, config.cam.background_threshold)
+        rng = np.random.default_rng([config.seed, epoch, int(position)])
+        if config.train.features == "cached":
             cached = read_row(run, part_name(TOKENS, place["unit"]), place["row"])
             assert cached["image_id"] == record["image_id"], "the tokens are of another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
-                tokens, maps, settings.data.image_size, grid_hw, how.crop_scale, how.flip_prob, rng
+                tokens, maps, config.data.image_size, grid_hw, how.crop_scale, how.flip_prob, rng
             )
             sample = {"tokens": crop.half().numpy()}
         else:
-            image = torch.from_numpy(_read_photo(record["path"], settings, settings.data.image_size))
-            crop, cropped = augment(image, maps, settings.train_crop_size, grid_hw, how, rng)
+            image = torch.from_numpy(_read_photo(record["path"], config, config.data.image_size))
+            crop, cropped = augment(image, maps, config.train_crop_size, grid_hw, how, rng)
             sample = {"image": crop.numpy()}
         for name, values in (sample | {"scores": cropped.half().numpy()}).items():
             seen.setdefault(name, []).append(values)

@@ -1,7 +1,6 @@
 """Photographs, their labels and masks of any method -> confusion matrices and sample masks, one unit at a time."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +12,7 @@ from transfgu_ray.algorithms.scores.intervals import photo_counts, stack_counts
 from transfgu_ray.algorithms.scores.metrics import IGNORE, confusion_matrix
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
@@ -23,8 +23,6 @@ from transfgu_ray.engine.parts import (
     part_files,
     read_part,
 )
-from transfgu_ray.engine.progress import Progress
-from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import centre_crop, encode, resize_label, to_working
 from transfgu_ray.models.model import Segmenter, load_model_config
@@ -50,10 +48,10 @@ class Scorer(PartWorker):
 
     shown: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: dict[str, Any], num_classes: int, samples: dict[str, str], **part: Any) -> None:
-        super().__init__(**part)
-        self.config = RunConfig.model_validate(config)
-        self.run = Folder(part["run_uri"])
+    def __init__(
+        self, config: RunConfig, run_uri: str, *, num_classes: int, samples: Mapping[str, str], **part: Any
+    ) -> None:
+        super().__init__(config, run_uri, **part)
         self._num_classes = num_classes
         self._num_concepts = len(load_model_config(Folder(self.run.uri_of("model"))).kinds)
         # Nothing is scored where there are no classes.
@@ -107,7 +105,7 @@ class Scorer(PartWorker):
         scale = min(1.0, _SAMPLE_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         self.run.write_bytes(f"{folder}/photo.jpg", encode(image.resize(size), "JPEG", quality=88))
-        self.run.write_bytes(f"{folder}/sample.json", json.dumps({"image_id": image_id}).encode())
+        self.run.write_json(f"{folder}/sample.json", {"image_id": image_id})
         labelled = {name: masks[name] for name in self.shown} | ({} if target is None else {"truth": target})
         for name, mask in labelled.items():
             shown = _mask_image(mask).resize(size, Image.Resampling.NEAREST)
@@ -167,45 +165,36 @@ def choose_extremes(image_ids: list[str], scores: np.ndarray, count: int) -> dic
 
 
 def score_photos(
-    run: Folder,
-    config: RunConfig,
-    fingerprint: str,
-    root: Folder,
-    images: list[ImageRef],
-    samples: dict[str, str],
+    job: Job,
+    images: Sequence[ImageRef],
+    *,
+    samples: Mapping[str, str],
     scored: bool,
     scorer: type[Scorer],
-    arguments: dict[str, Any],
-    resources: Resources,
-    progress: Progress,
+    arguments: Mapping[str, Any] | None = None,
     table: str = CONFUSIONS,
 ) -> TableResult:
-    """Brings the table of confusions up to date, one part a unit; without labels it stays empty, and samples are made.
+    """Bring the table of confusions up to date, one part per unit; without labels it stays empty, and samples are made.
 
     Args:
-        run: folder that holds the model; the table and the samples go there.
-        config: its configuration.
-        fingerprint: of what the table depends on.
-        root: the dataset.
+        job: of a folder that holds the model; the table and the samples go there.
         images: photographs to score, or to choose from.
         samples: those of them to look at, and the name of each among the samples.
         scored: whether they have labels.
         scorer: makes the masks.
         arguments: of the scorer, beside those of every one.
-        resources: workers and devices.
-        progress: takes photographs done.
         table: its name.
     """
     if not scored:
         images = [image for image in images if image.image_id in samples]
-    arguments = {
-        "config": config.model_dump(mode="json"),
-        "num_classes": len(config.class_names) if scored else 0,
-        "samples": samples,
-        **arguments,
-    }
+    given = {"num_classes": len(job.config.class_names) if scored else 0, "samples": samples}
     return build_table_of_parts(
-        run, table, fingerprint, root, images, _PHOTOS_A_UNIT, scorer, arguments, resources, progress
+        job,
+        table,
+        images=images,
+        images_per_part=_PHOTOS_A_UNIT,
+        worker=scorer,
+        arguments=given | dict(arguments or {}),
     )
 
 

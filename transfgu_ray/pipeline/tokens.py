@@ -1,6 +1,5 @@
 """images -> tokens: what the decoder reads of whole photographs, for a training that crops tokens, not photographs."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,22 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import (
+    BACKBONE,
     load_run_backbone,
     load_run_encoder,
 )
-from transfgu_ray.pipeline.context import Context, table_of_photographs
+from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
+from transfgu_ray.pipeline.samples import TOKENS
 from transfgu_ray.runs.tables import build_table, tokens_schema
-from transfgu_ray.storage import Folder
 
 
-def build_tokens(context: Context) -> tuple[dict[str, int], int]:
-    """Brings the table of cached tokens up to date; what the manifest says of it, and a worker's peak memory, MB."""
-    from transfgu_ray.pipeline.samples import TOKENS
-
-    tokens = replace(context, fingerprint=context.run.tokens_fingerprint(context.inputs))
-    table = table_of_photographs(tokens, TOKENS, TokenCacher)
-    num_bytes = sum(size for _, size in context.run.folder.files(TOKENS))
-    return {"bytes": num_bytes, "parts": table.num_parts, "parts_resumed": table.num_resumed}, table.peak_mb
+def run_stage(job: StageJob) -> dict[str, Any]:
+    """Write the tokens of whole photographs; return what the manifest says of them."""
+    if job.backbone is not None:
+        job.folder.write_bytes(BACKBONE, job.backbone)
+    result = table_of_photographs(job, TOKENS, worker=TokenCacher)
+    num_bytes = sum(size for _, size in job.folder.files(TOKENS))
+    return table_content(job, result) | {"bytes": num_bytes}
 
 
 class TokenCacher(PartWorker):
@@ -38,12 +37,10 @@ class TokenCacher(PartWorker):
     One row a row group, so that training reads single images.
     """
 
-    def __init__(self, config: dict[str, Any], **part: Any) -> None:
-        super().__init__(**part)
-        self._config = RunConfig.model_validate(config)
-        self._run = Folder(part["run_uri"])
-        self._encoder = load_run_encoder(self._run, self._config.encoder.precision, self.device)
-        self._backbone = load_run_backbone(self._run, self._config, self.device)
+    def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
+        self._encoder = load_run_encoder(self.run, config.encoder.precision, self.device)
+        self._backbone = load_run_backbone(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes the unit's part.
@@ -51,7 +48,7 @@ class TokenCacher(PartWorker):
         Raises:
             DataError: other photographs can be read than when the bank was made.
         """
-        config, stats = self._config, PartStats()
+        config, stats = self.config, PartStats()
         image_ids, working = [], []
         for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
             image_ids.append(photo.image_id)
@@ -72,7 +69,7 @@ class TokenCacher(PartWorker):
         return self.write(unit, build_table(columns, tokens_schema()), stats, row_group_size=1)
 
     def _check_as_in_the_bank(self, unit: int, image_ids: list[str], stats: PartStats) -> None:
-        labelled = read_part(self._run, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
+        labelled = read_part(self.run, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
         if image_ids == labelled:
             return
         (image_id, *_) = sorted(set(image_ids) ^ set(labelled))

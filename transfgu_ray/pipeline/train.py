@@ -1,22 +1,24 @@
 """labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from transfgu_ray.config.run import RunConfig
-from transfgu_ray.engine.session import Resources
+from transfgu_ray.algorithms.rounds.schedule import steps_per_epoch
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.engine.trainer import PULSE, drop_torn, new_trainer, read_state, watched_json
+from transfgu_ray.engine.trainer import MAX_RESTARTS, PULSE, drop_torn, new_trainer, read_state, watched_json
 from transfgu_ray.models.model import ModelConfig, save_decoder
 from transfgu_ray.models.weights import BACKBONE, backbone_file_sha256
-from transfgu_ray.pipeline.context import Context
-from transfgu_ray.pipeline.samples import TOKENS
-from transfgu_ray.pipeline.tokens import build_tokens
-from transfgu_ray.pipeline.train_loop import HISTORY, STUMBLE, train_loop
+from transfgu_ray.pipeline.concepts import read_concepts
+from transfgu_ray.pipeline.context import StageJob
+from transfgu_ray.pipeline.train_loop import HISTORY, STUMBLE, model_config, train_loop
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
+from transfgu_ray.tracking import runs as tracking
+
+# What is kept of the manifest of cached tokens.
+_OF_TOKENS = ("bytes", "parts", "parts_resumed", "seconds", "peak_memory_mb")
 
 
 @dataclass(frozen=True)
@@ -35,48 +37,52 @@ class TrainResult:
 
 
 def train(
-    run: Folder,
-    config: RunConfig,
+    job: Job,
     model_config: ModelConfig,
-    fingerprint: str,
-    resources: Resources,
+    *,
     on_epoch: Callable[[list[dict[str, float]]], None],
-    on_pulse: Callable[[dict[str, float]], None],
     max_restarts: int,
     sibling: Run | None = None,
 ) -> TrainResult:
-    """Trains, or continues an interrupted training, and writes the model.
+    """Train, or continue an interrupted training, and write the model.
 
     Args:
-        run: the run folder.
-        config: its configuration.
+        job: of a run with a finished bank. Its progress gets a sign of life every few seconds in which steps are done.
         model_config: goes into the model folder.
-        fingerprint: of the stage.
-        resources: workers and device.
         on_epoch: called in this process with the history of all epochs so far, whenever there is more of it.
-        on_pulse: called in this process every few seconds in which steps are done, with the last `epoch` and `step`.
         max_restarts: how often the workers are started again where one fails.
         sibling: run of another seed with a bank of the same photographs. A second student learns from it, and the
             history tells what both of an epoch are worth without labels; the first student is not touched by it.
+
+    Raises:
+        DataError: losses that are NaN or infinite, again after a restart from the last checkpoint.
     """
+    folder, resources = job.folder, job.resources
     # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
-    name = f"rounds-{fingerprint[:16]}"
-    files = [path for path, _ in run.files("train", recursive=True)]
+    name = f"rounds-{job.fingerprint[:16]}"
+    files = [path for path, _ in folder.files("train", recursive=True)]
     ours = {path for path in files if path.startswith(f"train/{name}/")}
     for path in files:
         if path not in ours and not (ours and path in (HISTORY, STUMBLE)):
-            run.delete(path)
-    drop_torn(run, f"train/{name}")
+            folder.delete(path)
+    drop_torn(folder, f"train/{name}")
     settings = {
-        "run_uri": run.uri,
-        "config": config.model_dump(mode="json"),
-        "model": asdict(model_config),
+        "run_uri": folder.uri,
+        "config": job.config,
+        "model": model_config,
         "threads": resources.threads,
         # Two students read for themselves.
         "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
-        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config.model_dump(mode="json")},
+        "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
-    trainer = new_trainer(train_loop, settings, Folder(run.uri_of("train")), name, resources, max_restarts)
+    trainer = new_trainer(
+        train_loop,
+        settings,
+        storage=Folder(folder.uri_of("train")),
+        name=name,
+        resources=resources,
+        max_restarts=max_restarts,
+    )
     seen = 0
 
     def on_change(history: list[dict[str, float]]) -> None:
@@ -86,66 +92,58 @@ def train(
             on_epoch(history)
             seen = len(history)
 
-    with unwrapped_errors(), watched_json(run, HISTORY, on_change), watched_json(run, PULSE, on_pulse):
+    with (
+        unwrapped_errors(),
+        watched_json(folder, HISTORY, on_change),
+        watched_json(folder, PULSE, lambda pulse: job.progress()),
+    ):
         result = trainer.fit()
     state = read_state(result.checkpoint)
-    model = Folder(run.uri_of("model"))
+    model = Folder(folder.uri_of("model"))
     trained = state["bootstrap"]["trained"]
     # A single round has no teacher: what round 0 learned is the result.
-    save_decoder(model, trained or state["bootstrap"]["student"], model_config, "decoder_round_0")
-    save_decoder(model, state["bootstrap"]["student"], model_config)
-    run.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
-    # Large, or of no use to a finished run.
-    for name in (TOKENS, PULSE):
-        run.delete(name)
+    save_decoder(model, trained or state["bootstrap"]["student"], config=model_config, name="decoder_round_0")
+    save_decoder(model, state["bootstrap"]["student"], config=model_config)
+    folder.write_json(HISTORY, state["history"])
+    # Of no use to a finished run.
+    folder.delete(PULSE)
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
 
 
-def run_stage(context: Context) -> dict[str, Any]:
+def run_stage(job: StageJob) -> dict[str, Any]:
     """Train the decoder, or import a published one; return what the manifest says of it."""
-    from transfgu_ray.algorithms.rounds.schedule import steps_per_epoch
-    from transfgu_ray.engine.trainer import MAX_RESTARTS
-    from transfgu_ray.pipeline.concepts import read_concepts
-    from transfgu_ray.pipeline.train_loop import model_config
-    from transfgu_ray.tracking import runs as tracking
-
-    run, config, resources = context.run, context.run.config, context.resources
+    run, config, resources = job.run, job.config, job.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     if config.train.decoder_weights is not None:
         from transfgu_ray.pipeline.published_decoder import import_decoder
 
-        context.progress(1)
         return import_decoder(run.folder, config, weights_sha256)
+    job.progress.expect(sum(config.train.round_epochs))
     kinds, _ = read_concepts(run.folder)
-    if context.backbone is not None:
-        run.folder.write_bytes(BACKBONE, context.backbone)
-    cached, items_an_epoch, peak_mb = {}, 1, 0
-    if config.train.features == "cached":
-        cached["cached_tokens"], peak_mb = build_tokens(context)
-        items_an_epoch = len(context.listing.images)
+    if job.backbone is not None:
+        run.folder.write_bytes(BACKBONE, job.backbone)
+    # Deleted with their manifest when this stage is finished, so that this one keeps what was there.
+    tokens = run.manifest("tokens")
+    cached = {} if tokens is None else {"cached_tokens": {name: tokens[name] for name in _OF_TOKENS}}
     reported = 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         nonlocal reported
-        context.progress((len(history) - reported) * items_an_epoch)
+        job.progress(len(history) - reported)
         reported = len(history)
-        if context.tracked is not None:
-            tracking.log_epochs(context.tracked, history)
-        if context.trial is not None:
-            context.trial.on_epoch(history)
+        if job.tracked is not None:
+            tracking.log_epochs(job.tracked, history)
+        if job.trial is not None:
+            job.trial.on_epoch(history)
 
     result = train(
-        run.folder,
-        config,
+        job,
         model_config(config, kinds, weights_sha256),
-        context.fingerprint,
-        resources,
-        on_epoch,
-        lambda pulse: context.progress(0),
+        on_epoch=on_epoch,
         # A trial that is stopped in the middle must not take new workers for those that it loses: whoever should free
         # them has not yet heard of them. Tune starts it again instead.
-        MAX_RESTARTS if context.trial is None else 0,
-        context.trial and context.trial.sibling,
+        max_restarts=MAX_RESTARTS if job.trial is None else 0,
+        sibling=None if job.trial is None else job.trial.sibling,
     )
     images = run.require("labels")["images"]
     visits = images * config.train.epoch_repeats
@@ -155,7 +153,7 @@ def run_stage(context: Context) -> dict[str, Any]:
         "rows_out": images,
         "refused": [],
         **cached,
-        "peak_memory_mb": max(result.peak_memory_mb, peak_mb),
+        "peak_memory_mb": result.peak_memory_mb,
         "epochs": len(result.history),
         "resumed_at_epoch": result.resumed_at_epoch,
         "steps_per_epoch": steps,

@@ -1,7 +1,6 @@
 """labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,7 +53,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     import ray.train.torch
 
     torch.set_num_threads(settings["threads"])
-    config = RunConfig.model_validate(settings["config"])
+    config: RunConfig = settings["config"]
     run = Folder(settings["run_uri"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -62,7 +61,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     encoder = load_run_encoder(run, config.encoder.precision, str(device))
     reads_backbone = settings["sibling"] is not None or config.train.features == "live"
     backbone = load_run_backbone(run, config, str(device)) if reads_backbone else None
-    model = ModelConfig(**settings["model"])
+    model: ModelConfig = settings["model"]
     checkpoint = ray.train.get_checkpoint()
     state: dict[str, Any] = {"history": []} if checkpoint is None else read_state(checkpoint, device)
     history: list[dict[str, float]] = state["history"]
@@ -79,7 +78,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     }
 
     def new_learner(name: str, of: dict[str, Any]) -> _Learner:
-        own, folder = RunConfig.model_validate(of["config"]), Folder(of["run_uri"])
+        own, folder = of["config"], Folder(of["run_uri"])
         bootstrap = _new_bootstrap(own, model, encoder)
         if name in state:
             bootstrap.load_state_dict(state[name])
@@ -107,13 +106,13 @@ def train_loop(settings: dict[str, Any]) -> None:
             kept = {**of_students, "history": history, **facts}
         report_state(history[-1], kept)
         if rank == 0:
-            run.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+            run.write_json(HISTORY, history)
 
 
 def _stumble(run: Folder, words: str) -> None:
     """Notes a loss that is no number: Ray Train starts the workers again at the last checkpoint."""
     times = (run.read_json(STUMBLE) or {"times": 0})["times"]
-    run.write_bytes(STUMBLE, json.dumps({"words": words, "times": times + 1}).encode())
+    run.write_json(STUMBLE, {"words": words, "times": times + 1})
 
 
 def _stop_where_it_stumbled_twice(run: Folder) -> None:
@@ -246,7 +245,6 @@ def _batches(
     steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
     # A batch is one task or several.
     slices = [slice(start, start + _SAMPLES_A_TASK) for start in range(0, per_worker, _SAMPLES_A_TASK)]
-    values = config.model_dump(mode="json")
 
     def calls() -> Iterator[tuple[Any, ...]]:
         for epoch in epochs:
@@ -255,7 +253,7 @@ def _batches(
             position = np.arange(order.size).reshape(order.shape) * world_size + rank
             for step, part in itertools.product(range(steps), slices):
                 places = index.take(pa.array(order[step, part]))
-                yield places, position[step, part], run_uri, values, epoch.index, grid_hw
+                yield places, position[step, part], run_uri, config, epoch.index, grid_hw
 
     samples = read_ahead(load_samples, calls(), num_readers)
     while parts := list(itertools.islice(samples, len(slices))):

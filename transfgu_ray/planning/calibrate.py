@@ -67,12 +67,12 @@ def seconds_an_item(action: Callable[[int], object], most: int) -> float:
 class Calibrator(UnitWorker):
     """A few photographs -> seconds an item of each piece of the pipeline, with stand-in concepts and decoder."""
 
-    def __init__(self, run_uri: str, config: dict[str, Any], device: str, threads: int) -> None:
+    def __init__(self, config: RunConfig, run_uri: str, *, device: str, threads: int) -> None:
         super().__init__(device, threads)
-        self._config = RunConfig.model_validate(config)
+        self._config = config
         self._run = Folder(run_uri)
         self._extractor = FeatureExtractor(
-            config, run_uri=run_uri, table="features", fingerprint="", device=device, threads=threads
+            config, run_uri, table="features", fingerprint="", device=device, threads=threads
         )
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
@@ -209,8 +209,8 @@ def calibrate(
             run.write_bytes(BACKBONE, backbone)
         _write_stand_in_concepts(run, config)
         start = time.perf_counter()
-        arguments = {"run_uri": run.uri, "config": config.model_dump(mode="json")}
-        results = list(stream_units(root, units, Calibrator, arguments, resources))
+        arguments = {"run_uri": run.uri, "config": config}
+        results = list(stream_units(root, units, worker=Calibrator, arguments=arguments, resources=resources))
         wall = time.perf_counter() - start
         found = [json.loads(result.result) for result in results]
         timed = [values for values in found if "inside" in values]
@@ -218,7 +218,7 @@ def calibrate(
             return {"refused": found[0]["refused"]}
         pieces = {name: median(values[name] for values in timed) for name in timed[0]}
         start = time.perf_counter()
-        new_trainer(_idle_loop, {}, Folder(run.uri_of("train")), "idle", resources).fit()
+        new_trainer(_idle_loop, {}, storage=Folder(run.uri_of("train")), name="idle", resources=resources).fit()
         training = time.perf_counter() - start
     return pieces | {
         "workers": at_once,
@@ -245,6 +245,6 @@ def _idle_loop(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    import transfgu_ray.pipeline.train_rounds  # noqa: F401
+    import transfgu_ray.pipeline.train_loop  # noqa: F401
 
     ray.train.torch.get_device()

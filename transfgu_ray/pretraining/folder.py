@@ -121,7 +121,7 @@ class PretrainFolder:
     def write_manifest(self, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
         """Marks the pretraining as complete; call it last."""
         manifest = {"stage": "pretrain", "fingerprint": fingerprint, **content, "versions": library_versions()}
-        self.folder.write_bytes(MANIFEST, json.dumps(manifest, indent=1).encode())
+        self.folder.write_json(MANIFEST, manifest)
         return manifest
 
 

@@ -114,7 +114,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         report_state({"step": stretch.last}, kept)
         if rank == 0:
             out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
-            out.write_bytes(HISTORY, json.dumps(history, indent=1).encode())
+            out.write_json(HISTORY, history)
     return None
 
 

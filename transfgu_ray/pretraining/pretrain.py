@@ -160,7 +160,7 @@ def _train(
         "threads": resources.threads,
         "num_readers": max(1, resources.num_cores // resources.train_workers),
     }
-    trainer = new_trainer(pretrain_loop, settings, Folder(out.uri_of("train")), name, resources)
+    trainer = new_trainer(pretrain_loop, settings, storage=Folder(out.uri_of("train")), name=name, resources=resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with (
         reporter.stage("train", total_steps, "steps") as show,
@@ -254,7 +254,7 @@ def _finish(
     facts = {"images_seen": images_seen, **probed, "data_fingerprint": images}
     data = encoder_bytes(network.vit, config, {name: str(value) for name, value in facts.items()})
     out.write_bytes(RESULT, data)
-    out.write_bytes(HISTORY, json.dumps(state["history"], indent=1).encode())
+    out.write_json(HISTORY, state["history"])
     out.delete(COPIES)
     return opened.write_manifest(
         fingerprint,

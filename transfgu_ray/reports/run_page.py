@@ -69,7 +69,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
     photos = [_photo(run.folder, name, colours, mious) for name in sample_names(run.folder)]
     history = json.loads(run.folder.read_bytes("train/history.json"))
     # Those before this one: the page is the same whenever it is made.
-    manifests = [m for m in map(run.manifest, STAGES[: STAGES.index("report")]) if m is not None]
+    manifests = [m for m in map(run.manifest, STAGES.before("report")) if m is not None]
     refusals = {r["image_id"]: r["reason"] for m in manifests for r in m["refused"]}
     # Of every group its first ones, should they be too many.
     order = sorted(range(len(photos)), key=lambda i: photos[i]["rank"])

@@ -23,11 +23,11 @@ class Mending:
 
     Attributes:
         damaged: their names.
-        seal: sha256 of the record of all files as they were.
+        checksum: sha256 of the record of all files as they were.
     """
 
     damaged: list[str]
-    seal: str
+    checksum: str
 
 
 def record_name(stage: str) -> str:
@@ -35,7 +35,7 @@ def record_name(stage: str) -> str:
     return f"{stage}.files.json"
 
 
-def seal_files(folder: Folder, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def checksum_files(folder: Folder, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of each file, by name.
 
     Args:
@@ -57,7 +57,7 @@ def find_damaged(folder: Folder, record: Mapping[str, Any], sizes: Mapping[str, 
 
     Args:
         folder: which holds them.
-        record: what `seal_files` gave.
+        record: what `checksum_files` gave.
         sizes: bytes of the files that are there.
     """
     whole = [name for name, entry in record.items() if sizes.get(name) == entry["bytes"]]
@@ -67,7 +67,7 @@ def find_damaged(folder: Folder, record: Mapping[str, Any], sizes: Mapping[str, 
 
 def write_mending(folder: Folder, stage: str, mending: Mending) -> None:
     """Keeps it in place of the record."""
-    folder.write_bytes(record_name(stage), json.dumps(asdict(mending), indent=1).encode())
+    folder.write_json(record_name(stage), asdict(mending))
 
 
 def read_mending(folder: Folder, stage: str) -> Mending | None:

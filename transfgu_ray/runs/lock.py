@@ -15,7 +15,7 @@ from pathlib import Path
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.storage import Folder
 
-CLAIM = ".claim.json"
+LOCK = ".lock.json"
 BEAT_S = 5.0
 # Longer than two beats, so that one that is late does not count as none.
 PATIENCE_S = 13.0
@@ -28,7 +28,7 @@ class _Owner:
     """Who works in a folder.
 
     Attributes:
-        id: of this claim.
+        id: of this lock.
         host: of the process; with the boot, so that a restarted machine is another.
         pid: of the process.
         started: when, in ticks of its machine; a later process of the same id has another.
@@ -43,7 +43,7 @@ class _Owner:
 
 
 @contextlib.contextmanager
-def claimed(folder: Folder) -> Iterator[None]:
+def locked(folder: Folder) -> Iterator[None]:
     """Keeps a folder to this process, and refuses where another one works in it.
 
     A process of this machine is asked for by its id. One of another machine lives while its note changes: no clock is
@@ -82,7 +82,7 @@ def claimed(folder: Folder) -> Iterator[None]:
         done.set()
         thread.join()
         with contextlib.suppress(OSError):
-            folder.delete(CLAIM)
+            folder.delete(LOCK)
 
 
 def _lives(owner: _Owner, folder: Folder) -> bool:
@@ -100,13 +100,13 @@ def _lives(owner: _Owner, folder: Folder) -> bool:
 def _read(folder: Folder) -> _Owner | None:
     """The note; None where there is none, or it is damaged."""
     try:
-        return _Owner(**json.loads(folder.read_bytes(CLAIM)))
+        return _Owner(**json.loads(folder.read_bytes(LOCK)))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _write(folder: Folder, owner: _Owner) -> None:
-    folder.write_bytes(CLAIM, json.dumps(asdict(owner)).encode())
+    folder.write_json(LOCK, asdict(owner))
 
 
 def _host() -> str:

@@ -13,15 +13,15 @@ from transfgu_ray.config.run import NOT_IDENTITY, RunConfig
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.checksums import (
     Mending,
+    checksum_files,
     dump_record,
     find_damaged,
     read_mending,
     record_name,
-    seal_files,
     write_mending,
 )
 from transfgu_ray.runs.provenance import library_versions
-from transfgu_ray.runs.stages import NAMED, NAMES, OUTPUTS, SECTIONS, STAGES, UNSEALED
+from transfgu_ray.runs.stages import NAMES, STAGES
 from transfgu_ray.storage import Folder
 
 
@@ -64,7 +64,9 @@ class Run:
     @staticmethod
     def _has_results(folder: Folder) -> bool:
         # A call that was refused before it computed anything leaves the configuration only.
-        return any(folder.exists(f"{stage}.json") for stage in STAGES) or any(True for _ in folder.files("features"))
+        return any(folder.exists(f"{stage}.json") for stage in STAGES.names) or any(
+            True for _ in folder.files("features")
+        )
 
     @staticmethod
     def stored_config(uri: str) -> RunConfig | None:
@@ -89,37 +91,31 @@ class Run:
         """Hash of every setting and input that the stage's output depends on."""
         return _hash([self._sections(stage), inputs])
 
-    def tokens_fingerprint(self, inputs: str) -> str:
-        """Hash of what the table of cached tokens depends on, which is less than what training does.
-
-        Args:
-            inputs: of the stage train.
-        """
-        train = _identity(self.config)["train"]
-        read = {name: train[name] for name in ("crop_size", "token_window", "backbone", "backbone_weights")}
-        seed = self.config.seed if train["backbone_weights"] == "random" else None
-        return _hash([self._sections("extract"), read, seed, self.config.cam.batch_size, inputs])
-
     def settings_key(self, stage: str) -> str:
         """Sixteen hex digits that name every setting that the stage's output depends on."""
         return _hash([self._sections(stage)])[:16]
 
     def _sections(self, stage: str) -> dict[str, Any]:
-        values = _identity(self.config)
-        upto = STAGES[: STAGES.index(stage) + 1]
-        sections = {name: values[name] for step in upto for name in SECTIONS[step]}
-        # Random weights follow from the seed; nothing else of the first stage does.
-        return sections | ({"seed": self.config.seed} if self.config.encoder.weights == "random" else {})
+        values, flat = _identity(self.config), {}
+        names = STAGES.sections(stage)
+        for name in names:
+            section, _, field = name.partition(".")
+            flat[name] = values[section][field] if field else values[section]
+        # Random weights follow from the seed; nothing else of these stages does.
+        is_random = self.config.encoder.weights == "random" or (
+            "train.backbone_weights" in names and self.config.train.backbone_weights == "random"
+        )
+        return flat | ({"seed": self.config.seed} if is_random else {})
 
     def names_sha256(self, stage: str) -> str | None:
         """Hash of the names of concepts; None where there are none, or the stage does not depend on them."""
-        if stage not in NAMED or not self.folder.exists(NAMES):
+        if not STAGES[stage].reads_names or not self.folder.exists(NAMES):
             return None
         return hashlib.sha256(self.folder.read_bytes(NAMES)).hexdigest()
 
     def copy_stage(self, source: "Run", stage: str) -> None:
         """Takes over a finished stage of another run, its manifest last."""
-        for output in OUTPUTS[stage]:
+        for output in STAGES[stage].outputs:
             self.copy_output(source, output)
         if source.folder.exists(record_name(stage)):
             self.folder.copy_from(source.folder, record_name(stage))
@@ -153,28 +149,28 @@ class Run:
 
     def clear(self, stage: str) -> None:
         """Removes the stage's manifest first, then its outputs."""
-        for name in (f"{stage}.json", record_name(stage), *OUTPUTS[stage]):
+        for name in (f"{stage}.json", record_name(stage), *STAGES[stage].outputs):
             self.folder.delete(name)
 
     def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Seals the stage's files and marks it as complete; call it last.
+        """Write the checksums of the stage's files, then the manifest that marks it as complete; call it last.
 
         Where `discard` had removed damaged files, the manifest names them. Stages after it were made of what was there
         before: they are cleared unless the files are the same again, bit for bit.
         """
-        record = dump_record(seal_files(self.folder, self._files(stage)))
-        seal = hashlib.sha256(record).hexdigest()
+        record = dump_record(checksum_files(self.folder, self._files(stage)))
+        checksum = hashlib.sha256(record).hexdigest()
         mended = {}
         if (note := read_mending(self.folder, stage)) is not None:
-            mended = {"damaged": note.damaged, "same_again": seal == note.seal}
+            mended = {"damaged": note.damaged, "same_again": checksum == note.checksum}
             if not mended["same_again"]:
-                for later in STAGES[STAGES.index(stage) + 1 :]:
+                for later in STAGES.after(stage):
                     self.clear(later)
-        names = {} if stage not in NAMED else {"names_sha256": self.names_sha256(stage)}
-        manifest = {"stage": stage, "fingerprint": fingerprint, **names, **content, **mended, "files_sha256": seal}
+        names = {"names_sha256": self.names_sha256(stage)} if STAGES[stage].reads_names else {}
+        manifest = {"stage": stage, "fingerprint": fingerprint, **names, **content, **mended, "files_sha256": checksum}
         manifest |= {"versions": library_versions()}
         self.folder.write_bytes(record_name(stage), record)
-        self.folder.write_bytes(f"{stage}.json", json.dumps(manifest, indent=1).encode())
+        self.folder.write_json(f"{stage}.json", manifest)
         return manifest
 
     def damaged_files(self, stage: str) -> list[str]:
@@ -185,12 +181,12 @@ class Run:
         manifest = self.manifest(stage)
         if manifest is None or "files_sha256" not in manifest:
             return []
-        there, seal = self._files(stage), manifest["files_sha256"]
+        there, checksum = self._files(stage), manifest["files_sha256"]
         record = self.folder.read_bytes(record_name(stage)) if self.folder.exists(record_name(stage)) else b""
-        if hashlib.sha256(record).hexdigest() == seal:
+        if hashlib.sha256(record).hexdigest() == checksum:
             return find_damaged(self.folder, json.loads(record), there)
-        record = dump_record(seal_files(self.folder, there))
-        if hashlib.sha256(record).hexdigest() != seal:
+        record = dump_record(checksum_files(self.folder, there))
+        if hashlib.sha256(record).hexdigest() != checksum:
             return [record_name(stage), *sorted(there)]
         self.folder.write_bytes(record_name(stage), record)
         return []
@@ -212,26 +208,26 @@ class Run:
 
         In this order a kill in between leaves a stage that lacks files, not one that would go on with damaged ones.
         """
-        seal = self.require(stage)["files_sha256"]
+        checksum = self.require(stage)["files_sha256"]
         for name in damaged:
             self.folder.delete(name)
         if any(name.startswith("samples/") for name in damaged):
             # Samples are written with the part that counts their photograph.
             self.folder.delete("confusions")
             self.folder.delete("extremes")
-        write_mending(self.folder, stage, Mending(damaged, seal))
+        write_mending(self.folder, stage, Mending(damaged, checksum))
         self.folder.delete(f"{stage}.json")
 
     def _files(self, stage: str) -> dict[str, int]:
         """Bytes of each file that the stage has left, Ray Train's own storage and the like aside."""
         found = {}
-        for output in OUTPUTS[stage]:
+        for output in STAGES[stage].outputs:
             # The stage train itself leaves nothing deeper.
             found |= self.folder.files(output, recursive=output != "train")
         return {
             name: size
             for name, size in found.items()
-            if not name.startswith(UNSEALED) and not posixpath.basename(name).startswith(".")
+            if not name.startswith(STAGES[stage].unchecked) and not posixpath.basename(name).startswith(".")
         }
 
 

@@ -1,40 +1,226 @@
-"""The stages of a run: what each reads, leaves, and depends on."""
+"""The one table of stages: what each reads, leaves and is run by. Everything that lists stages is made from it."""
 
-STAGES = ("extract", "concepts", "labels", "train", "evaluate", "report", "register")
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-# Sections that each stage reads beside those of the stages before it.
-SECTIONS = {
-    "extract": ("data", "encoder", "extract"),
-    "concepts": ("seed", "concepts"),
-    "labels": ("cam",),
-    "train": ("train",),
-    "evaluate": ("evaluate",),
-    "report": (),
-    "register": (),
-}
+from transfgu_ray.config.run import RunConfig
 
 NAMES = "model/names.yaml"
+# What a stage does: takes a `pipeline.context.StageJob`, returns what the manifest says of it. Rooms below the pipeline
+# do not know that class.
+StageFunction = Callable[[Any], dict[str, Any]]
 
-# What each stage leaves beside its manifest.
-OUTPUTS = {
-    "extract": ("features", "model/encoder.safetensors"),
-    "concepts": ("concepts.parquet", NAMES),
-    "labels": ("labels",),
-    "train": (
-        "train",
-        "tokens",
-        "model/config.json",
-        "model/backbone.safetensors",
-        "model/decoder.safetensors",
-        "model/decoder_round_0.safetensors",
-    ),
-    "evaluate": ("metrics.json", "samples", "baselines", "confusions", "extremes", "atlas", "atlas.json"),
-    "report": ("report.html", "atlas.html"),
-    "register": (),
-}
 
-# Ray Train's own storage, what is deleted once it was used, copies of what report.html holds, and what people write.
-UNSEALED = ("train/rounds-", "tokens/", "samples/strip_", NAMES)
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run.
 
-# The stages whose output depends on the names of concepts.
-NAMED = STAGES[STAGES.index("evaluate") :]
+    Attributes:
+        name: of its command, its manifest `<name>.json` and its progress.
+        sections: of the configuration that it reads beside those of the stages it follows from, each `section` or
+            `section.field`: what its fingerprint is made of.
+        outputs: files and folders that it leaves in the run folder beside its manifest.
+        unit: what its progress counts, in the plural.
+        help: what it does and leaves, in one line.
+        run: a `StageFunction`, or `module:function`, which is imported when the stage is first run.
+        follows: stage whose sections it reads too; None for the one before it in the table.
+        unchecked: beginnings of names among the outputs of which no checksums are kept.
+        reads_names: whether its output depends on the names of concepts.
+        feeds: stage that uses it up. It is made with that stage, whenever that one is to be made, and its outputs are
+            deleted once that one is finished.
+        is_wanted: whether a configuration has this stage at all.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    outputs: tuple[str, ...]
+    unit: str
+    help: str
+    run: str | StageFunction
+    follows: str | None = None
+    unchecked: tuple[str, ...] = ()
+    reads_names: bool = False
+    feeds: str | None = None
+    is_wanted: Callable[[RunConfig], bool] = lambda config: True
+
+    @property
+    def function(self) -> StageFunction:
+        """What runs it."""
+        if not isinstance(self.run, str):
+            return self.run
+        module, _, name = self.run.partition(":")
+        function: StageFunction = getattr(import_module(module), name)
+        return function
+
+
+class StageTable:
+    """The stages in the order in which they run."""
+
+    def __init__(self, stages: tuple[Stage, ...]) -> None:
+        self._stages = list(stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self._stages)
+
+    def __getitem__(self, name: str) -> Stage:
+        return self._stages[self.index(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def add(self, stage: Stage, *, before: str) -> None:
+        """Insert a stage.
+
+        Args:
+            stage: of another name than all others.
+            before: name of the stage that it comes before.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if stage.name in self:
+            raise ValueError(f"stage {stage.name} is in the table already")
+        self._stages.insert(self.index(before), stage)
+
+    def remove(self, name: str) -> None:
+        """Take out a stage that was added."""
+        del self._stages[self.index(name)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all stages, in order."""
+        return tuple(stage.name for stage in self)
+
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """Names of the stages whose outputs stay: all but those that feed another."""
+        return tuple(stage.name for stage in self if stage.feeds is None)
+
+    def index(self, name: str) -> int:
+        """Return the place of a stage.
+
+        Raises:
+            KeyError: there is no such stage.
+        """
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise KeyError(name) from None
+
+    def before(self, name: str) -> tuple[str, ...]:
+        """Names of the stages before this one."""
+        return self.names[: self.index(name)]
+
+    def after(self, name: str) -> tuple[str, ...]:
+        """Names of the stages after this one."""
+        return self.names[self.index(name) + 1 :]
+
+    def feeders(self, name: str) -> tuple[str, ...]:
+        """Names of the stages that feed this one."""
+        return tuple(stage.name for stage in self if stage.feeds == name)
+
+    def sections(self, name: str) -> tuple[str, ...]:
+        """Every section of the configuration that the output of a stage depends on, each once, in order."""
+        stage, place = self[name], self.index(name)
+        # What feeds a stage adds nothing to it: it has that stage's own settings.
+        earlier = [each for each in self.before(name) if each in self.lasting]
+        before = stage.follows or (earlier[-1] if place else None)
+        inherited = () if before is None else self.sections(before)
+        return tuple(dict.fromkeys((*inherited, *stage.sections)))
+
+
+STAGES = StageTable(
+    (
+        Stage(
+            name="extract",
+            sections=("data", "encoder", "extract"),
+            outputs=("features", "model/encoder.safetensors"),
+            unit="photographs",
+            help="Class tokens of sliding windows -> features/*.parquet, model/encoder.safetensors.",
+            run="transfgu_ray.pipeline.features:run_stage",
+        ),
+        Stage(
+            name="concepts",
+            sections=("seed", "concepts"),
+            outputs=("concepts.parquet", NAMES),
+            unit="groups",
+            help="k-means of the class tokens -> concepts.parquet.",
+            run="transfgu_ray.pipeline.concepts:run_stage",
+            # People write it.
+            unchecked=(NAMES,),
+        ),
+        Stage(
+            name="labels",
+            sections=("cam",),
+            outputs=("labels",),
+            unit="photographs",
+            help="A response map of every concept on every photograph -> labels/*.parquet.",
+            run="transfgu_ray.pipeline.labels:run_stage",
+        ),
+        Stage(
+            name="tokens",
+            sections=(
+                "train.crop_size",
+                "train.token_window",
+                "train.backbone",
+                "train.backbone_weights",
+                "cam.batch_size",
+            ),
+            outputs=("tokens",),
+            unit="photographs",
+            help="Tokens of whole photographs (train.features=cached), deleted once trained -> tokens/*.parquet.",
+            run="transfgu_ray.pipeline.tokens:run_stage",
+            follows="extract",
+            unchecked=("tokens/",),
+            feeds="train",
+            is_wanted=lambda config: config.train.features == "cached" and config.train.decoder_weights is None,
+        ),
+        Stage(
+            name="train",
+            sections=("train",),
+            outputs=(
+                "train",
+                "model/config.json",
+                "model/backbone.safetensors",
+                "model/decoder.safetensors",
+                "model/decoder_round_0.safetensors",
+            ),
+            unit="epochs",
+            help="Segmenter decoder in teacher-student rounds -> train/, model/.",
+            run="transfgu_ray.pipeline.train:run_stage",
+            # Ray Train's own storage.
+            unchecked=("train/rounds-",),
+        ),
+        Stage(
+            name="evaluate",
+            sections=("evaluate",),
+            outputs=("metrics.json", "samples", "baselines", "confusions", "extremes", "atlas", "atlas.json"),
+            unit="photographs",
+            help="Scores, where there are labels -> metrics.json, confusions/, samples/, extremes/, atlas/.",
+            run="transfgu_ray.pipeline.evaluate:run_stage",
+            # Copies of what report.html holds.
+            unchecked=("samples/strip_",),
+            reads_names=True,
+        ),
+        Stage(
+            name="report",
+            sections=(),
+            outputs=("report.html", "atlas.html"),
+            unit="pages",
+            help="Self-contained pages, made again from the run folder alone -> report.html, atlas.html.",
+            run="transfgu_ray.pipeline.pages:run_stage",
+            reads_names=True,
+        ),
+        Stage(
+            name="register",
+            sections=(),
+            outputs=(),
+            unit="models",
+            help="MLflow run and registered model -> mlflow.db beside the run, or the tracking server.",
+            run="transfgu_ray.pipeline.register:run_stage",
+            reads_names=True,
+        ),
+    )
+)

@@ -119,7 +119,7 @@ def write_scenes(
         "classes": [{"id": i, "super_id": SUPER_IDS[i], **asdict(each)} for i, each in enumerate(CLASSES)],
         "supers": [{"id": i, "name": name} for i, name in enumerate(SUPER_NAMES)],
     }
-    target.write_bytes("classes.json", json.dumps(people, indent=1).encode())
+    target.write_json("classes.json", people)
     _finish(target, "render.json", arguments)
 
 

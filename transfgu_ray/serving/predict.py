@@ -116,9 +116,10 @@ def output_stems(image_ids: list[str]) -> dict[str, str]:
 
 def predict(
     model: Folder,
+    out: Folder,
+    *,
     root: Folder,
     photos: Listing,
-    out: Folder,
     wanted: Wanted,
     resources: Resources,
     progress: Progress,
@@ -142,7 +143,7 @@ def predict(
 
     def done() -> Iterator[tuple[int, dict[str, Any]]]:
         nonlocal peak_mb
-        for result in stream_units(root, units, Predictor, arguments, resources):
+        for result in stream_units(root, units, worker=Predictor, arguments=arguments, resources=resources):
             found = json.loads(result.result)
             peak_mb = max(peak_mb, result.peak_mb)
             progress(len(units[result.unit]), refused=len(found["stats"]["refused"]))
@@ -155,7 +156,7 @@ def predict(
     if not total.images:
         first = total.refused[0]
         raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
-    out.write_bytes("legend.json", json.dumps(entries, indent=1).encode())
+    out.write_json("legend.json", entries)
     out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
     if coco:
         coco.write(out)
@@ -174,7 +175,7 @@ def predict(
         "peak_memory_mb": peak_mb,
         "versions": library_versions(),
     }
-    out.write_bytes(MANIFEST, json.dumps(manifest, indent=1).encode())
+    out.write_json(MANIFEST, manifest)
     return manifest
 
 

@@ -53,7 +53,7 @@ def ablate(
                 run = Run.open(uris[name], build_config(config, None, settings))
                 if name != FULL:
                     _copy_shared(Run.open(uris[FULL], build_config(config, None, [f"seed={seed}"])), run, reporter)
-                run_stages(run, _STAGES, address, reporter)
+                run_stages(run, _STAGES, address=address, reporter=reporter)
                 metrics[name].append(json.loads(run.folder.read_bytes("metrics.json")))
     return metrics
 
@@ -62,6 +62,6 @@ def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
     """Gives a run the stages that it shares with another one, each manifest last."""
     if target.manifest(SHARED[-1]) is not None:
         return
-    run_stages(source, SHARED, None, reporter)
+    run_stages(source, SHARED, address=None, reporter=reporter)
     for stage in SHARED:
         target.copy_stage(source, stage)

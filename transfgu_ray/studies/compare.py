@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transfgu_ray.algorithms.scores.label_free import NUM_PROBED, Probe, score
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig, RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef, Listing, open_root
+from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import PartStats, decode_labelled, require_some
 from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import Resources, ray_session
@@ -49,8 +51,8 @@ class VersionScorer(Scorer):
 
     shown = (_METHOD,)
 
-    def __init__(self, config: dict[str, Any], num_classes: int, samples: list[str], **part: Any) -> None:
-        super().__init__(config, num_classes, samples, **part)
+    def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
+        super().__init__(config, run_uri, **part)
         self._model = load_model(Folder(self.run.uri_of("model")), self.device)
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
@@ -65,7 +67,7 @@ class VersionProber(UnitWorker):
     """The probed photographs, one unit a version -> its label-free score and its speed."""
 
     def __init__(
-        self, uris: list[str], configs: list[dict[str, Any]], has_labels: bool, device: str, threads: int
+        self, uris: list[str], configs: list[RunConfig], *, has_labels: bool, device: str, threads: int
     ) -> None:
         super().__init__(device, threads)
         self._uris = uris
@@ -74,7 +76,7 @@ class VersionProber(UnitWorker):
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Returns score, components, seconds and what became of the photographs, as JSON."""
-        config, stats = RunConfig.model_validate(self._configs[unit]), PartStats()
+        config, stats = self._configs[unit], PartStats()
         limits, table = config.data, config.label_table if self._has_labels else None
         decoded = decode_labelled(photos, limits.min_side_px, limits.max_pixels, table, stats)
         images = [frame(image, None, config)[0] for _, image, _ in decoded]
@@ -103,13 +105,29 @@ class VersionProber(UnitWorker):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Which versions of a registered model are compared, and on what.
+
+    Attributes:
+        name: of the model.
+        numbers: versions, to which the champion is added; none for all.
+        dataset: layout of the photographs; None for that which the versions were made on.
+        data: folder or URI of the photographs.
+        tracking_uri: of the registry; None for the default.
+    """
+
+    name: str
+    numbers: Sequence[int]
+    dataset: str | None
+    data: str
+    tracking_uri: str | None
+
+
 def compare(
-    name: str,
-    numbers: Sequence[int],
-    dataset: str | None,
-    data: str,
+    wanted: Comparison,
     out: Folder,
-    uri: str | None,
+    *,
     address: str | None,
     reporter: Reporter,
     promote: bool = False,
@@ -120,12 +138,8 @@ def compare(
     An interrupted call goes on where it stopped: until the end, versions/ in `out` keeps what is done.
 
     Args:
-        name: of the model.
-        numbers: versions, to which the champion is added; none for all.
-        dataset: layout of the photographs; None for that which the versions were made on.
-        data: folder or URI of the photographs.
+        wanted: which versions, on which photographs.
         out: where the results go.
-        uri: tracking URI; None for the default.
         address: Ray to use.
         reporter: progress.
         promote: move the alias `champion` to the best version where `decide` says so.
@@ -137,8 +151,9 @@ def compare(
     Raises:
         TransfguError: no such model or version, versions that cannot be compared, or unusable photographs.
     """
-    registry = Registry(name, uri)
-    entries, listing, has_labels = enter(registry, registry.versions(numbers), dataset, data, out)
+    registry = Registry(wanted.name, wanted.tracking_uri)
+    versions = registry.versions(wanted.numbers)
+    entries, listing, has_labels = enter(registry, versions, dataset=wanted.dataset, data=wanted.data, out=out)
     probed = _choose(listing.images, NUM_PROBED)
     num_scored = len(listing.images) if has_labels else min(len(probed), _NUM_SHOWN)
     with (
@@ -185,12 +200,12 @@ def _probe(
     """
     arguments = {
         "uris": [entry.model.uri for entry in entries],
-        "configs": [entry.config.model_dump(mode="json") for entry in entries],
+        "configs": [entry.config for entry in entries],
         "has_labels": has_labels,
     }
     found = {}
     root, units = open_root(entries[0].config.data.root), dict.fromkeys(range(len(entries)), probed)
-    for result in stream_units(root, units, VersionProber, arguments, resources):
+    for result in stream_units(root, units, worker=VersionProber, arguments=arguments, resources=resources):
         found[result.unit] = json.loads(result.result)
         progress(len(probed))
     stats = [PartStats(**found[unit].pop("stats")) for unit in units]
@@ -215,19 +230,15 @@ def _count(
     root = open_root(entries[0].config.data.root)
     samples = {image.image_id: f"{number:02d}" for number, image in enumerate(shown)}
     for entry in entries:
-        stats = score_photos(
-            entry.folder,
-            entry.config,
-            entry.fingerprint,
-            root,
-            list(listing.images),
-            samples,
-            has_labels,
-            VersionScorer,
-            {},
-            resources,
-            progress,
-        ).stats
+        job = Job(
+            folder=entry.folder,
+            config=entry.config,
+            root=root,
+            resources=resources,
+            fingerprint=entry.fingerprint,
+            progress=progress,
+        )
+        stats = score_photos(job, listing.images, samples=samples, scored=has_labels, scorer=VersionScorer).stats
         require_some(stats, len(listing.images))
         num_concepts = len(load_model_config(entry.model).kinds)
         found = read_counts(entry.folder, len(entry.config.class_names), num_concepts)

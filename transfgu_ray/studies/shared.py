@@ -6,8 +6,7 @@ from typing import Any
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.progress import Reporter
-from transfgu_ray.pipeline.run import cache_tokens, run_stages
-from transfgu_ray.pipeline.samples import TOKENS
+from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -41,29 +40,26 @@ class SharedStages:
             run = Run.open(place.folder.uri, place.config)
             features = self._open("extract", run.config)
             if run.manifest("extract") is None:
-                run_stages(features, SHARED[:1], None, reporter)
+                run_stages(features, SHARED[:1], address=None, reporter=reporter)
                 run.copy_stage(features, "extract")
-            run_stages(run, SHARED, None, reporter)
-            if run.config.train.features == "cached":
-                source = with_tokens.setdefault(features.folder.uri, run)
-                if source is run:
-                    cache_tokens(run, reporter)
-                else:
-                    run.copy_output(source, TOKENS)
+            source = with_tokens.setdefault(features.folder.uri, run)
+            if source is not run and source.manifest("tokens") is not None:
+                run.copy_stage(source, "tokens")
+            run_stages(run, (*SHARED, "tokens"), address=None, reporter=reporter)
 
     def give(self, target: Run) -> None:
         """Gives a trial what it shares, unless it is trained."""
         if target.manifest("train") is not None:
             return
         source = self.bank(target.config)
-        for stage in SHARED:
-            target.copy_stage(source, stage)
-        target.copy_output(source, TOKENS)
+        for stage in (*SHARED, "tokens"):
+            if source.manifest(stage) is not None:
+                target.copy_stage(source, stage)
 
     def drop_tokens(self, configs: Iterable[RunConfig]) -> None:
         """Removes the cached tokens, which are large and of no use once every trial has ended."""
         for place, _ in self._banks(configs):
-            place.folder.delete(TOKENS)
+            place.clear("tokens")
 
     def describe(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
         """Each stage of the shared runs: its fingerprint, its seconds, and how many of these trials use it."""

@@ -16,11 +16,11 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import assignments
-from transfgu_ray.tracking.runs import RECORD, Tracked
+from transfgu_ray.tracking.runs import RECORD
 
 # What a trial's own process takes of Ray's CPUs: it waits for others.
 DRIVER_CPUS = 0.1
-STAGES = ("train", "evaluate", "report", "register")
+TRIAL_STAGES = ("train", "evaluate", "report", "register")
 # A point is handed to trials as text, so that Tune does not look for searches inside its lists.
 POINT = "point"
 # Apart from the seeds that people give.
@@ -105,13 +105,13 @@ class Trials:
         name = self.id_of(point)
         # The trial itself has noted its error.
         note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "error": None}
-        finished = self.folder_of(name).exists(f"{STAGES[-1]}.json")
+        finished = self.folder_of(name).exists(f"{TRIAL_STAGES[-1]}.json")
         self._notes[name] = note | {"status": "finished" if finished else otherwise}
         self._described.pop(name, None)
         self._write_note(name, self._notes[name])
 
     def _write_note(self, name: str, note: Mapping[str, Any]) -> None:
-        self._folder.write_bytes(_note_name(name), json.dumps(note, indent=1).encode())
+        self._folder.write_json(_note_name(name), note)
 
     def describe(self) -> list[dict[str, Any]]:
         """The trials that have ended as sweep.json tells them, in the order of their ids."""
@@ -127,7 +127,7 @@ class Trials:
         last = history[-1] if history else {}
         stages = (folder.read_json("metrics.json") or {}).get("stages")
         scored = (stages or {}).get("bootstrapped", {})
-        manifests = [manifest for manifest in map(run.manifest, STAGES) if manifest is not None]
+        manifests = [manifest for manifest in map(run.manifest, TRIAL_STAGES) if manifest is not None]
         return {
             "id": name,
             "run": folder.uri,
@@ -163,7 +163,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     """
     from ray import tune
 
-    base, folder = RunConfig.model_validate(settings["base"]), Folder(settings["folder"])
+    base, folder = settings["base"], Folder(settings["folder"])
     trials, shared = Trials(folder, base), SharedStages(folder, base)
     point, objective = json.loads(values[POINT]), settings["objective"]
     run = trials.begin(point)
@@ -180,8 +180,8 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         shared.give(run)
         sibling = shared.bank(sibling_of(run.config)) if objective == "score" else None
         tags = {"objective": objective, "sweep": folder.uri}
-        trial = Trial(Tracked(**settings["parent"]), tags, sibling, on_epoch)
-        run_stages(run, STAGES, None, SilentReporter(), trial=trial)
+        trial = Trial(settings["parent"], tags, sibling, on_epoch)
+        run_stages(run, TRIAL_STAGES, address=None, reporter=SilentReporter(), trial=trial)
     except Exception as error:
         sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
         trials.fail(point, sentence.splitlines()[0])

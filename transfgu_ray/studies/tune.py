@@ -3,18 +3,20 @@
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.algorithms.scores.label_free import NUM_PROBED
 from transfgu_ray.config.base import difference, flatten
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.engine.progress import Reporter
+from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.engine.trainer import MAX_RESTARTS
 from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pipeline.inputs import scored_split
+from transfgu_ray.reports.sweep_page import write_sweep_report
+from transfgu_ray.reports.sweep_tables import best_trial, evidence
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import (
@@ -56,25 +58,42 @@ class SweepPlan:
     objective: str
 
 
-def tune(folder: Folder, base: RunConfig, plan: SweepPlan, address: str | None, reporter: Reporter) -> dict[str, Any]:
-    """Runs every trial that has not ended yet; returns the content of sweep.json.
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep's folder, the configuration that its trials change, how they are drawn, and its MLflow run."""
+
+    folder: Folder
+    base: RunConfig
+    plan: SweepPlan
+    trials: Trials
+    parent: Tracked
+
+
+def tune(
+    folder: Folder, base: RunConfig, *, plan: SweepPlan, address: str | None, reporter: Reporter
+) -> dict[str, Any]:
+    """Run every trial that has not ended yet; return the content of sweep.json.
+
+    Args:
+        folder: of the sweep.
+        base: configuration that the trials change.
+        plan: which trials, and what they are measured by.
+        address: Ray to use.
+        reporter: shows progress.
 
     Raises:
         TransfguError: settings, data, weights or the folder are unusable.
     """
-    from transfgu_ray.reports.sweep_page import write_sweep_report
-
     _check(base, plan)
     base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": tracking_uri(folder, base)})})
-    identity = _claim(folder, base, plan)
-    trials = Trials(folder, base)
-    parent = begin_sweep(folder, base, identity)
-    with ended_on_error(parent), ray_session(address, base.runtime, dashboard=True):
-        _run_missing(folder, base, plan, trials, parent, reporter)
-        content = _write(folder, base, plan, trials)
-        settle_trials(parent, content["trials"])
+    identity = _write_identity(folder, base, plan)
+    sweep = _Sweep(folder, base, plan, Trials(folder, base), begin_sweep(folder, base, identity))
+    with ended_on_error(sweep.parent), ray_session(address, base.runtime, dashboard=True):
+        _run_missing(sweep, reporter)
+        content = _write(sweep)
+        settle_trials(sweep.parent, content["trials"])
         write_sweep_report(folder, content)
-        end_sweep(parent, folder, content, [SWEEP, PAGE])
+        end_sweep(sweep.parent, folder, sweep=content, artifacts=[SWEEP, PAGE])
     return content
 
 
@@ -107,7 +126,7 @@ def _shared_part(space: Space) -> Space:
     return {key: values for key, values in space.items() if key.partition(".")[0] in _SHARED_SECTIONS}
 
 
-def _claim(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[str, Any]:
+def _write_identity(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[str, Any]:
     """Writes what the sweep is made of, first of all.
 
     Raises:
@@ -132,11 +151,11 @@ def _claim(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[str, Any]:
     return identity
 
 
-def _run_missing(
-    folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials, parent: Tracked, reporter: Reporter
-) -> None:
+def _run_missing(sweep: _Sweep, reporter: Reporter) -> None:
+    base, plan, trials = sweep.base, sweep.plan, sweep.trials
+    points: list[dict[str, Any]] | None = None
     if plan.sampler == "optuna":
-        points, shared = None, grid_points(_shared_part(plan.space))
+        shared = grid_points(_shared_part(plan.space))
         missing = (plan.num_trials or 0) - len(trials.ended)
     else:
         found = (
@@ -149,13 +168,13 @@ def _run_missing(
     if missing <= 0:
         return
     configs = _with_siblings([build_config(base, None, assignments(point)) for point in shared], plan)
-    stages = SharedStages(folder, base)
+    stages = SharedStages(sweep.folder, base)
     stages.make(configs, reporter)
     with (
         reporter.stage("trials", missing, "trials") as show,
         unless_stalled("the sweep", base.runtime.stall_minutes, show) as progress,
     ):
-        _tune(folder, base, plan, trials, parent, points, missing, progress)
+        _tune(sweep, points, num_trials=missing, progress=progress)
     stages.drop_tokens(configs)
 
 
@@ -164,18 +183,10 @@ def _with_siblings(configs: list[RunConfig], plan: SweepPlan) -> list[RunConfig]
     return [*configs, *(map(sibling_of, configs) if plan.objective == "score" else ())]
 
 
-def _tune(
-    folder: Folder,
-    base: RunConfig,
-    plan: SweepPlan,
-    trials: Trials,
-    parent: Tracked,
-    points: list[dict[str, Any]] | None,
-    num_trials: int,
-    progress: Any,
-) -> None:
-    """Ray Tune over the points, or over what Optuna suggests where they are None."""
-    # Tune shall log and say nothing of its own, and Ctrl-C shall end the sweep instead of a part of it.
+def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int, progress: Progress) -> None:
+    """Run Ray Tune over the points, or over what Optuna suggests where they are None."""
+    folder, base, plan, trials = sweep.folder, sweep.base, sweep.plan, sweep.trials
+    # Tune must neither log nor print, and Ctrl-C must end the whole sweep.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -188,14 +199,14 @@ def _tune(
 
     def on_end(point: dict[str, Any], otherwise: str) -> None:
         trials.end(point, otherwise)
-        _write(folder, base, plan, trials)
+        _write(sweep)
         progress(1)
 
     resources, concurrent = trial_resources(base)
     settings = {
         "folder": folder.uri,
-        "base": resources.model_dump(mode="json"),
-        "parent": asdict(parent),
+        "base": resources,
+        "parent": sweep.parent,
         "objective": plan.objective,
     }
     epochs = sum(base.train.round_epochs)
@@ -224,7 +235,7 @@ def _tune(
             storage_path=folder.path,
             storage_filesystem=folder.fs,
             verbose=0,
-            callbacks=[Ended(on_end, lambda: progress(0))],
+            callbacks=[Ended(on_end, progress)],
             failure_config=ray_tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     ).fit()
@@ -232,12 +243,11 @@ def _tune(
     folder.delete("tune")
 
 
-def _write(folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials) -> dict[str, Any]:
-    """Brings sweep.json up to date; returns its content."""
-    from transfgu_ray.reports.sweep_tables import best_trial, evidence
-
-    found = trials.describe()
-    configs = _with_siblings([trials.config(trial["point"]) for trial in found], plan)
+def _write(sweep: _Sweep) -> dict[str, Any]:
+    """Bring sweep.json up to date; return its content."""
+    folder, base, plan = sweep.folder, sweep.base, sweep.plan
+    found = sweep.trials.describe()
+    configs = _with_siblings([sweep.trials.config(trial["point"]) for trial in found], plan)
     proof = evidence(found)
     of_score = (proof or {}).get("score", {})
     content = {
@@ -259,5 +269,5 @@ def _write(folder: Folder, base: RunConfig, plan: SweepPlan, trials: Trials) -> 
         "evidence": proof,
         "best": best_trial(found, plan.objective),
     }
-    folder.write_bytes(SWEEP, json.dumps(content, indent=1).encode())
+    folder.write_json(SWEEP, content)
     return content

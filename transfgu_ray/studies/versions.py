@@ -49,7 +49,7 @@ class Entry:
 
 
 def enter(
-    registry: Registry, versions: Sequence[Version], dataset: str | None, data: str, out: Folder
+    registry: Registry, versions: Sequence[Version], *, dataset: str | None, data: str, out: Folder
 ) -> tuple[list[Entry], Listing, bool]:
     """The versions with the photographs that they are compared on, these photographs, and whether they have labels.
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from transfgu_ray.config.base import flatten
-from transfgu_ray.config.run import RunConfig
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.models.model import load_model_config
 from transfgu_ray.reports.scores import scores_by_method
 from transfgu_ray.runs.provenance import git_commit
+from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import NAMES
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.client import connect, mlflow_at, registry_uri
+from transfgu_ray.tracking.requirements import requirements_of
 from transfgu_ray.tracking.runs import Tracked, log_files
 
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors", "names.yaml")
@@ -27,33 +28,33 @@ _NAMED = "names_sha256"
 
 def register(
     tracked: Tracked,
-    run: Folder,
-    config: RunConfig,
+    run: Run,
+    *,
     metrics: dict[str, Any],
     artifacts: list[str],
     more_tags: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Logs scores and artifacts, logs the model and registers it once by its names; returns name and version.
+    """Log scores and artifacts, log the model and register it once by its names; return name and version.
 
     Args:
         tracked: the MLflow run.
-        run: the run folder.
-        config: its configuration.
+        run: run folder and configuration.
         metrics: content of metrics.json.
         artifacts: names in the run folder to keep with the MLflow run.
         more_tags: of the model beside those that follow from the run.
     """
     import mlflow
 
+    folder, config = run.folder, run.config
     client, uri = connect(tracked.uri)
     for name, value in flatten(scores_by_method(metrics)).items():
         # An interval is a list, which MLflow has no metric for; metrics.json, kept below, holds it.
         if isinstance(value, float):
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
-    log_files(client, tracked.run_id, ((name, run.read_bytes(name)) for name in artifacts))
+    log_files(client, tracked.run_id, ((name, folder.read_bytes(name)) for name in artifacts))
     name = config.tracking.model_name
     # The same weights under other names are another model to whoever uses it.
-    named = hashlib.sha256(run.read_bytes(NAMES)).hexdigest() if run.exists(NAMES) else None
+    named = hashlib.sha256(folder.read_bytes(NAMES)).hexdigest() if folder.exists(NAMES) else None
     versions = [
         v
         for v in client.search_model_versions(f"name='{name}'")
@@ -67,7 +68,7 @@ def register(
             mlflow_at(uri),
             mlflow.start_run(run_id=tracked.run_id),
         ):
-            version = _log_model(run, Path(directory) / "model", name, tracked.run_id)
+            version = _log_model(folder, Path(directory) / "model", name=name, run_id=tracked.run_id)
     tags = {
         "recipe": config.preset,
         "num_concepts": str(config.num_concepts),
@@ -104,14 +105,12 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
         raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
 
 
-def _log_model(run: Folder, folder: Path, name: str, run_id: str) -> str:
+def _log_model(run: Folder, folder: Path, *, name: str, run_id: str) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    import transfgu_ray
-
-    package = Path(transfgu_ray.__file__).parent
+    code = Path(__file__).with_name("pyfunc.py")
     folder.mkdir()
     model = Folder(run.uri_of("model"))
     for file in filter(model.exists, _MODEL_FILES):
@@ -123,26 +122,11 @@ def _log_model(run: Folder, folder: Path, name: str, run_id: str) -> str:
     )
     info = mlflow.pyfunc.log_model(
         name="model",
-        python_model=str(package / "models" / "pyfunc.py"),
+        python_model=str(code),
         artifacts={"model": str(folder)},
-        code_paths=[str(package)],
+        code_paths=[str(code.parents[1])],
         signature=signature,
-        pip_requirements=[
-            "torch",
-            "timm",
-            "safetensors",
-            "numpy",
-            "pillow",
-            "pyarrow",
-            "fsspec",
-            "jaxtyping",
-            "faiss-cpu",
-            "scipy",
-            "torchvision",
-            "huggingface-hub",
-            "pydantic",
-            "pyyaml",
-        ],
+        pip_requirements=requirements_of(code),
     )
     client = mlflow.MlflowClient()
     with contextlib.suppress(mlflow.exceptions.MlflowException):

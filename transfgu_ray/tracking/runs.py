@@ -1,7 +1,6 @@
 """MLflow: one run per `transfgu run`, its losses, scores and pictures, and a registered model."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: 
     run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": folder.uri, **tags}).info.run_id
     # At once, so that a kill leaves no run that its folder does not know.
     record = {"uri": uri, "run_id": run_id, "config": identity}
-    folder.write_bytes(RECORD, json.dumps(record, indent=1).encode())
+    folder.write_json(RECORD, record)
     log_params(client, run_id, identity)
     return Tracked(uri, run_id)
 

@@ -50,7 +50,7 @@ def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
     return removed
 
 
-def end_sweep(parent: Tracked, folder: Folder, sweep: Mapping[str, Any], artifacts: Sequence[str]) -> None:
+def end_sweep(parent: Tracked, folder: Folder, *, sweep: Mapping[str, Any], artifacts: Sequence[str]) -> None:
     """Logs what the sweep found, keeps its files, and closes the parent run.
 
     Args:
