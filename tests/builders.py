@@ -30,7 +30,7 @@ def tiny_encoder(seed: int = 0, **overrides: int) -> Encoder:
     """A frozen two-block ViT with weights from `seed`, through the same bytes that a run stores."""
     overrides = TINY_OVERRIDES | overrides
     vit = shake(random_vit(TINY_VIT, overrides, seed), seed)
-    return load_encoder(dump_encoder(vit, TINY_VIT, overrides), "tiny")
+    return load_encoder(dump_encoder(vit, TINY_VIT, overrides=overrides), "tiny")
 
 
 def small_resnet(block: type[BasicBlock] | type[Bottleneck] = BasicBlock) -> ResNet:
@@ -315,4 +315,4 @@ def make_sweep(space: dict[str, object], trials: list[dict], **more: object) -> 
 
 def listed(data: DataConfig, split: str, granularity: str | None = None) -> Listing:
     """The photographs of a split of what a configuration names."""
-    return list_images(data.root, data.spec, split, granularity)
+    return list_images(data.root, data.spec, split=split, granularity=granularity)

@@ -151,7 +151,7 @@ def test_model_folder__with_any_config_json(tmp_path: Path, content: bytes) -> N
 
 
 VIT = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
-OWN = dump_encoder(VIT, TINY_VIT, TINY_OVERRIDES)
+OWN = dump_encoder(VIT, TINY_VIT, overrides=TINY_OVERRIDES)
 HEADER = struct.unpack("<Q", OWN[:8])[0] + 8
 
 
@@ -164,7 +164,10 @@ def pickled() -> bytes:
 @cases(300)
 @given(content=bytes_of(OWN[:HEADER]).map(lambda head: head + OWN[HEADER:]) | bytes_of(OWN) | bytes_of(pickled()))
 def test_checkpoint__of_any_bytes(content: bytes) -> None:
-    for load in (lambda: load_vit(content, "a.pth", TINY_VIT, TINY_OVERRIDES), lambda: load_encoder(content, "a.pth")):
+    for load in (
+        lambda: load_vit(content, "a.pth", name=TINY_VIT, overrides=TINY_OVERRIDES),
+        lambda: load_encoder(content, "a.pth"),
+    ):
         try:
             load()
         except TransfguError as error:
@@ -177,7 +180,10 @@ def test_checkpoint__with_any_metadata(values: dict[str, str]) -> None:
     state = {name: value.contiguous() for name, value in VIT.state_dict().items()}
     metadata = {"format": "transfgu-encoder-1", "name": TINY_VIT, "overrides": "{}"} | values
     content = safetensors.torch.save(state, metadata)
-    for load in (lambda: load_vit(content, "a.pth", TINY_VIT, TINY_OVERRIDES), lambda: load_encoder(content, "a.pth")):
+    for load in (
+        lambda: load_vit(content, "a.pth", name=TINY_VIT, overrides=TINY_OVERRIDES),
+        lambda: load_encoder(content, "a.pth"),
+    ):
         try:
             load()
         except TransfguError as error:

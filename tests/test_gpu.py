@@ -8,7 +8,7 @@ from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, random_vit
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
 from transfgu_ray.algorithms.labels.labeller import Labeller
-from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings
 from transfgu_ray.algorithms.rounds.schedule import schedule
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 
@@ -20,7 +20,9 @@ pytestmark = [
 
 def encoder_on(device: str, precision: str = "float32"):
     vit = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
-    return load_encoder(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES), "tiny", precision, device)
+    return load_encoder(
+        dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES), "tiny", precision=precision, device=device
+    )
 
 
 def test_labeller__cuda_equals_cpu() -> None:
@@ -42,11 +44,14 @@ def test_cls_tokens__bfloat16_on_cuda_is_close_to_float32() -> None:
 def test_step__cuda_lowers_the_loss_over_a_round_turn() -> None:
     torch.manual_seed(0)
     student = MaskTransformer(5, 24, dropout=0.0).to("cuda")
-    bootstrap = Bootstrap(student, 1e-3, 5e-4, 1.0, 1.0, 0.3, seed=0)
-    tokens = read_tokens(encoder_on("cuda"), random_images(4, 64, 64).to("cuda"), None)
+    bootstrap = Bootstrap(
+        student,
+        BootstrapSettings(learning_rate=1e-3, weight_decay=5e-4, gradient_clamp=1.0, omega_1=1.0, omega_2=0.3, seed=0),
+    )
+    tokens = read_tokens(encoder_on("cuda"), random_images(4, 64, 64).to("cuda"), window=None)
     scores = torch.rand(4, 5, 8, 8, device="cuda")
     for epoch in schedule((1, 1), (0.03, 0.1)):
         bootstrap.begin_epoch(epoch, rank=0)
-        losses = [bootstrap.step(tokens, scores, epoch, step)["loss"] for step in range(8)]
+        losses = [bootstrap.step(tokens, scores, epoch=epoch, step=step)["loss"] for step in range(8)]
         assert np.isfinite(losses).all()
         assert losses[-1] < losses[0]

@@ -107,7 +107,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "names.yaml").write_text("3: sky\n")
     overrides = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
     vit = random_vit("vit_tiny_patch16_224", overrides, 0)
-    (path / "prior.safetensors").write_bytes(dump_encoder(vit, "vit_tiny_patch16_224", overrides))
+    (path / "prior.safetensors").write_bytes(dump_encoder(vit, "vit_tiny_patch16_224", overrides=overrides))
     space = re.search(r"```yaml\n(train\.alpha.*?)```", _README, re.S)
     (path / "space.yaml").write_text(space[1])
     program = path / "bin/transfgu"

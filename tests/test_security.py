@@ -72,7 +72,7 @@ def reported(folder: Path, names: tuple[str, ...]) -> Elements:
     run_folder = folder / names[1].replace("/", "")
     run = Run.open(str(run_folder), build_config(get_preset("tiny_cpu"), None, settings))
     model = ModelConfig((8, 8), ("any",) * len(names), 1, 1, "float32", "")
-    save_decoder(Folder(run.folder.uri_of("model")), {}, model)
+    save_decoder(Folder(run.folder.uri_of("model")), {}, config=model)
     scored = {"miou": 0.5, "miou_interval": None, "pixel_accuracy": 0.5, "coverage": 1.0, "super": None}
     metrics = {
         "scored": True, "dataset": names[0], "split": names[1], "granularity": "fine", "protocol": names[2],
@@ -200,7 +200,7 @@ def test_weights__an_architecture_names_no_files(
     monkeypatch.setattr("timm.create_model", lambda *words, **more: made.append(words))
     metadata = {"format": "transfgu-encoder-1", "name": name, "overrides": json.dumps(overrides)}
     data = safetensors.torch.save({}, metadata)
-    for load in (lambda: load_encoder(data, "a"), lambda: load_vit(data, "a", TINY_VIT, {})):
+    for load in (lambda: load_encoder(data, "a"), lambda: load_vit(data, "a", name=TINY_VIT, overrides={})):
         with pytest.raises(WeightsError):
             load()
     assert not made

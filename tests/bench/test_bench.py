@@ -3,7 +3,7 @@ import torch
 
 from tests.builders import random_images, tiny_encoder
 from transfgu_ray.algorithms.labels.bank import encode_scores
-from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings
 from transfgu_ray.algorithms.rounds.schedule import Epoch
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.bank import _pack, _unpack
@@ -49,10 +49,13 @@ def test_gradient_error__of_the_tiny_encoder():
 
 def test_plain_step__gives_the_losses_gradient_to_the_student():
     encoder, student = tiny_encoder(), MaskTransformer(4, 24, num_heads=3)
-    bootstrap = Bootstrap(student, 1e-3, 0.0, 1.0, 1.0, 0.3, seed=0)
+    bootstrap = Bootstrap(
+        student,
+        BootstrapSettings(learning_rate=1e-3, weight_decay=0.0, gradient_clamp=1.0, omega_1=1.0, omega_2=0.3, seed=0),
+    )
     epoch = Epoch(index=1, round=1, starts_round=True, alpha=0.03)
     bootstrap.begin_epoch(epoch, rank=0)
-    plain_step(encoder, bootstrap, random_images(2, 40, 40), torch.rand(2, 4, 5, 5), epoch)
+    plain_step(encoder, bootstrap, images=random_images(2, 40, 40), scores=torch.rand(2, 4, 5, 5), epoch=epoch)
     assert all(weight.grad is not None for weight in student.parameters())
 
 

@@ -242,7 +242,7 @@ def test_probe__prints_what_it_measured(
     make_table(tmp_path / "train-0.parquet", 6)
     make_table(tmp_path / "val-0.parquet", 4)
     encoder = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
-    (tmp_path / "w.safetensors").write_bytes(dump_encoder(encoder, TINY_VIT, TINY_OVERRIDES))
+    (tmp_path / "w.safetensors").write_bytes(dump_encoder(encoder, TINY_VIT, overrides=TINY_OVERRIDES))
     arguments = ("probe", str(tmp_path / "w.safetensors"), "--data", str(tmp_path), "--image-size", "32")
     monkeypatch.setattr(sys, "argv", ["transfgu", *arguments])
     with pytest.raises(SystemExit) as stopped:

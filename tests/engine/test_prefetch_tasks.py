@@ -21,11 +21,11 @@ def slow_at_first(number: int, scale: float) -> np.ndarray:
 def test_read_ahead__keeps_the_order_and_takes_calls_as_they_are_needed(local_ray: None, num_ahead: int) -> None:
     taken = 0
 
-    def calls() -> Iterator[tuple[int, float]]:
+    def calls() -> Iterator[dict[str, float]]:
         nonlocal taken
         for number in range(8):
             taken += 1
-            yield number, 0.5
+            yield {"number": number, "scale": 0.5}
 
     for got, value in enumerate(read_ahead(slow_at_first, calls(), num_ahead)):
         assert value == got * 0.5

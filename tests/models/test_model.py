@@ -31,13 +31,13 @@ CONFIG = ModelConfig((32, 48), KINDS, decoder_layers=1, decoder_heads=3, precisi
 
 def _segmenter(config=CONFIG):
     torch.manual_seed(0)
-    return Segmenter(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config)
+    return Segmenter(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config=config)
 
 
 def _saved(path, config=CONFIG):
     model, folder = _segmenter(config), Folder(str(path))
-    folder.write_bytes("encoder.safetensors", dump_encoder(model.encoder.vit, TINY_VIT, TINY_OVERRIDES))
-    save_decoder(folder, model.decoder.state_dict(), config)
+    folder.write_bytes("encoder.safetensors", dump_encoder(model.encoder.vit, TINY_VIT, overrides=TINY_OVERRIDES))
+    save_decoder(folder, model.decoder.state_dict(), config=config)
     return model, folder
 
 
@@ -97,7 +97,7 @@ def test_load_model__another_decoder_beside_the_last(tmp_path):
     _, folder = _saved(tmp_path)
     torch.manual_seed(1)
     other = build_decoder(CONFIG, 24)
-    save_decoder(folder, other.state_dict(), CONFIG, name="decoder_round0")
+    save_decoder(folder, other.state_dict(), config=CONFIG, name="decoder_round0")
     assert torch.equal(load_model(folder, decoder="decoder_round0").decoder.proj_patch, other.proj_patch)
     assert not torch.equal(load_model(folder).decoder.proj_patch, other.proj_patch)
 

@@ -99,7 +99,9 @@ def _counts(*photos):
     """Counts of photographs, each a matrix (classes, concepts)."""
     matrices = np.array(photos)
     photo, classes, concepts = matrices.nonzero()
-    return photo_counts(photo, classes, concepts, matrices[photo, classes, concepts], matrices.shape)
+    return photo_counts(
+        photo, classes, concept_id=concepts, pixels=matrices[photo, classes, concepts], shape=matrices.shape
+    )
 
 
 def test_merge_concepts__columns_of_one_class_are_summed_in_each_photograph():
@@ -116,7 +118,9 @@ def _metrics(matrix, names, *settings):
     whole = np.zeros((16, 4), dtype=np.int64)
     whole[:2] = matrix
     counts = dict.fromkeys((*STAGE_NAMES, "raw_colour"), _counts(whole))
-    return metrics_json(config, "val", 1, counts, names, ""), photo_mious(config, counts["trained"], names)
+    return metrics_json(config, "val", num_images=1, counts=counts, names=names, weights_sha256=""), photo_mious(
+        config, counts["trained"], names
+    )
 
 
 # Concepts 0 and 1 are both of class 0, of 100 pixels; 2 is of class 1, of 60; 3 is a bit of both.

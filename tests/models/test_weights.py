@@ -12,7 +12,7 @@ BUNDLED = build_config(RunConfig(), None, ["encoder.weights=bundled"])
 
 
 def test_resolve_encoder__bundled_weights_lie_in_the_package(tmp_path, monkeypatch):
-    data = dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES)
+    data = dump_encoder(tiny_encoder().vit, TINY_VIT, overrides=TINY_OVERRIDES)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/rendered_vit.safetensors").write_bytes(data)
     monkeypatch.setattr("importlib.resources.files", {"transfgu_ray": tmp_path}.__getitem__)
@@ -31,7 +31,7 @@ def test_resolve_encoder__refuses_an_installation_without_weights(tmp_path, monk
 
 @pytest.mark.parametrize("weights", ["random", "file"])
 def test_resolve_encoder__carries_how_positions_are_interpolated(tmp_path, weights):
-    (tmp_path / "own.safetensors").write_bytes(dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES))
+    (tmp_path / "own.safetensors").write_bytes(dump_encoder(tiny_encoder().vit, TINY_VIT, overrides=TINY_OVERRIDES))
     settings = [
         f"encoder.name={TINY_VIT}",
         f"encoder.weights={tmp_path / 'own.safetensors' if weights == 'file' else 'random'}",

@@ -1,5 +1,6 @@
 """The concepts do not depend on workers or parts, whether a group fits one worker or is spread over several."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from tests.algorithms.concepts.test_sharded_kmeans import InMemory
 from tests.fixtures import Counted
-from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
@@ -26,7 +27,7 @@ from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 NUM_ROWS = 30_000
-SETTINGS = {"seed": 0, "num_iterations": 6, "num_redos": 1, "min_crops": 1, "max_points": None}
+HOW = KMeans(seed=0, num_iterations=6, min_crops=1)
 
 
 def make_features(folder: Path, num_rows: int, rows_per_part: int, bad_row: int | None = None) -> Folder:
@@ -80,7 +81,7 @@ def test_cluster__small_groups_are_clustered_by_one_worker(tmp_path: Path, local
     run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
     groups, centroids, num_crops = fit(run, 2)
     expected = [
-        fit_concepts(tokens_of(run, kind).astype(np.float32), count, use_gpu=False, group=kind, **SETTINGS)
+        fit_concepts(tokens_of(run, kind).astype(np.float32), count, how=HOW, group=kind)
         for kind, count in (("foreground", 6), ("background", 3))
     ]
     assert centroids.tobytes() == np.concatenate([group.centroids for group in expected]).tobytes()
@@ -96,8 +97,8 @@ def test_cluster__large_group_is_the_same_for_any_workers_and_parts(tmp_path: Pa
         run = make_features(tmp_path / str(num_workers), NUM_ROWS, rows_per_part)
         fitted.append(fit(run, num_workers, "concepts.init_points=5000"))
     points = InMemory(tokens_of(run, "foreground"))
-    expected = fit_sharded_concepts(points, 6, init_points=5000, group="foreground", **SETTINGS)
-    background = fit_concepts(tokens_of(run, "background").astype(np.float32), 3, use_gpu=False, group="", **SETTINGS)
+    expected = fit_sharded_concepts(points, 6, how=HOW, init_points=5000, group="foreground")
+    background = fit_concepts(tokens_of(run, "background").astype(np.float32), 3, how=HOW, group="")
     for groups, centroids, num_crops in fitted:
         assert centroids.tobytes() == np.concatenate([expected.centroids, background.centroids]).tobytes()
         assert num_crops == [*expected.num_crops, *background.num_crops]
@@ -114,7 +115,7 @@ def test_cluster__large_group_with_a_cap_uses_no_more(tmp_path: Path, local_ray:
     run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
     groups, centroids, num_crops = fit(run, 1, "concepts.init_points=5000", "concepts.max_points=4000")
     points = tokens_of(run, "foreground").astype(np.float32)
-    expected = fit_concepts(points, 6, use_gpu=False, group="", **{**SETTINGS, "max_points": 4000})
+    expected = fit_concepts(points, 6, how=replace(HOW, max_points=4000), group="")
     assert centroids[:6].tobytes() == expected.centroids.tobytes()
     assert num_crops[:6] == expected.num_crops.tolist()
     assert (groups["foreground"]["points_used"], groups["foreground"]["points_total"]) == (4000, 27_000)

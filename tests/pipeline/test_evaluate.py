@@ -59,7 +59,7 @@ def untrained(tmp_path: Path) -> Run:
     torch.manual_seed(0)
     for name in ("decoder_round_0", "decoder"):
         state = build_decoder(config, 24).state_dict()
-        save_decoder(Folder(run.folder.uri_of("model")), state, config, name)
+        save_decoder(Folder(run.folder.uri_of("model")), state, config=config, name=name)
     return run
 
 
@@ -119,7 +119,7 @@ def test_patch_sampler__draws_of_a_photograph_do_not_depend_on_the_others(untrai
 
 def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> None:
     draw(untrained, read_photos(untrained, "train"), patches_a_photo=20)
-    centroids, masks = cluster_patches(untrained.folder.uri, untrained.config, 7, threads=1, use_gpu=False)
+    centroids, masks = cluster_patches(untrained.folder.uri, untrained.config, num_clusters=7, threads=1, use_gpu=False)
     assert masks == {}
     shapes = {name: values.shape for name, values in centroids.items()}
     assert shapes == {"patch_tokens": (7, 24), "decoder_tokens": (7, 48), "random_vit": (7, 24), "raw_colour": (7, 3)}
@@ -159,7 +159,8 @@ def test_patch_sampler__two_views_and_masks_do_not_depend_on_the_other_photograp
 def test_cluster_patches__heads_are_scored_as_centroids_are(of_heads: Run) -> None:
     draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
     again, (heads, masks) = (
-        cluster_patches(of_heads.folder.uri, of_heads.config, 4, threads=1, use_gpu=False) for _ in range(2)
+        cluster_patches(of_heads.folder.uri, of_heads.config, num_clusters=4, threads=1, use_gpu=False)
+        for _ in range(2)
     )
     assert masks == {"foreground_masks": 3, "background_masks": 3}
     assert {name: head.shape for name, head in heads.items()} == dict.fromkeys(
@@ -183,7 +184,7 @@ def test_cluster_patches__fewer_photographs_than_clusters_of_masks_are_refused(o
     draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
     config = build_config(of_heads.config, None, ["evaluate.baselines=[mask_contrast]"])
     with pytest.raises(DataError, match="mask_contrast cannot make 4 clusters of 3 foreground masks"):
-        cluster_patches(of_heads.folder.uri, config, 5, threads=1, use_gpu=False)
+        cluster_patches(of_heads.folder.uri, config, num_clusters=5, threads=1, use_gpu=False)
 
 
 def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:
@@ -201,7 +202,7 @@ def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> Non
     for of_method in counts.values():
         # A row a photograph; void is in none.
         assert of_method.sum(1).tolist() == (small != 255).sum((1, 2)).tolist()
-    metrics = metrics_json(config, "val", 2, counts, Names(KINDS, {}), "")
+    metrics = metrics_json(config, "val", num_images=2, counts=counts, names=Names(KINDS, {}), weights_sha256="")
     for scores in [*metrics["stages"].values(), *metrics["baselines"].values()]:
         # A pixel of the right class is of the right coarser class.
         assert scores["super"]["pixel_accuracy"] >= scores["pixel_accuracy"]

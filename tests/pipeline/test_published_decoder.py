@@ -83,7 +83,7 @@ def test_import_decoder__puts_the_background_last(tmp_path: Path) -> None:
     settings = (f"train.decoder_weights={tmp_path}/voc_decoder.pt", "data.region_mode=things_only")
     config = build_config(get_preset("tiny_cpu"), None, ["concepts.num_concepts=4", *settings])
     run = Folder(str(tmp_path / "run"))
-    run.write_bytes(ENCODER, dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES))
+    run.write_bytes(ENCODER, dump_encoder(tiny_encoder().vit, TINY_VIT, overrides=TINY_OVERRIDES))
     columns = {"concept_id": range(4), "kind": ["foreground"] * 4, "centroid": np.zeros((4, 24), "f4")}
     table = build_table(columns | {"num_crops": [1] * 4}, concepts_schema(24))
     run.write_bytes("concepts.parquet", to_parquet(table, {}))

@@ -61,18 +61,36 @@ def read_batches(
 ) -> list[dict[str, torch.Tensor]]:
     index, device = bank_index(run.folder), torch.device("cpu")
     config = config or run.config
-    place = (rank, world_size, grid_hw(config), num_readers, device)
-    return list(train_rounds._batches(index, run.folder.uri, config, EPOCHS, *place))
+    place = {"rank": rank, "world_size": world_size, "grid_hw": grid_hw(config)}
+    how = {"epochs": EPOCHS, "num_readers": num_readers, "device": device, "config": config}
+    return list(train_rounds._batches(index, run.folder.uri, **how, **place))
 
 
 def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1) -> list[dict[str, np.ndarray]]:
     """The batches by the definition, one after the other and without Ray."""
     index, found = bank_index(run.folder), []
     for epoch in EPOCHS:
-        order = sample_order(config.seed, epoch.index, 5, 1, 2, 4 // world_size, world_size)[rank]
+        order = sample_order(
+            config.seed,
+            epoch.index,
+            num_images=5,
+            repeats=1,
+            steps=2,
+            per_worker=4 // world_size,
+            world_size=world_size,
+        )[rank]
         positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
         for rows, position in zip(order, positions, strict=True):
-            found.append(load_samples(index.take(rows), position, run.folder.uri, config, epoch.index, grid_hw(config)))
+            found.append(
+                load_samples(
+                    index.take(rows),
+                    position,
+                    run_uri=run.folder.uri,
+                    config=config,
+                    epoch=epoch.index,
+                    grid_hw=grid_hw(config),
+                )
+            )
     return found
 
 
@@ -158,7 +176,9 @@ def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs
     backbone = load_run_backbone(runs["live"].folder, runs["live"].config, "cpu")
     for live, cached in zip(*(read_batches(run, 1, config=run.config) for run in runs.values()), strict=True):
         side = runs["live"].config.train.token_window
-        seen, kept = (train_rounds._tokens(batch, encoder, side, backbone) for batch in (live, cached))
+        seen, kept = (
+            train_rounds._tokens(batch, encoder, token_window=side, backbone=backbone) for batch in (live, cached)
+        )
         # Half a float16 step, and the last bits that a batch of another shape gives.
         torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5 * float(seen.abs().max()))
         assert torch.equal(live["scores"], cached["scores"])
@@ -175,14 +195,21 @@ def test_train_loop__a_loss_that_is_no_number_names_its_photographs_and_stops_wh
     run = with_tokens(cached_run, configured(cached_run, "cached"), tmp_path / "run")
     real = Bootstrap.step
 
-    def poisoned(self: Bootstrap, tokens: torch.Tensor, scores: torch.Tensor, epoch: Epoch, step: int) -> object:
+    def poisoned(self: Bootstrap, tokens: torch.Tensor, scores: torch.Tensor, *, epoch: Epoch, step: int) -> object:
         if (epoch.index, step) == (1, 1):
             tokens = torch.full_like(tokens, torch.nan)
-        return real(self, tokens, scores, epoch, step)
+        return real(self, tokens, scores, epoch=epoch, step=step)
 
     monkeypatch.setattr(Bootstrap, "step", poisoned)
     ids = bank_image_ids(run.folder)
-    batch = sorted({ids[place] for place in sample_order(run.config.seed, 1, 5, 1, 2, 4, 1)[0, 1]})
+    batch = sorted(
+        {
+            ids[place]
+            for place in sample_order(run.config.seed, 1, num_images=5, repeats=1, steps=2, per_worker=4, world_size=1)[
+                0, 1
+            ]
+        }
+    )
     words = f"the loss is nan in epoch 1, step 1, on {', '.join(batch)}"
     for _ in range(2):
         with pytest.raises(Exception, match=words):

@@ -17,7 +17,12 @@ TWO = Cluster(num_workers=2, train_workers=2, num_cores=2, shares_cores=True)
 def plan(*settings, cluster=TWO, num_images=100, num_scored=10, **pieces):
     base = ("data.region_mode=things_and_stuff", "train.round_epochs=[1, 2]", "train.batch_size=20", *settings)
     config = build_config(get_preset("tiny_cpu"), None, base)
-    return {stage.stage: stage for stage in plan_stages(config, PIECES | pieces, num_images, num_scored, 96, cluster)}
+    return {
+        stage.stage: stage
+        for stage in plan_stages(
+            config, PIECES | pieces, num_images=num_images, num_scored=num_scored, embed_dim=96, cluster=cluster
+        )
+    }
 
 
 def test_plan_stages__by_hand():

@@ -47,15 +47,15 @@ def config(*settings: str) -> PretrainConfig:
 
 
 def test_stretches__end_at_checkpoints_and_at_epochs() -> None:
-    assert list(stretches(2, 3, 2, 0)) == [
+    assert list(stretches(2, 3, checkpoint_steps=2, start=0)) == [
         Stretch(0, 0, 2, False),
         Stretch(0, 2, 3, True),
         Stretch(1, 3, 5, False),
         Stretch(1, 5, 6, True),
     ]
-    assert list(stretches(2, 3, 2, 3)) == list(stretches(2, 3, 2, 0))[2:]
-    assert list(stretches(2, 3, None, 3)) == [Stretch(1, 3, 6, True)]
-    assert list(stretches(2, 3, 2, 6)) == []
+    assert list(stretches(2, 3, checkpoint_steps=2, start=3)) == list(stretches(2, 3, checkpoint_steps=2, start=0))[2:]
+    assert list(stretches(2, 3, checkpoint_steps=None, start=3)) == [Stretch(1, 3, 6, True)]
+    assert list(stretches(2, 3, checkpoint_steps=2, start=6)) == []
 
 
 def make_copies(num_images: int) -> Copies:
@@ -68,22 +68,24 @@ def make_copies(num_images: int) -> Copies:
 
 def test_rows__workers_share_each_batch_of_a_permutation() -> None:
     copies, settings = make_copies(33), config("schedule.batch_size=8")
-    ranks = [_rows(copies, settings, (0, 6), rank, 2).reshape(6, 4) for rank in (0, 1)]
+    ranks = [_rows(copies, settings, steps=(0, 6), rank=rank, world_size=2).reshape(6, 4) for rank in (0, 1)]
     batches = np.concatenate(ranks, 1)
     for epoch in (batches[:3], batches[3:]):
         assert len(set(epoch.flatten())) == 24, "no image twice"
         assert epoch.min() >= 3
     assert not np.array_equal(batches[:3], batches[3:])
-    alone = _rows(copies, settings, (0, 6), 0, 1).reshape(6, 8)
+    alone = _rows(copies, settings, steps=(0, 6), rank=0, world_size=1).reshape(6, 8)
     np.testing.assert_array_equal(np.sort(alone), np.sort(batches))
 
 
 @pytest.mark.parametrize("first", range(6))
 def test_rows__are_the_same_from_any_step_on(first: int) -> None:
     copies, settings = make_copies(33), config("schedule.batch_size=8")
-    whole = _rows(copies, settings, (0, 6), 1, 2).reshape(6, 4)
+    whole = _rows(copies, settings, steps=(0, 6), rank=1, world_size=2).reshape(6, 4)
     for last in range(first + 1, 7):
-        np.testing.assert_array_equal(_rows(copies, settings, (first, last), 1, 2).reshape(-1, 4), whole[first:last])
+        np.testing.assert_array_equal(
+            _rows(copies, settings, steps=(first, last), rank=1, world_size=2).reshape(-1, 4), whole[first:last]
+        )
 
 
 def test_epoch_row__weighs_stretches_by_their_length() -> None:
@@ -101,7 +103,7 @@ def test_epoch_row__weighs_stretches_by_their_length() -> None:
 def test_watcher__tells_epochs_once_and_what_alarms() -> None:
     notes: list[str] = []
     done: list[int] = []
-    watcher = _Watcher(config(), 9, 1, lambda more, words="": done.append(more), notes.append)
+    watcher = _Watcher(config(), 9, epochs=1, progress=lambda more, words="": done.append(more), note=notes.append)
     rows = [
         {"epoch": 0, "step": 3, "loss": 2.0, "alarms": []},
         {"epoch": 1, "step": 6, "loss": 1.5, "alarms": ["collapsed"], "rank_me": 8.0},
@@ -164,7 +166,7 @@ def test_pretrain__killed_and_continued_equals_a_bare_loop(tmp_path: Path, local
 
     reporter = Reporter()
     named = config(f"data.root={data}")
-    manifest = pretrain(PretrainFolder.open(str(out), named, False), None, reporter)
+    manifest = pretrain(PretrainFolder.open(str(out), named, False), None, reporter=reporter)
     history = json.loads((out / "history.json").read_bytes())
     assert 0 < manifest["resumed_at_step"] < EPOCHS * (40 // BATCH)
     assert [row["step"] for row in history["checkpoints"]][:5] == [2, 3, 5, 6, 8]
@@ -190,11 +192,11 @@ def test_pretrain__killed_and_continued_equals_a_bare_loop(tmp_path: Path, local
     assert metadata["weights_sha256"] == manifest["weights_sha256"]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert pretrain(PretrainFolder.open(str(out), named, False), None, Reporter()) == manifest
+    assert pretrain(PretrainFolder.open(str(out), named, False), None, reporter=Reporter()) == manifest
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     make_table(data / "train-0.parquet", 41)
     with pytest.raises(ArtifactError, match="other settings or images"):
-        pretrain(PretrainFolder.open(str(out), named, False), None, Reporter())
+        pretrain(PretrainFolder.open(str(out), named, False), None, reporter=Reporter())
 
 
 class Reporter(Silent):
@@ -218,15 +220,17 @@ def bare_loop(named: PretrainConfig, data: Path) -> tuple[list[dict[str, Any]], 
         labels[split] = torch.tensor([row["label"] for row in rows])
     steps = 40 // BATCH
     recipe, crops = DinoRecipe(**named.dino.model_dump()), MultiCrop(**named.crops.model_dump())
-    dino = Dino(build_network(named), recipe, crops, EPOCHS * steps, named.seed)
+    dino = Dino(build_network(named), recipe, crops=crops, total_steps=EPOCHS * steps, seed=named.seed)
     history = []
     for epoch in range(EPOCHS):
-        order = sample_order(named.seed, epoch, 40, 1, steps, BATCH, 1)[0]
+        order = sample_order(named.seed, epoch, num_images=40, repeats=1, steps=steps, per_worker=BATCH, world_size=1)[
+            0
+        ]
         terms = [dino.step(pixels["train"][order[i]], epoch * steps + i) for i in range(steps)]
         row: dict[str, Any] = {name: float(np.mean([term[name] for term in terms])) for name in terms[0]}
         if epoch + 1 == EPOCHS:
             bank, queries = (dino.class_tokens(pixels[split]) for split in ("train", "val"))
-            row["knn_top1"] = knn_accuracy(bank, labels["train"], queries, labels["val"])
+            row["knn_top1"] = knn_accuracy(bank, labels["train"], queries=queries, query_labels=labels["val"])
             row |= {"knn_chance": 0.5, "rank_me": rank_me(queries)}
         history.append(row)
     return history, dino.teacher.vit.state_dict()

@@ -20,7 +20,7 @@ from transfgu_ray.pretraining.sources import open_source, read_unit
 def weights(tmp_path_factory) -> str:
     overrides = TINY_OVERRIDES | {"img_size": 32}
     file = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
-    file.write_bytes(dump_encoder(shake(random_vit(TINY_VIT, overrides, 0)), TINY_VIT, overrides))
+    file.write_bytes(dump_encoder(shake(random_vit(TINY_VIT, overrides, 0)), TINY_VIT, overrides=overrides))
     return str(file)
 
 
@@ -43,13 +43,13 @@ def test_probe__tables_with_masks_by_hand(tmp_path, weights):
     }
     bank, queries = (encoder.cls_tokens(pixels[split]) for split in ("train", "val"))
     labels = {split: torch.tensor([int(image.label) for image in found]) for split, found in images.items()}
-    assert result.knn_top1 == knn_accuracy(bank, labels["train"], queries, labels["val"])
+    assert result.knn_top1 == knn_accuracy(bank, labels["train"], queries=queries, query_labels=labels["val"])
     assert result.knn_chance == 4 / 7
     assert result.rank_me == pytest.approx(rank_me(queries), rel=1e-4)
     ious = []
     tokens = encoder.prefix(pixels["val"])
     for i, found in enumerate(
-        above_mean(encoder.saliency(tokens, encoder.class_row(tokens, (4, 4)), (4, 4), "attention"))
+        above_mean(encoder.saliency(tokens, encoder.class_row(tokens, (4, 4)), grid_hw=(4, 4), prior="attention"))
     ):
         truth = np.array(picture(images["val"][i].mask)) == 255
         large = np.kron(found.numpy(), np.ones((8, 8), dtype=bool))

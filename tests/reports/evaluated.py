@@ -39,7 +39,14 @@ def make_evaluated(path: Path | str, num_concepts: int = 16, labels: bool = True
     ids = [HOSTILE, "b.jpg"]
     _write_confusions(folder, ids, num_concepts, labels)
     counts = _counts(num_concepts) if labels else {}
-    metrics = metrics_json(run.config, "val" if labels else None, 2, counts, Names(kinds, {}), "f" * 64)
+    metrics = metrics_json(
+        run.config,
+        "val" if labels else None,
+        num_images=2,
+        counts=counts,
+        names=Names(kinds, {}),
+        weights_sha256="f" * 64,
+    )
     folder.write_bytes("metrics.json", json.dumps(metrics).encode())
     history = [
         {"epoch": e, "round": e // 2, "loss": 3.0 - e / 10} | dict.fromkeys(("cross_entropy", "peer"), 1.0 + e)
@@ -67,7 +74,9 @@ def _matrices(num_concepts: int) -> np.ndarray:
 def _counts(num_concepts: int) -> dict:
     matrices = _matrices(num_concepts)
     where = matrices.nonzero()
-    return dict.fromkeys(STAGE_NAMES, photo_counts(*where, matrices[where], matrices.shape))
+    photo, classes, concepts = where
+    of_stage = photo_counts(photo, classes, concept_id=concepts, pixels=matrices[where], shape=matrices.shape)
+    return dict.fromkeys(STAGE_NAMES, of_stage)
 
 
 def _write_confusions(folder: Folder, ids: list[str], num_concepts: int, labels: bool) -> None:

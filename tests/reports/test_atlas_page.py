@@ -52,7 +52,7 @@ def test_on_page__distances_are_true():
 
 def test_place_labels__stand_where_nothing_else_does():
     five = np.full(5, 100.0)
-    labels = _place_labels(five, five, np.full(5, 10.0), ["0", "1", "2", "3", "4"])
+    labels = _place_labels(five, five, radius=np.full(5, 10.0), texts=["0", "1", "2", "3", "4"])
     # From the disc's edge 2 px, and half a letter of 9.5 px or half a line of 16 px.
     assert labels == [
         ("100.0", "80.0", "0"),
@@ -63,9 +63,12 @@ def test_place_labels__stand_where_nothing_else_does():
     ]
     # No room above at the upper edge; another's disc below; the page ends on the right.
     x, y, radius = np.array([540.0, 540.0]), np.array([10.0, 26.0]), np.array([8.0, 8.0])
-    assert _place_labels(x, y, radius, ["far", "low"]) == [("515.8", "10.0", "far"), ("540.0", "44.0", "low")]
+    assert _place_labels(x, y, radius=radius, texts=["far", "low"]) == [
+        ("515.8", "10.0", "far"),
+        ("540.0", "44.0", "low"),
+    ]
     # Too many words for the page leave the number.
-    assert _place_labels(x, y, radius, ["far", "w" * 99])[1] == ("540.0", "44.0", "1")
+    assert _place_labels(x, y, radius=radius, texts=["far", "w" * 99])[1] == ("540.0", "44.0", "1")
 
 
 def test_atlas__of_a_run_without_labels_has_no_classes(tmp_path):

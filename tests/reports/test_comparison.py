@@ -32,7 +32,9 @@ def _counts(taken, num_concepts):
     for of_photo, wrong in zip(confusions, taken, strict=True):
         of_photo[0, 0], of_photo[1, 1], of_photo[1, 0] = 10, 10 - wrong, wrong
     photo, classes, concepts = confusions.nonzero()
-    return photo_counts(photo, classes, concepts, confusions[photo, classes, concepts], confusions.shape)
+    return photo_counts(
+        photo, classes, concept_id=concepts, pixels=confusions[photo, classes, concepts], shape=confusions.shape
+    )
 
 
 def _miou(pixels, wrong):
@@ -140,7 +142,7 @@ def test_overlap_colours__renumbered_concepts_keep_their_colours():
     colours = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], dtype=np.uint8)
     mask = np.array([[0, 0, 1], [2, 2, 1]])
     renumbered = np.array([3, 0, 2])[mask]
-    got = overlap_colours(colours, [mask], [renumbered], 4)
+    got = overlap_colours(colours, [mask], other_masks=[renumbered], num_other=4)
     assert got.dtype == np.uint8
     assert np.array_equal(got[renumbered], colours[mask])
     assert got[1].tolist() == [128, 128, 128], "a concept that is left over"

@@ -33,13 +33,15 @@ def _confusions(right, wrong=2):
 
 def _one_photograph(confusion):
     classes, concepts = confusion.nonzero()
-    where = np.zeros_like(classes), classes, concepts
-    return photo_counts(*where, confusion[classes, concepts], (1, *confusion.shape))
+    pixels, shape = confusion[classes, concepts], (1, *confusion.shape)
+    return photo_counts(np.zeros_like(classes), classes, concept_id=concepts, pixels=pixels, shape=shape)
 
 
 def _metrics(confusions, config=None, kinds=KINDS):
     counts = {name: _one_photograph(confusion) for name, confusion in confusions.items()}
-    return metrics_json(config or _config(), "val", 3, counts, Names(tuple(kinds), {}), "f" * 64)
+    return metrics_json(
+        config or _config(), "val", num_images=3, counts=counts, names=Names(tuple(kinds), {}), weights_sha256="f" * 64
+    )
 
 
 def test_metrics_json__scores_of_both_granularities_worked_by_hand():
@@ -105,8 +107,17 @@ def test_metrics_json__intervals_keep_the_match_of_the_split():
     confusions[0, [0, 1], [0, 1]] = 30
     confusions[1, [0, 1], [1, 0]] = 10
     photo, classes, concepts = confusions.nonzero()
-    counts = photo_counts(photo, classes, concepts, confusions[photo, classes, concepts], confusions.shape)
-    got = metrics_json(_config(), "val", 2, dict.fromkeys(STAGE_NAMES, counts), Names(tuple(KINDS), {}), "f" * 64)
+    counts = photo_counts(
+        photo, classes, concept_id=concepts, pixels=confusions[photo, classes, concepts], shape=confusions.shape
+    )
+    got = metrics_json(
+        _config(),
+        "val",
+        num_images=2,
+        counts=dict.fromkeys(STAGE_NAMES, counts),
+        names=Names(tuple(KINDS), {}),
+        weights_sha256="f" * 64,
+    )
     last = got["stages"]["bootstrapped"]
     assert last["pixel_accuracy"] == 0.75
     # A resample of the second photograph alone, matched by itself, would be all right.
@@ -134,7 +145,9 @@ def test_metrics_json__what_has_no_meaning_is_null():
     assert [row["name"] for row in coarse["per_class"]] == ["animal", "vehicle", "furniture", "plant", "ground", "wall"]
     together = _metrics(_confusions(8), kinds=["any"] * 16)
     assert together["stages"]["trained"]["foreground_iou"] is None
-    unscored = metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")
+    unscored = metrics_json(
+        RunConfig(), None, num_images=3, counts={}, names=Names(("any",) * 27, {}), weights_sha256=""
+    )
     assert {unscored[name] for name in ("stages", "refined", "baselines", "per_class", "split")} == {None}
     assert scores_by_method(unscored) == {}
     assert (unscored["scored"], unscored["num_images"]) == (False, 0)
@@ -234,6 +247,9 @@ def test_aggregate__refuses_what_has_no_mean():
         aggregate([first, second | {"seed": 0}])
     with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
         aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
-    for runs in ([], [metrics_json(RunConfig(), None, 3, {}, Names(("any",) * 27, {}), "")]):
+    for runs in (
+        [],
+        [metrics_json(RunConfig(), None, num_images=3, counts={}, names=Names(("any",) * 27, {}), weights_sha256="")],
+    ):
         with pytest.raises(ConfigError, match="runs that are scored"):
             aggregate(runs)

@@ -90,7 +90,7 @@ def test_builders__fat_shapes_with_several_parts(class_id):
     # Fat: the pose is random, so the mean over poses is asked for.
     fills = []
     for number in range(16):
-        cover = compose.draw_thing(_rng(number), class_id, 60, (40, 40)).cover >= 0.5
+        cover = compose.draw_thing(_rng(number), class_id, side_px=60, centre_px=(40, 40)).cover >= 0.5
         rows, columns = np.flatnonzero(cover.any(1)), np.flatnonzero(cover.any(0))
         assert max(np.ptp(rows), np.ptp(columns)) + 1 == pytest.approx(60, abs=3)
         fills.append(cover.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1)))
@@ -101,9 +101,11 @@ def test_render_object__mask_is_where_the_picture_differs_without_the_object(mon
     lay = compose.lay
     for number in range(12):
         class_id = number % 12
-        monkeypatch.setattr(compose, "lay", lambda *a: lay(*a[:-1], 0))
+        monkeypatch.setattr(compose, "lay", lambda *a, **named: lay(*a, **named | {"shadow": 0}))
         image, mask = render_object(_rng(number), class_id, 64)
-        monkeypatch.setattr(compose, "lay", lambda *a: lay(*a[:-1], 0) if a[3] == 0 else None)
+        monkeypatch.setattr(
+            compose, "lay", lambda *a, **named: None if named["value"] else lay(*a, **named | {"shadow": 0})
+        )
         without, _ = render_object(_rng(number), class_id, 64)
         differs = (image != without).any(-1)
         # The pixels at the rim are mixed.
@@ -117,9 +119,11 @@ def test_neighbour__hides_at_most_a_quarter():
         rng, label = _rng(number), np.zeros((48, 48), dtype=np.uint8)
         thing = compose._main_thing(rng, number % 12, 48)
         canvas = np.zeros((48, 48, 3), dtype=np.float32)
-        compose.lay(canvas, label, thing, 1, 0)
+        compose.lay(canvas, label, layer=thing, value=1, shadow=0)
         before = (label == 1).sum()
-        compose.lay(canvas, label, compose._neighbour(rng, thing, 48, number % 12), 2, 0)
+        compose.lay(
+            canvas, label, layer=compose._neighbour(rng, thing, size_px=48, class_id=number % 12), value=2, shadow=0
+        )
         hidden.append(1 - (label == 1).sum() / before)
     assert 0.1 < max(hidden) <= 0.25
 
@@ -128,7 +132,7 @@ def test_lay__by_hand():
     canvas, label = np.full((2, 3, 3), 0.5, dtype=np.float32), np.full((2, 3), 12, dtype=np.uint8)
     cover = np.array([[1, 0.25], [0.5, 0]], dtype=np.float32)
     colour = cover[..., None] * np.array([1, 0, 0], dtype=np.float32)
-    compose.lay(canvas, label, compose.Layer(1, 0, colour, cover), 3, 0)
+    compose.lay(canvas, label, layer=compose.Layer(1, 0, colour, cover), value=3, shadow=0)
     np.testing.assert_array_equal(label, [[12, 3, 12], [12, 3, 12]])
     np.testing.assert_allclose(canvas[:, 1], [[1, 0, 0], [0.75, 0.25, 0.25]])
     np.testing.assert_allclose(canvas[:, 2], [[0.625, 0.375, 0.375], [0.5, 0.5, 0.5]])
@@ -139,7 +143,7 @@ def test_lay__by_hand():
 def test_lay__beside_the_picture_changes_nothing(corner):
     canvas, label = np.full((2, 2, 3), 0.5, dtype=np.float32), np.zeros((2, 2), dtype=np.uint8)
     whole = np.ones((3, 3), dtype=np.float32)
-    compose.lay(canvas, label, compose.Layer(*corner, whole[..., None], whole), 3, 0)
+    compose.lay(canvas, label, layer=compose.Layer(*corner, whole[..., None], whole), value=3, shadow=0)
     assert (canvas == 0.5).all()
     assert not label.any()
 
@@ -162,7 +166,7 @@ def test_place__each_thing_is_seen_and_of_the_promised_size():
         layers = compose._place(_rng(number), [0, 4, 8], 128)
         label, canvas = np.zeros((128, 128), dtype=np.uint8), np.zeros((128, 128, 3), dtype=np.float32)
         for i, layer in enumerate(layers):
-            compose.lay(canvas, label, layer, i + 1, 0)
+            compose.lay(canvas, label, layer=layer, value=i + 1, shadow=0)
         for i, layer in enumerate(layers):
             assert (label == i + 1).sum() >= 0.7 * (layer.cover >= 0.5).sum()
             # A rim of a pixel or two around the box.
@@ -186,9 +190,9 @@ def test_render_object__colour_does_not_tell_the_class():
 def test_write_objects__balanced_shards_that_do_not_depend_on_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_IMAGES_PER_SHARD", 10)
     monkeypatch.setattr(write, "_CHUNK", 3)
-    write_objects(str(tmp_path / "one"), 24, 3, "train", 32, num_processes=1)
-    write_objects(str(tmp_path / "two"), 24, 3, "train", 32, num_processes=2)
-    write_objects(str(tmp_path / "val"), 12, 3, "val", 32, num_processes=1)
+    write_objects(str(tmp_path / "one"), 24, seed=3, split="train", size_px=32, num_processes=1)
+    write_objects(str(tmp_path / "two"), 24, seed=3, split="train", size_px=32, num_processes=2)
+    write_objects(str(tmp_path / "val"), 12, seed=3, split="val", size_px=32, num_processes=1)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
     shards = [f"train-0000{i}-of-00003.parquet" for i in range(3)]
     assert sorted(_files(tmp_path / "one")) == ["render-train.json", *shards]
@@ -205,7 +209,7 @@ def test_write_objects__balanced_shards_that_do_not_depend_on_processes(tmp_path
 
 
 def test_write_scenes__labels_and_supers_agree(tmp_path):
-    write_scenes(str(tmp_path), 3, 2, 0, 64, num_processes=1)
+    write_scenes(str(tmp_path), 3, num_val=2, seed=0, size_px=64, num_processes=1)
     files = _files(tmp_path)
     names = [f"train/scene_0000{i}.png" for i in range(3)] + [f"val/scene_0000{i}.png" for i in range(2)]
     want = {f"{kind}/{name}" for kind in ("images", "masks/fine", "masks/super") for name in names}
@@ -228,32 +232,32 @@ def test_write_scenes__an_interrupted_render_is_finished(tmp_path, monkeypatch):
         rendered.append(size_px)
         return render_scene(rng, size_px)
 
-    write_scenes(str(tmp_path / "whole"), 4, 1, 0, 64, num_processes=1)
+    write_scenes(str(tmp_path / "whole"), 4, num_val=1, seed=0, size_px=64, num_processes=1)
     monkeypatch.setattr(write, "render_scene", render)
     with pytest.raises(_Killed):
-        write_scenes(str(tmp_path / "torn"), 4, 1, 0, 64, num_processes=1)
+        write_scenes(str(tmp_path / "torn"), 4, num_val=1, seed=0, size_px=64, num_processes=1)
     with pytest.raises(DataError, match=r"render\.json: rendered with seed=0, not 1"):
-        write_scenes(str(tmp_path / "torn"), 4, 1, 1, 64, num_processes=1)
+        write_scenes(str(tmp_path / "torn"), 4, num_val=1, seed=1, size_px=64, num_processes=1)
     rendered.clear()
-    write_scenes(str(tmp_path / "torn"), 4, 1, 0, 64, num_processes=1)
+    write_scenes(str(tmp_path / "torn"), 4, num_val=1, seed=0, size_px=64, num_processes=1)
     assert len(rendered) == 2
     assert _files(tmp_path / "torn") == _files(tmp_path / "whole")
 
-    write_scenes(str(tmp_path / "torn"), 4, 1, 0, 64, num_processes=1)
+    write_scenes(str(tmp_path / "torn"), 4, num_val=1, seed=0, size_px=64, num_processes=1)
     assert len(rendered) == 2
     with pytest.raises(DataError, match="rendered with num_train=4, not 5"):
-        write_scenes(str(tmp_path / "torn"), 5, 1, 0, 64, num_processes=1)
+        write_scenes(str(tmp_path / "torn"), 5, num_val=1, seed=0, size_px=64, num_processes=1)
 
 
 def test_write_objects__an_interrupted_render_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_IMAGES_PER_SHARD", 2)
-    write_objects(str(tmp_path), 4, 0, "train", 32, num_processes=1)
+    write_objects(str(tmp_path), 4, seed=0, split="train", size_px=32, num_processes=1)
     whole = _files(tmp_path)
     record = tmp_path / "render-train.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"complete": False}, indent=1))
     (tmp_path / "train-00001-of-00002.parquet").unlink()
     kept = (tmp_path / "train-00000-of-00002.parquet").stat().st_mtime_ns
-    write_objects(str(tmp_path), 4, 0, "train", 32, num_processes=1)
+    write_objects(str(tmp_path), 4, seed=0, split="train", size_px=32, num_processes=1)
     assert _files(tmp_path) == whole
     assert (tmp_path / "train-00000-of-00002.parquet").stat().st_mtime_ns == kept
 
@@ -261,7 +265,7 @@ def test_write_objects__an_interrupted_render_is_finished(tmp_path, monkeypatch)
 @pytest.mark.parametrize(("count", "split"), [(0, "train"), (4, "test")])
 def test_write_objects__refuses(tmp_path, count, split):
     with pytest.raises(DataError, match=f"count={count} must be >= 1 and split='{split}' must be"):
-        write_objects(str(tmp_path), count, 0, split)
+        write_objects(str(tmp_path), count, seed=0, split=split)
     assert not _files(tmp_path)
 
 
@@ -275,8 +279,8 @@ def test_render__writes_both_splits(what, tmp_path, capsys, monkeypatch):
     assert not exit_code.value.code
     assert f"2 {what} to learn from and 1 to measure on" in capsys.readouterr().out
     if what == "objects":
-        write_objects(str(tmp_path / "same"), 2, 3, "train", num_processes=1)
-        write_objects(str(tmp_path / "same"), 1, 3, "val", num_processes=1)
+        write_objects(str(tmp_path / "same"), 2, seed=3, split="train", num_processes=1)
+        write_objects(str(tmp_path / "same"), 1, seed=3, split="val", num_processes=1)
     else:
-        write_scenes(str(tmp_path / "same"), 2, 1, 3, num_processes=1)
+        write_scenes(str(tmp_path / "same"), 2, num_val=1, seed=3, num_processes=1)
     assert _files(tmp_path / "out") == _files(tmp_path / "same")

@@ -133,7 +133,7 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
     folder, weights = tmp_path / "sweep", tmp_path / "encoder.safetensors"
     overrides = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
     name = get_preset("tiny_cpu").encoder.name
-    weights.write_bytes(dump_encoder(random_vit(name, overrides, 0), name, overrides))
+    weights.write_bytes(dump_encoder(random_vit(name, overrides, 0), name, overrides=overrides))
     # Of so many epochs that the large rate collapses, and is stopped before they are done.
     base = build_config(tiny_base(tmp_path / "data", str(weights)), None, ["train.round_epochs=[4, 8]"])
     command = [sys.executable, "-c", STOPPED, str(folder), base.model_dump_json()]
@@ -222,7 +222,7 @@ def test_trials__are_named_by_their_settings_and_remember_how_they_ended(base: R
         trials.id_of(points[1]): ("stopped", None),
         trials.id_of(points[2]): ("finished", None),
     }
-    known, taken, first = again.for_search("score")
+    known, taken, first = (again.for_search("score")[name] for name in ("known", "taken", "first"))
     assert ([point for point, _ in known], taken) == ([points[2]], [points[1]])
     assert sorted(first, key=str) == [points[0], points[3]]
 

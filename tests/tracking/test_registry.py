@@ -28,9 +28,9 @@ def registered(folder: Path, *settings: str) -> Run:
     """A run with nothing but a model, registered beside itself."""
     run = Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*TINY, "data.root=unread", *settings]))
     model = Folder(run.folder.uri_of("model"))
-    model.write_bytes("encoder.safetensors", dump_encoder(tiny_encoder().vit, TINY_VIT, TINY_OVERRIDES))
+    model.write_bytes("encoder.safetensors", dump_encoder(tiny_encoder().vit, TINY_VIT, overrides=TINY_OVERRIDES))
     config = model_config(run.config, ["any"] * run.config.num_concepts, "ab")
-    save_decoder(model, build_decoder(config, 24).state_dict(), config)
+    save_decoder(model, build_decoder(config, 24).state_dict(), config=config)
     metrics = {"stages": None, "refined": None, "baselines": None, "weights_sha256": "ab"}
     tracked = tracking.begin(run.folder, run.config)
     register(tracked, run, metrics=metrics, artifacts=["config.yaml"], more_tags={"score": "0.25"})

@@ -36,7 +36,7 @@ def measure(device: str) -> Findings:
         extract=ExtractConfig(window_fracs=_FRACS, batch_size=_BATCH),
     )
     with tempfile.TemporaryDirectory() as folder:
-        Folder(folder).write_bytes(ENCODER, dump_encoder(random_vit(VIT, {}, seed=0), VIT, {}))
+        Folder(folder).write_bytes(ENCODER, dump_encoder(random_vit(VIT, {}, seed=0), VIT, overrides={}))
         extractor = FeatureExtractor(
             config,
             folder,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
-from transfgu_ray.algorithms.rounds.losses import bootstrap_targets, total_loss
+from transfgu_ray.algorithms.rounds.losses import LossWeights, bootstrap_targets, total_loss
 from transfgu_ray.algorithms.rounds.schedule import Epoch
 
 
@@ -40,6 +40,7 @@ def plain_gradients(
 def plain_step(
     encoder: Encoder,
     bootstrap: Bootstrap,
+    *,
     images: UInt8[Tensor, "b 3 y x"],
     scores: Float[Tensor, "b k h w"],
     epoch: Epoch,
@@ -51,4 +52,10 @@ def plain_step(
         targets = bootstrap_targets(scores, guidance)
     logits, classes = bootstrap.student(encoder.patch_tokens(images), grid_hw)
     shuffle = torch.randperm(scores.shape[1])
-    total_loss(logits, classes, targets, shuffle, epoch.alpha, 1.0, 0.3)["total"].backward()
+    total_loss(
+        logits,
+        classes,
+        targets=targets,
+        shuffle=shuffle,
+        weights=LossWeights(alpha=epoch.alpha, omega_1=1.0, omega_2=0.3),
+    )["total"].backward()

@@ -4,7 +4,7 @@ from statistics import median
 
 import torch
 
-from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings
 from transfgu_ray.algorithms.rounds.schedule import Epoch
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.published import plain_step
@@ -24,7 +24,10 @@ def measure(device: str) -> Findings:
     grid_hw = encoder.grid_hw((SIDE, SIDE))
     scores = torch.rand(_BATCH, _CONCEPTS, *grid_hw, generator=torch.Generator().manual_seed(0)).to(device)
     student = MaskTransformer(_CONCEPTS, encoder.embed_dim).to(device)
-    bootstrap = Bootstrap(student, 1e-4, 5e-4, 1.0, omega_1=1.0, omega_2=0.3, seed=0)
+    bootstrap = Bootstrap(
+        student,
+        BootstrapSettings(learning_rate=1e-4, weight_decay=5e-4, gradient_clamp=1.0, omega_1=1.0, omega_2=0.3, seed=0),
+    )
     # Makes the teacher, with whom a step takes longest.
     bootstrap.begin_epoch(_EPOCH, rank=0)
     kept = encoder.patch_tokens(images)
@@ -36,9 +39,9 @@ def measure(device: str) -> Findings:
     seconds = take_turns(
         {
             "bare": bare,
-            "step": lambda: bootstrap.step(encoder.patch_tokens(images), scores, _EPOCH, 0),
-            "step, cached tokens": lambda: bootstrap.step(kept, scores, _EPOCH, 0),
-            "published, step": lambda: plain_step(encoder, bootstrap, images, scores, _EPOCH),
+            "step": lambda: bootstrap.step(encoder.patch_tokens(images), scores, epoch=_EPOCH, step=0),
+            "step, cached tokens": lambda: bootstrap.step(kept, scores, epoch=_EPOCH, step=0),
+            "published, step": lambda: plain_step(encoder, bootstrap, images=images, scores=scores, epoch=_EPOCH),
         },
         _ROUNDS,
     )

@@ -21,6 +21,7 @@ class Pictures(StrEnum):
 def render(
     what: Annotated[Pictures, typer.Argument(help="objects: one a picture, Parquet. scenes: several, with masks.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI.")],
+    *,
     num_train: Annotated[int, typer.Option(min=1, help="Pictures to learn from.")],
     num_val: Annotated[int, typer.Option(min=1, help="Pictures to measure on.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
@@ -32,10 +33,10 @@ def render(
     from transfgu_ray.scenes import write_objects, write_scenes
 
     if what is Pictures.SCENES:
-        write_scenes(out, num_train, num_val, seed)
+        write_scenes(out, num_train, num_val=num_val, seed=seed)
     else:
-        write_objects(out, num_train, seed, "train")
-        write_objects(out, num_val, seed, "val")
+        write_objects(out, num_train, seed=seed, split="train")
+        write_objects(out, num_val, seed=seed, split="val")
     typer.echo(f"{num_train} {what} to learn from and {num_val} to measure on in {out}")
 
 
@@ -44,6 +45,7 @@ def pretrain(
     data: Annotated[
         str | None, typer.Option(help="Images without labels: a folder, or Parquet with encoded images in `bytes`.")
     ] = None,
+    *,
     val: Annotated[
         str | None,
         typer.Option(help="Images that only measure. Default: the table's val-*.parquet, else some of --data."),
@@ -78,12 +80,13 @@ def pretrain(
     terminal = Terminal(quiet)
     with locked(Folder(folder)):
         opened = PretrainFolder.open(folder, resolved, overwrite)
-        _close_pretrain(terminal, opened, verb(opened, ray_address, terminal, overwrite))
+        _close_pretrain(terminal, opened, verb(opened, ray_address, reporter=terminal, overwrite=overwrite))
 
 
 def probe(
     weights: Annotated[str, typer.Argument(metavar="WEIGHTS", help="A checkpoint file, or 'bundled' or 'hub'.")],
     data: Annotated[str, typer.Option(help="Images with classes: class folders, or Parquet with `bytes` and `label`.")],
+    *,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side in px of the images. Default: what the encoder was trained at.")
     ] = None,

@@ -27,6 +27,7 @@ def predict(
     images: Annotated[
         str, typer.Option(help="New photographs: a folder, a file, a glob in quotes, or a URI of one of these.")
     ],
+    *,
     out: Annotated[str, typer.Option(help="Folder or URI that masks/, overlays/ and the legend go to.")],
     mode: Annotated[
         Mode,
@@ -103,6 +104,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; beyond 127.0.0.1, whoever reaches it can use the page.")
     ] = "127.0.0.1",
+    *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     max_megabytes: Annotated[float, typer.Option(min=0.001, help="Larger files are refused.")] = 25,
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Larger photographs are refused.")] = 50,
@@ -126,7 +128,7 @@ def serve(
     name = model.rstrip("/").rpartition("/")[2]
     terminal.note("starting Ray Serve ...")
     with ray_session(None, RuntimeConfig()) as resources:
-        url = verb.start(source, name, host, port, limits, resources)
+        url = verb.start(source, name, host=host, port=port, limits=limits, resources=resources)
         terminal.note(f"{name} is served on {url}; open it in a browser, or POST photographs to {url}/predict")
         terminal.note("Ctrl-C ends it")
         verb.wait_for_ctrl_c()
@@ -136,6 +138,7 @@ def serve(
 def compare(
     model: Annotated[str, typer.Option(help="Name of a registered model; see `transfgu run`.")],
     data: Annotated[str, typer.Option(help="Folder or URI of the photographs.")],
+    *,
     versions: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Which; the champion is always added. Default: all.")
     ] = None,

@@ -90,6 +90,7 @@ COMMANDS = {name: _verb(name) for name in HELP}
 def demo(
     folder: Annotated[str, typer.Argument(metavar="[RUN]", help="Run folder.")] = "transfgu-demo/run",
     assignments: Set = [],  # noqa: B006
+    *,
     ray_address: Address = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

@@ -26,6 +26,7 @@ from transfgu_ray.errors import ConfigError, DataError
 def ablate(
     folder: Annotated[str, typer.Argument(metavar="OUT", help="Where the runs and ablations.md go.")],
     preset: Annotated[str, typer.Option(help="Recipe that the variants change; see `transfgu presets`.")] = "demo",
+    *,
     dataset: Dataset = None,
     data: Data = None,
     config: Config = None,
@@ -64,7 +65,15 @@ def ablate(
     )
     resnet = resnet if resnet == "random" else str(absolute(resnet))
     with locked(target):
-        metrics = verb(target, resolved, only or list(VARIANTS), range(num_seeds), resnet, ray_address, terminal)
+        metrics = verb(
+            target,
+            resolved,
+            variants=only or list(VARIANTS),
+            seeds=range(num_seeds),
+            resnet=resnet,
+            address=ray_address,
+            reporter=terminal,
+        )
     tables = ablation_tables(metrics, notes)
     target.write_bytes("ablations.md", tables.encode())
     terminal.note(tables)
@@ -99,6 +108,7 @@ def tune(
     space: Annotated[
         str, typer.Option(help="What varies: a YAML file, or 'paper' for alpha, omega_1, omega_2, K.")
     ] = "paper",
+    *,
     preset: Annotated[str, typer.Option(help="Recipe that the trials change; see `transfgu presets`.")] = "demo",
     dataset: Dataset = None,
     data: Data = None,
@@ -164,6 +174,7 @@ def tune(
 def plan(
     preset: Annotated[str, typer.Option(help="Recipe to start from; see `transfgu presets`.")] = "paper",
     dataset: Dataset = None,
+    *,
     data: Data = None,
     config: Config = None,
     assignments: Set = [],  # noqa: B006

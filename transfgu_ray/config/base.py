@@ -121,7 +121,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     return value
 
 
-def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: str = "") -> None:
+def _merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, path: str = "") -> None:
     for key, change in changes.items():
         if key not in values and path != "encoder.overrides.":
             close = difflib.get_close_matches(str(key), list(values), n=1)
@@ -129,7 +129,7 @@ def _merge(values: dict[str, Any], changes: dict[str, Any], where: str, path: st
             raise ConfigError(f"unknown setting {path}{key} in {where}; {hint}")
         current = values.get(key)
         if isinstance(current, dict) and isinstance(change, dict):
-            _merge(current, change, where, f"{path}{key}.")
+            _merge(current, change, where=where, path=f"{path}{key}.")
         elif not path and isinstance(current, dict):
             raise ConfigError(f"{key} in {where} must hold settings of that section, such as `{next(iter(current))}:`")
         else:

@@ -66,7 +66,10 @@ class Check:
         self._spec, self._root = spec, open_root(uri)
         splits = dict.fromkeys((spec.train_split, spec.evaluate_split or spec.train_split))
         scored = spec.evaluate_split
-        listings = {split: list_images(uri, spec, split, "fine" if split == scored else None) for split in splits}
+        listings = {
+            split: list_images(uri, spec, split=split, granularity="fine" if split == scored else None)
+            for split in splits
+        }
         self._listed = {split: listing.images for split, listing in listings.items()}
         self._not_listed = {split: listing.refused for split, listing in listings.items()}
         self.num_images = sum(map(len, self._listed.values()))

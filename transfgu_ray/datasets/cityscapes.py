@@ -14,7 +14,7 @@ def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, st
         city, name = path.split("/")[-2:]
         return f"{masks}/{city}/{name.removesuffix(_LEFT)}_gtFine_labelIds.png"
 
-    listing = photos_of(root, f"leftImg8bit/{split}", mask_of, recursive=True)
+    listing = photos_of(root, f"leftImg8bit/{split}", mask_of=mask_of, recursive=True)
     images = tuple(image for image in listing.images if image.image_id.endswith(_LEFT))
     num_other_files = listing.num_other_files + len(listing.images) - len(images)
     return replace(listing, images=images, num_other_files=num_other_files), masks

@@ -114,7 +114,7 @@ def _list_curated(root: Folder, split: str, granularity: str) -> tuple[Listing, 
 
 def _photos_with_masks(root: Folder, split: str, stems: set[str]) -> tuple[Listing, str]:
     masks = f"annotations/{split}2017"
-    return photos_named(root, f"images/{split}2017", stems, lambda stem: f"{masks}/{stem}.png"), masks
+    return photos_named(root, f"images/{split}2017", stems=stems, mask_of=lambda stem: f"{masks}/{stem}.png"), masks
 
 
 _SPLITS: dict[str, Any] = {"train_split": "train", "evaluate_split": "val"}

@@ -6,7 +6,7 @@ from transfgu_ray.storage import Folder
 
 
 def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
-    return photos_of(root, "", lambda path: None, recursive=True), ""
+    return photos_of(root, "", mask_of=lambda path: None, recursive=True), ""
 
 
 FOLDER = DatasetSpec(

@@ -9,7 +9,7 @@ from transfgu_ray.storage import Folder
 
 def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
     stems, masks = read_list(root, f"{split}_id.txt"), f"{split}_segmentations"
-    return photos_named(root, f"{split}_images", stems, lambda stem: f"{masks}/{stem}.png"), masks
+    return photos_named(root, f"{split}_images", stems=stems, mask_of=lambda stem: f"{masks}/{stem}.png"), masks
 
 
 _PARTS = (
@@ -24,7 +24,7 @@ _TO_5 = (0, 1, 1, 3, 1, 2, 2, 2, 5, 4, 2, 2, 2, 1, 3, 3, 4, 4, 5, 5)
 _LONG_ROUNDS = (*[3] * 10, *[2] * 35)
 
 
-def _lip(name: str, names: tuple[str, ...], class_of_part: tuple[int, ...], released: dict[str, Any]) -> DatasetSpec:
+def _lip(name: str, names: tuple[str, ...], *, class_of_part: tuple[int, ...], released: dict[str, Any]) -> DatasetSpec:
     row = supplement(256, 2e-5, _LONG_ROUNDS)
     # A person stands: photographs are worked on twice as high as wide.
     return DatasetSpec(
@@ -57,6 +57,6 @@ def _sizes(resize: int) -> dict[str, Any]:
 
 _TWO_EPOCHS: dict[str, Any] = {"train.batch_size": 512, "train.round_epochs": (2,) * 50} | _sizes(240)
 
-LIP_5 = _lip("lip5", _NAMES_5, _TO_5, _TWO_EPOCHS | {"train.learning_rate": 1e-4})
-LIP_16 = _lip("lip16", _NAMES_16, _TO_16, _TWO_EPOCHS)
-LIP_19 = _lip("lip19", _PARTS, tuple(range(20)), {})
+LIP_5 = _lip("lip5", _NAMES_5, class_of_part=_TO_5, released=_TWO_EPOCHS | {"train.learning_rate": 1e-4})
+LIP_16 = _lip("lip16", _NAMES_16, class_of_part=_TO_16, released=_TWO_EPOCHS)
+LIP_19 = _lip("lip19", _PARTS, class_of_part=tuple(range(20)), released={})

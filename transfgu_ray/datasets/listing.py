@@ -73,7 +73,7 @@ def open_root(uri: str) -> Folder:
     return root
 
 
-def list_images(uri: str, spec: DatasetSpec, split: str, granularity: str | None = None) -> Listing:
+def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | None = None) -> Listing:
     """Return the photographs of a split, in order of image_id.
 
     Args:
@@ -142,7 +142,7 @@ def read_list(root: Folder, name: str) -> set[str]:
         raise ListMissing(name) from None
 
 
-def photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[[str], str]) -> Listing:
+def photos_named(root: Folder, folder: str, *, stems: set[str], mask_of: Callable[[str], str]) -> Listing:
     """Return the photographs `folder/STEM.jpg`, each with the label path that `mask_of` gives for its stem."""
     sizes = dict(root.files(folder))
     photos = {stem: f"{folder}/{stem}.jpg" for stem in sorted(stems)}
@@ -153,7 +153,7 @@ def photos_named(root: Folder, folder: str, stems: set[str], mask_of: Callable[[
     return Listing(tuple(images), 0, tuple(refused))
 
 
-def photos_of(root: Folder, name: str, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
+def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
     images, others, names = [], 0, {}
     found, refused = _walk(root, name) if recursive and root.is_local else (root.files(name, recursive), [])

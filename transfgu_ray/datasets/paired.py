@@ -17,7 +17,7 @@ def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, st
     def mask_of(path: str) -> str:
         return f"masks/{posixpath.splitext(path.removeprefix('images/'))[0]}.png"
 
-    return photos_of(root, folder, mask_of, recursive=True), "masks"
+    return photos_of(root, folder, mask_of=mask_of, recursive=True), "masks"
 
 
 NAMES_FILE = "names.txt"

@@ -8,7 +8,7 @@ from transfgu_ray.storage import Folder
 
 def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
     masks = f"masks/{granularity}/{split}"
-    return photos_of(root, f"images/{split}", lambda path: f"{masks}/{stem_of(path)}.png"), masks
+    return photos_of(root, f"images/{split}", mask_of=lambda path: f"{masks}/{stem_of(path)}.png"), masks
 
 
 SCENES = DatasetSpec(

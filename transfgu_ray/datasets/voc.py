@@ -8,7 +8,7 @@ from transfgu_ray.storage import Folder
 def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
     stems = read_list(root, f"ImageSets/Segmentation/{split}.txt")
     masks = "SegmentationClass"
-    return photos_named(root, "JPEGImages", stems, lambda stem: f"{masks}/{stem}.png"), masks
+    return photos_named(root, "JPEGImages", stems=stems, mask_of=lambda stem: f"{masks}/{stem}.png"), masks
 
 
 _NAMES = (

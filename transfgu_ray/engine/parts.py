@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.run import DataConfig, RunConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
@@ -97,30 +98,29 @@ class PartStats:
 
 
 def decode_photos(
-    photos: list[Photo], min_side_px: int, max_pixels: int, stats: PartStats
-) -> Iterator[tuple[Photo, Any]]:
-    """Each readable photograph with its decoded RGB image; the others are entered as refused."""
-    for photo, image, _ in decode_labelled(photos, min_side_px, max_pixels, None, stats):
+    photos: Sequence[Photo], stats: PartStats, *, limits: DataConfig
+) -> Iterator[tuple[Photo, Image.Image]]:
+    """Yield each readable photograph with its decoded RGB image; the others are entered as refused."""
+    for photo, image, _ in decode_labelled(photos, stats, limits=limits, table=None):
         yield photo, image
 
 
 def decode_labelled(
-    photos: list[Photo], min_side_px: int, max_pixels: int, table: np.ndarray | None, stats: PartStats
-) -> Iterator[tuple[Photo, Any, np.ndarray | None]]:
-    """Each readable photograph with its decoded RGB image and its label's classes; the others are entered as refused.
+    photos: Sequence[Photo], stats: PartStats, *, limits: DataConfig, table: np.ndarray | None
+) -> Iterator[tuple[Photo, Image.Image, np.ndarray | None]]:
+    """Yield each readable photograph with its decoded RGB image and its label's classes.
 
     Args:
         photos: as read.
-        min_side_px: see `decode_rgb`.
-        max_pixels: see `decode_rgb`.
+        stats: what becomes of each is counted here; those that cannot be used are entered as refused.
+        limits: sizes that are refused.
         table: see `to_classes`; None where no labels are wanted.
-        stats: what becomes of each is counted here.
     """
     for photo in photos:
         try:
             if photo.data is None:
                 raise ImageRefused(photo.error)
-            image, classes = decode_rgb(photo.data, min_side_px, max_pixels), None
+            image, classes = decode_rgb(photo.data, limits.min_side_px, limits.max_pixels), None
             if table is not None:
                 if photo.label is None:
                     raise ImageRefused("its label cannot be read")
@@ -169,7 +169,7 @@ class PartWorker(UnitWorker):
         self._table = table
         self._fingerprint = fingerprint
 
-    def write(self, unit: int, table: pa.Table, stats: PartStats, row_group_size: int | None = None) -> bytes:
+    def write(self, unit: int, table: pa.Table, *, stats: PartStats, row_group_size: int | None = None) -> bytes:
         """Writes the unit's part whole; returns how many photographs were refused, for the progress."""
         metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
         self.run.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))

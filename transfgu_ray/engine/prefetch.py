@@ -1,7 +1,7 @@
 """Work done a little ahead of its use, in a fixed order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ from transfgu_ray.engine.session import READER_CPUS
 T = TypeVar("T")
 
 
-def read_ahead(read: Callable[..., T], calls: Iterable[tuple[Any, ...]], num_ahead: int) -> Iterator[T]:
-    """What `read(*call)` gives of each call, computed by Ray's tasks, in the order of the calls.
+def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_ahead: int) -> Iterator[T]:
+    """What `read(**call)` gives of each call, computed by Ray's tasks, in the order of the calls.
 
     Args:
         read: a plain function.
@@ -24,7 +24,7 @@ def read_ahead(read: Callable[..., T], calls: Iterable[tuple[Any, ...]], num_ahe
     import ray
 
     task = ray.remote(read).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
-    yield from in_order((task.remote(*call) for call in calls), ray.get, num_ahead)
+    yield from in_order((task.remote(**call) for call in calls), ray.get, num_ahead)
 
 
 def to_device(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: nn.Module, config: ModelConfig, backbone: Backbone | None = None
+        self, encoder: Encoder, decoder: nn.Module, *, config: ModelConfig, backbone: Backbone | None = None
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -84,7 +84,7 @@ class Segmenter(nn.Module):
 
     def read_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw c"]:
         """What the decoder reads of images that are already at the model's size."""
-        return read_tokens(self.encoder, images, self.config.token_window, self.backbone)
+        return read_tokens(self.encoder, images, window=self.config.token_window, backbone=self.backbone)
 
     @torch.no_grad()
     def decode(self, tokens: Float[Tensor, "b hw c"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
@@ -115,7 +115,7 @@ class Segmenter(nn.Module):
             max(least, math.ceil(side * scale / patch - 1e-6) * patch)
             for least, side in zip(window, sides, strict=True)
         )
-        return slide(self.class_maps, self._to_device([to_working(photo, size)])[0], window, patch)
+        return slide(self.class_maps, self._to_device([to_working(photo, size)])[0], window_hw=window, patch_size=patch)
 
     def to_mask(self, maps: Float[Tensor, "k h w"], photo: Image.Image) -> UInt8[np.ndarray, "h w"]:
         """Class ids of every pixel of a photograph, from its class logits."""
@@ -134,11 +134,13 @@ def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> 
         decoder = Classifier(num_classes, width)
     else:
         layers, heads = config.decoder_layers, config.decoder_heads
-        decoder = MaskTransformer(num_classes, width, layers, heads, dropout, config.norm_eps)
+        decoder = MaskTransformer(
+            num_classes, width, num_layers=layers, num_heads=heads, dropout=dropout, norm_eps=config.norm_eps
+        )
     return decoder if config.backbone == "prior" else PyramidDecoder(decoder, width)
 
 
-def save_decoder(folder: Folder, decoder: dict[str, Tensor], config: ModelConfig, name: str = "decoder") -> None:
+def save_decoder(folder: Folder, decoder: dict[str, Tensor], *, config: ModelConfig, name: str = "decoder") -> None:
     """Writes a decoder beside the encoder, the configuration last."""
     state = {key: value.detach().cpu().contiguous() for key, value in decoder.items()}
     folder.write_bytes(f"{name}.safetensors", safetensors.torch.save(state))
@@ -155,12 +157,15 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
     """
     config = load_model_config(folder)
     encoder = load_encoder(
-        _read(folder, "encoder.safetensors"), folder.uri_of("encoder.safetensors"), config.precision, device
+        _read(folder, "encoder.safetensors"),
+        folder.uri_of("encoder.safetensors"),
+        precision=config.precision,
+        device=device,
     )
     backbone = None
     if config.backbone != "prior":
         name = "backbone.safetensors"
-        backbone = load_backbone(_read(folder, name), folder.uri_of(name), config.precision, device)
+        backbone = load_backbone(_read(folder, name), folder.uri_of(name), precision=config.precision, device=device)
     module = build_decoder(config, encoder.embed_dim)
     state, _ = read_safetensors(_read(folder, f"{decoder}.safetensors"), folder.uri_of(f"{decoder}.safetensors"))
     try:
@@ -171,7 +176,7 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
         ) from None
     if unusable := not_finite(state):
         raise WeightsError(f"{folder.uri_of(decoder)}.safetensors {unusable}; train it again")
-    return Segmenter(encoder, module.to(device), config, backbone)
+    return Segmenter(encoder, module.to(device), config=config, backbone=backbone)
 
 
 def load_model_config(folder: Folder) -> ModelConfig:

@@ -112,14 +112,14 @@ def parse_names(data: bytes, where: str, kinds: tuple[str, ...]) -> Names:
     if root is not None and len(root.value) > len(values):
         raise ConfigError(f"{where} has an id twice; give each concept one name")
     for concept, name in values.items():
-        _check(concept, name, where, kinds)
+        _check(concept, name, where=where, kinds=kinds)
     names = Names(kinds, dict(sorted(values.items())))
     if len(names.hidden) >= len(kinds) - kinds.count("none"):
         raise ConfigError(f"{where} hides every concept; leave at least one to be seen")
     return names
 
 
-def _check(concept: Any, name: Any, where: str, kinds: tuple[str, ...]) -> None:
+def _check(concept: Any, name: Any, *, where: str, kinds: tuple[str, ...]) -> None:
     if type(concept) is not int or not 0 <= concept < len(kinds):
         raise ConfigError(f"{where}: {concept!r:.60} is no concept of this model; its ids are 0 to {len(kinds) - 1}")
     if name is None and kinds[concept] == "none":

@@ -38,7 +38,9 @@ def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone 
         return None
     from transfgu_ray.algorithms.encoder.resnet import load_backbone
 
-    return load_backbone(run.read_bytes(BACKBONE), run.uri_of(BACKBONE), config.encoder.precision, device)
+    return load_backbone(
+        run.read_bytes(BACKBONE), run.uri_of(BACKBONE), precision=config.encoder.precision, device=device
+    )
 
 
 def backbone_file_sha256(config: TrainConfig) -> str | None:
@@ -107,11 +109,11 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
         vit = random_vit(name, overrides, seed)
     else:
         data = _read_weights(source)
-        vit = load_vit(data, source, name, overrides)
+        vit = load_vit(data, source, name=name, overrides=overrides)
     # Refuses what is no plain vision transformer.
     Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
     # Our own files carry their architecture and are kept as they are.
-    data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides)
+    data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides=overrides)
     return with_interpolation(data, source, config.pos_embed_interpolation)
 
 
@@ -119,7 +121,7 @@ def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
     """The encoder that a run folder holds, on a device."""
     from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 
-    return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision, device)
+    return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision=precision, device=device)
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:

@@ -106,18 +106,18 @@ def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resourc
 
     count = len(part_files(run, "labels"))
     edges = [count * i // resources.num_workers for i in range(resources.num_workers + 1)]
-    task = ray.remote(_scan).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
+    task: Any = ray.remote(_scan).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [range(a, b) for a, b in itertools.pairwise(edges) if a < b]
     given = ray.put((kinds, centroids))
     with unwrapped_errors():
-        scans = ray.get([task.remote(run.uri, given, parts, resources.threads) for parts in runs])
+        scans = ray.get([task.remote(run.uri, given, parts=parts, threads=resources.threads) for parts in runs])
     merged = scans[0]
     for scan in scans[1:]:
         merged = merged.merge(scan)
     return merged
 
 
-def _scan(run_uri: str, given: tuple[list[str], np.ndarray], parts: range, threads: int) -> _Scan:
+def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int) -> _Scan:
     torch.set_num_threads(threads)
     run, (kinds, centroids) = Folder(run_uri), given
     num_concepts = len(kinds)
@@ -138,7 +138,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], parts: range, threa
             patches, followed = patches + won, followed + pairs
         found = found.merge(
             _Scan(
-                _nearest(run, part, np.array(kinds), centroids),
+                _nearest(run, part, kinds=np.array(kinds), centroids=centroids),
                 strongest_responses(means, part, MAPS_A_CONCEPT),
                 patches,
                 followed,
@@ -148,7 +148,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], parts: range, threa
     return found
 
 
-def _nearest(run: Folder, part: int, kinds: np.ndarray, centroids: np.ndarray) -> Best:
+def _nearest(run: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
     table = read_part(run, part_name("features", part), ["image_id", "kind", "cls_token"])
     if not table.num_rows:
         return Best.none(CROPS_A_CONCEPT, len(kinds))
@@ -156,7 +156,7 @@ def _nearest(run: Folder, part: int, kinds: np.ndarray, centroids: np.ndarray) -
     column = table["cls_token"].combine_chunks()
     tokens = column.flatten().to_numpy().reshape(-1, column.type.list_size).astype(np.float32)
     may_be = table["kind"].to_numpy()[:, None] == kinds
-    return nearest_crops(tokens, of_image, may_be, centroids, part, CROPS_A_CONCEPT)
+    return nearest_crops(tokens, of_image, may_be=may_be, centroids=centroids, part=part, num_kept=CROPS_A_CONCEPT)
 
 
 def _decode(record: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
@@ -198,14 +198,14 @@ class ExamplePainter(PartWorker):
         """Writes the unit's part."""
         stats = PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
-        for photo, image in decode_photos(photos, self._limits.min_side_px, self._limits.max_pixels, stats):
+        for photo, image in decode_photos(photos, stats, limits=self._limits):
             for wanted in self._pictures[photo.image_id]:
                 row = {name: wanted[name] for name in ("concept_id", "what", "rank", "box_xyxy", "value")}
                 row |= {"image_id": photo.image_id, "picture": self._picture(image, wanted)}
                 for name, value in row.items():
                     columns[name].append(value)
         columns["box_xyxy"] = np.array(columns["box_xyxy"], dtype=np.int32).reshape(-1, 4)  # type: ignore[assignment]
-        return self.write(unit, build_table(columns, atlas_schema()), stats)
+        return self.write(unit, build_table(columns, atlas_schema()), stats=stats)
 
     def _picture(self, image: Image.Image, wanted: dict[str, Any]) -> bytes:
         if wanted["what"] == "crop":

@@ -35,6 +35,7 @@ from transfgu_ray.engine.parts import (
 from transfgu_ray.engine.stream import Photo, unwrapped_errors
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import ENCODER, load_run_backbone, load_run_encoder
+from transfgu_ray.pipeline.concepts import kmeans_settings
 from transfgu_ray.runs.tables import baseline_schema, build_table
 from transfgu_ray.storage import Folder
 
@@ -78,7 +79,9 @@ class PatchFeatures:
                 self._of[name] = partial(read_tokens, encoder, window=config.train.token_window, backbone=backbone)
             elif name == "random_vit":
                 data, source = run.read_bytes(ENCODER), run.uri_of(ENCODER)
-                self._of[name] = load_untrained(data, source, config.seed, precision, device).patch_tokens
+                self._of[name] = load_untrained(
+                    data, source, seed=config.seed, precision=precision, device=device
+                ).patch_tokens
             elif name == "mask_contrast":
                 prior = config.extract.foreground_prior
                 self._of[name] = partial(read_mask_features, encoder, foreground_prior=prior)
@@ -152,7 +155,7 @@ class PatchSampler(PartWorker):
         stats, data, features = PartStats(), self.config.data, self._features
         working = {
             photo.image_id: to_working(image, data.image_size)
-            for photo, image in decode_photos(photos, data.min_side_px, data.max_pixels, stats)
+            for photo, image in decode_photos(photos, stats, limits=data)
         }
         # The place in the list, which a refused photograph keeps too.
         numbers = {photo.image_id: unit * _PHOTOS_A_UNIT + i for i, photo in enumerate(photos)}
@@ -164,7 +167,9 @@ class PatchSampler(PartWorker):
         images = list(working.values())
         for image_id, plain, views in zip(working, features(images), features.views(images, rngs), strict=True):
             height, width = features.grid_hw
-            drawn = draw_patches(height * width, self._patches_per_photo, self.config.seed, numbers[image_id])
+            drawn = draw_patches(
+                height * width, self._patches_per_photo, seed=self.config.seed, photo=numbers[image_id]
+            )
             image_ids += [image_id] * len(drawn)
             patches.append(drawn.astype(np.int32))
             for name, values in (plain | views).items():
@@ -177,7 +182,7 @@ class PatchSampler(PartWorker):
             },
             baseline_schema(features.widths),
         )
-        return self.write(unit, table, stats)
+        return self.write(unit, table, stats=stats)
 
 
 def chosen_photos(config: RunConfig, images: Sequence[ImageRef]) -> list[ImageRef]:
@@ -209,16 +214,22 @@ def fit_baselines(
         worker=PatchSampler,
         arguments={"patches_per_photo": MAX_POINTS // len(chosen)},
     )
-    task = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+    task: Any = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
         centroids, counts = ray.get(
-            task.remote(job.folder.uri, config, num_clusters, resources.threads, resources.device == "cuda")
+            task.remote(
+                job.folder.uri,
+                config,
+                num_clusters=num_clusters,
+                threads=resources.threads,
+                use_gpu=resources.device == "cuda",
+            )
         )
     return centroids, {"photographs": result.stats.images, "patches": result.num_rows, **counts}
 
 
 def cluster_patches(
-    run_uri: str, config: RunConfig, num_clusters: int, threads: int, use_gpu: bool
+    run_uri: str, config: RunConfig, *, num_clusters: int, threads: int, use_gpu: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """From the table of drawn patches: centroids (clusters, width) of each baseline, or its head; and counts of masks.
 
@@ -229,25 +240,32 @@ def cluster_patches(
 
     faiss.omp_set_num_threads(threads)
     torch.set_num_threads(threads)
-    run, seed, device = Folder(run_uri), config.seed, "cuda" if use_gpu else "cpu"
-    lloyd = config.concepts.num_iterations, config.concepts.num_redos
+    run, device = Folder(run_uri), "cuda" if use_gpu else "cpu"
+    how = kmeans_settings(config, use_gpu)
     centroids, counts = {}, {}
     for name in config.evaluate.baselines:
         used = _VIEWS if name == "iic" else ("patch_tokens", *_VIEWS) if name == "picie" else (name,)
         points = [_read_features(run, column) for column in used]
         if name == "iic":
-            centroids[name] = fit_iic(*points, num_clusters, seed, device)
+            centroids[name] = fit_iic(*points, num_clusters=num_clusters, seed=config.seed, device=device)
         elif name == "picie":
-            centroids[name] = fit_picie(*points, num_clusters, seed, *lloyd, device)
+            centroids[name] = fit_picie(
+                points[0], points[1], view_2=points[2], num_clusters=num_clusters, how=how, device=device
+            )
         elif name == "mask_contrast":
             photos = read_table(run, _TABLE, ["image_id"])["image_id"].to_numpy()
             _, photos = np.unique(photos, return_inverse=True)
             num_background = config.num_background + config.has_background
-            groups = num_clusters - num_background, num_background
-            centroids[name], masks = fit_masks(*points, photos, *groups, seed, *lloyd, use_gpu)
+            centroids[name], masks = fit_masks(
+                *points,
+                photos,
+                num_foreground=num_clusters - num_background,
+                num_background=num_background,
+                how=how,
+            )
             counts = dict(zip(("foreground_masks", "background_masks"), masks, strict=True))
         else:
-            centroids[name] = fit_centroids(*points, num_clusters, seed, *lloyd, use_gpu, name)
+            centroids[name] = fit_centroids(*points, num_clusters, how=how, name=name)
     return centroids, counts
 
 

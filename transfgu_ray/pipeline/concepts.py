@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from transfgu_ray.algorithms.concepts.kmeans import Clustering, fit_concepts
+from transfgu_ray.algorithms.concepts.kmeans import Clustering, KMeans, fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.job import Job
@@ -45,6 +45,19 @@ def concept_groups(config: RunConfig) -> dict[str, int]:
     return {kind: count for kind, count in groups.items() if count}
 
 
+def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
+    """Return how a run clusters."""
+    concepts = config.concepts
+    return KMeans(
+        seed=config.seed,
+        num_iterations=concepts.num_iterations,
+        num_redos=concepts.num_redos,
+        min_crops=concepts.min_crops,
+        max_points=concepts.max_points,
+        use_gpu=use_gpu,
+    )
+
+
 def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """Read the features of a run and write concepts.parquet.
 
@@ -73,23 +86,20 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     fitted: dict[str, Clustering] = {}
     peak_mb = 0
     if small:
-        task = ray.remote(_fit_in_memory).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+        task: Any = ray.remote(_fit_in_memory).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
-        fitted, peak_mb = ray.get(task.remote(run.uri, config, small, resources.threads, use_gpu))
+        fitted, peak_mb = ray.get(
+            task.remote(run.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu)
+        )
         job.progress(len(small))
     for kind in large:
-        with actor_shards(run, kind, parts[kind], resources) as points:
-            settings = config.concepts
+        with actor_shards(run, kind, parts=parts[kind], resources=resources) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
                 groups[kind],
-                config.seed,
-                settings.num_iterations,
-                settings.num_redos,
-                settings.min_crops,
-                settings.init_points,
-                settings.max_points,
-                kind,
+                how=kmeans_settings(config, use_gpu=False),
+                init_points=config.concepts.init_points,
+                group=kind,
             )
             peak_mb = max(peak_mb, points.peak_mb())
         job.progress(1)
@@ -103,7 +113,7 @@ def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str,
     import ray
 
     names = part_files(run, "features")
-    task = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
+    task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
     edges = [len(names) * i // resources.num_workers for i in range(resources.num_workers + 1)]
     runs = ray.get([task.remote(run.uri, names[a:b]) for a, b in itertools.pairwise(edges)])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
@@ -119,7 +129,7 @@ def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
 
 
 def _fit_in_memory(
-    run_uri: str, config: RunConfig, groups: dict[str, int], threads: int, use_gpu: bool
+    run_uri: str, config: RunConfig, *, groups: dict[str, int], threads: int, use_gpu: bool
 ) -> tuple[dict[str, Clustering], int]:
     """The groups, each with all of its crops in memory, and the peak of that memory, MB."""
     import faiss
@@ -130,17 +140,7 @@ def _fit_in_memory(
     fitted = {}
     for kind, count in groups.items():
         points = np.concatenate([read_points(run, name, kind) for name in names])
-        fitted[kind] = fit_concepts(
-            points.astype(np.float32),
-            count,
-            config.seed,
-            config.concepts.num_iterations,
-            config.concepts.num_redos,
-            config.concepts.min_crops,
-            config.concepts.max_points,
-            use_gpu,
-            kind,
-        )
+        fitted[kind] = fit_concepts(points.astype(np.float32), count, how=kmeans_settings(config, use_gpu), group=kind)
     return fitted, peak_memory_mb()
 
 

@@ -73,7 +73,9 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     if config.evaluate.num_samples:
         atlas, atlas_mb = build_atlas(job, job.listing.images)
     counts = read_counts(run.folder, len(config.class_names), len(kinds))
-    metrics = metrics_json(config, scored_split(config), stats.images, counts, names, weights_sha256)
+    metrics = metrics_json(
+        config, scored_split(config), num_images=stats.images, counts=counts, names=names, weights_sha256=weights_sha256
+    )
     run.folder.write_json("metrics.json", metrics)
     return {
         **refusals(stats, (job.listing if scored is None else scored).refused),
@@ -130,7 +132,7 @@ class Evaluator(Scorer):
         images = torch.from_numpy(working[None]).to(self.device)
         tokens, grid_hw = encoder.prefix(images), encoder.grid_hw(config.cam_image_size)
         row = encoder.class_row(tokens, grid_hw)
-        (prior,) = encoder.saliency(tokens, row, grid_hw, config.extract.foreground_prior)
+        (prior,) = encoder.saliency(tokens, row, grid_hw=grid_hw, prior=config.extract.foreground_prior)
         shares = (prior - prior.min()) / (prior.max() - prior.min()).clamp(min=1e-12)
         ((bank, *_),) = self._stage_maps([image])
         return {"prior": (255 * shares).round().cpu().numpy(), "pseudo_label": bank.argmax(0).cpu().numpy()}

@@ -101,8 +101,7 @@ class FeatureExtractor(PartWorker):
         """Writes the unit's part."""
         config, stats = self.config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
-        limits = config.data.min_side_px, config.data.max_pixels
-        for photo, image, classes in decode_labelled(photos, *limits, self._label_table, stats):
+        for photo, image, classes in decode_labelled(photos, stats, limits=config.data, table=self._label_table):
             if classes is not None:
                 labels.append(resize_label(classes, config.data.image_size))
             image_ids.append(photo.image_id)
@@ -134,15 +133,23 @@ class FeatureExtractor(PartWorker):
             },
             features_schema(self._encoder.embed_dim),
         )
-        return self.write(unit, table, stats)
+        return self.write(unit, table, stats=stats)
+
+    def _kinds(self, fracs: np.ndarray) -> list[str]:
+        """Kind of each window, by how much of it is foreground."""
+        extract = self.config.extract
+        return classify_windows(
+            fracs,
+            self.config.region_mode,
+            foreground_min_frac=extract.foreground_min_frac,
+            background_min_frac=extract.background_min_frac,
+        )
 
     def _sliding(self, working: list[np.ndarray], stats: PartStats) -> list[_Windows]:
         """The sliding windows that each working image keeps (4.2)."""
-        extract, found = self.config.extract, []
+        found = []
         for fracs in self._foreground_fracs(np.array(working)) if working else []:
-            kinds = classify_windows(
-                fracs, self.config.region_mode, extract.foreground_min_frac, extract.background_min_frac
-            )
+            kinds = self._kinds(fracs)
             keep = np.flatnonzero([kind != DROPPED for kind in kinds])
             stats.drop("neither foreground nor background", len(kinds) - len(keep))
             found.append(_Windows(keep, self._boxes[keep], self._fracs[keep], [kinds[c] for c in keep], fracs[keep]))
@@ -179,10 +186,9 @@ class FeatureExtractor(PartWorker):
             working: (b, 3, y, x) working images.
             seconds_an_item: times a function of a count, up to a largest one.
         """
-        config, most = self.config, self.config.extract.batch_size
+        most = self.config.extract.batch_size
         fracs = list(self._foreground_fracs(working))
-        limits = config.region_mode, config.extract.foreground_min_frac, config.extract.background_min_frac
-        kept = sum(kind != DROPPED for of_image in fracs for kind in classify_windows(of_image, *limits))
+        kept = sum(kind != DROPPED for of_image in fracs for kind in self._kinds(of_image))
         pairs = np.array([(0, c % len(self._boxes)) for c in range(most)])
         boxes = [self._boxes]
         crops = self._crops(list(working), boxes, pairs).to(self.device)
@@ -207,7 +213,7 @@ class FeatureExtractor(PartWorker):
         for _, batch in batched_rows(working, self._image_batch):
             tokens = encoder.prefix(self._host_tensor(batch).to(self.device, non_blocking=True))
             saliency = encoder.saliency(
-                tokens, encoder.class_row(tokens, grid_hw), grid_hw, config.extract.foreground_prior
+                tokens, encoder.class_row(tokens, grid_hw), grid_hw=grid_hw, prior=config.extract.foreground_prior
             )
             for mask in above_mean(saliency).cpu().numpy():
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)

@@ -25,7 +25,7 @@ def list_training(config: RunConfig) -> Listing:
     Raises:
         DataError: there are none.
     """
-    return list_images(config.data.root, config.data.spec, config.data.spec.train_split)
+    return list_images(config.data.root, config.data.spec, split=config.data.spec.train_split)
 
 
 def list_labelled(config: RunConfig) -> Listing | None:
@@ -36,7 +36,9 @@ def list_labelled(config: RunConfig) -> Listing | None:
     """
     if config.extract.windows != "ground_truth":
         return None
-    return list_images(config.data.root, config.data.spec, config.data.spec.train_split, config.concepts.granularity)
+    return list_images(
+        config.data.root, config.data.spec, split=config.data.spec.train_split, granularity=config.concepts.granularity
+    )
 
 
 def scored_split(config: RunConfig) -> str | None:
@@ -54,7 +56,7 @@ def list_scored(config: RunConfig) -> Listing | None:
     split = scored_split(config)
     if split is None:
         return None
-    return list_images(config.data.root, config.data.spec, split, config.concepts.granularity)
+    return list_images(config.data.root, config.data.spec, split=split, granularity=config.concepts.granularity)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class BankBuilder(PartWorker):
         config, stats = self.config, PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
         working = []
-        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+        for photo, image in decode_photos(photos, stats, limits=config.data):
             columns["image_id"].append(photo.image_id)
             columns["path"].append(self._root.uri_of(photo.image_id))
             columns["height_px"].append(image.height)
@@ -77,4 +77,4 @@ class BankBuilder(PartWorker):
                     columns[name] += [image.tobytes() for image in values.cpu().numpy()]
                 columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
         table: pa.Table = build_table(columns, labels_schema())
-        return self.write(unit, table, stats, row_group_size=1)
+        return self.write(unit, table, stats=stats, row_group_size=1)

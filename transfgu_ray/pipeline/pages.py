@@ -81,7 +81,14 @@ def rename(run: Run, names: Names) -> None:
         return
     before = json.loads(run.folder.read_bytes("metrics.json"))
     counts = read_counts(run.folder, len(run.config.class_names), len(names.kinds))
-    metrics = metrics_json(run.config, before["split"], before["num_images"], counts, names, before["weights_sha256"])
+    metrics = metrics_json(
+        run.config,
+        before["split"],
+        num_images=before["num_images"],
+        counts=counts,
+        names=names,
+        weights_sha256=before["weights_sha256"],
+    )
     run.folder.write_json("metrics.json", metrics)
     content = {name: value for name, value in evaluated.items() if name not in _OF_MANIFEST}
     run.write_manifest("evaluate", evaluated["fingerprint"], content)

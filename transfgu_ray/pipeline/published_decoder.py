@@ -71,7 +71,7 @@ def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[
     kinds, _ = read_concepts(run)
     described = replace(model_config(config, kinds, weights_sha256), norm_eps=NORM_EPS)
     for name in ("decoder_round_0", "decoder"):
-        save_decoder(Folder(run.uri_of("model")), state, described, name)
+        save_decoder(Folder(run.uri_of("model")), state, config=described, name=name)
     run.write_bytes(HISTORY, b"[]")
     return {
         "rows_in": 0,

@@ -38,6 +38,7 @@ def bank_image_ids(run: Folder) -> list[str]:
 def load_samples(
     places: pa.Table,
     positions: Int64[np.ndarray, " b"],
+    *,
     run_uri: str,
     config: RunConfig,
     epoch: int,
@@ -73,12 +74,18 @@ def load_samples(
             assert cached["image_id"] == record["image_id"], "the tokens are of another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
-                tokens, maps, config.data.image_size, grid_hw, how.crop_scale, how.flip_prob, rng
+                tokens,
+                maps,
+                image_hw=config.data.image_size,
+                grid_hw=grid_hw,
+                crop_scale=how.crop_scale,
+                flip_prob=how.flip_prob,
+                rng=rng,
             )
             sample = {"tokens": crop.half().numpy()}
         else:
             image = torch.from_numpy(_read_photo(record["path"], config, config.data.image_size))
-            crop, cropped = augment(image, maps, config.train_crop_size, grid_hw, how, rng)
+            crop, cropped = augment(image, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng)
             sample = {"image": crop.numpy()}
         for name, values in (sample | {"scores": cropped.half().numpy()}).items():
             seen.setdefault(name, []).append(values)
@@ -86,7 +93,7 @@ def load_samples(
 
 
 def read_photos(
-    places: pa.Table, run: Folder, config: RunConfig, size: tuple[int, int]
+    places: pa.Table, run: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
     """Whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
     rows = [read_row(run, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]

@@ -70,7 +70,7 @@ class Scorer(PartWorker):
         """Writes the unit's samples, then its part; nothing is counted where there are no classes."""
         stats, limits = PartStats(), self.config.data
         image_ids, images, targets = [], [], []
-        decoded = decode_labelled(photos, limits.min_side_px, limits.max_pixels, self._label_table, stats)
+        decoded = decode_labelled(photos, stats, limits=limits, table=self._label_table)
         for photo, image, target in decoded:
             image, target = frame(image, target, self.config)
             image_ids.append(photo.image_id)
@@ -79,18 +79,18 @@ class Scorer(PartWorker):
         columns: dict[str, list[Any]] = {field.name: [] for field in confusions_schema()}
         for image_id, image, target, masks in zip(image_ids, images, targets, self.predict(images), strict=True):
             if target is not None:
-                self._count(image_id, target, masks, columns)
+                self._count(image_id, target, masks=masks, columns=columns)
             if image_id in self._samples:
-                self._write_sample(image_id, image, masks, target)
-        return self.write(unit, build_table(columns, confusions_schema()), stats)
+                self._write_sample(image_id, image, masks=masks, target=target)
+        return self.write(unit, build_table(columns, confusions_schema()), stats=stats)
 
     def _count(
-        self, image_id: str, target: np.ndarray, masks: dict[str, np.ndarray], columns: dict[str, list[Any]]
+        self, image_id: str, target: np.ndarray, *, masks: dict[str, np.ndarray], columns: dict[str, list[Any]]
     ) -> None:
         """Enters the photograph's confusion matrices, one a method."""
         small = resize_label(target, self.config.evaluate_image_size)
         for method, mask in masks.items():
-            confusion = confusion_matrix(small, mask, self._num_classes, self._num_concepts)
+            confusion = confusion_matrix(small, mask, num_classes=self._num_classes, num_concepts=self._num_concepts)
             classes, concepts = confusion.nonzero()
             columns["image_id"] += [image_id] * len(classes)
             columns["method"] += [method] * len(classes)
@@ -99,7 +99,7 @@ class Scorer(PartWorker):
             columns["pixels"] += confusion[classes, concepts].tolist()
 
     def _write_sample(
-        self, image_id: str, image: Image.Image, masks: dict[str, np.ndarray], target: np.ndarray | None
+        self, image_id: str, image: Image.Image, *, masks: dict[str, np.ndarray], target: np.ndarray | None
     ) -> None:
         folder = f"samples/{self._samples[image_id]}"
         scale = min(1.0, _SAMPLE_PX / max(image.size))
@@ -212,7 +212,9 @@ def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, c
         shape = len(photo.dictionary), num_classes, num_concepts
         for each in dict.fromkeys(method):
             rows = method == each
-            counts = photo_counts(photos[rows], class_id[rows], concept_id[rows], pixels[rows], shape)
+            counts = photo_counts(
+                photos[rows], class_id[rows], concept_id=concept_id[rows], pixels=pixels[rows], shape=shape
+            )
             parts.setdefault(each, []).append(counts)
     return {each: stack_counts(counts) for each, counts in parts.items()}
 

@@ -4,14 +4,14 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
-from transfgu_ray.algorithms.concepts.kmeans import has_gpu, train
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, has_gpu, train
 from transfgu_ray.engine.parts import read_part
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.engine.stream import peak_memory_mb
@@ -79,7 +79,7 @@ def read_points(run: Folder, name: str, kind: str) -> np.ndarray:
 class PointShard:
     """One shard. Its points lie in a file without a name, which is gone when the process is, however it ends."""
 
-    def __init__(self, run_uri: str, kind: str, plan: ShardPlan, threads: int, use_gpu: bool) -> None:
+    def __init__(self, run_uri: str, kind: str, *, plan: ShardPlan, threads: int, use_gpu: bool) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -99,7 +99,9 @@ class PointShard:
 
     def farthest(self, centroids: np.ndarray, concept: int, most: int) -> lloyd.FarPoints:
         """See `lloyd.farthest`."""
-        return lloyd.farthest(self._blocks(), self._plan.start, centroids, concept, most, self._use_gpu)
+        return lloyd.farthest(
+            self._blocks(), self._plan.start, centroids=centroids, concept=concept, most=most, use_gpu=self._use_gpu
+        )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The points of some rows of the group, those of other shards left out; float16 (n, d)."""
@@ -111,7 +113,9 @@ class PointShard:
             file.readinto(point)
         return points
 
-    def train_on(self, others: list[Any], rows: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    def train_on(
+        self, rows: np.ndarray, num_concepts: int, *, how: KMeans, start: np.ndarray | None, others: list[Any]
+    ) -> np.ndarray:
         """`train` on some rows of the group, a few at a time of which come from the other shards, in their order."""
         import ray
 
@@ -121,7 +125,7 @@ class PointShard:
             drawn = rows[first : first + lloyd.BLOCK_ROWS]
             far = [other.take.remote(drawn) for other in others]
             np.concatenate([self.take(drawn), *ray.get(far)], out=points[first : first + len(drawn)])
-        return train(points, use_gpu=self._use_gpu, **settings)
+        return train(points, num_concepts, how=replace(how, use_gpu=self._use_gpu), start=start)
 
     def peak_mb(self) -> int:
         """Peak resident memory of this process so far, MB."""
@@ -177,23 +181,15 @@ class ActorShards(lloyd.ShardedPoints):
         self,
         rows: np.ndarray,
         num_concepts: int,
-        seed: int,
-        num_iterations: int,
-        num_redos: int,
+        *,
+        how: KMeans,
         start: np.ndarray | None,
     ) -> np.ndarray:
         """On the first actor."""
         import ray
 
-        settings = {
-            "num_concepts": num_concepts,
-            "seed": seed,
-            "num_iterations": num_iterations,
-            "num_redos": num_redos,
-            "start": start,
-        }
         first, *others = self._actors
-        return ray.get(first.train_on.remote(others, rows, settings))
+        return ray.get(first.train_on.remote(rows, num_concepts, how=how, start=start, others=others))
 
     def sum_nearest(self, centroids: np.ndarray) -> list[lloyd.ClusterSums]:
         """One pass of all actors over their points."""
@@ -215,7 +211,7 @@ class ActorShards(lloyd.ShardedPoints):
 
 @contextmanager
 def actor_shards(
-    run: Folder, kind: str, parts: Sequence[tuple[str, int]], resources: Resources
+    run: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources
 ) -> Iterator[ActorShards]:
     """The points of one kind in as many actors as a stage may have; they end with the context.
 
@@ -231,7 +227,7 @@ def actor_shards(
     import ray
 
     # One that is killed is replaced; Ray asks for both numbers.
-    worker = ray.remote(PointShard).options(
+    worker: Any = ray.remote(PointShard).options(
         num_cpus=WORKER_CPUS,
         num_gpus=resources.gpus_per_worker,
         max_restarts=_MAX_RESTARTS,
@@ -239,7 +235,7 @@ def actor_shards(
     )
     use_gpu = resources.device == "cuda"
     actors = [
-        worker.remote(run.uri, kind, plan, resources.threads, use_gpu)
+        worker.remote(run.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu)
         for plan in plan_shards(parts, resources.num_workers)
     ]
     try:

@@ -50,14 +50,14 @@ class TokenCacher(PartWorker):
         """
         config, stats = self.config, PartStats()
         image_ids, working = [], []
-        for photo, image in decode_photos(photos, config.data.min_side_px, config.data.max_pixels, stats):
+        for photo, image in decode_photos(photos, stats, limits=config.data):
             image_ids.append(photo.image_id)
             working.append(to_working(image, config.train_crop_size))
         self._check_as_in_the_bank(unit, image_ids, stats)
         tokens: list[bytes] = []
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):
             images = torch.from_numpy(batch).to(self.device)
-            found = read_tokens(self._encoder, images, config.train.token_window, self._backbone)
+            found = read_tokens(self._encoder, images, window=config.train.token_window, backbone=self._backbone)
             tokens += map(encode_tokens, found.cpu().numpy())
         grid_h, grid_w = self._encoder.grid_hw(config.train_crop_size)
         columns = {
@@ -66,7 +66,7 @@ class TokenCacher(PartWorker):
             "grid_w": [grid_w] * len(image_ids),
             "tokens": tokens,
         }
-        return self.write(unit, build_table(columns, tokens_schema()), stats, row_group_size=1)
+        return self.write(unit, build_table(columns, tokens_schema()), stats=stats, row_group_size=1)
 
     def _check_as_in_the_bank(self, unit: int, image_ids: list[str], stats: PartStats) -> None:
         labelled = read_part(self.run, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()

@@ -1,7 +1,7 @@
 """labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 from transfgu_ray.algorithms.encoder.resnet import Backbone
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
 from transfgu_ray.algorithms.encoder.vit import Encoder
-from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, mean_terms
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings, mean_terms
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule, steps_per_epoch
 from transfgu_ray.algorithms.scores.label_free import NUM_PROBED, Probe, agreement, score
 from transfgu_ray.config.run import RunConfig
@@ -82,22 +82,29 @@ def train_loop(settings: dict[str, Any]) -> None:
         bootstrap = _new_bootstrap(own, model, encoder)
         if name in state:
             bootstrap.load_state_dict(state[name])
-        return _Learner(bootstrap, bank_index(folder), folder, own, feed)
+        return _Learner(bootstrap, bank_index(folder), run=folder, config=own, feed=feed)
 
     learners = {"bootstrap": new_learner("bootstrap", settings)}
     if settings["sibling"] is not None:
         learners["sibling"] = new_learner("sibling", settings["sibling"])
     students = [learner.bootstrap.student for learner in learners.values()]
-    probe = _new_probe(run, config, model, encoder, backbone) if len(students) > 1 and rank == 0 else None
+    probe = (
+        _new_probe(run, config, model=model, encoder=encoder, backbone=backbone)
+        if len(students) > 1 and rank == 0
+        else None
+    )
     _stop_where_it_stumbled_twice(run)
     pulse = Pulse(run) if rank == 0 else lambda **_: None
     for epoch in epochs:
         try:
-            terms, *_ = [learner.learn(epoch, rank, encoder, backbone, pulse) for learner in learners.values()]
+            terms, *_ = [
+                learner.learn(epoch, rank, encoder=encoder, backbone=backbone, pulse=pulse)
+                for learner in learners.values()
+            ]
         except FloatingPointError as error:
             _stumble(run, str(error))
             raise
-        measured = {} if probe is None else _measure(probe, *students, len(model.kinds))
+        measured = {} if probe is None else _measure(probe, students, num_classes=len(model.kinds))
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
         kept = None
         if rank == 0:
@@ -134,19 +141,26 @@ def _stop_where_it_stumbled_twice(run: Folder) -> None:
 class _Learner:
     """A student and the bank that it learns from."""
 
-    def __init__(self, bootstrap: Bootstrap, index: pa.Table, run: Folder, config: RunConfig, feed: dict[str, Any]):
+    def __init__(self, bootstrap: Bootstrap, index: pa.Table, *, run: Folder, config: RunConfig, feed: dict[str, Any]):
         self.bootstrap = bootstrap
         self._token_window = config.train.token_window
         self._run, self._seed = run, config.seed
         repeats = config.train.epoch_repeats
         self._steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, feed["world_size"])
-        self._order = len(index), repeats, self._steps, per_worker, feed["world_size"]
-        self._batches = _batches(index, run.uri, config, **feed)
+        self._order = {
+            "num_images": len(index),
+            "repeats": repeats,
+            "steps": self._steps,
+            "per_worker": per_worker,
+            "world_size": feed["world_size"],
+        }
+        self._batches = _batches(index, run.uri, config=config, **feed)
 
     def learn(
         self,
         epoch: Epoch,
         rank: int,
+        *,
         encoder: Encoder,
         backbone: Backbone | None,
         pulse: Callable[..., None],
@@ -159,39 +173,39 @@ class _Learner:
         self.bootstrap.begin_epoch(epoch, rank)
         terms = []
         for step, batch in enumerate(itertools.islice(self._batches, self._steps)):
-            tokens = _tokens(batch, encoder, self._token_window, backbone)
+            tokens = _tokens(batch, encoder, token_window=self._token_window, backbone=backbone)
             try:
-                terms.append(self.bootstrap.step(tokens, batch["scores"], epoch, step))
+                terms.append(self.bootstrap.step(tokens, batch["scores"], epoch=epoch, step=step))
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, rank, step))}") from None
             pulse(epoch=epoch.index, step=step)
         return mean_terms(terms)
 
     def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:
-        order = sample_order(self._seed, epoch.index, *self._order)[rank, step]
+        order = sample_order(self._seed, epoch.index, **self._order)[rank, step]
         names = bank_image_ids(self._run)
         return sorted({names[place] for place in order})
 
 
 def _new_probe(
-    run: Folder, config: RunConfig, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
+    run: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
 ) -> Probe:
     """Photographs of the bank that are the same in every trial."""
     index = bank_index(run)
     chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_PROBED])
-    photos = read_photos(index.take(pa.array(chosen)), run, config, model.image_size)
+    photos = read_photos(index.take(pa.array(chosen)), run, config=config, size=model.image_size)
     return Probe(
         torch.from_numpy(photos).to(encoder.device),
-        lambda images: read_tokens(encoder, images, model.token_window, backbone),
+        lambda images: read_tokens(encoder, images, window=model.token_window, backbone=backbone),
         encoder.grid_hw(model.image_size),
     )
 
 
-def _measure(probe: Probe, student: nn.Module, sibling: nn.Module, num_classes: int) -> dict[str, float]:
+def _measure(probe: Probe, students: Sequence[nn.Module], *, num_classes: int) -> dict[str, float]:
     """What a student is worth without labels: each component, and their score."""
-    decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in (student, sibling)]
+    decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in students]
     components = {
-        "agreement": agreement(*map(probe.labels, decoders), num_classes),
+        "agreement": agreement(*map(probe.labels, decoders), num_classes=num_classes),
         **probe.components(decoders[0], num_classes),
     }
     return components | {"score": score(components)}
@@ -202,36 +216,37 @@ def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encode
 
     torch.manual_seed(config.seed)
     student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
-    return Bootstrap(student, **bootstrap_settings(config), wrap=prepare_model)
+    return Bootstrap(student, bootstrap_settings(config), wrap=prepare_model)
 
 
-def bootstrap_settings(config: RunConfig) -> dict[str, Any]:
-    """What a `Bootstrap` is told of the configuration."""
+def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
+    """Return how a student of the run learns."""
     train = config.train
-    return {
-        "learning_rate": train.learning_rate,
-        "weight_decay": train.weight_decay,
-        "gradient_clamp": train.gradient_clamp,
-        "omega_1": train.omega_1,
-        "omega_2": train.omega_2,
-        "seed": config.seed,
-        "diversity": train.diversity,
-        "foreground_above": config.cam.background_threshold if train.uncertainty == "foreground" else None,
-    }
+    return BootstrapSettings(
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        gradient_clamp=train.gradient_clamp,
+        omega_1=train.omega_1,
+        omega_2=train.omega_2,
+        seed=config.seed,
+        diversity=train.diversity,
+        foreground_above=config.cam.background_threshold if train.uncertainty == "foreground" else None,
+    )
 
 
 def _tokens(
-    batch: dict[str, torch.Tensor], encoder: Encoder, token_window: int | None, backbone: Backbone | None
+    batch: dict[str, torch.Tensor], encoder: Encoder, *, token_window: int | None, backbone: Backbone | None
 ) -> torch.Tensor:
     """What the decoder reads of a batch: the tokens that came with it, or those of its images."""
     if "tokens" in batch:
         return batch["tokens"].float()
-    return read_tokens(encoder, batch["image"], token_window, backbone)
+    return read_tokens(encoder, batch["image"], window=token_window, backbone=backbone)
 
 
 def _batches(
     index: pa.Table,
     run_uri: str,
+    *,
     config: RunConfig,
     epochs: list[Epoch],
     rank: int,
@@ -246,14 +261,29 @@ def _batches(
     # A batch is one task or several.
     slices = [slice(start, start + _SAMPLES_A_TASK) for start in range(0, per_worker, _SAMPLES_A_TASK)]
 
-    def calls() -> Iterator[tuple[Any, ...]]:
+    def calls() -> Iterator[dict[str, Any]]:
         for epoch in epochs:
-            order = sample_order(config.seed, epoch.index, len(index), repeats, steps, per_worker, world_size)[rank]
+            order = sample_order(
+                config.seed,
+                epoch.index,
+                num_images=len(index),
+                repeats=repeats,
+                steps=steps,
+                per_worker=per_worker,
+                world_size=world_size,
+            )[rank]
             # The position tells apart the visits of an image that an epoch repeats.
             position = np.arange(order.size).reshape(order.shape) * world_size + rank
             for step, part in itertools.product(range(steps), slices):
                 places = index.take(pa.array(order[step, part]))
-                yield places, position[step, part], run_uri, config, epoch.index, grid_hw
+                yield {
+                    "places": places,
+                    "positions": position[step, part],
+                    "run_uri": run_uri,
+                    "config": config,
+                    "epoch": epoch.index,
+                    "grid_hw": grid_hw,
+                }
 
     samples = read_ahead(load_samples, calls(), num_readers)
     while parts := list(itertools.islice(samples, len(slices))):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
 from transfgu_ray.algorithms.labels.bank import encode_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
@@ -79,20 +79,19 @@ class Calibrator(UnitWorker):
         """JSON of seconds an item, and sizes, by name."""
         started = time.perf_counter()
         config, stats = self._config, PartStats()
-        limits = config.data.min_side_px, config.data.max_pixels
-        images = [image for _, image in decode_photos(photos, *limits, stats)]
+        images = [image for _, image in decode_photos(photos, stats, limits=config.data)]
         if not images:
             return json.dumps({"refused": stats.refused}).encode()
-        found = {"decode": self._time_decoding(photos, limits)}
+        found = {"decode": self._time_decoding(photos)}
         working = np.stack([to_working(image, config.data.image_size) for image in images])
         found |= self._extractor.time_pieces(working, seconds_an_item)
         found |= self._time_labels(images) | self._time_training(images[0]) | self._time_kmeans()
         found["inside"] = time.perf_counter() - started
         return json.dumps(found).encode()
 
-    def _time_decoding(self, photos: list[Photo], limits: tuple[int, int]) -> float:
+    def _time_decoding(self, photos: list[Photo]) -> float:
         def decode(count: int) -> None:
-            for _, image in decode_photos(photos[:count], *limits, PartStats()):
+            for _, image in decode_photos(photos[:count], PartStats(), limits=self._config.data):
                 to_working(image, self._config.data.image_size)
 
         return seconds_an_item(decode, len(photos))
@@ -132,18 +131,18 @@ class Calibrator(UnitWorker):
         train, window = config.train, config.train.token_window
         model = model_config(config, ["any"] * config.num_concepts, "")
         student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
-        bootstrap = Bootstrap(student, **bootstrap_settings(config))
+        bootstrap = Bootstrap(student, bootstrap_settings(config))
         epochs = schedule(train.round_epochs, train.alpha)
         grid_hw = encoder.grid_hw(config.train_crop_size)
         crops = self._batch([image], config.train_crop_size, train.batch_size)
         scores = torch.rand(len(crops), len(model.kinds), *grid_hw, device=self.device)
-        kept = read_tokens(encoder, crops[:1], window, backbone)
+        kept = read_tokens(encoder, crops[:1], window=window, backbone=backbone)
 
         def read(count: int) -> torch.Tensor:
-            return read_tokens(encoder, crops[:count], window, backbone)
+            return read_tokens(encoder, crops[:count], window=window, backbone=backbone)
 
         def step(count: int) -> None:
-            bootstrap.step(kept.expand(count, -1, -1), scores[:count], epochs[-1], 0)
+            bootstrap.step(kept.expand(count, -1, -1), scores[:count], epoch=epochs[-1], step=0)
 
         def decode(count: int) -> None:
             for maps in student.eval()(kept.expand(count, -1, -1), grid_hw)[0]:
@@ -155,7 +154,7 @@ class Calibrator(UnitWorker):
 
         def sample(count: int) -> None:
             for _ in range(count):
-                augment(photo, maps, config.train_crop_size, grid_hw, how, rng)
+                augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng)
 
         found = {"read_tokens": seconds_an_item(read, len(crops)), "sample": seconds_an_item(sample, 8)}
         found["first_round_step"] = seconds_an_item(step, len(crops))
@@ -174,13 +173,15 @@ class Calibrator(UnitWorker):
         points = np.random.default_rng(0).standard_normal((_KMEANS_POINTS, width)).astype(np.float32)
         count = min(self._config.num_concepts, _KMEANS_POINTS)
         start = time.perf_counter()
-        fit_concepts(points, count, 0, _KMEANS_ITERATIONS, 1, 0, None, False, "calibration")
+        how = KMeans(seed=0, num_iterations=_KMEANS_ITERATIONS)
+        fit_concepts(points, count, how=how, group="calibration")
         return {"kmeans": (time.perf_counter() - start) / (len(points) * count * width * _KMEANS_ITERATIONS)}
 
 
 def calibrate(
     config: RunConfig,
     encoder: bytes,
+    *,
     backbone: bytes | None,
     root: Folder,
     images: Sequence[ImageRef],

@@ -53,7 +53,7 @@ class Cluster:
 
 
 def plan_stages(
-    config: RunConfig, pieces: dict[str, Any], num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
+    config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
 ) -> list[StagePlan]:
     """Each stage that computes, in order.
 
@@ -86,12 +86,14 @@ def plan_stages(
             round(num_images * pieces["bank_bytes"]),
             start + num_images * (pieces["decode"] + pieces["label"]) / workers,
         ),
-        _plan_training(config, pieces, num_images, cluster),
-        _plan_evaluation(config, pieces, num_images, num_scored, embed_dim, cluster),
+        _plan_training(config, pieces, num_images=num_images, cluster=cluster),
+        _plan_evaluation(
+            config, pieces, num_images=num_images, num_scored=num_scored, embed_dim=embed_dim, cluster=cluster
+        ),
     ]
 
 
-def _plan_training(config: RunConfig, pieces: dict[str, Any], num_images: int, cluster: Cluster) -> StagePlan:
+def _plan_training(config: RunConfig, pieces: dict[str, Any], *, num_images: int, cluster: Cluster) -> StagePlan:
     train, ranks = config.train, cluster.train_workers
     if train.decoder_weights is not None:
         return StagePlan("train", 0, 0, 0.0)
@@ -114,7 +116,7 @@ def _plan_training(config: RunConfig, pieces: dict[str, Any], num_images: int, c
 
 
 def _plan_evaluation(
-    config: RunConfig, pieces: dict[str, Any], num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
+    config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
 ) -> StagePlan:
     workers, baselines = cluster.num_workers, len(config.evaluate.baselines)
     a_photo = pieces["decode"] + pieces["label"] + pieces["read_tokens"] + 3 * pieces["mask"]
@@ -152,14 +154,14 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     from transfgu_ray.planning.calibrate import calibrate
 
     root = open_root(config.data.root)
-    images = list_images(config.data.root, config.data.spec, config.data.spec.train_split).images
+    images = list_images(config.data.root, config.data.spec, split=config.data.spec.train_split).images
     scored = list_scored(config)
     num_scored = min(config.evaluate.num_samples, len(images)) if scored is None else len(scored.images)
     encoder, backbone = resolve_encoder(config), resolve_backbone(config)
     start = time.perf_counter()
     with ray_session(address, config.runtime) as resources:
         start_ray = time.perf_counter() - start
-        pieces = calibrate(config, encoder, backbone, root, images, resources)
+        pieces = calibrate(config, encoder, backbone=backbone, root=root, images=images, resources=resources)
     if "refused" in pieces:
         first = pieces["refused"][0]
         raise DataError(f"none of the photographs tried can be used; the first, {first['image_id']}: {first['reason']}")
@@ -167,7 +169,12 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     cluster = Cluster(resources.num_workers, resources.train_workers, resources.num_cores, shares_cores=not on_gpu)
     embed_dim = load_encoder(encoder, config.encoder.weights).embed_dim
     return {
-        "stages": [vars(stage) for stage in plan_stages(config, pieces, len(images), num_scored, embed_dim, cluster)],
+        "stages": [
+            vars(stage)
+            for stage in plan_stages(
+                config, pieces, num_images=len(images), num_scored=num_scored, embed_dim=embed_dim, cluster=cluster
+            )
+        ],
         "start_ray": start_ray,
         "photographs": len(images),
         "scored": num_scored,

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +29,7 @@ _FILE_BYTES = 16 * 2**20
 def copy_images(
     out: Folder,
     sources: Sequence[Source],
+    *,
     config: PretrainDataConfig,
     fingerprint: str,
     resources: Resources,
@@ -51,7 +51,9 @@ def copy_images(
         return footer[0]
     missing = [i for i in range(len(units)) if read_footer(out, _unit_file(i), fingerprint) is None]
     progress(sum(unit.num_images for _, unit in units) - sum(units[i][1].num_images for i in missing))
-    for number in _stream({i: units[i] for i in missing}, out, config, fingerprint, resources):
+    for number in _stream(
+        {i: units[i] for i in missing}, out, config=config, fingerprint=fingerprint, resources=resources
+    ):
         progress(units[number][1].num_images)
     total, tables = PartStats(refused=[refusal for source in sources for refusal in source.refused]), []
     for number in range(len(units)):
@@ -61,7 +63,7 @@ def copy_images(
         total.add(footer[0])
         with out.fs.open_input_file(out.join(_unit_file(number))) as file:
             tables.append(pq.read_table(file).replace_schema_metadata())
-    _write_index(out, INDEX, pa.concat_tables(tables), fingerprint, total)
+    _write_index(out, INDEX, index=pa.concat_tables(tables), fingerprint=fingerprint, stats=total)
     return total
 
 
@@ -72,6 +74,7 @@ def _unit_file(number: int) -> str:
 def _stream(
     units: dict[int, tuple[str, Unit]],
     out: Folder,
+    *,
     config: PretrainDataConfig,
     fingerprint: str,
     resources: Resources,
@@ -93,7 +96,7 @@ def _stream(
     dataset = ray.data.from_arrow([table.slice(a, b - a).combine_chunks() for a, b in itertools.pairwise(edges)])
     dataset = dataset.map_batches(
         _copy_unit,
-        fn_kwargs={"out_uri": out.uri, "config": config.model_dump(mode="json"), "fingerprint": fingerprint},
+        fn_kwargs={"out_uri": out.uri, "config": config, "fingerprint": fingerprint},
         batch_format="pyarrow",
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=resources.num_cores),
@@ -104,13 +107,13 @@ def _stream(
             yield from batch["unit"].to_pylist()
 
 
-def _copy_unit(table: pa.Table, out_uri: str, config: dict[str, Any], fingerprint: str) -> pa.Table:
+def _copy_unit(table: pa.Table, out_uri: str, *, config: PretrainDataConfig, fingerprint: str) -> pa.Table:
     """Writes the working copies of one unit, then its part of the index, which marks it as complete."""
     (number,), (what,) = table["unit"].to_pylist(), table["what"].to_pylist()
     root_uri, unit = json.loads(what)
-    settings, out, stats = PretrainDataConfig.model_validate(config), Folder(out_uri), PartStats()
+    out, stats = Folder(out_uri), PartStats()
     unit, rows, squares = Unit(**unit), [], []
-    most = max(1, _FILE_BYTES // (3 * settings.source_size**2))
+    most = max(1, _FILE_BYTES // (3 * config.source_size**2))
     files = 0
 
     def flush() -> None:
@@ -123,7 +126,7 @@ def _copy_unit(table: pa.Table, out_uri: str, config: dict[str, Any], fingerprin
         try:
             if image.data is None:
                 raise ImageRefused(image.error)
-            square = _square(decode_rgb(image.data, settings.min_side_px, settings.max_pixels), settings.source_size)
+            square = _square(decode_rgb(image.data, config.min_side_px, config.max_pixels), config.source_size)
         except ImageRefused as refusal:
             stats.refused.append({"image_id": image.image_id, "reason": str(refusal)})
             continue
@@ -141,7 +144,7 @@ def _copy_unit(table: pa.Table, out_uri: str, config: dict[str, Any], fingerprin
         if len(squares) == most:
             flush()
     flush()
-    _write_index(out, _unit_file(number), build_index(rows), fingerprint, stats)
+    _write_index(out, _unit_file(number), index=build_index(rows), fingerprint=fingerprint, stats=stats)
     return pa.table({"unit": pa.array([number], pa.int64())})
 
 
@@ -149,6 +152,6 @@ def _square(image: Image.Image, size_px: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(to_square(image, size_px)).transpose(2, 0, 1))
 
 
-def _write_index(out: Folder, name: str, index: pa.Table, fingerprint: str, stats: PartStats) -> None:
+def _write_index(out: Folder, name: str, *, index: pa.Table, fingerprint: str, stats: PartStats) -> None:
     metadata = {"fingerprint": fingerprint, "stats": json.dumps(vars(stats))}
     out.write_bytes(name, to_parquet(index, metadata))

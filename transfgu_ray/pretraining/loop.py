@@ -50,7 +50,7 @@ class Stretch:
     ends_epoch: bool
 
 
-def stretches(epochs: int, epoch_steps: int, checkpoint_steps: int | None, start: int) -> Iterator[Stretch]:
+def stretches(epochs: int, epoch_steps: int, *, checkpoint_steps: int | None, start: int) -> Iterator[Stretch]:
     """All stretches from a checkpoint on."""
     for epoch in range(epochs):
         end = (epoch + 1) * epoch_steps
@@ -66,7 +66,8 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     from ray.train.torch import get_device, prepare_model
 
     torch.set_num_threads(settings["threads"])
-    config, out = PretrainConfig.model_validate(settings["config"]), Folder(settings["out_uri"])
+    out = Folder(settings["out_uri"])
+    config: PretrainConfig = settings["config"]
     context, device = ray.train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     copies = open_copies(out, config.seed, config.data.num_val)
@@ -75,10 +76,10 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     dino = Dino(
         build_network(config).to(device),
         DinoRecipe(**config.dino.model_dump()),
-        MultiCrop(**config.crops.model_dump()),
-        total_steps,
-        config.seed,
-        rank,
+        crops=MultiCrop(**config.crops.model_dump()),
+        total_steps=total_steps,
+        seed=config.seed,
+        rank=rank,
         wrap=prepare_model,
     )
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
@@ -88,9 +89,20 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
     pulse = Pulse(out)
-    images = _batches(copies, config, out, (start, total_steps), rank, world_size, settings["num_readers"], device)
+    images = _batches(
+        copies,
+        config,
+        out=out,
+        steps=(start, total_steps),
+        rank=rank,
+        world_size=world_size,
+        num_readers=settings["num_readers"],
+        device=device,
+    )
     began = time.perf_counter()
-    for stretch in stretches(config.schedule.epochs, epoch_steps, config.schedule.checkpoint_steps, start):
+    for stretch in stretches(
+        config.schedule.epochs, epoch_steps, checkpoint_steps=config.schedule.checkpoint_steps, start=start
+    ):
         terms = []
         for step in range(stretch.first, stretch.last):
             try:
@@ -104,7 +116,9 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         history["checkpoints"].append(row)
         if stretch.ends_epoch:
             probed = _is_probed(stretch.epoch, config) and rank == 0
-            history["epochs"].append(_epoch_row(history, config, _probe(dino, copies, out, config) if probed else {}))
+            history["epochs"].append(
+                _epoch_row(history, config, _probe(dino, copies, out=out, config=config) if probed else {})
+            )
         kept = None
         if rank == 0:
             seconds = state["seconds"] + time.perf_counter() - began
@@ -127,19 +141,28 @@ def build_network(config: PretrainConfig) -> DinoNetwork:
         scale_linear_weights(vit)
         # DINO's deviation; with timm's 1e-6 small trainings without positions stayed or became collapsed.
         torch.nn.init.trunc_normal_(vit.cls_token, std=0.02)
-        head = DinoHead(vit.embed_dim, recipe.head_hidden_dim, recipe.head_bottleneck_dim, recipe.num_prototypes)
-    return DinoNetwork(vit, head, recipe.masked_weight > 0, *normalisation(vit))
+        head = DinoHead(
+            vit.embed_dim,
+            recipe.head_hidden_dim,
+            bottleneck_dim=recipe.head_bottleneck_dim,
+            num_prototypes=recipe.num_prototypes,
+        )
+    mean, std = normalisation(vit)
+    return DinoNetwork(vit, head, masked=recipe.masked_weight > 0, mean=mean, std=std)
 
 
 def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str, str]) -> bytes:
     """The backbone as float16 safetensors that say what they were trained by."""
     facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
-    return dump_encoder(vit, config.encoder.name, dict(config.encoder.overrides), torch.float16, facts)
+    return dump_encoder(
+        vit, config.encoder.name, overrides=dict(config.encoder.overrides), dtype=torch.float16, facts=facts
+    )
 
 
 def _batches(
     copies: Copies,
     config: PretrainConfig,
+    *,
     out: Folder,
     steps: tuple[int, int],
     rank: int,
@@ -152,7 +175,12 @@ def _batches(
     # Whole batches a task.
     stride = max(1, _TASK_BYTES // (3 * config.data.source_size**2 * per_worker))
     calls = (
-        (out.uri, copies.places(_rows(copies, config, (first, min(first + stride, steps[1])), rank, world_size)))
+        {
+            "uri": out.uri,
+            "places": copies.places(
+                _rows(copies, config, steps=(first, min(first + stride, steps[1])), rank=rank, world_size=world_size)
+            ),
+        }
         for first in range(*steps, stride)
     )
     for images in read_ahead(fetch_copies, calls, num_readers):
@@ -160,7 +188,7 @@ def _batches(
             yield to_device([images[first : first + per_worker]], device)
 
 
-def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
+def _rows(copies: Copies, config: PretrainConfig, *, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
     """Rows of the index of this worker's images, step after step; an epoch's last part of a batch is left out."""
     first, last = steps
     batch_size = config.schedule.batch_size
@@ -168,7 +196,15 @@ def _rows(copies: Copies, config: PretrainConfig, steps: tuple[int, int], rank: 
     order = []
     for epoch in range(first // epoch_steps, -(-last // epoch_steps)):
         start = epoch * epoch_steps
-        whole = _epoch_order(config.seed, epoch, len(copies.train), 1, epoch_steps, per_worker, world_size)[rank]
+        whole = _epoch_order(
+            config.seed,
+            epoch,
+            num_images=len(copies.train),
+            repeats=1,
+            steps=epoch_steps,
+            per_worker=per_worker,
+            world_size=world_size,
+        )[rank]
         order.append(whole[max(0, first - start) : last - start])
     return copies.train[np.concatenate(order).reshape(-1)]
 
@@ -192,7 +228,10 @@ def _epoch_row(history: dict[str, Any], config: PretrainConfig, probed: dict[str
     names = [name for name in rows[0] if name not in ("step", "epoch")]
     means = {name: float(np.average([row[name] for row in rows], weights=weights)) for name in names}
     alarms = collapse_alarms(
-        means["teacher_entropy"], means["usage_entropy"], config.dino.num_prototypes, probed.get("rank_me")
+        means["teacher_entropy"],
+        means["usage_entropy"],
+        num_prototypes=config.dino.num_prototypes,
+        rank=probed.get("rank_me"),
     )
     return {"epoch": epoch, "step": ends[-1], **means, **probed, "alarms": alarms}
 
@@ -201,24 +240,24 @@ def _is_probed(epoch: int, config: PretrainConfig) -> bool:
     return (epoch + 1) % config.schedule.probe_epochs == 0 or epoch + 1 == config.schedule.epochs
 
 
-def _probe(dino: Dino, copies: Copies, out: Folder, config: PretrainConfig) -> dict[str, float]:
+def _probe(dino: Dino, copies: Copies, *, out: Folder, config: PretrainConfig) -> dict[str, float]:
     """RankMe of images that are not trained on, and where there are labels how well neighbours tell their classes."""
     rng = np.random.default_rng([config.seed, 2])
     val = np.sort(rng.permutation(copies.val)[:_MAX_QUERIES])
-    tokens = _tokens(dino, copies, out, val)
+    tokens = _tokens(dino, copies, out=out, rows=val)
     found = {"rank_me": rank_me(tokens)}
     labelled = copies.classes[val] != NO_LABEL
     bank = copies.train[copies.classes[copies.train] != NO_LABEL]
     if labelled.any() and len(bank):
         bank = np.sort(rng.permutation(bank)[:_MAX_BANK])
         truth = torch.from_numpy(copies.classes[val][labelled])
-        votes = _tokens(dino, copies, out, bank), torch.from_numpy(copies.classes[bank])
-        found["knn_top1"] = knn_accuracy(*votes, tokens[torch.from_numpy(labelled)], truth)
+        votes = _tokens(dino, copies, out=out, rows=bank), torch.from_numpy(copies.classes[bank])
+        found["knn_top1"] = knn_accuracy(*votes, queries=tokens[torch.from_numpy(labelled)], query_labels=truth)
         found["knn_chance"] = int(truth.bincount().max()) / len(truth)
     return found
 
 
-def _tokens(dino: Dino, copies: Copies, out: Folder, rows: np.ndarray) -> torch.Tensor:
+def _tokens(dino: Dino, copies: Copies, *, out: Folder, rows: np.ndarray) -> torch.Tensor:
     device = dino.student.mean.device
     parts = []
     for start in range(0, len(rows), _PROBE_BATCH):

@@ -36,7 +36,7 @@ class Reporter(Protocol):
 
 
 def pretrain(
-    opened: PretrainFolder, address: str | None, reporter: Reporter, overwrite: bool = False
+    opened: PretrainFolder, address: str | None, *, reporter: Reporter, overwrite: bool = False
 ) -> dict[str, Any]:
     """Trains an encoder, or continues, or leaves a finished one alone; returns its manifest.
 
@@ -60,12 +60,27 @@ def pretrain(
             reporter.stage("images", found, "images") as show,
             unless_stalled("the copying of images", config.runtime.stall_minutes, show) as progress,
         ):
-            stats = copy_images(out, sources, config.data, _copies_key(config, images), resources, progress)
+            stats = copy_images(
+                out,
+                sources,
+                config=config.data,
+                fingerprint=_copies_key(config, images),
+                resources=resources,
+                progress=progress,
+            )
         num_train, num_val = _require_enough(out, config, stats)
         copied = time.perf_counter()
-        state = _train(opened, fingerprint, resources, reporter, num_train)
+        state = _train(opened, fingerprint, resources=resources, reporter=reporter, num_train=num_train)
     return _finish(
-        opened, fingerprint, images, sources, stats, state, (num_train, num_val), resources, copied - started
+        opened,
+        fingerprint,
+        images=images,
+        sources=sources,
+        stats=stats,
+        state=state,
+        counts=(num_train, num_val),
+        resources=resources,
+        copy_seconds=copied - started,
     )
 
 
@@ -146,7 +161,7 @@ def _require_enough(out: Folder, config: PretrainConfig, stats: PartStats) -> tu
 
 
 def _train(
-    opened: PretrainFolder, fingerprint: str, resources: Resources, reporter: Reporter, num_train: int
+    opened: PretrainFolder, fingerprint: str, *, resources: Resources, reporter: Reporter, num_train: int
 ) -> dict[str, Any]:
     """Runs Ray Train and returns the last checkpoint's state."""
     config, out = opened.config, opened.folder
@@ -156,7 +171,7 @@ def _train(
         out.delete(HISTORY)
     settings = {
         "out_uri": out.uri,
-        "config": config.model_dump(mode="json"),
+        "config": config,
         "threads": resources.threads,
         "num_readers": max(1, resources.num_cores // resources.train_workers),
     }
@@ -167,7 +182,7 @@ def _train(
         unless_stalled("the training", config.runtime.stall_minutes, show) as progress,
     ):
         known = out.read_json(HISTORY) or {"epochs": []}
-        watcher = _Watcher(config, total_steps, len(known["epochs"]), progress, reporter.note)
+        watcher = _Watcher(config, total_steps, epochs=len(known["epochs"]), progress=progress, note=reporter.note)
         with (
             unwrapped_errors(),
             watched_json(out, PULSE, watcher.on_progress),
@@ -190,6 +205,7 @@ class _Watcher:
         self,
         config: PretrainConfig,
         total_steps: int,
+        *,
         epochs: int,
         progress: Callable[..., None],
         note: Callable[[str], None],
@@ -236,6 +252,7 @@ def quality(row: dict[str, Any]) -> str:
 def _finish(
     opened: PretrainFolder,
     fingerprint: str,
+    *,
     images: str,
     sources: list[Source],
     stats: PartStats,

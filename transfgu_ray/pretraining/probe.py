@@ -100,8 +100,8 @@ class Probe:
         """
         seen = {"bank": _Seen(), "queries": _Seen()}
         refused: list[dict[str, str]] = []
-        for role, pictures in _batches(self._source, self._roles, self._size, refused, progress):
-            _look(self._encoder, self._size, pictures, seen[role])
+        for role, pictures in _batches(self._source, self._roles, size=self._size, refused=refused, progress=progress):
+            _look(self._encoder, self._size, pictures=pictures, seen=seen[role])
         queries, bank = seen["queries"], seen["bank"]
         if not queries.labels:
             first = f"; the first, {refused[0]['image_id']}: {refused[0]['reason']}" if refused else ""
@@ -115,7 +115,9 @@ class Probe:
             truth = torch.tensor([names.index(queries.labels[i]) for i in labelled])
             votes = torch.tensor([names.index(bank.labels[i]) for i in voters])
             result.num_bank = len(voters)
-            result.knn_top1 = knn_accuracy(torch.cat(bank.tokens)[voters], votes, tokens[labelled], truth)
+            result.knn_top1 = knn_accuracy(
+                torch.cat(bank.tokens)[voters], votes, queries=tokens[labelled], query_labels=truth
+            )
             result.knn_chance = int(truth.bincount().max()) / len(truth)
         if queries.ious:
             result.object_iou = dict(zip(PRIORS, torch.cat(queries.ious).mean(0).tolist(), strict=True))
@@ -136,6 +138,7 @@ def _choose(source: Source) -> dict[int, str]:
 def _batches(
     source: Source,
     roles: dict[int, str],
+    *,
     size: int,
     refused: list[dict[str, str]],
     progress: Callable[[int], None],
@@ -172,7 +175,7 @@ def _decode(image: EncodedImage, size: int) -> _Picture:
     return _Picture(image.label, np.asarray(square).transpose(2, 0, 1), is_object)
 
 
-def _look(encoder: Encoder, size: int, pictures: list[_Picture], seen: _Seen) -> None:
+def _look(encoder: Encoder, size: int, *, pictures: list[_Picture], seen: _Seen) -> None:
     """Class tokens of a batch, and how well each prior finds the object."""
     tokens = encoder.prefix(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(encoder.device))
     grid_hw = encoder.grid_hw((size, size))
@@ -185,7 +188,7 @@ def _look(encoder: Encoder, size: int, pictures: list[_Picture], seen: _Seen) ->
     truth = torch.from_numpy(np.stack([pictures[i].is_object for i in masked]))
     ious = []
     for prior in PRIORS:
-        found = above_mean(encoder.saliency(tokens, row, grid_hw, prior)).cpu()[masked]
+        found = above_mean(encoder.saliency(tokens, row, grid_hw=grid_hw, prior=prior)).cpu()[masked]
         found = found.repeat_interleave(encoder.patch_size, 1).repeat_interleave(encoder.patch_size, 2)
         ious.append(mask_iou(found, truth))
     seen.ious.append(torch.stack(ious, 1))

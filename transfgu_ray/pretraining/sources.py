@@ -146,7 +146,7 @@ def _from_row(row: dict[str, object], name: str) -> EncodedImage:
 
 
 def _photographs(uri: str) -> Source:
-    listing = list_images(uri, FOLDER, "")
+    listing = list_images(uri, FOLDER, split="")
     names = [image.image_id for image in listing.images]
     # Class folders: every photograph in exactly one level of folders, of which there are several.
     labels = [name.split("/")[0] for name in names] if all(name.count("/") == 1 for name in names) else []

@@ -52,9 +52,9 @@ def write_atlas(run: Run) -> int:
     x, y, radius = _on_page(places, np.array(num_crops))
     nearest = _nearest(centroids)
     shorts = [_short(i, names.of_concept.get(i)) for i in range(len(kinds))]
-    labels = _place_labels(x, y, radius, shorts) if len(kinds) <= _MAX_LABELS else [None] * len(kinds)
+    labels = _place_labels(x, y, radius=radius, texts=shorts) if len(kinds) <= _MAX_LABELS else [None] * len(kinds)
     concepts = [
-        _told(i, kind, num_crops[i], names, matched.get(i))
+        _told(i, kind, num_crops=num_crops[i], names=names, matched=matched.get(i))
         | {
             "patch_share": found[i]["patch_share"],
             "followed_by": found[i]["followed_by"][:_NUM_NEAREST],
@@ -91,7 +91,7 @@ def write_atlas(run: Run) -> int:
     return sum(map(len, pictures.values()))
 
 
-def _told(concept: int, kind: str, num_crops: int, names: Names, matched: str | None) -> dict[str, Any]:
+def _told(concept: int, kind: str, *, num_crops: int, names: Names, matched: str | None) -> dict[str, Any]:
     """What is said of a concept in words."""
     name = names.of_concept.get(concept)
     hidden = concept in names.of_concept and name is None
@@ -140,7 +140,7 @@ def _on_page(places: np.ndarray, num_crops: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _place_labels(
-    x: np.ndarray, y: np.ndarray, radius: np.ndarray, texts: list[str]
+    x: np.ndarray, y: np.ndarray, *, radius: np.ndarray, texts: list[str]
 ) -> list[tuple[str, str, str] | None]:
     """Middle and words of each disc's label: above, below, right or left, clear of every disc and label.
 

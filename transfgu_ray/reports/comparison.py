@@ -44,7 +44,7 @@ def scored_rows(config: RunConfig, counts: Mapping[int, csr_array], reference: i
 
     for version, of_version in counts.items():
         found[version] = score_confusion(config, to_matrix(total_counts(of_version)))
-        score_of = partial(score_resample, config, to_matrix, found[version])
+        score_of = partial(score_resample, config=config, confusion_of=to_matrix, found=found[version])
         resampled[version] = resampled_scores(of_version, _SEED, score_of)
     rows = {}
     for version, score in found.items():
@@ -205,16 +205,20 @@ def comparison_picture(
     if not comparison["scored"]:
         masks = {version: [sample_labels(folder, n, _MASK) for n in numbers] for version, folder in folders.items()}
         for version, model in models.items():
-            pred = overlap_colours(colours[reference]["pred"], masks[reference], masks[version], len(model.kinds))
+            pred = overlap_colours(
+                colours[reference]["pred"], masks[reference], other_masks=masks[version], num_other=len(model.kinds)
+            )
             colours[version]["pred"] = pred
     rows = []
     for number in numbers:
         photo = sample_photo(folders[reference], number)
         shown = {"photograph": photo}
         if comparison["scored"]:
-            shown["truth"] = sample_mask(folders[reference], number, "truth", photo, colours[reference]["truth"])
+            shown["truth"] = sample_mask(
+                folders[reference], number, name="truth", photo=photo, colours=colours[reference]["truth"]
+            )
         for version, folder in folders.items():
-            panel = sample_mask(folder, number, _MASK, photo, colours[version]["pred"])
+            panel = sample_mask(folder, number, name=_MASK, photo=photo, colours=colours[version]["pred"])
             shown[f"version {_title(comparison, version)}"] = panel
         rows.append(shown)
     figure = Figure(figsize=(2.4 * len(rows[0]), 0.3 + 1.8 * len(rows)), layout="constrained")
@@ -230,7 +234,7 @@ def comparison_picture(
 
 
 def overlap_colours(
-    colours: np.ndarray, masks: Sequence[np.ndarray], other_masks: Sequence[np.ndarray], num_other: int
+    colours: np.ndarray, masks: Sequence[np.ndarray], *, other_masks: Sequence[np.ndarray], num_other: int
 ) -> np.ndarray:
     """Colours of concepts by those of others on the same photographs, one to one; those left over are grey.
 
@@ -244,7 +248,9 @@ def overlap_colours(
         uint8 (num_other, 3).
     """
     pairs = zip(masks, other_masks, strict=True)
-    pixels = sum(confusion_matrix(mask, other, len(colours), num_other) for mask, other in pairs)
+    pixels = sum(
+        confusion_matrix(mask, other, num_classes=len(colours), num_concepts=num_other) for mask, other in pairs
+    )
     matched = match_concepts(pixels)
     return np.where(matched[:, None] >= 0, colours[matched], np.uint8(128))
 

@@ -117,7 +117,7 @@ def sample_photo(run: Folder, number: str) -> Image.Image:
     return Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/photo.jpg")), formats=FORMATS).convert("RGB")
 
 
-def sample_mask(run: Folder, number: str, name: str, photo: Image.Image, colours: np.ndarray) -> Image.Image | None:
+def sample_mask(run: Folder, number: str, *, name: str, photo: Image.Image, colours: np.ndarray) -> Image.Image | None:
     """One of the masks of a sample photograph laid over it; None where there is no such mask.
 
     Args:
@@ -129,7 +129,7 @@ def sample_mask(run: Folder, number: str, name: str, photo: Image.Image, colours
     """
     if not run.exists(f"samples/{number}/{name}.png"):
         return None
-    return overlay(photo, sample_labels(run, number, name), colours, opacity=0.7)
+    return overlay(photo, sample_labels(run, number, name), colours=colours, opacity=0.7)
 
 
 def sample_labels(run: Folder, number: str, name: str) -> np.ndarray:

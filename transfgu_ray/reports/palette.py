@@ -96,7 +96,7 @@ def palette_image(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
     return image
 
 
-def overlay(photo: Image.Image, mask: np.ndarray, colours: np.ndarray, opacity: float = 0.55) -> Image.Image:
+def overlay(photo: Image.Image, mask: np.ndarray, *, colours: np.ndarray, opacity: float = 0.55) -> Image.Image:
     """The photograph with each class's colour laid over it; where the mask is 255 of a labelled set, white."""
     table = np.full((max(256, len(colours)), 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours

@@ -66,7 +66,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
     mious = {}
     if counts is not None:
         mious = dict(zip(scored_ids, photo_mious(run.config, counts, names).tolist(), strict=True))
-    photos = [_photo(run.folder, name, colours, mious) for name in sample_names(run.folder)]
+    photos = [_photo(run.folder, name, colours=colours, mious=mious) for name in sample_names(run.folder)]
     history = json.loads(run.folder.read_bytes("train/history.json"))
     # Those before this one: the page is the same whenever it is made.
     manifests = [m for m in map(run.manifest, STAGES.before("report")) if m is not None]
@@ -104,7 +104,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
             {"title": term.replace("_", " "), "svg": figure_svg(loss_figure(history, term), title)}
             for term, title in titles.items()
         ],
-        **_confusion(run.config, counts, metrics, len(model.kinds)),
+        **_confusion(run.config, counts, metrics=metrics, num_concepts=len(model.kinds)),
     )
     run.folder.write_bytes("report.html", page)
     return len(photos)
@@ -145,7 +145,7 @@ def names_line(names: Names) -> str | None:
     )
 
 
-def _photo(run: Folder, name: str, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
+def _photo(run: Folder, name: str, *, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
     """A sample photograph: its panels as JPEG, and their strip, which is written."""
     photo, group, _ = sample_photo(run, name), *name.rpartition("_")[::2]
     image_id = run.read_json(f"samples/{name}/sample.json")["image_id"]
@@ -154,9 +154,11 @@ def _photo(run: Folder, name: str, colours: dict[str, np.ndarray], mious: dict[s
     coarse = Image.fromarray(sample_labels(run, name, "pseudo_label").astype(np.int32))
     patches = np.asarray(coarse.resize(photo.size, Image.Resampling.NEAREST))
     pred = colours["pred"]
-    panels["pseudo-label"] = overlay(photo, patches, pred, opacity=0.7)
+    panels["pseudo-label"] = overlay(photo, patches, colours=pred, opacity=0.7)
     for mask in _MASKS:
-        panels[mask] = sample_mask(run, name, mask, photo, colours["truth" if mask == "truth" else "pred"])
+        panels[mask] = sample_mask(
+            run, name, name=mask, photo=photo, colours=colours["truth" if mask == "truth" else "pred"]
+        )
     seen = {title: panel for title, panel in panels.items() if panel is not None}
     run.write_bytes(f"samples/strip_{name}.jpg", strip_jpeg(list(seen.values())))
     jpegs = {title: strip_jpeg([panel]) for title, panel in seen.items()}
@@ -206,7 +208,7 @@ def _classes(names: Names, metrics: dict[str, Any], colours: np.ndarray) -> list
 
 
 def _confusion(
-    config: RunConfig, counts: csr_array | None, metrics: dict[str, Any], num_concepts: int
+    config: RunConfig, counts: csr_array | None, *, metrics: dict[str, Any], num_concepts: int
 ) -> dict[str, Any]:
     if counts is None:
         return {}

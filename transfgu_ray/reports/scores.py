@@ -35,6 +35,7 @@ _OF_MODEL = (*STAGE_NAMES, REFINED)
 def metrics_json(
     config: RunConfig,
     split: str | None,
+    *,
     num_images: int,
     counts: dict[str, csr_array],
     names: Names,
@@ -105,7 +106,11 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> di
         # The one class beyond the model's own holds what is hidden.
         scores[name] = score_confusion(config, confusion, len(kinds))
         numbers[name] = _numbers(config, confusion, scores[name])
-        intervals = score_intervals(of_method, config.seed, partial(score_resample, config, confusion_of, scores[name]))
+        intervals = score_intervals(
+            of_method,
+            config.seed,
+            partial(score_resample, config=config, confusion_of=confusion_of, found=scores[name]),
+        )
         numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
         if name in _OF_MODEL:
             own = to_matrix(total_counts(counts[name]))
@@ -127,7 +132,7 @@ def named_counts(counts: csr_array, names: Names) -> csr_array:
 
 def score_confusion(config: RunConfig, confusion: np.ndarray, num_matched: int | None = None) -> Score:
     """Scores of a split by the configured policy and protocol; for `num_matched` see `score`."""
-    return score(confusion, config.evaluate.unmatched, config.evaluate.protocol, num_matched)
+    return score(confusion, **_rule(config), num_matched=num_matched)
 
 
 def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarray:
@@ -140,24 +145,29 @@ def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarra
     """
     named, num_classes = named_counts(counts, names), len(config.class_names)
     found = score_confusion(config, total_counts(named).reshape(num_classes, -1), len(names.kinds))
-    score_of = partial(score_resample, config, lambda cells: cells.reshape(num_classes, -1), found)
+    score_of = partial(
+        score_resample, config=config, confusion_of=lambda cells: cells.reshape(num_classes, -1), found=found
+    )
     return np.array([score_of(named[[photo]].toarray()[0]).miou for photo in range(named.shape[0])])
 
 
+def _rule(config: RunConfig) -> dict[str, str]:
+    """How confusions are scored."""
+    return {"unmatched": config.evaluate.unmatched, "protocol": config.evaluate.protocol}
+
+
 def score_resample(
-    config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score, cells: np.ndarray
+    cells: np.ndarray, *, config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score
 ) -> Score:
     """Scores of a resample by the match of the whole split: one of its own would favour every resample."""
-    rule = config.evaluate.unmatched, config.evaluate.protocol
-    return score_matched(confusion_of(cells), found.class_of_concept, *rule)
+    return score_matched(confusion_of(cells), found.class_of_concept, **_rule(config))
 
 
 def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str, Any]:
     super_of = config.data.spec.super_of
     coarser = None
     if super_of and config.concepts.granularity == "fine":
-        rule = config.evaluate.unmatched, config.evaluate.protocol
-        merged = score_merged(confusion, found.class_of_concept, np.array(super_of), *rule)
+        merged = score_merged(confusion, found.class_of_concept, super_of=np.array(super_of), **_rule(config))
         coarser = {"miou": merged.miou, "pixel_accuracy": merged.pixel_accuracy}
     return {
         "miou": found.miou,

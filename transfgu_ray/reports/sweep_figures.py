@@ -48,7 +48,9 @@ def shown_trials(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def setting_axes(sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[Axis]:
     """An axis for each setting that the sweep varies."""
     settings = varying(sweep["space"])
-    return [_setting_axis(title, name, settings[name], trials) for name, title in short_names(settings).items()]
+    return [
+        _setting_axis(title, name, space=settings[name], trials=trials) for name, title in short_names(settings).items()
+    ]
 
 
 def parallel_coordinates(sweep: Mapping[str, Any]) -> "Figure | None":
@@ -69,7 +71,7 @@ def parallel_coordinates(sweep: Mapping[str, Any]) -> "Figure | None":
     axes = figure.subplots()
     lines = np.stack([axis.places + min(axis.spacing, _MAX_SPREAD) * _spread(len(trials)) for axis in axes_of], axis=1)
     best = best_trial(trials, sweep["objective"])
-    colour_of = _colours(figure, axes, sweep, trials)
+    colour_of = _colours(figure, axes, sweep=sweep, trials=trials)
     # The best is drawn last, on top.
     for i in sorted(range(len(trials)), key=lambda i: (trials[i] is best, trials[i]["status"] == "finished")):
         if trials[i]["status"] != "finished":
@@ -167,7 +169,7 @@ def _plain(axes: "Axes") -> None:
     axes.set_axisbelow(True)
 
 
-def _colours(figure: "Figure", axes: "Axes", sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Any:
+def _colours(figure: "Figure", axes: "Axes", *, sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Any:
     """A function that gives a trial's colour, and a bar beside the figure that tells what it means."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -185,11 +187,11 @@ def _colours(figure: "Figure", axes: "Axes", sweep: Mapping[str, Any], trials: S
     return lambda trial: mapped.to_rgba(_scaled(trial, objective))
 
 
-def _setting_axis(title: str, name: str, space: Any, trials: Sequence[Mapping[str, Any]]) -> Axis:
+def _setting_axis(title: str, name: str, *, space: Any, trials: Sequence[Mapping[str, Any]]) -> Axis:
     points = [trial["point"].get(name) for trial in trials]
     if not isinstance(space, list):
         low, high = float(space["low"]), float(space["high"])
-        return _continuous(title, points, low, high, bool(space.get("log")))
+        return _continuous(title, points, low=low, high=high, log=bool(space.get("log")))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in space):
         space = sorted(space)
     texts = [value_text(value) for value in points]
@@ -203,10 +205,10 @@ def _setting_axis(title: str, name: str, space: Any, trials: Sequence[Mapping[st
 
 def _value_axis(title: str, values: Sequence[float | None]) -> Axis:
     known = [value for value in values if value is not None]
-    return _continuous(title, values, min(known), max(known), log=False)
+    return _continuous(title, values, low=min(known), high=max(known), log=False)
 
 
-def _continuous(title: str, values: Sequence[float | None], low: float, high: float, log: bool) -> Axis:
+def _continuous(title: str, values: Sequence[float | None], *, low: float, high: float, log: bool) -> Axis:
     numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
     if low == high:
         return Axis(title, np.where(np.isnan(numbers), np.nan, 0.5), [(0.5, f"{low:.3g}")])

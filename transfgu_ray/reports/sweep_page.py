@@ -132,7 +132,7 @@ class _Masks:
         """A mask of a photograph laid over it, or None."""
         number = self.number_of[photo]
         colours = self.colours["truth" if name == "truth" else "pred"]
-        return sample_mask(self.folder, number, name, sample_photo(self.folder, number), colours)
+        return sample_mask(self.folder, number, name=name, photo=sample_photo(self.folder, number), colours=colours)
 
     def legend(self) -> list[dict[str, str]]:
         """The classes and their colours."""

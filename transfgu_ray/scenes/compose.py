@@ -29,14 +29,16 @@ def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) ->
     """
     scale = size_px / OBJECT_UNITS
     plain = rng.random() < 0.7
-    canvas = _stuff_ground(rng, size_px, scale, (0.5, 0.5, 0))[0] if plain else _patchwork(rng, size_px, scale)
+    canvas = (
+        _stuff_ground(rng, size_px, scale=scale, odds=(0.5, 0.5, 0))[0] if plain else _patchwork(rng, size_px, scale)
+    )
     thing = _main_thing(rng, class_id, size_px)
     layers = [thing]
     if rng.random() < 0.25:
-        layers.insert(int(rng.integers(2)), _neighbour(rng, thing, size_px, class_id))
+        layers.insert(int(rng.integers(2)), _neighbour(rng, thing, size_px=size_px, class_id=class_id))
     label = np.zeros((size_px, size_px), dtype=np.uint8)
     for layer in layers:
-        lay(canvas, label, layer, int(layer is thing), rng.uniform(0, 0.5))
+        lay(canvas, label, layer=layer, value=int(layer is thing), shadow=rng.uniform(0, 0.5))
     return _photograph(rng, canvas), label
 
 
@@ -51,15 +53,15 @@ def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[
         The picture, uint8 (size, size, 3), and the class id of each pixel, uint8 (size, size).
     """
     scale = size_px / SCENE_UNITS
-    canvas, label = _stuff_ground(rng, size_px, scale, (0.4, 0.5, 0.1))
+    canvas, label = _stuff_ground(rng, size_px, scale=scale, odds=(0.4, 0.5, 0.1))
     count = int(rng.integers(2, 4))
     class_ids = rng.permutation(THING_IDS)[:count].tolist()
     for layer, class_id in zip(_place(rng, class_ids, size_px), class_ids, strict=True):
-        lay(canvas, label, layer, class_id, rng.uniform(0, 0.5))
+        lay(canvas, label, layer=layer, value=class_id, shadow=rng.uniform(0, 0.5))
     return _photograph(rng, canvas), label
 
 
-def lay(canvas: np.ndarray, label: np.ndarray, layer: Layer, value: int, shadow: float) -> None:
+def lay(canvas: np.ndarray, label: np.ndarray, *, layer: Layer, value: int, shadow: float) -> None:
     """Lays a layer and its soft shadow over a picture, and its value over the label where it covers half a pixel.
 
     Args:
@@ -111,18 +113,18 @@ def _main_thing(rng: np.random.Generator, class_id: int, size_px: int) -> Layer:
     """The object that the picture is about, drawn again where it would fill too little of it."""
     while True:
         x, y = size_px * (0.5 + rng.uniform(-0.07, 0.07, 2))
-        thing = draw_thing(rng, class_id, size_px * rng.uniform(0.75, 1.15), (float(x), float(y)))
+        thing = draw_thing(rng, class_id, side_px=size_px * rng.uniform(0.75, 1.15), centre_px=(float(x), float(y)))
         if _on_picture(thing, size_px).mean() >= _MIN_FILLED:
             return thing
 
 
-def _neighbour(rng: np.random.Generator, thing: Layer, size_px: int, class_id: int) -> Layer:
+def _neighbour(rng: np.random.Generator, thing: Layer, *, size_px: int, class_id: int) -> Layer:
     """Another object at the rim, pushed out until it hides no more than a quarter of the thing, nor too much."""
     other = int(rng.choice([i for i in THING_IDS if i != class_id]))
     direction = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)][int(rng.integers(8))])
     side = size_px * rng.uniform(0.7, 1.0)
     middle = size_px * 0.5 + direction * size_px * rng.uniform(0.45, 0.7) + size_px * rng.uniform(-0.1, 0.1, 2)
-    layer = draw_thing(rng, other, side, (float(middle[0]), float(middle[1])))
+    layer = draw_thing(rng, other, side_px=side, centre_px=(float(middle[0]), float(middle[1])))
     seen = _on_picture(thing, size_px)
     step = direction * max(1, size_px // 24)
     may_hide = min(_MAX_HIDDEN * seen.sum(), seen.sum() - _MIN_FILLED * seen.size)
@@ -139,7 +141,7 @@ def _place(rng: np.random.Generator, class_ids: list[int], size_px: int) -> list
             side = size_px * rng.uniform(0.42, 0.6)
             margin = 0.4 * side
             x, y = rng.uniform(margin, size_px - margin, 2)
-            layers.append(draw_thing(rng, class_id, side, (float(x), float(y))))
+            layers.append(draw_thing(rng, class_id, side_px=side, centre_px=(float(x), float(y))))
         if _all_visible(layers, size_px):
             return layers
 
@@ -155,7 +157,7 @@ def _all_visible(layers: list[Layer], size_px: int) -> bool:
 
 
 def _regions(
-    rng: np.random.Generator, size_px: int, scale: float, odds: tuple[float, ...]
+    rng: np.random.Generator, size_px: int, *, scale: float, odds: tuple[float, ...]
 ) -> tuple[np.ndarray, list[int]]:
     """Which surface each pixel shows, (size, size) uint8, and the class id of each surface."""
     count = 1 + int(rng.choice(len(odds), p=odds))
@@ -171,10 +173,10 @@ def _regions(
 
 
 def _stuff_ground(
-    rng: np.random.Generator, size_px: int, scale: float, odds: tuple[float, ...]
+    rng: np.random.Generator, size_px: int, *, scale: float, odds: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """One to three surfaces with wavy borders: (size, size, 3) float32, and class ids (size, size) uint8."""
-    region, kinds = _regions(rng, size_px, scale, odds)
+    region, kinds = _regions(rng, size_px, scale=scale, odds=odds)
     canvas = np.empty((size_px, size_px, 3), dtype=np.float32)
     label = np.empty((size_px, size_px), dtype=np.uint8)
     for i, kind in enumerate(kinds):

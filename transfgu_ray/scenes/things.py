@@ -44,7 +44,7 @@ class Layer:
         return Layer(self.left + right, self.top + down, self.colour, self.cover)
 
 
-def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_px: tuple[float, float]) -> Layer:
+def draw_thing(rng: np.random.Generator, class_id: int, *, side_px: float, centre_px: tuple[float, float]) -> Layer:
     """Draws one thing with random proportions, pose, colours and light.
 
     Args:
@@ -68,7 +68,7 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
     placed = [
         (material, points * scale + corner - origin) for (material, _), points in zip(parts, outlines, strict=True)
     ]
-    index = _materials(placed, width, height, side_px)
+    index = _materials(placed, width, height=height, side_px=side_px)
     pair = random_pair(rng, (0.08, 0.22), (0.7, 0.9))
     index.putpalette(_palette(rng))
     flat = np.asarray(index.convert("RGB").reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
@@ -85,7 +85,7 @@ def draw_thing(rng: np.random.Generator, class_id: int, side_px: float, centre_p
     return Layer(int(origin[0]), int(origin[1]), colour * _light(rng, width, height)[..., None], cover)
 
 
-def _materials(parts: list[Part], width: int, height: int, side_px: float) -> Image.Image:
+def _materials(parts: list[Part], width: int, *, height: int, side_px: float) -> Image.Image:
     """Parts in pixels, painted over one another with an outline each; a palette image, enlarged."""
     thickness = max(1, round(_SUPERSAMPLE * side_px / 75))
     index = Image.new("P", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))

@@ -39,7 +39,7 @@ OBJECT_SCHEMA = pa.schema(
 
 
 def write_objects(
-    folder: str, count: int, seed: int, split: str, size_px: int = 96, num_processes: int | None = None
+    folder: str, count: int, *, seed: int, split: str, size_px: int = 96, num_processes: int | None = None
 ) -> None:
     """Writes object images as Parquet shards `{split}-00000-of-0000N.parquet` of about 4,000.
 
@@ -66,7 +66,7 @@ def write_objects(
     names = {i: f"{split}-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)}
     if _begin(target, f"render-{split}.json", arguments):
         return
-    rows = partial(_object_rows, seed, _STREAMS["objects", split], size_px)
+    rows = partial(_object_rows, seed=seed, stream=_STREAMS["objects", split], size_px=size_px)
     for i, start, stop in ranges:
         if target.exists(names[i]):
             continue
@@ -84,6 +84,7 @@ def write_objects(
 def write_scenes(
     folder: str,
     num_train: int,
+    *,
     num_val: int,
     seed: int,
     size_px: int = SCENE_UNITS,
@@ -113,7 +114,7 @@ def write_scenes(
     wanted = [(split, number) for split, count in (("train", num_train), ("val", num_val)) for number in range(count)]
     missing = [each for each in wanted if not there.issuperset(_scene_files(*each))]
     chunks = [missing[n : n + _CHUNK] for n in range(0, len(missing), _CHUNK)]
-    for _ in _spread(partial(_write_some_scenes, folder, seed, size_px), chunks, num_processes):
+    for _ in _spread(partial(_write_some_scenes, folder=folder, seed=seed, size_px=size_px), chunks, num_processes):
         pass
     people = {
         "classes": [{"id": i, "super_id": SUPER_IDS[i], **asdict(each)} for i, each in enumerate(CLASSES)],
@@ -162,7 +163,7 @@ def _spread(work: Callable[[Any], Any], items: list[Any], num_processes: int | N
         yield from pool.map(work, items)
 
 
-def _object_rows(seed: int, stream: int, size_px: int, numbers: range) -> list[dict[str, Any]]:
+def _object_rows(numbers: range, *, seed: int, stream: int, size_px: int) -> list[dict[str, Any]]:
     rows = []
     for number in numbers:
         label = THING_IDS[number % len(THING_IDS)]
@@ -179,7 +180,7 @@ def _scene_files(split: str, number: int) -> tuple[str, str, str]:
     return f"images/{base}", f"masks/fine/{base}", f"masks/super/{base}"
 
 
-def _write_some_scenes(folder: str, seed: int, size_px: int, scenes: list[tuple[str, int]]) -> None:
+def _write_some_scenes(scenes: list[tuple[str, int]], *, folder: str, seed: int, size_px: int) -> None:
     target = Folder(folder)
     for split, number in scenes:
         image, fine = render_scene(np.random.default_rng([seed, _STREAMS["scenes", split], number]), size_px)

@@ -31,7 +31,7 @@ def find_photographs(images: str) -> tuple[Folder, Listing]:
     if is_file:
         root, listing = _single(images)
     elif is_there:
-        root, listing = whole, list_images(images, FOLDER, "")
+        root, listing = whole, list_images(images, FOLDER, split="")
     elif wild := _WILD.search(images):
         parent, pattern = _parent(images[: wild.start()])
         root, listing = _matching(images, parent, pattern + images[wild.start() :])
@@ -60,7 +60,7 @@ def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
     root = Folder(folder)
     if not root.exists() or root.is_file():
         raise DataError(f"--images {images}: there is no folder {folder}")
-    listing, meant = list_images(folder, FOLDER, ""), re.compile(glob_translate(pattern))
+    listing, meant = list_images(folder, FOLDER, split=""), re.compile(glob_translate(pattern))
     found = tuple(image for image in listing.images if meant.match(image.image_id))
     if not found:
         raise DataError(f"no photograph matches --images {images}; {len(listing.images)} lie in {root.uri}")

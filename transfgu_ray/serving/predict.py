@@ -51,7 +51,7 @@ class Predictor(UnitWorker):
     """One unit of photographs -> their masks and overlays."""
 
     def __init__(
-        self, model_uri: str, out_uri: str, stems: dict[str, str], wanted: Wanted, device: str, threads: int
+        self, model_uri: str, out_uri: str, *, stems: dict[str, str], wanted: Wanted, device: str, threads: int
     ) -> None:
         super().__init__(device, threads)
         self._model = load_model(Folder(model_uri), device)
@@ -64,13 +64,13 @@ class Predictor(UnitWorker):
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Writes what is wanted of each photograph; returns counts, refusals and COCO's segments as JSON."""
         stats, segmented = PartStats(), []
-        for photo, image in decode_photos(photos, 1, DataConfig().max_pixels, stats):
+        for photo, image in decode_photos(photos, stats, limits=DataConfig(min_side_px=1)):
             stem, background_id = self._stems[photo.image_id], self._names.background_id
             maps = self._model.photo_maps(image, self._wanted.sliding)
             mask = self._names.apply(self._model.to_mask(maps, image))
             self._write(f"masks/{stem}.png", palette_image(mask, self._colours))
             ending = "jpg" if max(image.size) <= _JPEG_MOST_PX else "png"
-            self._write(f"overlays/{stem}.{ending}", overlay(image, mask, self._colours))
+            self._write(f"overlays/{stem}.{ending}", overlay(image, mask, colours=self._colours))
             if self._wanted.probabilities:
                 digits = len(str(self._names.num_classes - 1))
                 members = {i: self._names.members(i) for i in self._names.used}

@@ -71,7 +71,7 @@ class PhotoServer:
     who else asks at that moment.
     """
 
-    def __init__(self, model_uri: str, name: str, limits: Limits, device: str, threads: int) -> None:
+    def __init__(self, model_uri: str, name: str, *, limits: Limits, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
@@ -164,7 +164,7 @@ def _keep_to_loopback() -> None:
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
 
-def start(model: Folder, name: str, host: str, port: int, limits: Limits, resources: Resources) -> str:
+def start(model: Folder, name: str, *, host: str, port: int, limits: Limits, resources: Resources) -> str:
     """Serves a model for as long as this process is connected to its local Ray; gives the URL of the page.
 
     Args:
@@ -195,7 +195,7 @@ def start(model: Folder, name: str, host: str, port: int, limits: Limits, resour
         ray_actor_options={"num_cpus": WORKER_CPUS, "num_gpus": resources.gpus_per_worker},
         logging_config=quiet,
     )
-    application = deployment.bind(model.uri, name, limits, resources.device, resources.threads)
+    application = deployment.bind(model.uri, name, limits=limits, device=resources.device, threads=resources.threads)
     serve.run(application, name=_NAME, route_prefix="/")
     return f"http://{host}:{port}"
 

@@ -20,6 +20,7 @@ _STAGES = (*SHARED, "train", "evaluate")
 def ablate(
     folder: Folder,
     config: RunConfig,
+    *,
     variants: Sequence[str],
     seeds: Sequence[int],
     resnet: str,

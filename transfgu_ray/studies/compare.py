@@ -78,7 +78,7 @@ class VersionProber(UnitWorker):
         """Returns score, components, seconds and what became of the photographs, as JSON."""
         config, stats = self._configs[unit], PartStats()
         limits, table = config.data, config.label_table if self._has_labels else None
-        decoded = decode_labelled(photos, limits.min_side_px, limits.max_pixels, table, stats)
+        decoded = decode_labelled(photos, stats, limits=limits, table=table)
         images = [frame(image, None, config)[0] for _, image, _ in decoded]
         found = self._measure(self._uris[unit], images, config.evaluate.batch_size) if images else {}
         return json.dumps({"stats": vars(stats), **found}).encode()
@@ -164,11 +164,13 @@ def compare(
         for entry in entries:
             for file, _ in entry.version.model.files():
                 entry.model.copy_from(entry.version.model, file)
-        probes, stats = _probe(entries, probed, has_labels, resources, progress)
+        probes, stats = _probe(entries, probed, has_labels=has_labels, resources=resources, progress=progress)
         refused = {refusal["image_id"] for refusal in stats.refused}
         shown = _choose([image for image in probed if image.image_id not in refused], _NUM_SHOWN)
-        counts, scored_stats = _count(entries, listing, shown, has_labels, resources, progress)
-    comparison = _content(registry, entries, probes, counts)
+        counts, scored_stats = _count(
+            entries, listing, shown=shown, has_labels=has_labels, resources=resources, progress=progress
+        )
+    comparison = _content(registry, entries, probes=probes, counts=counts)
     comparison |= {
         "num_images": scored_stats.images if counts else 0,
         "num_probed": stats.images,
@@ -181,7 +183,7 @@ def compare(
         if moves:
             registry.promote(comparison["best"])
         comparison["promotion"] = {"moved": moves, "sentence": sentence}
-    _write(registry, entries, comparison, out)
+    _write(registry, entries, comparison=comparison, out=out)
     return comparison
 
 
@@ -191,7 +193,7 @@ def _choose(images: Sequence[ImageRef], count: int) -> list[ImageRef]:
 
 
 def _probe(
-    entries: Sequence[Entry], probed: list[ImageRef], has_labels: bool, resources: Resources, progress: Progress
+    entries: Sequence[Entry], probed: list[ImageRef], *, has_labels: bool, resources: Resources, progress: Progress
 ) -> tuple[list[dict[str, Any]], PartStats]:
     """Label-free score and speed of each version, and what became of the photographs.
 
@@ -216,6 +218,7 @@ def _probe(
 def _count(
     entries: Sequence[Entry],
     listing: Listing,
+    *,
     shown: list[ImageRef],
     has_labels: bool,
     resources: Resources,
@@ -248,7 +251,7 @@ def _count(
 
 
 def _content(
-    registry: Registry, entries: Sequence[Entry], probes: Sequence[dict[str, Any]], counts: dict[int, csr_array]
+    registry: Registry, entries: Sequence[Entry], *, probes: Sequence[dict[str, Any]], counts: dict[int, csr_array]
 ) -> dict[str, Any]:
     config, champion = entries[0].config, registry.champion
     reference = entries[0].number if champion is None else champion
@@ -285,7 +288,7 @@ def _content(
     }
 
 
-def _write(registry: Registry, entries: Sequence[Entry], comparison: dict[str, Any], out: Folder) -> None:
+def _write(registry: Registry, entries: Sequence[Entry], *, comparison: dict[str, Any], out: Folder) -> None:
     """Writes the results and logs them; then the work is no longer needed."""
     folders = {entry.number: entry.folder for entry in entries}
     models = {entry.number: load_model_config(entry.model) for entry in entries}

@@ -79,6 +79,7 @@ class OptunaSearch(Searcher):
         self,
         space: Space,
         seed: int,
+        *,
         metric: str,
         known: Sequence[tuple[Mapping[str, Any], float]],
         taken: Sequence[Mapping[str, Any]],

@@ -145,13 +145,13 @@ class Trials:
             "error": note["error"] if note["status"] == "failed" else None,
         }
 
-    def for_search(self, objective: str) -> tuple[list[tuple[dict[str, Any], float]], list[Any], list[Any]]:
-        """Points with their results, points that were stopped, and points to go on with."""
+    def for_search(self, objective: str) -> dict[str, list[Any]]:
+        """Return what `OptunaSearch` is told: `known` points, `taken` ones, and those to go on with `first`."""
         trials = self.describe()
         known = [(trial["point"], trial[objective]) for trial in trials if trial["status"] == "finished"]
         taken = [trial["point"] for trial in trials if trial["status"] == "stopped"]
         first = [note["point"] for name, note in self._notes.items() if name not in self.ended]
-        return known, taken, first
+        return {"known": known, "taken": taken, "first": first}
 
 
 def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:

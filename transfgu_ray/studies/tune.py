@@ -211,7 +211,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
     }
     epochs = sum(base.train.round_epochs)
     if points is None:
-        search = OptunaSearch(plan.space, base.seed, plan.objective, *trials.for_search(plan.objective))
+        search = OptunaSearch(plan.space, base.seed, metric=plan.objective, **trials.for_search(plan.objective))
         space, num_samples = {}, num_trials
     else:
         search, num_samples = None, 1

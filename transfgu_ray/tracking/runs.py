@@ -44,10 +44,10 @@ def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Trac
     """
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
     with answering(tracking_uri(run, config)):
-        return open_run(run, config, identity, {} if parent is None else {PARENT: parent.run_id})
+        return open_run(run, config, identity=identity, tags={} if parent is None else {PARENT: parent.run_id})
 
 
-def open_run(folder: Folder, config: RunConfig, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
+def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
     """The MLflow run of a folder: the one it had, or a new one when what it is made of changed.
 
     Args:

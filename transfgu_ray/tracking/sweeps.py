@@ -20,7 +20,7 @@ def begin_sweep(folder: Folder, config: RunConfig, identity: dict[str, Any]) -> 
         config: that the trials change; says where they are tracked.
         identity: what is varied and how; its parameters.
     """
-    return open_run(folder, config, identity, {"kind": "sweep"})
+    return open_run(folder, config, identity=identity, tags={"kind": "sweep"})
 
 
 def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:

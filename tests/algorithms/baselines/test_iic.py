@@ -8,6 +8,7 @@ from tests.builders import make_two_views, matched_share
 from transfgu_ray.algorithms.baselines import iic
 from transfgu_ray.algorithms.baselines.iic import fit_iic, mutual_information
 from transfgu_ray.algorithms.baselines.patch_kmeans import fit_centroids, linear_maps
+from transfgu_ray.algorithms.concepts.kmeans import KMeans
 from transfgu_ray.errors import DataError
 
 
@@ -48,7 +49,7 @@ def test_fit_iic__finds_what_two_views_share(monkeypatch):
     maps = linear_maps(torch.from_numpy(tokens)[None], torch.from_numpy(head), (10, 12))
     assert matched_share(maps[0].flatten(1).argmax(0).numpy(), truth) > 0.9
     # The largest variation of the features is what the views do not share.
-    centroids = fit_centroids(tokens, 3, 0, 20, 2, use_gpu=False, name="patch_tokens")
+    centroids = fit_centroids(tokens, 3, how=KMeans(seed=0, num_iterations=20, num_redos=2), name="patch_tokens")
     nearest = ((tokens[:, None] - centroids) ** 2).sum(2).argmin(1)
     assert matched_share(nearest, truth) < 0.7
 

@@ -4,10 +4,11 @@ import torch
 
 from tests.builders import random_images, tiny_encoder
 from transfgu_ray.algorithms.baselines.mask_contrast import fit_masks, mask_features, mask_maps, read_mask_features
+from transfgu_ray.algorithms.concepts.kmeans import KMeans
 from transfgu_ray.algorithms.encoder.vit import above_mean
 from transfgu_ray.errors import DataError
 
-LLOYD = {"seed": 0, "num_iterations": 10, "num_redos": 2, "use_gpu": False}
+LLOYD = KMeans(seed=0, num_iterations=10, num_redos=2)
 # Two images of three patches: one of the first and two of the second are foreground.
 TOKENS = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [0.0, 4.0]], [[1.0, 5.0], [5.0, 1.0], [0.0, 7.0]]])
 FOREGROUND = torch.tensor([[True, False, False], [True, True, False]])
@@ -27,7 +28,7 @@ def test_mask_features__a_mask_without_patches_is_of_no_patch():
 
 def test_fit_masks__and_maps_by_hand():
     points, photos = np.array(FEATURES, dtype=np.float32).reshape(6, 3), np.repeat([0, 1], 3)
-    centroids, masks = fit_masks(points, photos, num_foreground=2, num_background=1, **LLOYD)
+    centroids, masks = fit_masks(points, photos, num_foreground=2, num_background=1, how=LLOYD)
     assert masks == (2, 2)
     # Each mask counts once, however many patches it has; the background is that of both.
     assert sorted(map(tuple, centroids[:2].tolist())) == [(1, pytest.approx(HALF), pytest.approx(HALF)), (1, 1, 0)]
@@ -46,9 +47,9 @@ def test_fit_masks__one_embedding_a_photograph_whatever_is_drawn_of_it():
     rng = np.random.default_rng(0)
     masks = np.insert(rng.normal(size=(12, 4)), 0, np.tile([1, 0], 6), axis=1).astype(np.float32)
     photos = np.repeat(np.arange(6), 2)
-    want = fit_masks(masks, photos, 3, 2, **LLOYD)
+    want = fit_masks(masks, photos, num_foreground=3, num_background=2, how=LLOYD)
     often = np.repeat(np.arange(12), rng.integers(1, 9, 12))
-    got = fit_masks(masks[often], photos[often], 3, 2, **LLOYD)
+    got = fit_masks(masks[often], photos[often], num_foreground=3, num_background=2, how=LLOYD)
     assert want[1] == got[1] == (6, 6)
     assert np.array_equal(want[0], got[0])
 
@@ -59,14 +60,16 @@ def test_fit_masks__one_embedding_a_photograph_whatever_is_drawn_of_it():
 def test_fit_masks__refuses_fewer_masks_than_clusters(groups, message):
     points, photos = np.array(FEATURES, dtype=np.float32).reshape(6, 3), np.repeat([0, 1], 3)
     with pytest.raises(DataError, match=f"baseline mask_contrast cannot make {message}"):
-        fit_masks(points, photos, *groups, **LLOYD)
+        fit_masks(points, photos, num_foreground=groups[0], num_background=groups[1], how=LLOYD)
 
 
 @pytest.mark.parametrize("prior", ["attention", "patch_contrast"])
 def test_read_mask_features__pools_where_the_prior_is_above_its_mean(prior):
     encoder, images = tiny_encoder(), random_images(2, 32, 32)
     tokens = encoder.prefix(images)
-    foreground = above_mean(encoder.saliency(tokens, encoder.class_row(tokens, (4, 4)), (4, 4), prior)).flatten(1)
+    foreground = above_mean(
+        encoder.saliency(tokens, encoder.class_row(tokens, (4, 4)), grid_hw=(4, 4), prior=prior)
+    ).flatten(1)
     got = read_mask_features(encoder, images, prior)
     assert got.shape == (2, 16, 25)
     assert torch.equal(got[..., 0] == 1, foreground)

@@ -10,13 +10,14 @@ from transfgu_ray.algorithms.baselines.patch_kmeans import (
     fit_centroids,
     patch_colours,
 )
+from transfgu_ray.algorithms.concepts.kmeans import KMeans
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_untrained, random_vit
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.errors import DataError
 
 
 def _fit(points, num_clusters):
-    return fit_centroids(points, num_clusters, 0, 20, 2, use_gpu=False, name="raw_colour")
+    return fit_centroids(points, num_clusters, how=KMeans(seed=0, num_iterations=20, num_redos=2), name="raw_colour")
 
 
 def test_patch_colours__mean_of_each_patch_row_by_row():
@@ -32,18 +33,18 @@ def test_patch_colours__mean_of_each_patch_row_by_row():
 
 def test_draw__a_subset_fixed_by_seed_and_photograph():
     assert draw_photos(5, 9, seed=0).tolist() == draw_patches(5, 9, seed=0, photo=3).tolist() == [0, 1, 2, 3, 4]
-    for draw in (lambda seed: draw_photos(1000, 20, seed), lambda seed: draw_patches(1000, 20, seed, photo=3)):
+    for draw in (lambda seed: draw_photos(1000, 20, seed), lambda seed: draw_patches(1000, 20, seed=seed, photo=3)):
         drawn = draw(1)
         assert len(np.unique(drawn)) == 20
         assert (np.diff(drawn) > 0).all()
         assert np.array_equal(drawn, draw(1))
         assert not np.array_equal(drawn, draw(2))
-    assert not np.array_equal(draw_patches(1000, 20, 1, photo=3), draw_patches(1000, 20, 1, photo=4))
+    assert not np.array_equal(draw_patches(1000, 20, seed=1, photo=3), draw_patches(1000, 20, seed=1, photo=4))
 
 
 def test_load_untrained__same_architecture_with_weights_from_the_seed():
     trained = tiny_encoder()
-    data = dump_encoder(trained.vit, TINY_VIT, TINY_OVERRIDES)
+    data = dump_encoder(trained.vit, TINY_VIT, overrides=TINY_OVERRIDES)
     twin = load_untrained(data, "tiny", seed=3)
     wanted = random_vit(TINY_VIT, TINY_OVERRIDES, seed=3).state_dict()
     assert twin.vit.state_dict().keys() == trained.vit.state_dict().keys()

@@ -1,16 +1,14 @@
 import numpy as np
 import pytest
 
-from transfgu_ray.algorithms.concepts.kmeans import fit_concepts, nearest
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts, nearest
 from transfgu_ray.errors import DataError
 
 
 def _fit(points, num_concepts, **changes):
-    settings = {
-        "seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1, "max_points": None,
-        "use_gpu": False, "group": "foreground",
-    }  # fmt: skip
-    return fit_concepts(points.astype(np.float32), num_concepts, **(settings | changes))
+    group = changes.pop("group", "foreground")
+    how = KMeans(**{"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1} | changes)
+    return fit_concepts(points.astype(np.float32), num_concepts, how=how, group=group)
 
 
 def _blobs(num=(30, 50, 20), radius=0.1, seed=0):

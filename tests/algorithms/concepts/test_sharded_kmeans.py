@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
-from transfgu_ray.algorithms.concepts.kmeans import draw_rows, fit_concepts, nearest, train
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, draw_rows, fit_concepts, nearest, train
 from transfgu_ray.errors import DataError
 
 
@@ -21,16 +21,17 @@ class InMemory(lloyd.ShardedPoints):
         for first in range(self._cuts[shard], self._cuts[shard + 1], lloyd.BLOCK_ROWS):
             yield self._points[first : min(first + lloyd.BLOCK_ROWS, self._cuts[shard + 1])]
 
-    def train_on(self, rows, num_concepts, seed, num_iterations, num_redos, start):
-        sample = self._points[rows].astype(np.float32)
-        return train(sample, num_concepts, seed, num_iterations, num_redos, False, start)
+    def train_on(self, rows, num_concepts, *, how, start):
+        return train(self._points[rows].astype(np.float32), num_concepts, how=how, start=start)
 
     def sum_nearest(self, centroids):
         return [lloyd.sum_nearest(self._blocks(i), centroids, False) for i in range(len(self._cuts) - 1)]
 
     def farthest(self, centroids, concept, most):
         return [
-            lloyd.farthest(self._blocks(i), self._cuts[i], centroids, concept, most, False)
+            lloyd.farthest(
+                self._blocks(i), self._cuts[i], centroids=centroids, concept=concept, most=most, use_gpu=False
+            )
             for i in range(len(self._cuts) - 1)
         ]
 
@@ -41,11 +42,11 @@ def blocks_of_64(monkeypatch):
 
 
 def _fit(points, num_concepts, num_shards=1, **changes):
-    settings = {
-        "seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1, "init_points": 100, "max_points": None,
-        "group": "foreground",
-    }  # fmt: skip
-    return lloyd.fit_sharded_concepts(InMemory(points, num_shards), num_concepts, **(settings | changes))
+    init_points = changes.pop("init_points", 100)
+    how = KMeans(**{"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1} | changes)
+    return lloyd.fit_sharded_concepts(
+        InMemory(points, num_shards), num_concepts, how=how, init_points=init_points, group="foreground"
+    )
 
 
 def _cloud(num_points=1000, dim=6, seed=0):
@@ -101,12 +102,12 @@ def test_iterate__a_concept_without_points_stays_where_it_is():
 
 def test_farthest__equal_to_a_sort_and_ties_go_by_row(blocks_of_64):
     points = np.repeat(_cloud(200), 2, axis=0)
-    centroids = train(points.astype(np.float32), 4, 0, 5, 1, False, None)
+    centroids = train(points.astype(np.float32), 4, how=KMeans(seed=0, num_iterations=5), start=None)
     distance, assigned = nearest(points.astype(np.float32), centroids)
     own = np.flatnonzero(assigned == 2)
     expected = own[np.argsort(-distance[own], kind="stable")][:7]
     blocks = [points[i : i + 64] for i in range(0, 400, 64)]
-    got = lloyd.farthest(blocks, 1000, centroids, 2, 7, False)
+    got = lloyd.farthest(blocks, 1000, centroids=centroids, concept=2, most=7, use_gpu=False)
     assert got.row.tolist() == (1000 + expected).tolist()
     assert np.array_equal(got.points, points[expected])
     assert np.array_equal(got.points[0], got.points[1])
@@ -126,7 +127,7 @@ def test_draw_rows__exact_ascending_and_by_the_seed():
 def test_fit_sharded_concepts__equal_to_plain_lloyd_from_the_drawn_start(blocks_of_64):
     points = _cloud()
     sample = points[draw_rows(1000, 100, seed=0)].astype(np.float32)
-    start = train(sample, 5, seed=0, num_iterations=8, num_redos=2, use_gpu=False, start=None)
+    start = train(sample, 5, how=KMeans(seed=0, num_iterations=8, num_redos=2), start=None)
     got = _fit(points, 5, num_shards=3, num_iterations=8)
     expected, _ = _plain_lloyd(points, start, 8)
     np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
@@ -169,8 +170,8 @@ def test_fit_sharded_concepts__same_bits_for_any_number_of_shards(blocks_of_64):
 def test_fit_sharded_concepts__a_cap_is_the_same_as_in_memory(blocks_of_64):
     points = _cloud()
     got = _fit(points, 6, num_shards=2, max_points=80, min_crops=100)
-    settings = {"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 100, "max_points": 80}
-    expected = fit_concepts(points.astype(np.float32), 6, use_gpu=False, group="foreground", **settings)
+    how = KMeans(seed=0, num_iterations=20, num_redos=2, min_crops=100, max_points=80)
+    expected = fit_concepts(points.astype(np.float32), 6, how=how, group="foreground")
     assert got.centroids.tobytes() == expected.centroids.tobytes()
     assert got.num_crops.tolist() == expected.num_crops.tolist()
     assert (got.points_used, got.points_total) == (expected.points_used, expected.points_total) == (80, 1000)
@@ -208,9 +209,9 @@ def test_fit_sharded_concepts__starved_concepts_go_where_the_largest_serves_wors
             return super().farthest(centroids, concept, most)
 
     points = _cloud(300, dim=4)
-    settings = {"seed": 0, "num_iterations": 20, "num_redos": 2, "init_points": 100, "max_points": None}
+    how = KMeans(seed=0, num_iterations=20, num_redos=2, min_crops=50)
     with pytest.raises(DataError, match=r"of 6 foreground concepts have fewer than concepts\.min_crops=50"):
-        lloyd.fit_sharded_concepts(Recording(points, 3), 6, min_crops=50, group="foreground", **settings)
+        lloyd.fit_sharded_concepts(Recording(points, 3), 6, how=how, init_points=100, group="foreground")
     turns = [i for i, entry in enumerate(seen) if isinstance(entry, tuple)]
     assert len(turns) == 5
     for turn in turns:
@@ -247,8 +248,8 @@ def test_fit_sharded_concepts__refuses_points_that_are_no_numbers(bad, blocks_of
 def test_fit_sharded_concepts__refuses_sums_that_int64_cannot_hold():
     shards = InMemory(_cloud(200))
     shards.largest_value = 2.0**39 / 200
-    settings = {"seed": 0, "num_iterations": 1, "num_redos": 1, "min_crops": 1, "init_points": 100, "max_points": None}
+    settings = {"how": KMeans(seed=0, num_iterations=1, min_crops=1), "init_points": 100, "group": "foreground"}
     with pytest.raises(DataError, match=r"reach 2748779069 *, and sums of 200 of them are exact only below 2748779069"):
-        lloyd.fit_sharded_concepts(shards, 3, group="foreground", **settings)
+        lloyd.fit_sharded_concepts(shards, 3, **settings)
     shards.largest_value *= 0.99
-    assert lloyd.fit_sharded_concepts(shards, 3, group="foreground", **settings).num_passes == 2
+    assert lloyd.fit_sharded_concepts(shards, 3, **settings).num_passes == 2

@@ -73,7 +73,7 @@ def test_foreground_fracs__equal_to_counting_pixels():
 def test_classify_windows__bounds_of_the_paper(region_mode, want):
     # "More than 50 %" leaves 0.5 out; "at least 80 %" takes 0.2 in.
     fracs = np.array([0.0, 0.2, 0.21, 0.5, 0.51, 1.0])
-    assert classify_windows(fracs, region_mode, 0.5, 0.8) == want
+    assert classify_windows(fracs, region_mode, foreground_min_frac=0.5, background_min_frac=0.8) == want
 
 
 def test_to_original__scales_each_axis():

@@ -62,12 +62,14 @@ STEPS = 10
 def network(masked: bool = True, seed: int = 0, name: str = TINY_VIT) -> DinoNetwork:
     vit = shake(random_vit(name, TINY_OVERRIDES | {"img_size": 32}, seed), seed)
     torch.manual_seed(seed)
-    return DinoNetwork(vit, DinoHead(24, 12, 8, 16), masked, MEAN, STD)
+    return DinoNetwork(vit, DinoHead(24, 12, bottleneck_dim=8, num_prototypes=16), masked=masked, mean=MEAN, std=STD)
 
 
 def dino(seed: int = 0, rank: int = 0, wrap=lambda module: module, **changes) -> Dino:
     recipe = replace(RECIPE, **changes)
-    return Dino(network(recipe.masked_weight > 0), recipe, CROPS, STEPS, seed, rank, wrap)
+    return Dino(
+        network(recipe.masked_weight > 0), recipe, crops=CROPS, total_steps=STEPS, seed=seed, rank=rank, wrap=wrap
+    )
 
 
 def images(seed: int = 0, num: int = 4) -> torch.Tensor:
@@ -124,7 +126,7 @@ def test_schedules__by_hand():
 
 
 def test_head__cosines_with_prototypes():
-    head = DinoHead(24, 12, 8, 16)
+    head = DinoHead(24, 12, bottleneck_dim=8, num_prototypes=16)
     tokens = torch.randn(5, 24)
     projected = head.mlp(tokens)
     for i in range(5):
@@ -138,7 +140,7 @@ def test_tokens__are_the_encoders(name):
     net, photos = network(name=name), images(num=2)[:, :, :32, :32]
     with torch.no_grad():
         tokens = net.tokens(photos.float() / 255)
-    encoder = Encoder(copy.deepcopy(net.vit), MEAN, STD)
+    encoder = Encoder(copy.deepcopy(net.vit), MEAN, std=STD)
     torch.testing.assert_close(tokens[:, 0], encoder.cls_tokens(photos), atol=1e-5, rtol=1e-4)
     patches = tokens[:, encoder.num_prefix_tokens :]
     torch.testing.assert_close(patches, encoder.patch_tokens(photos), atol=1e-5, rtol=1e-4)
@@ -147,7 +149,7 @@ def test_tokens__are_the_encoders(name):
 def test_class_tokens__are_the_teachers_at_the_size_of_a_global_view():
     trained, photos = dino(), images(num=2)[:, :, :32, :32]
     trained.step(images(), 0)
-    encoder = Encoder(copy.deepcopy(trained.teacher.vit), MEAN, STD)
+    encoder = Encoder(copy.deepcopy(trained.teacher.vit), MEAN, std=STD)
     torch.testing.assert_close(trained.class_tokens(photos), encoder.cls_tokens(photos), atol=1e-5, rtol=1e-4)
     assert trained.class_tokens(images(num=2)).shape == (2, 24)
 
@@ -210,7 +212,7 @@ def test_step__what_it_returns():
 
 def test_step__no_local_views_and_never_no_masked_image():
     crops = replace(CROPS, num_local=0)
-    trained = Dino(network(), replace(RECIPE, mask_prob=0.0), crops, STEPS, 0)
+    trained = Dino(network(), replace(RECIPE, mask_prob=0.0), crops=crops, total_steps=STEPS, seed=0)
     terms = trained.step(images(), 0)
     assert terms["patch_loss"] > 0
     assert trained.student.mask_token.grad is not None, "data-parallel workers wait for every gradient"

@@ -76,7 +76,7 @@ def test_multi_crop__an_image_does_not_see_its_neighbours():
 
 def test_multi_crop__box_is_cut_and_resized(monkeypatch):
     # Half of a 64 px image, from (8, 16), to 16 px: each output pixel is the mean of four, exactly.
-    monkeypatch.setattr(multicrop, "random_boxes", lambda count, *_: np.tile([8.0, 16.0, 40.0, 48.0], (count, 1)))
+    monkeypatch.setattr(multicrop, "random_boxes", lambda count, *_, **__: np.tile([8.0, 16.0, 40.0, 48.0], (count, 1)))
     images = random_images(8, 64, 64)
     views = multi_crop(images, replace(PLAIN, num_local=0), np.random.default_rng(3))
     cut = avg_pool2d(images[:, :, 16:48, 8:40].float() / 255, 2)
@@ -92,7 +92,7 @@ def same_but_turned(view: torch.Tensor, want: torch.Tensor) -> bool:
 
 
 def test_random_boxes__lie_inside_and_have_the_asked_area_and_ratio():
-    boxes = random_boxes(4000, 50, 50, (0.1, 0.5), np.random.default_rng(0))
+    boxes = random_boxes(4000, 50, width=50, scale=(0.1, 0.5), rng=np.random.default_rng(0))
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0
     assert boxes.max() <= 50
@@ -104,7 +104,7 @@ def test_random_boxes__lie_inside_and_have_the_asked_area_and_ratio():
 
 
 def test_random_boxes__longer_than_a_side_is_cut_to_it():
-    boxes = random_boxes(100, 30, 60, (1.0, 1.0), np.random.default_rng(0))
+    boxes = random_boxes(100, 30, width=60, scale=(1.0, 1.0), rng=np.random.default_rng(0))
     np.testing.assert_array_equal(boxes[:, [1, 3]], np.tile([0, 30], (100, 1)))
     assert (boxes[:, 2] <= 60).all()
 
@@ -154,7 +154,7 @@ def test_blur__equals_torchvisions_kernel():
 
 
 def test_multi_crop__solarises_the_second_view_alone(monkeypatch):
-    monkeypatch.setattr(multicrop, "random_boxes", lambda count, *_: np.tile([0.0, 0.0, 32.0, 32.0], (count, 1)))
+    monkeypatch.setattr(multicrop, "random_boxes", lambda count, *_, **__: np.tile([0.0, 0.0, 32.0, 32.0], (count, 1)))
     images = random_images(3, 32, 32)
     first, second = multi_crop(images, replace(PLAIN, num_local=0, solarise_prob=1.0), np.random.default_rng(0))
     whole = avg_pool2d(images.float() / 255, 2)

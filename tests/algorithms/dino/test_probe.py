@@ -13,15 +13,21 @@ def test_knn_accuracy__by_hand():
     labels = torch.tensor([0, 0, 1])
     queries = torch.tensor([[3.0, 0.1], [0.1, 1.0], [0.0, 1.0]])
     truth = torch.tensor([0, 1, 0])
-    assert knn_accuracy(bank, labels, queries, truth, num_neighbours=1) == pytest.approx(2 / 3)
+    assert knn_accuracy(bank, labels, queries=queries, query_labels=truth, num_neighbours=1) == pytest.approx(2 / 3)
 
 
 def test_knn_accuracy__near_votes_weigh_more():
     # One neighbour at cosine 1 against two at cosine 0.6: exp(1 / t) against 2 exp(0.6 / t).
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
-    assert knn_accuracy(bank, labels, query, torch.tensor([0]), 3, temperature=0.07) == 1
-    assert knn_accuracy(bank, labels, query, torch.tensor([1]), 3, temperature=2.0) == 1
+    assert (
+        knn_accuracy(bank, labels, queries=query, query_labels=torch.tensor([0]), num_neighbours=3, temperature=0.07)
+        == 1
+    )
+    assert (
+        knn_accuracy(bank, labels, queries=query, query_labels=torch.tensor([1]), num_neighbours=3, temperature=2.0)
+        == 1
+    )
 
 
 def test_knn_accuracy__equals_a_loop_over_more_than_a_block():
@@ -35,11 +41,16 @@ def test_knn_accuracy__equals_a_loop_over_more_than_a_block():
         for row in cosines.argsort(descending=True)[:7]:
             votes[int(labels[row])] += math.exp(float(cosines[row]) / 0.1)
         hits += votes.index(max(votes)) == int(label)
-    assert knn_accuracy(bank, labels, queries, truth, 7, 0.1) == hits / 1100
+    assert (
+        knn_accuracy(bank, labels, queries=queries, query_labels=truth, num_neighbours=7, temperature=0.1)
+        == hits / 1100
+    )
 
 
 def test_knn_accuracy__bank_smaller_than_the_vote():
-    assert knn_accuracy(torch.eye(2), torch.tensor([0, 5]), torch.eye(2), torch.tensor([0, 5])) == 1
+    assert (
+        knn_accuracy(torch.eye(2), torch.tensor([0, 5]), queries=torch.eye(2), query_labels=torch.tensor([0, 5])) == 1
+    )
 
 
 def test_rank_me__of_known_spectra():
@@ -72,6 +83,6 @@ MOST = math.log(512)
     ],
 )
 def test_collapse_alarms__each_kind(teacher: float, usage: float, rank: float | None, words: list[str]):
-    alarms = collapse_alarms(teacher, usage, 512, rank)
+    alarms = collapse_alarms(teacher, usage, num_prototypes=512, rank=rank)
     assert len(alarms) == len(words)
     assert all(alarm.startswith(word) for alarm, word in zip(alarms, words, strict=True))

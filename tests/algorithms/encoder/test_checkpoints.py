@@ -32,7 +32,7 @@ def _saved(content, tmp_path):
 
 
 def _load(data):
-    return load_vit(data, "weights.pth", TINY_VIT, TINY_OVERRIDES)
+    return load_vit(data, "weights.pth", name=TINY_VIT, overrides=TINY_OVERRIDES)
 
 
 def _equal(one, other):
@@ -80,19 +80,19 @@ def test_load_vit__any_safetensors(vit):
 
 
 def test_load_vit__own_safetensors_bring_their_architecture(vit):
-    data = dump_encoder(vit, TINY_VIT, TINY_OVERRIDES)
-    assert _equal(vit, load_vit(data, "e.safetensors", "vit_small_patch8_224.dino", {}))
+    data = dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES)
+    assert _equal(vit, load_vit(data, "e.safetensors", name="vit_small_patch8_224.dino", overrides={}))
 
 
 def test_dump_encoder__metadata_says_how_to_rebuild_it(vit):
-    state, metadata = read_safetensors(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES), "e")
+    state, metadata = read_safetensors(dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES), "e")
     assert metadata["name"] == TINY_VIT
     assert json.loads(metadata["overrides"]) == TINY_OVERRIDES
     assert metadata["weights_sha256"] == hash_weights(vit.state_dict()) == hash_weights(state)
 
 
 def test_load_encoder__same_tokens_as_the_model_that_was_dumped(vit):
-    encoder = load_encoder(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES), "e", precision="bfloat16")
+    encoder = load_encoder(dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES), "e", precision="bfloat16")
     assert _equal(vit, encoder.vit)
     assert encoder.precision == "bfloat16"
     assert encoder.mean.flatten().tolist() == [0.5] * 3
@@ -198,18 +198,20 @@ def test_load_encoder__refuses_safetensors_of_others(vit):
 
 
 def test_dump_encoder__half_precision_and_facts(vit):
-    data = dump_encoder(vit, TINY_VIT, TINY_OVERRIDES, torch.float16, {"recipe": "{}", "name": "another"})
+    data = dump_encoder(
+        vit, TINY_VIT, overrides=TINY_OVERRIDES, dtype=torch.float16, facts={"recipe": "{}", "name": "another"}
+    )
     state, metadata = read_safetensors(data, "mine")
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert (metadata["recipe"], metadata["name"]) == ("{}", TINY_VIT)
     assert metadata["weights_sha256"] == hash_weights(state)
     loaded = load_encoder(data, "mine").vit.state_dict()
     assert all(torch.equal(value, vit.state_dict()[name].half().float()) for name, value in loaded.items())
-    assert len(data) < 0.6 * len(dump_encoder(vit, TINY_VIT, TINY_OVERRIDES))
+    assert len(data) < 0.6 * len(dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES))
 
 
 def test_with_interpolation__is_kept_beside_the_weights(vit):
-    plain = dump_encoder(vit, TINY_VIT, TINY_OVERRIDES, facts={"recipe": "{}"})
+    plain = dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES, facts={"recipe": "{}"})
     assert load_encoder(plain, "e").pos_embed_interpolation == "timm"
     assert with_interpolation(plain, "e", "timm") == plain
     data = with_interpolation(plain, "e", "dino")
@@ -223,7 +225,7 @@ def test_with_interpolation__is_kept_beside_the_weights(vit):
 
 def test_dump_encoder__the_same_model_gives_the_same_bytes():
     vit = random_vit(TINY_VIT, TINY_OVERRIDES, 0)
-    dumps = {dump_encoder(vit, TINY_VIT, TINY_OVERRIDES) for _ in range(5)}
+    dumps = {dump_encoder(vit, TINY_VIT, overrides=TINY_OVERRIDES) for _ in range(5)}
     assert len(dumps) == 1
     changed = {with_interpolation(*dumps, "here", "dino") for _ in range(5)}
     assert len(changed) == 1

@@ -115,7 +115,7 @@ def _saved(content):
 
 
 def _load(data, name, **overrides):
-    return load_vit(data, "published.pth", name, SMALL | overrides)
+    return load_vit(data, "published.pth", name=name, overrides=SMALL | overrides)
 
 
 def _assert_same_tokens(loaded, source):
@@ -141,7 +141,7 @@ def test_load_vit__timms_own_names_and_ours(layout):
     # As on timm's hub; a classifier may lie beside.
     state = source.state_dict() | {"head.weight": _noise(10, 48), "head.bias": _noise(10)}
     _assert_same_tokens(_load(safetensors.torch.save(state), name), source)
-    ours = dump_encoder(source, name, SMALL)
+    ours = dump_encoder(source, name, overrides=SMALL)
     _assert_same_tokens(load_encoder(ours, "ours").vit, source)
 
 
@@ -155,9 +155,9 @@ def test_load_vit__moco_v3_brings_its_normalisation_and_needs_its_heads():
     # timm's own weights of this name are normalised to 0.5.
     name = "vit_small_patch16_224"
     data = _saved(_moco_v3(_source(name).state_dict()))
-    assert load_encoder(dump_encoder(_load(data, name), name, SMALL), "e").mean.flatten().tolist() == pytest.approx(
-        [0.485, 0.456, 0.406]
-    )
+    assert load_encoder(
+        dump_encoder(_load(data, name), name, overrides=SMALL), "e"
+    ).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     wide = _saved(_moco_v3(_source(name, embed_dim=384, depth=1, num_heads=6).state_dict()))
     with pytest.raises(WeightsError, match=r"12 attention heads, not the 6 of .*encoder\.overrides=\{num_heads: 12\}"):
         _load(wide, name, embed_dim=384, depth=1, num_heads=6)

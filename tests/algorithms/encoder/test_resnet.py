@@ -106,7 +106,9 @@ def test_pyramid_decoder__stages_start_as_convolutions_of_their_own():
         assert 0.99 * bound < weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("decoder", [Classifier(5, 24), MaskTransformer(5, 24, 1, 3)], ids=["classifier", "segmenter"])
+@pytest.mark.parametrize(
+    "decoder", [Classifier(5, 24), MaskTransformer(5, 24, num_layers=1, num_heads=3)], ids=["classifier", "segmenter"]
+)
 def test_pyramid_decoder__pyramid_and_either_decoder_get_gradients(decoder):
     tokens = torch.randn(2, 24, 3840, generator=torch.Generator().manual_seed(3))
     pyramid = PyramidDecoder(decoder, 24)

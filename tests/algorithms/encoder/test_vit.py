@@ -15,12 +15,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _register_encoder() -> Encoder:
     overrides = {"depth": 2, "embed_dim": 48, "num_heads": 3}
-    return Encoder(shake(random_vit("vit_small_patch14_reg4_dinov2", overrides, seed=0)), MEAN, STD)
+    return Encoder(shake(random_vit("vit_small_patch14_reg4_dinov2", overrides, seed=0)), MEAN, std=STD)
 
 
 def _rope_encoder(name: str = "vit_small_patch16_dinov3", **overrides: int) -> Encoder:
     overrides = {"depth": 2, "embed_dim": 48, "num_heads": 3} | overrides
-    return Encoder(shake(random_vit(name, overrides, seed=0), scale=0.1), MEAN, STD)
+    return Encoder(shake(random_vit(name, overrides, seed=0), scale=0.1), MEAN, std=STD)
 
 
 def _swiglu_encoder() -> Encoder:
@@ -91,7 +91,7 @@ def test_cls_tokens__padding_a_batch_keeps_its_rows():
 
 def test_cls_tokens__bfloat16_stays_close_and_returns_float32():
     encoder, images = tiny_encoder(), random_images(2, 32, 32)
-    half = Encoder(encoder.vit, (0.5,) * 3, (0.5,) * 3, precision="bfloat16")
+    half = Encoder(encoder.vit, (0.5,) * 3, std=(0.5,) * 3, precision="bfloat16")
     exact, rough = encoder.cls_tokens(images), half.cls_tokens(images)
     assert rough.dtype == half.patch_tokens(images).dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(exact, rough).min() > 0.999
@@ -112,8 +112,10 @@ def test_saliency__patch_contrast_is_the_distance_from_the_mean_patch(kind):
     row = encoder.class_row(tokens, (3, 4))
     patches = encoder.patch_tokens(images)
     want = torch.stack([(p - p.mean(0)).pow(2).sum(-1).sqrt() for p in patches]).view(2, 3, 4)
-    torch.testing.assert_close(encoder.saliency(tokens, row, (3, 4), "patch_contrast"), want, rtol=1e-4, atol=1e-5)
-    attention = encoder.saliency(tokens, row, (3, 4), "attention")
+    torch.testing.assert_close(
+        encoder.saliency(tokens, row, grid_hw=(3, 4), prior="patch_contrast"), want, rtol=1e-4, atol=1e-5
+    )
+    attention = encoder.saliency(tokens, row, grid_hw=(3, 4), prior="attention")
     assert torch.equal(attention, encoder.patch_attention(row, (3, 4)))
 
 
@@ -154,7 +156,7 @@ def _plain_dino_positions(pos_embed, native, height, width, num_prefix):
 @pytest.mark.parametrize("num_prefix", [0, 1])
 def test_dino_positions__equal_the_definition(grid, num_prefix):
     pos_embed = torch.randn(1, num_prefix + 28 * 28, 6, generator=torch.Generator().manual_seed(0))
-    got = dino_positions(pos_embed, (28, 28), grid, num_prefix)
+    got = dino_positions(pos_embed, (28, 28), grid_hw=grid, num_prefix=num_prefix)
     want = _plain_dino_positions(pos_embed, 28, *grid, num_prefix)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     by_size = resample_abs_pos_embed(pos_embed, list(grid), [28, 28], num_prefix, antialias=False)
@@ -163,9 +165,9 @@ def test_dino_positions__equal_the_definition(grid, num_prefix):
 
 def test_dino_positions__stay_on_their_own_grid():
     pos_embed = torch.randn(1, 1 + 16, 6)
-    assert dino_positions(pos_embed, (4, 4), (4, 4), 1) is pos_embed
+    assert dino_positions(pos_embed, (4, 4), grid_hw=(4, 4), num_prefix=1) is pos_embed
     # As many patches in another shape are another grid.
-    assert not torch.equal(dino_positions(pos_embed, (4, 4), (2, 8), 1), pos_embed)
+    assert not torch.equal(dino_positions(pos_embed, (4, 4), grid_hw=(2, 8), num_prefix=1), pos_embed)
 
 
 @pytest.mark.parametrize(

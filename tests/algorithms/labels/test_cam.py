@@ -80,7 +80,9 @@ def test_attention_gradients__more_concepts_than_one_chunk():
 def _maps(centroids, gradient_scale=1.0, keep_mass=None):
     encoder, images = tiny_encoder(), random_images(2, 32, 24)
     row = _row(encoder, images)
-    return response_maps(encoder, row, centroids, (4, 3), gradient_scale, keep_mass)
+    return response_maps(
+        encoder, row, centroids=centroids, grid_hw=(4, 3), gradient_scale=gradient_scale, keep_mass=keep_mass
+    )
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def _scores(num_concepts=3, h=4, w=4):
 def _augment(how, seed=0, image=None, scores=None, crop_hw=(32, 32), grid_hw=(4, 4)):
     image = random_images(1, 32, 32)[0] if image is None else image
     scores = _scores() if scores is None else scores
-    return augment(image, scores, crop_hw, grid_hw, how, np.random.default_rng(seed))
+    return augment(image, scores, crop_hw=crop_hw, grid_hw=grid_hw, how=how, rng=np.random.default_rng(seed))
 
 
 def _with(**changes):
@@ -85,7 +85,7 @@ def test_random_crop_box__inside_with_area_and_ratio_as_asked():
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(300):
-        top, left, h, w = random_crop_box(100, 140, (0.4, 0.9), rng)
+        top, left, h, w = random_crop_box(100, 140, scale=(0.4, 0.9), rng=rng)
         assert 0 <= top <= 100 - h
         assert 0 <= left <= 140 - w
         assert 0.74 <= w / h <= 1.36
@@ -95,13 +95,13 @@ def test_random_crop_box__inside_with_area_and_ratio_as_asked():
 
 
 def test_random_crop_box__whole_image_when_none_fits():
-    assert random_crop_box(10, 1000, (1.0, 1.0), np.random.default_rng(0)) == (0, 0, 10, 1000)
+    assert random_crop_box(10, 1000, scale=(1.0, 1.0), rng=np.random.default_rng(0)) == (0, 0, 10, 1000)
 
 
 def test_crop_maps__by_hand():
     scores = torch.arange(16.0).view(1, 4, 4)
     # The lower right quarter of a 32 px image, patch by patch; then every 2 x 2 patches averaged.
-    quarter = crop_maps(scores, (16, 16, 32, 32), (32, 32), (2, 2))
+    quarter = crop_maps(scores, (16, 16, 32, 32), image_hw=(32, 32), grid_hw=(2, 2))
     torch.testing.assert_close(quarter, torch.tensor([[[10.0, 11.0], [14.0, 15.0]]]))
-    coarse = crop_maps(scores, (0, 0, 32, 32), (32, 32), (2, 2))
+    coarse = crop_maps(scores, (0, 0, 32, 32), image_hw=(32, 32), grid_hw=(2, 2))
     torch.testing.assert_close(coarse, torch.tensor([[[2.5, 4.5], [10.5, 12.5]]]))

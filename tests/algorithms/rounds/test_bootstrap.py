@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from transfgu_ray.algorithms.encoder.resnet import PyramidDecoder
-from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
+from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings
 from transfgu_ray.algorithms.rounds.losses import bootstrap_targets
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule
 from transfgu_ray.algorithms.rounds.segmenter import Classifier, MaskTransformer
@@ -21,7 +21,7 @@ def _bootstrap(student=None, **changes):
     settings = {
         "learning_rate": 5e-3, "weight_decay": 5e-4, "gradient_clamp": 1.0, "omega_1": 1.0, "omega_2": 0.3, "seed": 5,
     }  # fmt: skip
-    return Bootstrap(student, **(settings | changes))
+    return Bootstrap(student, BootstrapSettings(**(settings | changes)))
 
 
 def _batch(num=4, seed=0):
@@ -33,8 +33,10 @@ def _train(bootstrap, epochs):
     tokens, scores = _batch(num=6)
     for epoch in epochs:
         bootstrap.begin_epoch(epoch, rank=0)
-        for step, rows in enumerate(sample_order(0, epoch.index, 6, 1, 2, 3, 1)[0]):
-            bootstrap.step(tokens[rows], scores[rows], epoch, step)
+        for step, rows in enumerate(
+            sample_order(0, epoch.index, num_images=6, repeats=1, steps=2, per_worker=3, world_size=1)[0]
+        ):
+            bootstrap.step(tokens[rows], scores[rows], epoch=epoch, step=step)
 
 
 def _weights(module):
@@ -49,18 +51,18 @@ def _equal(one, other):
 def test_step__some_steps_on_one_batch_lower_the_loss(epoch):
     bootstrap = _bootstrap()
     bootstrap.begin_epoch(epoch, rank=0)
-    losses = [bootstrap.step(*_batch(), epoch, step)["loss"] for step in range(30)]
+    losses = [bootstrap.step(*_batch(), epoch=epoch, step=step)["loss"] for step in range(30)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_step__round_0_is_cross_entropy_on_the_bank_and_later_rounds_the_total():
     bootstrap = _bootstrap()
     bootstrap.begin_epoch(FIRST, rank=0)
-    terms = bootstrap.step(*_batch(), FIRST, 0)
+    terms = bootstrap.step(*_batch(), epoch=FIRST, step=0)
     assert terms["loss"] == terms["cross_entropy"] != terms["total"]
     later = Epoch(1, 1, True, 0.05)
     bootstrap.begin_epoch(later, rank=0)
-    terms = bootstrap.step(*_batch(), later, 0)
+    terms = bootstrap.step(*_batch(), epoch=later, step=0)
     assert terms["loss"] == terms["total"] != terms["cross_entropy"]
 
 
@@ -68,7 +70,7 @@ def _step_in_round(number, **changes):
     """Terms of a step and the student after it, in a round without or with a teacher."""
     bootstrap, epoch = _bootstrap(**changes), Epoch(number, number, number > 0, 0.05)
     bootstrap.begin_epoch(epoch, rank=0)
-    terms = bootstrap.step(*_batch(), epoch, 0)
+    terms = bootstrap.step(*_batch(), epoch=epoch, step=0)
     return terms, bootstrap.student.state_dict()
 
 
@@ -101,7 +103,7 @@ def test_step__foreground_is_where_a_concept_of_the_bank_scores():
     logits = bootstrap.student(tokens, (4, 4))[0][:, :-1]
     top = logits.softmax(1).sort(1).values
     want = 1 - (top[:, -1] - top[:, -2])[[0, 2, 3]].mean()
-    assert bootstrap.step(tokens, scores, epoch, 0)["uncertainty"] == pytest.approx(want.item(), abs=1e-5)
+    assert bootstrap.step(tokens, scores, epoch=epoch, step=0)["uncertainty"] == pytest.approx(want.item(), abs=1e-5)
 
 
 def test_step__updates_equal_a_plain_rewrite():
@@ -111,7 +113,7 @@ def test_step__updates_equal_a_plain_rewrite():
     bootstrap.begin_epoch(FIRST, rank=0)
     state = torch.random.get_rng_state()
     for step in range(4):
-        bootstrap.step(*_batch(seed=step), FIRST, step)
+        bootstrap.step(*_batch(seed=step), epoch=FIRST, step=step)
 
     torch.random.set_rng_state(state)
     optimiser = torch.optim.Adam(plain.train().parameters(), lr=5e-3, weight_decay=0.05)
@@ -139,7 +141,7 @@ def test_step__teacher_decides_the_targets(monkeypatch):
     _train(bootstrap, EPOCHS[:3])
     assert [logits is None for logits in seen] == [True] * 4 + [False] * 2
     tokens, _ = _batch(num=6)
-    rows = sample_order(0, 2, 6, 1, 2, 3, 1)[0, 1]
+    rows = sample_order(0, 2, num_images=6, repeats=1, steps=2, per_worker=3, world_size=1)[0, 1]
     want = bootstrap.teacher(tokens[rows], (4, 4))[0]
     assert torch.equal(seen[-1], want)
 
@@ -147,13 +149,13 @@ def test_step__teacher_decides_the_targets(monkeypatch):
 def test_step__nan_raises_before_the_update():
     bootstrap = _bootstrap()
     bootstrap.begin_epoch(FIRST, rank=0)
-    bootstrap.step(*_batch(), FIRST, 0)
+    bootstrap.step(*_batch(), epoch=FIRST, step=0)
     before = _weights(bootstrap.student)
     real = bootstrap._parallel
     # Only the output is spoilt, so that the weights would be if the update were made.
     bootstrap._parallel = lambda *args: tuple(output * torch.nan for output in real(*args))
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 0, step 7"):
-        bootstrap.step(*_batch(), FIRST, 7)
+        bootstrap.step(*_batch(), epoch=FIRST, step=7)
     assert _equal(before, bootstrap.student.state_dict())
 
 
@@ -193,12 +195,12 @@ def test_step__trains_all_of_another_decoder_and_none_of_its_teacher(student, wi
     tokens, scores = torch.randn(4, 16, width, generator=torch.Generator().manual_seed(0)), _batch()[1]
     initial = _weights(bootstrap.student)
     bootstrap.begin_epoch(FIRST, rank=0)
-    bootstrap.step(tokens, scores, FIRST, 0)
+    bootstrap.step(tokens, scores, epoch=FIRST, step=0)
     trained = _weights(bootstrap.student)
     later = Epoch(1, 1, True, 0.05)
     bootstrap.begin_epoch(later, rank=0)
     assert _equal(initial, bootstrap.student.state_dict())
-    bootstrap.step(tokens, scores, later, 0)
+    bootstrap.step(tokens, scores, epoch=later, step=0)
     # The teacher of a pyramid is a copy with its own.
     assert _equal(trained, bootstrap.teacher.state_dict())
     for weights in (trained, bootstrap.student.state_dict()):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from transfgu_ray.algorithms.rounds.losses import (
+    LossWeights,
     bootstrap_targets,
     diversity_loss,
     foreground_patches,
@@ -31,7 +32,7 @@ def test_bootstrap_targets__mean_of_scores_and_teacher():
 
 
 def test_peer_loss__worked_by_hand():
-    peer, cross_entropy = peer_loss(LOGITS, TARGETS, SWAP, alpha=0.1)
+    peer, cross_entropy = peer_loss(LOGITS, TARGETS, shuffle=SWAP, alpha=0.1)
     assert cross_entropy.item() == pytest.approx(-math.log(3 / 4), abs=1e-6)
     assert peer.item() == pytest.approx(-math.log(3 / 4) + 0.1 * math.log(1 / 4), abs=1e-6)
 
@@ -44,7 +45,7 @@ def test_peer_loss__negatives_are_the_labels_of_the_shuffled_maps():
         shuffled[:, SHUFFLE[concept]] = maps[:, concept]
     want = torch.nn.functional.cross_entropy(logits, maps.argmax(1))
     want = want - 0.07 * torch.nn.functional.cross_entropy(logits, shuffled.argmax(1))
-    torch.testing.assert_close(peer_loss(logits, maps.argmax(1), SHUFFLE, 0.07)[0], want)
+    torch.testing.assert_close(peer_loss(logits, maps.argmax(1), shuffle=SHUFFLE, alpha=0.07)[0], want)
 
 
 def test_uncertainty_loss__gap_between_the_two_best():
@@ -118,7 +119,13 @@ def _total_and_gradients(alpha=0.1, omega_1=2.0, omega_2=0.3):
     logits = torch.randn(2, 5, 3, 3, generator=rng, requires_grad=True)
     classes = torch.nn.functional.normalize(torch.randn(2, 5, 7, generator=rng), dim=-1).requires_grad_()
     targets = torch.randint(5, (2, 3, 3), generator=rng)
-    terms = total_loss(logits, classes, targets, SHUFFLE, alpha, omega_1, omega_2)
+    terms = total_loss(
+        logits,
+        classes,
+        targets=targets,
+        shuffle=SHUFFLE,
+        weights=LossWeights(alpha=alpha, omega_1=omega_1, omega_2=omega_2),
+    )
     terms["total"].backward()
     return {name: term.item() for name, term in terms.items()}, logits, classes, targets
 
@@ -162,7 +169,13 @@ def test_total_loss__terms_of_weight_zero_are_not_in_the_backward_pass():
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     classes = torch.nn.functional.normalize(torch.randn(1, 3, 4), dim=-1).requires_grad_()
     targets = torch.zeros(1, 2, 2, dtype=torch.int64)
-    terms = total_loss(logits, classes, targets, torch.tensor([1, 2, 0]), 0.0, 0.0, 0.0)
+    terms = total_loss(
+        logits,
+        classes,
+        targets=targets,
+        shuffle=torch.tensor([1, 2, 0]),
+        weights=LossWeights(alpha=0.0, omega_1=0.0, omega_2=0.0),
+    )
     assert [name for name, term in terms.items() if term.requires_grad] == ["total", "cross_entropy", "peer"]
     assert terms["peer"] is terms["cross_entropy"]
 
@@ -172,8 +185,16 @@ def test_total_loss__hands_its_choices_on():
     logits, foreground = torch.randn(2, 5, 3, 3, generator=rng), torch.rand(2, 3, 3, generator=rng) > 0.5
     classes = torch.nn.functional.normalize(torch.randn(2, 5, 7, generator=rng), dim=-1)
     targets = torch.randint(5, (2, 3, 3), generator=rng)
-    inputs = (logits, classes, targets, torch.randperm(5), 0.1, 2.0, 0.3)
-    terms = total_loss(*inputs, "upper_triangle", foreground)
+    weights, shuffle = LossWeights(alpha=0.1, omega_1=2.0, omega_2=0.3), torch.randperm(5)
+    terms = total_loss(
+        logits,
+        classes,
+        targets=targets,
+        shuffle=shuffle,
+        weights=weights,
+        pairs="upper_triangle",
+        foreground=foreground,
+    )
     assert terms["diversity"] == diversity_loss(classes, "upper_triangle") != diversity_loss(classes)
     assert terms["uncertainty"] == uncertainty_loss(logits, foreground) != uncertainty_loss(logits)
     torch.testing.assert_close(terms["total"], terms["peer"] + 2.0 * terms["diversity"] + 0.3 * terms["uncertainty"])
@@ -181,7 +202,9 @@ def test_total_loss__hands_its_choices_on():
 
 def test_total_loss__equation_16_by_hand():
     classes = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
-    terms = total_loss(LOGITS, classes, TARGETS, SWAP, alpha=0.1, omega_1=2.0, omega_2=0.3)
+    terms = total_loss(
+        LOGITS, classes, targets=TARGETS, shuffle=SWAP, weights=LossWeights(alpha=0.1, omega_1=2.0, omega_2=0.3)
+    )
     peer = -math.log(3 / 4) + 0.1 * math.log(1 / 4)
     want = {"cross_entropy": -math.log(3 / 4), "peer": peer, "diversity": 1.8, "uncertainty": 0.5}
     want["total"] = peer + 2.0 * 1.8 + 0.3 * 0.5

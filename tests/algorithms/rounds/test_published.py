@@ -62,7 +62,7 @@ def _plain_masks(state, tokens):
 
 
 def _masks(state, tokens, norm_eps=NORM_EPS):
-    decoder = MaskTransformer(CLASSES, D, LAYERS, HEADS, norm_eps=norm_eps).eval()
+    decoder = MaskTransformer(CLASSES, D, num_layers=LAYERS, num_heads=HEADS, norm_eps=norm_eps).eval()
     decoder.load_state_dict(state)
     with torch.no_grad():
         return decoder(tokens, GRID)[0].flatten(2).transpose(1, 2)

@@ -63,7 +63,7 @@ def test_sample_order__repeats_are_fresh_permutations():
 
 def test_sample_order__depends_on_seed_and_epoch_alone():
     def order(seed, epoch):
-        return sample_order(seed, epoch, 20, 1, 5, 4, 1)
+        return sample_order(seed, epoch, num_images=20, repeats=1, steps=5, per_worker=4, world_size=1)
 
     assert np.array_equal(order(1, 2), order(1, 2))
     assert not np.array_equal(order(1, 2), order(1, 3))
@@ -72,6 +72,6 @@ def test_sample_order__depends_on_seed_and_epoch_alone():
 
 def test_sample_order__workers_share_out_the_same_steps():
     # Two workers together see, step by step, what one worker sees.
-    one = sample_order(0, 0, 16, 1, 4, 4, 1)[0]
-    two = sample_order(0, 0, 16, 1, 4, 2, 2)
+    one = sample_order(0, 0, num_images=16, repeats=1, steps=4, per_worker=4, world_size=1)[0]
+    two = sample_order(0, 0, num_images=16, repeats=1, steps=4, per_worker=2, world_size=2)
     assert np.array_equal(np.concatenate([two[0], two[1]], axis=1), one)

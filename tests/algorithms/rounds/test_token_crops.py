@@ -13,7 +13,15 @@ def _ramps(num=2, h=4, w=4):
 
 
 def _augment(tokens, scores, seed, image_hw=(64, 64), grid_hw=(4, 4), scale=SCALE, flip_prob=0.0):
-    return augment_tokens(tokens, scores, image_hw, grid_hw, scale, flip_prob, np.random.default_rng(seed))
+    return augment_tokens(
+        tokens,
+        scores,
+        image_hw=image_hw,
+        grid_hw=grid_hw,
+        crop_scale=scale,
+        flip_prob=flip_prob,
+        rng=np.random.default_rng(seed),
+    )
 
 
 def test_encode_tokens__come_back_as_maps_within_a_float16_step():
@@ -38,7 +46,7 @@ def test_augment_tokens__whole_image_is_left_as_it_is():
 
 
 def test_augment_tokens__crop_by_hand(monkeypatch):
-    monkeypatch.setattr("transfgu_ray.algorithms.rounds.token_crops.random_crop_box", lambda *_: (16, 32, 48, 32))
+    monkeypatch.setattr("transfgu_ray.algorithms.rounds.token_crops.random_crop_box", lambda *_, **__: (16, 32, 48, 32))
     tokens = _ramps(2)
     got, cropped = _augment(tokens, _ramps(1), 0, grid_hw=(2, 2))
     # The box is rows 1-3 and columns 2-3, and patch (r, c) holds 4 r + c. RoIAlign averages two samples down each half
@@ -60,7 +68,7 @@ def test_augment_tokens__see_the_region_that_augment_draws(seed):
     scores = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed))
     how = Augmentation(SCALE, flip_prob=0.5, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
     image = torch.zeros(3, 96, 128, dtype=torch.uint8)
-    _, want = augment(image, scores, (48, 64), (6, 8), how, np.random.default_rng(seed))
+    _, want = augment(image, scores, crop_hw=(48, 64), grid_hw=(6, 8), how=how, rng=np.random.default_rng(seed))
     got, cropped = _augment(scores, scores, seed, (96, 128), (6, 8), flip_prob=0.5)
     assert torch.equal(cropped, want)
     assert torch.equal(got, want.flatten(1).T)

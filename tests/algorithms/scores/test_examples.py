@@ -9,7 +9,9 @@ ANY = np.ones(3, dtype=bool)
 
 def test_nearest_crops__one_a_photograph_of_those_that_belong_to_the_concept():
     tokens = np.array([[1, 0], [3, 0], [2, 0], [10, 1], [9, 0]], dtype=np.float32)
-    best = nearest_crops(tokens, np.array([0, 0, 1, 1, 2]), np.tile(ANY, (5, 1)), CENTROIDS, part=7, num_kept=2)
+    best = nearest_crops(
+        tokens, np.array([0, 0, 1, 1, 2]), may_be=np.tile(ANY, (5, 1)), centroids=CENTROIDS, part=7, num_kept=2
+    )
     # Concept 0: crop 0 of the first photograph, crop 2 of the second; concept 1: crops 3 and 4, equally near.
     assert best.values.tolist() == [[1, 1, np.inf], [2, 1, np.inf]]
     assert best.rows[:, :2].tolist() == [[0, 3], [2, 4]]
@@ -18,7 +20,9 @@ def test_nearest_crops__one_a_photograph_of_those_that_belong_to_the_concept():
 
 def test_nearest_crops__belong_to_a_concept_of_their_kind():
     tokens = np.array([[1, 0]], dtype=np.float32)
-    best = nearest_crops(tokens, np.array([0]), np.array([[False, True, True]]), CENTROIDS, part=0, num_kept=1)
+    best = nearest_crops(
+        tokens, np.array([0]), may_be=np.array([[False, True, True]]), centroids=CENTROIDS, part=0, num_kept=1
+    )
     assert best.values.tolist() == [[np.inf, 9, np.inf]]
 
 

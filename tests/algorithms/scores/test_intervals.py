@@ -18,7 +18,9 @@ CLASSES, CONCEPTS = 3, 4
 def sparse(confusions):
     """Counts of dense confusion matrices, (photographs, classes, concepts)."""
     photo, class_id, concept_id = confusions.nonzero()
-    return photo_counts(photo, class_id, concept_id, confusions[photo, class_id, concept_id], confusions.shape)
+    return photo_counts(
+        photo, class_id, concept_id=concept_id, pixels=confusions[photo, class_id, concept_id], shape=confusions.shape
+    )
 
 
 def draw(photos, seed=0):

@@ -21,23 +21,23 @@ CONFUSION = np.array([[4, 1, 0], [0, 3, 2], [1, 0, 5]])
 def test_confusion_matrix__worked_by_hand():
     target = np.array([[0, 0, 1], [1, 2, 255]], dtype=np.uint8)
     pred = np.array([[0, 2, 1], [1, 0, 1]], dtype=np.uint8)
-    assert confusion_matrix(target, pred, 3, 3).tolist() == [[1, 0, 1], [0, 2, 0], [1, 0, 0]]
+    assert confusion_matrix(target, pred, num_classes=3, num_concepts=3).tolist() == [[1, 0, 1], [0, 2, 0], [1, 0, 0]]
 
 
 def test_confusion_matrix__void_never_scores():
     rng = np.random.default_rng(0)
     target, pred = rng.integers(0, 3, (6, 7)).astype(np.uint8), rng.integers(0, 4, (6, 7))
     target[2:4] = 255
-    want = confusion_matrix(target, pred, 3, 4)
+    want = confusion_matrix(target, pred, num_classes=3, num_concepts=4)
     assert want.sum() == 28
     pred[2:4] = 3 - pred[2:4]
-    assert np.array_equal(confusion_matrix(target, pred, 3, 4), want)
+    assert np.array_equal(confusion_matrix(target, pred, num_classes=3, num_concepts=4), want)
 
 
 def test_confusion_matrix__ids_beyond_a_byte():
     # 200 classes by 300 concepts overflows the labels' own type.
     target, pred = np.array([199], dtype=np.uint8), np.array([299], dtype=np.uint16)
-    confusion = confusion_matrix(target, pred, 200, 300)
+    confusion = confusion_matrix(target, pred, num_classes=200, num_concepts=300)
     assert confusion.shape == (200, 300)
     assert confusion[199, 299] == confusion.sum() == 1
 
@@ -147,15 +147,15 @@ def test_score__protocols_differ_in_the_mean_over_absent_classes():
 def test_score__stego_makes_one_more_class_of_the_left_over_clusters():
     confusion = np.array([[8, 0, 2, 0], [2, 6, 4, 1]])
     want = (8 / 12 + 6 / 13) / 2
-    assert score(confusion, "count", "picie").miou == pytest.approx(want)
-    got = score(confusion, "count", "stego")
+    assert score(confusion, "count", protocol="picie").miou == pytest.approx(want)
+    got = score(confusion, "count", protocol="stego")
     assert got.miou == pytest.approx(want * 2 / 3)
     assert got.pixel_accuracy == 14 / 23
     # Without a pixel in them, that class is not there; nor is it where their pixels are not errors.
     empty = np.array([[8, 0, 0], [2, 6, 0]])
-    assert score(empty, "count", "stego").miou == score(empty).miou
+    assert score(empty, "count", protocol="stego").miou == score(empty).miou
     for unmatched in ("discard", "many_to_one"):
-        assert score(confusion, unmatched, "stego").miou == score(confusion, unmatched).miou
+        assert score(confusion, unmatched, protocol="stego").miou == score(confusion, unmatched).miou
 
 
 def published_histogram_scores(confusion):
@@ -181,7 +181,7 @@ def test_score__equals_the_published_codes_histograms(num_clusters):
         miou, accuracy = published_histogram_scores(confusion)
         # Over-clustering is STEGO's alone.
         for protocol in ("stego", "picie")[: 2 if num_clusters == 3 else 1]:
-            got = score(confusion, "count", protocol)
+            got = score(confusion, "count", protocol=protocol)
             if absent < 2:
                 assert got.miou == pytest.approx(miou)
             assert got.pixel_accuracy == pytest.approx(accuracy)
@@ -206,7 +206,7 @@ def test_score__chance_and_majority_worked_by_hand():
 def test_score__chance_is_what_random_labels_come_to():
     rng, classes = np.random.default_rng(0), np.array([50_000, 30_000, 20_000])
     drawn = rng.integers(0, 4, classes.sum())
-    random = confusion_matrix(np.repeat(np.arange(3), classes), drawn, 3, 4)
+    random = confusion_matrix(np.repeat(np.arange(3), classes), drawn, num_classes=3, num_concepts=4)
     for unmatched in ("discard", "count"):
         want, got = score(random, unmatched), score(chance_confusion(classes, 4), unmatched)
         assert got.miou == pytest.approx(want.miou, abs=0.005)
@@ -239,7 +239,7 @@ MERGING = np.array([[5, 2, 1, 1], [3, 6, 0, 0], [0, 2, 7, 3]])
 def test_score_merged__worked_by_hand():
     fine = score(MERGING)
     assert fine.class_of_concept.tolist() == [0, 1, 2, -1]
-    got = score_merged(MERGING, fine.class_of_concept, np.array([0, 0, 1]))
+    got = score_merged(MERGING, fine.class_of_concept, super_of=np.array([0, 0, 1]))
     # Of the 17 scored pixels of class 0, 16 are right and 1 is taken for class 1; of the 9 of class 1, 7 and 2.
     assert got.class_iou.tolist() == [16 / 19, 7 / 10]
     assert got.miou == pytest.approx((16 / 19 + 7 / 10) / 2, abs=1e-15)
@@ -250,14 +250,14 @@ def test_score_merged__worked_by_hand():
 
 def test_score_merged__left_over_concepts_as_for_the_classes():
     fine = score(MERGING, "count")
-    got = score_merged(MERGING, fine.class_of_concept, np.array([0, 0, 1]), "count")
+    got = score_merged(MERGING, fine.class_of_concept, super_of=np.array([0, 0, 1]), unmatched="count")
     assert got.class_iou.tolist() == [16 / 20, 7 / 13]
     assert got.pixel_accuracy == 23 / 30
 
 
 def test_score_merged__classes_that_stay_apart_change_nothing():
     fine = score(MERGING)
-    got = score_merged(MERGING, fine.class_of_concept, np.arange(3))
+    got = score_merged(MERGING, fine.class_of_concept, super_of=np.arange(3))
     assert (got.miou, got.pixel_accuracy, got.coverage) == (fine.miou, fine.pixel_accuracy, fine.coverage)
 
 

@@ -48,7 +48,7 @@ def test_slide__covers_every_patch_of_any_size(size):
         seen.append(len(windows))
         return _colour_means(windows)
 
-    assert torch.allclose(slide(class_maps, image, (16, 24), 4), _colour_means(image[None])[0])
+    assert torch.allclose(slide(class_maps, image, window_hw=(16, 24), patch_size=4), _colour_means(image[None])[0])
     assert max(seen) <= 4
 
 
@@ -58,7 +58,7 @@ def test_slide__a_patch_has_the_mean_of_the_windows_over_it():
     maps = slide(
         lambda windows: torch.stack([torch.full((1, 4, 4), next(numbers)) for _ in windows]),
         random_images(1, 16, 32)[0],
-        (16, 16),
-        4,
+        window_hw=(16, 16),
+        patch_size=4,
     )
     assert maps[0, 0].tolist() == [1, 1, 1.5, 1.5, 2.5, 2.5, 3, 3]

@@ -35,6 +35,7 @@ def mutual_information(
 def fit_iic(
     view_1: Float32[np.ndarray, "n d"],
     view_2: Float32[np.ndarray, "n d"],
+    *,
     num_clusters: int,
     seed: int,
     device: str,
@@ -57,7 +58,7 @@ def fit_iic(
     Raises:
         DataError: fewer places than clusters.
     """
-    require_points(len(view_1), num_clusters, "iic")
+    require_points(len(view_1), num_clusters, name="iic")
     views = torch.from_numpy(np.stack([view_1, view_2])).to(device)
     mean, deviation = views.mean((0, 1)), views.std((0, 1)).clamp(min=1e-6)
     views = (views - mean) / deviation

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transfgu_ray.algorithms.baselines.patch_kmeans import fit_centroids
+from transfgu_ray.algorithms.concepts.kmeans import KMeans
 from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
 
 
@@ -29,19 +30,17 @@ def read_mask_features(
     """
     tokens = encoder.prefix(images)
     grid_hw = encoder.grid_hw((images.shape[2], images.shape[3]))
-    saliency = encoder.saliency(tokens, encoder.class_row(tokens, grid_hw), grid_hw, foreground_prior)
+    saliency = encoder.saliency(tokens, encoder.class_row(tokens, grid_hw), grid_hw=grid_hw, prior=foreground_prior)
     return mask_features(encoder.patch_tokens(images), above_mean(saliency).flatten(1))
 
 
 def fit_masks(
     features: Float32[np.ndarray, "n e"],
     photos: Int64[np.ndarray, " n"],
+    *,
     num_foreground: int,
     num_background: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
-    use_gpu: bool,
+    how: KMeans,
 ) -> tuple[Float32[np.ndarray, "k e"], tuple[int, int]]:
     """Centroids of the foreground masks (first column 1), then of the backgrounds (0), and how many masks of each.
 
@@ -57,10 +56,7 @@ def fit_masks(
         photos: which photograph each is of; a mask of which no patch was drawn is unknown.
         num_foreground: clusters of foreground masks.
         num_background: clusters of backgrounds.
-        seed: of k-means.
-        num_iterations: Lloyd iterations.
-        num_redos: restarts.
-        use_gpu: whether FAISS may compute on a CUDA device.
+        how: k-means.
 
     Raises:
         DataError: fewer masks than clusters.
@@ -70,9 +66,7 @@ def fit_masks(
         rows = np.flatnonzero(features[:, 0] == flag)
         _, first = np.unique(photos[rows], return_index=True)
         masks = np.ascontiguousarray(features[rows[first], 1:])
-        found = fit_centroids(
-            masks, num_clusters, seed, num_iterations, num_redos, use_gpu, "mask_contrast", points_are=what
-        )
+        found = fit_centroids(masks, num_clusters, how=how, name="mask_contrast", points_are=what)
         centroids.append(np.insert(found, 0, flag, axis=1))
         counts.append(len(masks))
     return np.concatenate(centroids), (counts[0], counts[1])

@@ -4,12 +4,14 @@ The features of some patches of the training photographs are clustered by k-mean
 the cluster whose centroid is nearest to its features. The heads of `iic`, `picie` and `mask_contrast` stand beside it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from transfgu_ray.algorithms.concepts.kmeans import fit_concepts
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts
 from transfgu_ray.errors import DataError
 
 
@@ -23,34 +25,24 @@ def draw_photos(num_photos: int, most: int, seed: int) -> Int64[np.ndarray, " n"
     return np.sort(np.random.default_rng(seed).permutation(num_photos)[:most])
 
 
-def draw_patches(num_patches: int, most: int, seed: int, photo: int) -> Int64[np.ndarray, " n"]:
+def draw_patches(num_patches: int, most: int, *, seed: int, photo: int) -> Int64[np.ndarray, " n"]:
     """Indices of at most `most` patches of one photograph, drawn by the seed and the photograph's number, ascending."""
     return np.sort(np.random.default_rng([seed, photo]).permutation(num_patches)[:most])
 
 
 def fit_centroids(
-    points: Float32[np.ndarray, "n d"],
-    num_clusters: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
-    use_gpu: bool,
-    name: str,
-    points_are: str = "patches",
+    points: Float32[np.ndarray, "n d"], num_clusters: int, *, how: KMeans, name: str, points_are: str = "patches"
 ) -> Float32[np.ndarray, "k d"]:
     """k-means over all points, as for concepts, but that a cluster may stay without any.
 
     Raises:
         DataError: fewer points than clusters, or points that are no numbers.
     """
-    require_points(len(points), num_clusters, name, points_are)
-    fitted = fit_concepts(
-        points, num_clusters, seed, num_iterations, num_redos, 0, max_points=None, use_gpu=use_gpu, group=name
-    )
-    return fitted.centroids
+    require_points(len(points), num_clusters, name=name, points_are=points_are)
+    return fit_concepts(points, num_clusters, how=replace(how, min_crops=0, max_points=None), group=name).centroids
 
 
-def require_points(num_points: int, num_clusters: int, name: str, points_are: str = "patches") -> None:
+def require_points(num_points: int, num_clusters: int, *, name: str, points_are: str = "patches") -> None:
     """Refuses to cluster too little.
 
     Raises:

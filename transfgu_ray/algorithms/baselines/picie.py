@@ -1,5 +1,7 @@
 """PiCIE: a projection that gives a place the same cluster in two views, by clustering and training in turn."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transfgu_ray.algorithms.baselines.patch_kmeans import closeness, fit_centroids
+from transfgu_ray.algorithms.concepts.kmeans import KMeans
 
 # Released: width, epochs, k-means iterations of an epoch and learning rate. Ours: the steps of an epoch.
 _WIDTH = 128
@@ -35,11 +38,10 @@ def cluster_loss(
 def fit_picie(
     tokens: Float32[np.ndarray, "n d"],
     view_1: Float32[np.ndarray, "n d"],
+    *,
     view_2: Float32[np.ndarray, "n d"],
     num_clusters: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
+    how: KMeans,
     device: str,
 ) -> Float32[np.ndarray, "k d+1"]:
     """Weights, and the bias as last column, of a linear head: similarity of a projected token to each centroid.
@@ -57,15 +59,13 @@ def fit_picie(
         view_1: patch tokens.
         view_2: of the same places in another view.
         num_clusters: K.
-        seed: draws initial weights, order and k-means.
-        num_iterations: Lloyd iterations of the last clustering.
-        num_redos: restarts of the last clustering.
+        how: k-means of the last clustering; its seed draws initial weights and order, too.
         device: where to train.
 
     Raises:
         DataError: fewer places than clusters.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(how.seed)
     views = torch.from_numpy(np.stack([view_1, view_2])).to(device)
     start = torch.nn.init.orthogonal_(torch.empty(_WIDTH, views.shape[2]), generator=rng)
     weight = start.to(device).requires_grad_()
@@ -76,16 +76,15 @@ def fit_picie(
         return functional.normalize(some @ weight.T + bias, dim=1)
 
     @torch.no_grad()
-    def cluster(some: Tensor, num_iterations: int, num_redos: int) -> tuple[Tensor, Tensor]:
+    def cluster(some: Tensor, how: KMeans) -> tuple[Tensor, Tensor]:
         features = project(some)
-        found = fit_centroids(
-            features.cpu().numpy(), num_clusters, seed, num_iterations, num_redos, device == "cuda", "picie"
-        )
+        found = fit_centroids(features.cpu().numpy(), num_clusters, how=how, name="picie")
         centroids = torch.from_numpy(found).to(device)
         return centroids, closeness(features, centroids).argmax(1)
 
+    short = replace(how, num_iterations=_KMEANS_ITERATIONS, num_redos=1)
     for _ in range(_EPOCHS):
-        clusterings = [cluster(view, _KMEANS_ITERATIONS, 1) for view in views]
+        clusterings = [cluster(view, short) for view in views]
         for _ in range(_STEPS_AN_EPOCH):
             rows = torch.randperm(views.shape[1], generator=rng)[:_BATCH]
             loss = torch.zeros((), device=device)
@@ -95,7 +94,7 @@ def fit_picie(
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    centroids, _ = cluster(torch.from_numpy(tokens).to(device), num_iterations, num_redos)
+    centroids, _ = cluster(torch.from_numpy(tokens).to(device), how)
     # The feature's length is the same for all K, so that the head without it has the same argmax.
     head = torch.cat([centroids @ weight.detach(), (centroids @ bias.detach())[:, None]], 1)
     return head.cpu().numpy()

@@ -35,7 +35,7 @@ def token_views(
     whole = torch.stack([recolour(image, VIEWS, rng) for image, rng in zip(images, rngs, strict=True)])
     maps = encoder.patch_tokens(whole.to(encoder.device)).cpu().transpose(1, 2).unflatten(2, grid_hw)
     pairs = [
-        augment(image, tokens, (height, width), grid_hw, VIEWS, rng)
+        augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng)
         for image, tokens, rng in zip(images, maps, rngs, strict=True)
     ]
     first = encoder.patch_tokens(torch.stack([crop for crop, _ in pairs]).to(encoder.device)).cpu()

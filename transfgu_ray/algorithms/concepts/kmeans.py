@@ -1,6 +1,7 @@
 """k-means over class tokens: the semantic concepts S_k (3.2)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import faiss
 import numpy as np
@@ -35,20 +36,31 @@ class Clustering:
     used_gpu: bool
 
 
-def fit_concepts(
-    points: Float32[np.ndarray, "n d"],
-    num_concepts: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
-    min_crops: int,
-    max_points: int | None,
-    use_gpu: bool,
-    group: str,
-) -> Clustering:
-    """Euclidean k-means over all points, or over `max_points` drawn from the seed.
+@dataclass(frozen=True, kw_only=True)
+class KMeans:
+    """How k-means is run.
 
-    Fixed seed and points give bit-identical centroids. Concepts with fewer than `min_crops` crops are moved to the
+    Attributes:
+        seed: draws samples and first centroids.
+        num_iterations: Lloyd iterations of a run.
+        num_redos: runs, of which the one with the lowest objective wins.
+        min_crops: points that a concept must have; one with fewer is seeded anew.
+        max_points: cap on the points used; None = all.
+        use_gpu: whether FAISS may compute on a CUDA device.
+    """
+
+    seed: int
+    num_iterations: int
+    num_redos: int = 1
+    min_crops: int = 0
+    max_points: int | None = None
+    use_gpu: bool = False
+
+
+def fit_concepts(points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, group: str) -> Clustering:
+    """Euclidean k-means over all points, or over `how.max_points` drawn from the seed.
+
+    Fixed seed and points give bit-identical centroids. Concepts with fewer than `how.min_crops` crops are moved to the
     points that the largest concept serves worst, and k-means is run on from there.
 
     Raises:
@@ -56,28 +68,79 @@ def fit_concepts(
     """
     if not np.isfinite(points).all():
         raise not_finite(group)
-    if len(points) < num_concepts * min_crops:
+    if len(points) < num_concepts * how.min_crops:
         raise too_few(num_concepts, len(points), group)
     sample = points
-    if max_points is not None and len(points) > max_points:
-        sample = points[draw_rows(len(points), max(max_points, num_concepts), seed)]
-    use_gpu = use_gpu and has_gpu()
-    centroids = train(sample, num_concepts, seed, num_iterations, num_redos, use_gpu, start=None)
+    if how.max_points is not None and len(points) > how.max_points:
+        sample = points[draw_rows(len(points), max(how.max_points, num_concepts), how.seed)]
+    how = replace(how, use_gpu=how.use_gpu and has_gpu())
+
+    def settle(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return centroids, np.bincount(nearest(points, centroids)[1], minlength=num_concepts)
+
+    def worst_served(centroids: np.ndarray, num_crops: np.ndarray, most: int) -> np.ndarray:
+        if len(np.unique(sample, axis=0)) < num_concepts:
+            return points[:0]
+        distance, assigned = nearest(points, centroids)
+        largest = np.flatnonzero(assigned == num_crops.argmax())
+        return points[largest[np.argsort(-distance[largest], kind="stable")][:most]]
+
+    centroids, num_crops, num_reseeded = reseed_starved(
+        train(sample, num_concepts, how=how, start=None),
+        settle,
+        worst_served=worst_served,
+        retrain=lambda start: train(sample, num_concepts, how=how, start=start),
+        min_crops=how.min_crops,
+        num_points=len(points),
+        group=group,
+    )
+    return Clustering(centroids, num_crops, len(sample), len(points), 0, num_reseeded, how.use_gpu)
+
+
+def reseed_starved(
+    centroids: Float32[np.ndarray, "k d"],
+    settle: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    *,
+    worst_served: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    retrain: Callable[[np.ndarray], np.ndarray],
+    min_crops: int,
+    num_points: int,
+    group: str,
+) -> tuple[Float32[np.ndarray, "k d"], Int64[np.ndarray, " k"], int]:
+    """Move starved concepts to points that the largest concept serves worst, until every concept has its crops.
+
+    Args:
+        centroids: to begin with.
+        settle: moves centroids to where they stay, and counts the crops of each.
+        worst_served: of centroids, the crops of each and a number: at most so many points of the largest concept, the
+            farthest first; none where there are too few distinct ones for all concepts.
+        retrain: runs k-means on from centroids of which some were moved.
+        min_crops: points that a concept must have.
+        num_points: of the group.
+        group: its name, for the message.
+
+    Returns:
+        Centroids, crops of each, and how many concepts were seeded anew.
+
+    Raises:
+        DataError: starved concepts remain.
+    """
     num_reseeded = 0
     for attempt in range(MAX_RESEEDS + 1):
-        distance, assigned = nearest(points, centroids)
-        num_crops = np.bincount(assigned, minlength=num_concepts)
+        centroids, num_crops = settle(centroids)
         starved = np.flatnonzero(num_crops < min_crops)
         if not len(starved):
             break
-        if attempt == MAX_RESEEDS or len(np.unique(sample, axis=0)) < num_concepts:
-            raise still_starved(len(starved), num_concepts, min_crops, len(points), group)
-        largest = np.flatnonzero(assigned == num_crops.argmax())
-        worst = largest[np.argsort(-distance[largest], kind="stable")]
-        centroids[starved[: len(worst)]] = points[worst[: len(starved)]]
-        centroids = train(sample, num_concepts, seed, num_iterations, 1, use_gpu, start=centroids)
+        worst = () if attempt == MAX_RESEEDS else worst_served(centroids, num_crops, len(starved))
+        if not len(worst):
+            raise DataError(
+                f"{len(starved)} of {len(centroids)} {group} concepts have fewer than concepts.min_crops={min_crops} "
+                f"crops among {num_points}; lower concepts.num_concepts or concepts.min_crops"
+            )
+        centroids[starved[: len(worst)]] = worst
+        centroids = retrain(centroids)
         num_reseeded += len(starved)
-    return Clustering(centroids, num_crops, len(sample), len(points), 0, num_reseeded, use_gpu)
+    return centroids, num_crops, num_reseeded
 
 
 def nearest(
@@ -106,20 +169,20 @@ def draw_rows(num_points: int, most: int, seed: int) -> Int64[np.ndarray, " m"]:
 
 
 def train(
-    points: Float32[np.ndarray, "n d"],
-    num_concepts: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
-    use_gpu: bool,
-    start: Float32[np.ndarray, "k d"] | None,
+    points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, start: Float32[np.ndarray, "k d"] | None
 ) -> Float32[np.ndarray, "k d"]:
-    """Centroids of FAISS k-means over all points: the best of `num_redos` runs from the seed, or a run from `start`."""
-    # FAISS samples 256 points a centroid unless told otherwise.
+    """Centroids of FAISS k-means over all points: the best of `how.num_redos` runs, or a single run from `start`."""
+    # FAISS samples 256 points per centroid unless told otherwise.
     kmeans = faiss.Kmeans(
-        points.shape[1], num_concepts, niter=num_iterations, nredo=num_redos, seed=seed, gpu=use_gpu,
-        min_points_per_centroid=1, max_points_per_centroid=len(points) + 1,
-    )  # fmt: skip
+        points.shape[1],
+        num_concepts,
+        niter=how.num_iterations,
+        nredo=how.num_redos if start is None else 1,
+        seed=how.seed,
+        gpu=how.use_gpu,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(points) + 1,
+    )
     kmeans.train(np.ascontiguousarray(points), init_centroids=start)
     return kmeans.centroids.reshape(num_concepts, -1).copy()
 
@@ -134,12 +197,4 @@ def too_few(num_concepts: int, num_points: int, group: str) -> DataError:
     return DataError(
         f"{num_concepts} {group} concepts were asked of {num_points} {group} crops; lower concepts.num_concepts, "
         "or give more photographs or more extract.window_fracs"
-    )
-
-
-def still_starved(num_starved: int, num_concepts: int, min_crops: int, num_points: int, group: str) -> DataError:
-    """What to say of concepts that no new seed gives their crops."""
-    return DataError(
-        f"{num_starved} of {num_concepts} {group} concepts have fewer than concepts.min_crops={min_crops} "
-        f"crops among {num_points}; lower concepts.num_concepts or concepts.min_crops"
     )

@@ -19,12 +19,12 @@ from jaxtyping import Float16, Float32, Int64
 from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.concepts.kmeans import (
-    MAX_RESEEDS,
     Clustering,
+    KMeans,
     draw_rows,
     flat_index,
     not_finite,
-    still_starved,
+    reseed_starved,
     too_few,
 )
 from transfgu_ray.errors import DataError
@@ -82,9 +82,8 @@ class ShardedPoints(ABC):
         self,
         rows: Int64[np.ndarray, " m"],
         num_concepts: int,
-        seed: int,
-        num_iterations: int,
-        num_redos: int,
+        *,
+        how: KMeans,
         start: Float32[np.ndarray, "k d"] | None,
     ) -> Float32[np.ndarray, "k d"]:
         """`train` on these rows of the group, ascending, brought together."""
@@ -99,22 +98,14 @@ class ShardedPoints(ABC):
 
 
 def fit_sharded_concepts(
-    points: ShardedPoints,
-    num_concepts: int,
-    seed: int,
-    num_iterations: int,
-    num_redos: int,
-    min_crops: int,
-    init_points: int,
-    max_points: int | None,
-    group: str,
+    points: ShardedPoints, num_concepts: int, *, how: KMeans, init_points: int, group: str
 ) -> Clustering:
     """Euclidean k-means: FAISS on `init_points` drawn by the seed, then Lloyd iterations over all points from there.
 
-    They end when no centroid moves any more, or after `num_iterations`. With `max_points`, at most `init_points`, FAISS
-    on so many points is all, as in `fit_concepts`. Concepts with fewer than `min_crops` crops are moved to the points
-    that the largest concept serves worst, and the fit goes on from there. A concept that loses all its points on the
-    way stays where it is until then.
+    They end when no centroid moves any more, or after `how.num_iterations`. With `how.max_points`, at most
+    `init_points`, FAISS on so many points is all, as in `fit_concepts`. Concepts with fewer than `how.min_crops` crops
+    are moved to the points that the largest concept serves worst, and the fit goes on from there. A concept that loses
+    all its points on the way stays where it is until then.
 
     Raises:
         DataError: fewer points than concepts need, points that are no numbers or too large to be summed exactly, or
@@ -128,25 +119,34 @@ def fit_sharded_concepts(
             f"the {group} class tokens reach {points.largest_value:.0f}, and sums of {total} of them are exact only "
             f"below {_MAX_SUM / total:.0f}; check encoder.weights, or set concepts.max_points"
         )
-    if total < num_concepts * min_crops:
+    if total < num_concepts * how.min_crops:
         raise too_few(num_concepts, total, group)
-    rows = draw_rows(total, max(max_points or init_points, num_concepts), seed)
-    centroids = points.train_on(rows, num_concepts, seed, num_iterations, num_redos, start=None)
-    num_passes = num_reseeded = 0
-    for attempt in range(MAX_RESEEDS + 1):
-        centroids, num_crops, passes = _iterate(points, centroids, num_iterations if max_points is None else 0)
+    rows = draw_rows(total, max(how.max_points or init_points, num_concepts), how.seed)
+    on_sample_alone, num_passes = how.max_points is not None, 0
+
+    def settle(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal num_passes
+        centroids, num_crops, passes = _iterate(points, centroids, 0 if on_sample_alone else how.num_iterations)
         num_passes += passes
-        starved = np.flatnonzero(num_crops < min_crops)
-        if not len(starved):
-            break
-        if attempt == MAX_RESEEDS:
-            raise still_starved(len(starved), num_concepts, min_crops, total, group)
-        worst = _merge(points.farthest(centroids, int(num_crops.argmax()), len(starved)), len(starved)).points
-        centroids[starved[: len(worst)]] = worst
-        if max_points is not None:
-            centroids = points.train_on(rows, num_concepts, seed, num_iterations, 1, start=centroids)
-        num_reseeded += len(starved)
-    points_used = total if max_points is None else len(rows)
+        return centroids, num_crops
+
+    def worst_served(centroids: np.ndarray, num_crops: np.ndarray, most: int) -> np.ndarray:
+        return _merge(points.farthest(centroids, int(num_crops.argmax()), most), most).points
+
+    def retrain(start: np.ndarray) -> np.ndarray:
+        # Else the iterations over all points go on from there.
+        return points.train_on(rows, num_concepts, how=how, start=start) if on_sample_alone else start
+
+    centroids, num_crops, num_reseeded = reseed_starved(
+        points.train_on(rows, num_concepts, how=how, start=None),
+        settle,
+        worst_served=worst_served,
+        retrain=retrain,
+        min_crops=how.min_crops,
+        num_points=total,
+        group=group,
+    )
+    points_used = len(rows) if on_sample_alone else total
     return Clustering(centroids, num_crops, points_used, total, num_passes, num_reseeded, points.used_gpu)
 
 
@@ -181,6 +181,7 @@ def sum_nearest(
 def farthest(
     blocks: Iterable[Float16[np.ndarray, "_ d"]],
     first_row: int,
+    *,
     centroids: Float32[np.ndarray, "k d"],
     concept: int,
     most: int,

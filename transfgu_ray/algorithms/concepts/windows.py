@@ -88,7 +88,7 @@ def foreground_fracs(
 
 
 def classify_windows(
-    fracs: Float[np.ndarray, " n"], region_mode: str, foreground_min_frac: float, background_min_frac: float
+    fracs: Float[np.ndarray, " n"], region_mode: str, *, foreground_min_frac: float, background_min_frac: float
 ) -> list[str]:
     """Kind of each window: `foreground`, `background`, `any`, or `dropped`.
 

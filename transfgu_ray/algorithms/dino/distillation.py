@@ -49,6 +49,7 @@ class Dino:
         self,
         network: DinoNetwork,
         recipe: DinoRecipe,
+        *,
         crops: MultiCrop,
         total_steps: int,
         seed: int,

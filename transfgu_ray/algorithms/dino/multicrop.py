@@ -54,12 +54,16 @@ def multi_crop(
         (how.global_size, how.global_scale, how.blur_probs[1], how.solarise_prob),
         *[(how.local_size, how.local_scale, how.blur_probs[2], 0.0)] * how.num_local,
     ]
-    return [_view(pixels, how, *kind, rng) for kind in kinds]
+    return [
+        _view(pixels, how, size=size, scale=scale, blur_prob=blur, solarise_prob=solarise, rng=rng)
+        for size, scale, blur, solarise in kinds
+    ]
 
 
 def _view(
     pixels: Float[Tensor, "b 3 y x"],
     how: MultiCrop,
+    *,
     size: int,
     scale: tuple[float, float],
     blur_prob: float,
@@ -67,7 +71,9 @@ def _view(
     rng: np.random.Generator,
 ) -> Float[Tensor, "b 3 size size"]:
     count = len(pixels)
-    boxes = torch.from_numpy(random_boxes(count, pixels.shape[2], pixels.shape[3], scale, rng)).to(pixels)
+    boxes = torch.from_numpy(random_boxes(count, pixels.shape[2], width=pixels.shape[3], scale=scale, rng=rng)).to(
+        pixels
+    )
     index = torch.arange(count, device=pixels.device, dtype=pixels.dtype)[:, None]
     view = roi_align(pixels, torch.cat([index, boxes], 1), (size, size), sampling_ratio=2, aligned=True)
     flip = torch.from_numpy(rng.random(count) < 0.5).to(view.device)
@@ -79,7 +85,7 @@ def _view(
 
 
 def random_boxes(
-    count: int, height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+    count: int, height: int, *, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> Float[np.ndarray, "count 4"]:
     """Boxes (x0, y0, x1, y1) in px with an area share in `scale` and an aspect ratio of 3/4 to 4/3, inside the image.
 

@@ -14,7 +14,7 @@ from transfgu_ray.algorithms.encoder.blocks import embed_patches, run_blocks
 class DinoHead(nn.Module):
     """Three layers, L2 norm, and unit-length prototypes (DINO's weight-normalised last layer with its norm fixed)."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int, bottleneck_dim: int, num_prototypes: int) -> None:
+    def __init__(self, embed_dim: int, hidden_dim: int, *, bottleneck_dim: int, num_prototypes: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, hidden_dim),
@@ -78,7 +78,7 @@ class DinoNetwork(nn.Module):
     """
 
     def __init__(
-        self, vit: nn.Module, head: DinoHead, masked: bool, mean: tuple[float, ...], std: tuple[float, ...]
+        self, vit: nn.Module, head: DinoHead, *, masked: bool, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
         self.vit, self.head = vit, head
@@ -117,4 +117,4 @@ class DinoNetwork(nn.Module):
         embedded = vit.patch_embed((view - self.mean) / self.std)
         if mask is not None:
             embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
-        return vit.norm(run_blocks(vit, embed_patches(vit, embedded), (embedded.shape[1], embedded.shape[2])))
+        return vit.norm(run_blocks(vit, embed_patches(vit, embedded), grid_hw=(embedded.shape[1], embedded.shape[2])))

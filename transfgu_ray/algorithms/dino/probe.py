@@ -11,6 +11,7 @@ from torch.nn import functional as F
 def knn_accuracy(
     bank: Float[Tensor, "n d"],
     bank_labels: Integer[Tensor, " n"],
+    *,
     queries: Float[Tensor, "m d"],
     query_labels: Integer[Tensor, " m"],
     num_neighbours: int = 20,
@@ -55,7 +56,7 @@ def mask_iou(found: Bool[Tensor, "b h w"], truth: Bool[Tensor, "b h w"]) -> Floa
 
 
 def collapse_alarms(
-    teacher_entropy: float, usage_entropy: float, num_prototypes: int, rank: float | None = None
+    teacher_entropy: float, usage_entropy: float, *, num_prototypes: int, rank: float | None = None
 ) -> list[str]:
     """What says that self-distillation has collapsed, in words; empty where nothing does.
 

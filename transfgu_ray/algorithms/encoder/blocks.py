@@ -37,7 +37,10 @@ def embed_patches(
     grid_hw = (patches.shape[1], patches.shape[2])
     with_prefix = not vit.no_embed_class
     positions = dino_positions(
-        vit.pos_embed, vit.patch_embed.grid_size, grid_hw, vit.num_prefix_tokens if with_prefix else 0
+        vit.pos_embed,
+        vit.patch_embed.grid_size,
+        grid_hw=grid_hw,
+        num_prefix=vit.num_prefix_tokens if with_prefix else 0,
     )
     prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     flat = patches.flatten(1, 2)
@@ -46,7 +49,7 @@ def embed_patches(
 
 
 def dino_positions(
-    pos_embed: Float[Tensor, "1 _ d"], native_hw: tuple[int, int], grid_hw: tuple[int, int], num_prefix: int
+    pos_embed: Float[Tensor, "1 _ d"], native_hw: tuple[int, int], *, grid_hw: tuple[int, int], num_prefix: int
 ) -> Float[Tensor, "1 _ d"]:
     """Learned positions on another patch grid: bicubic by a scale factor of (side + 0.1) / native side, no antialias.
 
@@ -70,7 +73,7 @@ def dino_positions(
 
 
 def run_blocks(
-    vit: nn.Module, tokens: Float[Tensor, "b n d"], grid_hw: tuple[int, int], part: slice = slice(None)
+    vit: nn.Module, tokens: Float[Tensor, "b n d"], *, grid_hw: tuple[int, int], part: slice = slice(None)
 ) -> Float[Tensor, "b n d"]:
     """Tokens after some of the blocks, of images with a patch grid of (h, w)."""
     for block, rope in list(zip(vit.blocks, rotations(vit, grid_hw), strict=True))[part]:

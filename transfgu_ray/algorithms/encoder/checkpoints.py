@@ -55,7 +55,7 @@ def random_vit(name: str, overrides: dict[str, int | str], seed: int) -> nn.Modu
         return build_vit(name, overrides)
 
 
-def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str]) -> nn.Module:
+def load_vit(data: bytes, source: str, *, name: str, overrides: dict[str, int | str]) -> nn.Module:
     """A timm model with weights from the bytes of a file.
 
     Accepts our own safetensors (the architecture in the file wins over `name`), and state dicts under timm's names
@@ -78,7 +78,7 @@ def load_vit(data: bytes, source: str, name: str, overrides: dict[str, int | str
     elif checkpoint is None:
         checkpoint = read_checkpoint(data, source)
     vit = build_vit(name, overrides)
-    state = checkpoint if is_own else to_timm(checkpoint, vit, source, name)
+    state = checkpoint if is_own else to_timm(checkpoint, vit, source=source, name=name)
     if problem := misfit(state, vit.state_dict()):
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
     if unusable := not_finite(state):
@@ -108,6 +108,7 @@ def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
 def dump_encoder(
     vit: nn.Module,
     name: str,
+    *,
     overrides: dict[str, int | str],
     dtype: torch.dtype | None = None,
     facts: dict[str, str] | None = None,
@@ -141,18 +142,19 @@ def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]
     return tuple(known.get("mean", (0.485, 0.456, 0.406))), tuple(known.get("std", (0.229, 0.224, 0.225)))
 
 
-def load_encoder(data: bytes, source: str, precision: str = "float32", device: str = "cpu") -> Encoder:
+def load_encoder(data: bytes, source: str, *, precision: str = "float32", device: str = "cpu") -> Encoder:
     """The frozen encoder from what `dump_encoder` made.
 
     Raises:
         WeightsError: the bytes are of another format.
     """
     metadata = _encoder_metadata(data, source)
-    vit = load_vit(data, source, *_architecture(metadata, source))
-    return _as_encoder(vit, metadata, source, precision, device)
+    name, overrides = _architecture(metadata, source)
+    vit = load_vit(data, source, name=name, overrides=overrides)
+    return _as_encoder(vit, metadata, source=source, precision=precision, device=device)
 
 
-def load_untrained(data: bytes, source: str, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
+def load_untrained(data: bytes, source: str, *, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
     """An encoder of the architecture and normalisation that `dump_encoder` wrote, with weights drawn from `seed`.
 
     Raises:
@@ -160,7 +162,7 @@ def load_untrained(data: bytes, source: str, seed: int, precision: str = "float3
     """
     metadata = _encoder_metadata(data, source)
     vit = random_vit(*_architecture(metadata, source), seed)
-    return _as_encoder(vit, metadata, source, precision, device)
+    return _as_encoder(vit, metadata, source=source, precision=precision, device=device)
 
 
 def _encoder_metadata(data: bytes, source: str) -> dict[str, str]:
@@ -185,13 +187,15 @@ def _fact(metadata: dict[str, str], key: str, source: str) -> Any:
         raise WeightsError(f"{source} has no readable {key!r} in its metadata; it is damaged") from None
 
 
-def _as_encoder(vit: nn.Module, metadata: dict[str, str], source: str, precision: str, device: str) -> Encoder:
+def _as_encoder(vit: nn.Module, metadata: dict[str, str], *, source: str, precision: str, device: str) -> Encoder:
     mean, std = (_fact(metadata, key, source) for key in ("mean", "std"))
     for values in (mean, std):
         if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
             raise WeightsError(f"{source} has no mean and deviation of three colours in its metadata; it is damaged")
     mean, std = tuple(mean), tuple(std)
-    return Encoder(vit, mean, std, precision, metadata.get(_INTERPOLATION, "timm")).to(device)
+    return Encoder(
+        vit, mean, std=std, precision=precision, pos_embed_interpolation=metadata.get(_INTERPOLATION, "timm")
+    ).to(device)
 
 
 def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:

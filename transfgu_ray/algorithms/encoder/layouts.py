@@ -37,7 +37,7 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _MOCO_HEADS = {384: 12}
 
 
-def to_timm(checkpoint: Any, vit: nn.Module, source: str, name: str) -> dict[str, Tensor]:
+def to_timm(checkpoint: Any, vit: nn.Module, *, source: str, name: str) -> dict[str, Tensor]:
     """The backbone's tensors under timm's names, without what is known to lie beside a backbone.
 
     Of DINO and iBOT the teacher is taken, their published result; of MoCo v3 the base encoder, as its published

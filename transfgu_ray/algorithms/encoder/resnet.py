@@ -120,7 +120,7 @@ def load_resnet(data: bytes, source: str) -> ResNet:
     return resnet
 
 
-def load_backbone(data: bytes, source: str, precision: str, device: str) -> Backbone:
+def load_backbone(data: bytes, source: str, *, precision: str, device: str) -> Backbone:
     """The frozen backbone from the bytes of a file; see `load_resnet`."""
     return Backbone(load_resnet(data, source), precision).to(device)
 

@@ -22,7 +22,7 @@ def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> in
 
 @torch.no_grad()
 def read_tokens(
-    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], window: int | None, backbone: Backbone | None = None
+    encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], *, window: int | None, backbone: Backbone | None = None
 ) -> Float[Tensor, "b hw c"]:
     """Tokens of each patch, float32, row by row: x^patch of Eq. 2, or dense tokens (ours).
 

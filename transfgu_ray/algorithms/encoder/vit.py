@@ -49,6 +49,7 @@ class Encoder(nn.Module):
         self,
         vit: nn.Module,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        *,
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         precision: str = "float32",
         pos_embed_interpolation: str = "timm",
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
     def _run(self, images: UInt8[Tensor, "b 3 y x"], part: slice) -> Float[Tensor, "b n d"]:
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         tokens = blocks.embed_patches(self.vit, self.vit.patch_embed(pixels), self.pos_embed_interpolation)
-        return blocks.run_blocks(self.vit, tokens, self.grid_hw((images.shape[2], images.shape[3])), part)
+        return blocks.run_blocks(self.vit, tokens, grid_hw=self.grid_hw((images.shape[2], images.shape[3])), part=part)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -158,7 +159,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def saliency(
-        self, tokens: Float[Tensor, "b n d"], row: ClassRow, grid_hw: tuple[int, int], prior: str
+        self, tokens: Float[Tensor, "b n d"], row: ClassRow, *, grid_hw: tuple[int, int], prior: str
     ) -> Float[Tensor, "b h w"]:
         """The map whose patches above its mean are foreground.
 
@@ -172,7 +173,7 @@ class Encoder(nn.Module):
         if prior == "attention":
             return self.patch_attention(row, grid_hw)
         with self._autocast():
-            last = blocks.run_blocks(self.vit, tokens, grid_hw, slice(-1, None))
+            last = blocks.run_blocks(self.vit, tokens, grid_hw=grid_hw, part=slice(-1, None))
             patches = self.vit.norm(last)[:, self.num_prefix_tokens :].float()
         return (patches - patches.mean(1, keepdim=True)).norm(dim=-1).unflatten(-1, grid_hw)
 

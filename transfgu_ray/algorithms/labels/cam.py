@@ -51,6 +51,7 @@ def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float
 def response_maps(
     encoder: Encoder,
     row: ClassRow,
+    *,
     centroids: Float[Tensor, "k d"],
     grid_hw: tuple[int, int],
     gradient_scale: float,

@@ -47,20 +47,34 @@ class Labeller:
         tokens = self.encoder.prefix(images)
         row = self.encoder.class_row(tokens, grid_hw)
         if self.windows is None:
-            maps = response_maps(self.encoder, row, self.centroids, grid_hw, self.gradient_scale, self.keep_mass)
+            maps = response_maps(
+                self.encoder,
+                row,
+                centroids=self.centroids,
+                grid_hw=grid_hw,
+                gradient_scale=self.gradient_scale,
+                keep_mass=self.keep_mass,
+            )
         else:
-            maps = torch.stack([self._window_votes(image, grid_hw, *self.windows) for image in images])
+            window_fracs, crop_size = self.windows
+            votes = [self._window_votes(i, grid_hw, window_fracs=window_fracs, crop_size=crop_size) for i in images]
+            maps = torch.stack(votes)
         scores = normalise(maps)
         if self.foreground_prior == "all":
             foreground = torch.ones_like(scores[:, 0], dtype=torch.bool)
         else:
-            foreground = above_mean(self.encoder.saliency(tokens, row, grid_hw, self.foreground_prior))
+            foreground = above_mean(self.encoder.saliency(tokens, row, grid_hw=grid_hw, prior=self.foreground_prior))
         if self.is_background is not None:
             scores = exclude(scores, foreground, self.is_background)
         return scores, foreground
 
     def _window_votes(
-        self, image: UInt8[Tensor, "3 y x"], grid_hw: tuple[int, int], window_fracs: tuple[float, ...], crop_size: int
+        self,
+        image: UInt8[Tensor, "3 y x"],
+        grid_hw: tuple[int, int],
+        *,
+        window_fracs: tuple[float, ...],
+        crop_size: int,
     ) -> Float[Tensor, "k h w"]:
         """Share of the windows over each patch that are nearest to each concept, among those of its group.
 

@@ -24,6 +24,7 @@ class Augmentation:
 def augment(
     image: UInt8[Tensor, "3 y x"],
     scores: Float[Tensor, "k h w"],
+    *,
     crop_hw: tuple[int, int],
     grid_hw: tuple[int, int],
     how: Augmentation,
@@ -39,9 +40,11 @@ def augment(
         how: probabilities and ranges.
         rng: the only source of randomness.
     """
-    top, left, height, width = random_crop_box(image.shape[1], image.shape[2], how.crop_scale, rng)
+    top, left, height, width = random_crop_box(image.shape[1], image.shape[2], scale=how.crop_scale, rng=rng)
     crop = transforms.resized_crop(image, top, left, height, width, list(crop_hw), antialias=True)
-    cropped = crop_maps(scores, (left, top, left + width, top + height), tuple(image.shape[1:]), grid_hw)
+    cropped = crop_maps(
+        scores, (left, top, left + width, top + height), image_hw=tuple(image.shape[1:]), grid_hw=grid_hw
+    )
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
     return recolour(crop, how, rng), cropped
@@ -60,7 +63,7 @@ def recolour(image: UInt8[Tensor, "3 y x"], how: Augmentation, rng: np.random.Ge
 
 
 def random_crop_box(
-    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+    height: int, width: int, *, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) in px of a crop with an area share in `scale` and an aspect ratio of 3/4 to 4/3.
 
@@ -78,6 +81,7 @@ def random_crop_box(
 def crop_maps(
     maps: Float[Tensor, "k h w"],
     box_xyxy: tuple[int, int, int, int],
+    *,
     image_hw: tuple[int, int],
     grid_hw: tuple[int, int],
 ) -> Float[Tensor, "k grid_h grid_w"]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transfgu_ray.algorithms.rounds.losses import bootstrap_targets, foreground_patches, total_loss
+from transfgu_ray.algorithms.rounds.losses import LossWeights, bootstrap_targets, foreground_patches, total_loss
 from transfgu_ray.algorithms.rounds.schedule import Epoch
 
 
-class Bootstrap:
-    """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
+@dataclass(frozen=True, kw_only=True)
+class BootstrapSettings:
+    """How a student learns.
 
-    Args:
-        student: the decoder with its initial weights: of tokens and a grid, class logits and class embeddings.
+    Attributes:
         learning_rate: Adam's rate.
         weight_decay: Adam's L2 term.
         gradient_clamp: each gradient entry is clamped to +- this.
@@ -26,38 +27,46 @@ class Bootstrap:
         seed: fixes dropout and the shuffles of the peer loss.
         diversity: pairs of the diversity loss; see `diversity_loss`.
         foreground_above: T_bg of the patches that the uncertainty loss counts, see `foreground_patches`; None = all.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    gradient_clamp: float
+    omega_1: float
+    omega_2: float
+    seed: int
+    diversity: str = "all_pairs"
+    foreground_above: float | None = None
+
+
+class Bootstrap:
+    """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
+
+    Args:
+        student: the decoder with its initial weights: of tokens and a grid, class logits and class embeddings.
+        settings: how it learns.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        gradient_clamp: float,
-        omega_1: float,
-        omega_2: float,
-        seed: int,
-        diversity: str = "all_pairs",
-        foreground_above: float | None = None,
+        settings: BootstrapSettings,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.student = student
         self.initial = copy.deepcopy(student.state_dict())
         self.trained: dict[str, Tensor] | None = None
         self.teacher: nn.Module | None = None
-        self._settings = (learning_rate, weight_decay)
-        self._gradient_clamp = gradient_clamp
-        self._omegas = (omega_1, omega_2)
-        self._seed = seed
-        self._diversity = diversity
-        self._foreground_above = foreground_above
+        self._settings = settings
         self._parallel = wrap(student)
         self._optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> torch.optim.Adam:
-        rate, decay = self._settings
-        return torch.optim.Adam(self.student.parameters(), lr=rate, weight_decay=decay)
+        settings = self._settings
+        return torch.optim.Adam(
+            self.student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
 
     def begin_epoch(self, epoch: Epoch, rank: int) -> None:
         """Turns the round where the epoch starts one, and seeds the epoch's dropout.
@@ -72,10 +81,10 @@ class Bootstrap:
             self.student.load_state_dict(self.initial)
             self._optimiser = self._new_optimiser()
         self._parallel.train()
-        torch.manual_seed(int(np.random.SeedSequence([self._seed, epoch.index, rank]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([self._settings.seed, epoch.index, rank]).generate_state(1)[0]))
 
     def step(
-        self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], epoch: Epoch, step: int
+        self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], *, epoch: Epoch, step: int
     ) -> dict[str, float]:
         """One update of the student; returns each loss term.
 
@@ -95,18 +104,27 @@ class Bootstrap:
         with torch.no_grad():
             guidance = None if self.teacher is None else self.teacher(tokens, grid_hw)[0]
             targets = bootstrap_targets(scores.float(), guidance)
-        rng = np.random.default_rng([self._seed, epoch.index, step])
+        rng = np.random.default_rng([self._settings.seed, epoch.index, step])
         shuffle = torch.from_numpy(rng.permutation(scores.shape[1])).to(targets.device)
         logits, classes = self._parallel(tokens, grid_hw)
-        above = self._foreground_above
+        above = self._settings.foreground_above
         foreground = None if above is None else foreground_patches(scores.float(), above)
-        terms = total_loss(logits, classes, targets, shuffle, epoch.alpha, *self._omegas, self._diversity, foreground)
+        settings = self._settings
+        terms = total_loss(
+            logits,
+            classes,
+            targets=targets,
+            shuffle=shuffle,
+            weights=LossWeights(alpha=epoch.alpha, omega_1=settings.omega_1, omega_2=settings.omega_2),
+            pairs=settings.diversity,
+            foreground=foreground,
+        )
         loss = terms["cross_entropy"] if epoch.round == 0 else terms["total"]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch.index}, step {step}")
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_value_(self.student.parameters(), self._gradient_clamp)
+        nn.utils.clip_grad_value_(self.student.parameters(), settings.gradient_clamp)
         self._optimiser.step()
         return {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
 

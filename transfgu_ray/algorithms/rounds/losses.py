@@ -1,5 +1,7 @@
 """Bootstrapping losses (Eq. 9, 13-16). Letters: b images, k classes, d width, (h, w) patch grid."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -18,6 +20,7 @@ def bootstrap_targets(
 def peer_loss(
     logits: Float[Tensor, "b k h w"],
     targets: Int64[Tensor, "b h w"],
+    *,
     shuffle: Int64[Tensor, " k"],
     alpha: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -79,14 +82,28 @@ def diversity_loss(classes: Float[Tensor, "b k d"], pairs: str = "all_pairs") ->
     return 1 + cosines[:, row, column].mean()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of Eq. 13 and 16.
+
+    Attributes:
+        alpha: of the negatives in the peer loss.
+        omega_1: of the diversity loss.
+        omega_2: of the uncertainty loss.
+    """
+
+    alpha: float
+    omega_1: float
+    omega_2: float
+
+
 def total_loss(
     logits: Float[Tensor, "b k h w"],
     classes: Float[Tensor, "b k d"],
+    *,
     targets: Int64[Tensor, "b h w"],
     shuffle: Int64[Tensor, " k"],
-    alpha: float,
-    omega_1: float,
-    omega_2: float,
+    weights: LossWeights,
     pairs: str = "all_pairs",
     foreground: Bool[Tensor, "b h w"] | None = None,
 ) -> dict[str, Tensor]:
@@ -99,16 +116,14 @@ def total_loss(
         classes: its class embeddings, of unit length.
         targets: bootstrapped labels M.
         shuffle: see `peer_loss`.
-        alpha: peer weight.
-        omega_1: weight of the diversity loss.
-        omega_2: weight of the uncertainty loss.
+        weights: of the terms.
         pairs: see `diversity_loss`.
         foreground: see `uncertainty_loss`.
     """
-    peer, cross_entropy = peer_loss(logits, targets, shuffle, alpha)
-    diversity = diversity_loss(classes if omega_1 else classes.detach(), pairs)
-    uncertainty = uncertainty_loss(logits if omega_2 else logits.detach(), foreground)
-    total = peer + omega_1 * diversity + omega_2 * uncertainty
+    peer, cross_entropy = peer_loss(logits, targets, shuffle=shuffle, alpha=weights.alpha)
+    diversity = diversity_loss(classes if weights.omega_1 else classes.detach(), pairs)
+    uncertainty = uncertainty_loss(logits if weights.omega_2 else logits.detach(), foreground)
+    total = peer + weights.omega_1 * diversity + weights.omega_2 * uncertainty
     return {
         "total": total,
         "cross_entropy": cross_entropy,

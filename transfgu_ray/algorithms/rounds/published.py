@@ -55,7 +55,7 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
     state = biases | {key: value.float() for key, value in state.items()}
     with torch.random.fork_rng(devices=[]):
         # Shapes do not depend on the heads.
-        wanted = MaskTransformer(num_classes, width, num_layers, num_heads=1).state_dict()
+        wanted = MaskTransformer(num_classes, width, num_layers=num_layers, num_heads=1).state_dict()
     if problem := misfit(state, wanted):
         raise WeightsError(f"{source} is not a published decoder of {num_layers} layers: it {problem}")
     if unusable := not_finite(state):

@@ -58,7 +58,7 @@ def steps_per_epoch(num_images: int, batch_size: int, world_size: int) -> tuple[
 
 
 def sample_order(
-    seed: int, epoch: int, num_images: int, repeats: int, steps: int, per_worker: int, world_size: int
+    seed: int, epoch: int, *, num_images: int, repeats: int, steps: int, per_worker: int, world_size: int
 ) -> Int64[np.ndarray, "world steps batch"]:
     """Image indices of every worker and step: fresh permutations, the last step filled from the epoch's start.
 

@@ -28,6 +28,7 @@ class MaskTransformer(nn.Module):
         self,
         num_classes: int,
         d_encoder: int,
+        *,
         num_layers: int = 2,
         num_heads: int = 6,
         dropout: float = 0.1,

@@ -20,6 +20,7 @@ def decode_tokens(data: bytes, grid_hw: tuple[int, int]) -> Float[np.ndarray, "c
 def augment_tokens(
     tokens: Float[Tensor, "c th tw"],
     scores: Float[Tensor, "k h w"],
+    *,
     image_hw: tuple[int, int],
     grid_hw: tuple[int, int],
     crop_scale: tuple[float, float],
@@ -43,9 +44,12 @@ def augment_tokens(
     Returns:
         tokens of the crop, row by row, and its scores.
     """
-    top, left, height, width = random_crop_box(*image_hw, crop_scale, rng)
+    top, left, height, width = random_crop_box(*image_hw, scale=crop_scale, rng=rng)
     box = (left, top, left + width, top + height)
-    crop, cropped = crop_maps(tokens, box, image_hw, grid_hw), crop_maps(scores, box, image_hw, grid_hw)
+    crop, cropped = (
+        crop_maps(tokens, box, image_hw=image_hw, grid_hw=grid_hw),
+        crop_maps(scores, box, image_hw=image_hw, grid_hw=grid_hw),
+    )
     if rng.random() < flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
     return crop.flatten(1).T, cropped

@@ -42,6 +42,7 @@ class Best:
 def nearest_crops(
     tokens: Float32[np.ndarray, "n d"],
     of_image: Integer[np.ndarray, " n"],
+    *,
     may_be: Bool[np.ndarray, "n k"],
     centroids: Float32[np.ndarray, "k d"],
     part: int,

@@ -22,6 +22,7 @@ _RESAMPLES_AT_ONCE = 32
 def photo_counts(
     photo: Integer[np.ndarray, " n"],
     class_id: Integer[np.ndarray, " n"],
+    *,
     concept_id: Integer[np.ndarray, " n"],
     pixels: Int64[np.ndarray, " n"],
     shape: tuple[int, int, int],

@@ -43,7 +43,7 @@ class Score:
 
 
 def confusion_matrix(
-    target: Integer[np.ndarray, "*hw"], pred: Integer[np.ndarray, "*hw"], num_classes: int, num_concepts: int
+    target: Integer[np.ndarray, "*hw"], pred: Integer[np.ndarray, "*hw"], *, num_classes: int, num_concepts: int
 ) -> Int64[np.ndarray, "c k"]:
     """Pixel counts, rows = ground truth, columns = predicted concept; target 255 never counts."""
     valid = target != IGNORE
@@ -70,6 +70,7 @@ def overlapping_classes(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray
 def score(
     confusion: Int64[np.ndarray, "c k"],
     unmatched: str = "discard",
+    *,
     protocol: str = "transfgu",
     num_matched: int | None = None,
 ) -> Score:
@@ -87,12 +88,13 @@ def score(
     match = overlapping_classes if unmatched == "many_to_one" else match_concepts
     class_of_concept = np.full(confusion.shape[1], -1, dtype=np.int64)
     class_of_concept[:num_matched] = match(confusion[:, :num_matched])
-    return score_matched(confusion, class_of_concept, unmatched, protocol)
+    return score_matched(confusion, class_of_concept, unmatched=unmatched, protocol=protocol)
 
 
 def score_merged(
     confusion: Int64[np.ndarray, "c k"],
     class_of_concept: Int64[np.ndarray, " k"],
+    *,
     super_of: Int64[np.ndarray, " c"],
     unmatched: str = "discard",
     protocol: str = "transfgu",
@@ -112,11 +114,11 @@ def score_merged(
     merged = np.zeros((super_of.max() + 1, confusion.shape[1]), dtype=np.int64)
     np.add.at(merged, super_of, confusion)
     super_of_concept = np.where(class_of_concept >= 0, super_of[class_of_concept], -1)
-    return score_matched(merged, super_of_concept, unmatched, protocol)
+    return score_matched(merged, super_of_concept, unmatched=unmatched, protocol=protocol)
 
 
 def score_matched(
-    confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], unmatched: str, protocol: str
+    confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], *, unmatched: str, protocol: str
 ) -> Score:
     """Scores of concepts whose classes are known; several may share one.
 

@@ -48,6 +48,7 @@ def _upsample(small: Float[Tensor, "h w"], size_hw: tuple[int, int]) -> Float[Te
 def slide(
     class_maps: Callable[[Tensor], Tensor],
     image: UInt8[Tensor, "3 y x"],
+    *,
     window_hw: tuple[int, int],
     patch_size: int,
 ) -> Float[Tensor, "k h w"]:
