@@ -17,7 +17,7 @@ from transfgu_ray.errors import ArtifactError, WeightsError
 from transfgu_ray.images import to_working
 from transfgu_ray.models.model import (
     ModelConfig,
-    Segmenter,
+    SegmentationModel,
     build_decoder,
     load_model,
     load_model_config,
@@ -31,7 +31,7 @@ CONFIG = ModelConfig((32, 48), KINDS, decoder_layers=1, decoder_heads=3, precisi
 
 def _segmenter(config=CONFIG):
     torch.manual_seed(0)
-    return Segmenter(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config=config)
+    return SegmentationModel(tiny_encoder(), build_decoder(config, 24, dropout=0.1), config=config)
 
 
 def _saved(path, config=CONFIG):

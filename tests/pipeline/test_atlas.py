@@ -19,7 +19,7 @@ from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.atlas import CROPS_A_CONCEPT, MAPS_A_CONCEPT, build_atlas
 from transfgu_ray.pipeline.concepts import read_concepts
-from transfgu_ray.pipeline.samples import _stored_scores
+from transfgu_ray.pipeline.train_data import decode_bank_row
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -50,8 +50,8 @@ def test_atlas__crops_are_the_nearest_of_their_concept_one_a_photograph(finished
 def test_atlas__maps_are_of_the_photographs_that_respond_most(finished: Run) -> None:
     kinds, _ = read_concepts(finished.folder)
     bank = table_of(finished, "labels")
-    means = np.stack([_stored_scores(row).mean((1, 2)).numpy() for row in bank])
-    winners = np.concatenate([_stored_scores(row).argmax(0).flatten().numpy() for row in bank])
+    means = np.stack([decode_bank_row(row)[1].mean((1, 2)).numpy() for row in bank])
+    winners = np.concatenate([decode_bank_row(row)[1].argmax(0).flatten().numpy() for row in bank])
     shown = [row for row in table_of(finished, "atlas") if row["what"] == "map"]
     for concept in range(len(kinds)):
         rows = sorted((row for row in shown if row["concept_id"] == concept), key=lambda row: row["rank"])

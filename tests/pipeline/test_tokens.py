@@ -18,9 +18,9 @@ from transfgu_ray.images import decode_rgb, to_working
 from transfgu_ray.models.weights import load_run_encoder
 from transfgu_ray.pipeline import train as train_rounds
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.samples import bank_image_ids
 from transfgu_ray.pipeline.tokens import TokenCacher
 from transfgu_ray.pipeline.train import TrainResult
+from transfgu_ray.pipeline.train_data import bank_image_ids
 from transfgu_ray.runs.run import Run
 
 pytestmark = pytest.mark.ray

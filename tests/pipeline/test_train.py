@@ -19,8 +19,8 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.engine.trainer import new_trainer
 from transfgu_ray.models.weights import BACKBONE, load_run_backbone, load_run_encoder, resolve_backbone
 from transfgu_ray.pipeline import train_loop as train_rounds
-from transfgu_ray.pipeline.samples import bank_image_ids, bank_index, load_samples
 from transfgu_ray.pipeline.tokens import TokenCacher
+from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_train_data
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -82,7 +82,7 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
         positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
         for rows, position in zip(order, positions, strict=True):
             found.append(
-                load_samples(
+                load_train_data(
                     index.take(rows),
                     position,
                     run_uri=run.folder.uri,
@@ -106,7 +106,7 @@ def assert_equal(batches: list[dict[str, torch.Tensor]], expected: list[dict[str
 def test_batches__equal_samples_read_one_after_the_other(
     cached_run: Run, monkeypatch: pytest.MonkeyPatch, num_readers: int, samples_a_task: int
 ) -> None:
-    monkeypatch.setattr(train_rounds, "_SAMPLES_A_TASK", samples_a_task)
+    monkeypatch.setattr(train_rounds, "_CROPS_PER_TASK", samples_a_task)
     batches = read_batches(cached_run, num_readers)
     assert [len(batch["image"]) for batch in batches] == [4] * 4
     assert_equal(batches, read_plainly(cached_run, cached_run.config))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transfgu_ray.algorithms.labels.bank import decode_scores, encode_scores
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.subject import build_encoder, build_labeller, window_concepts, working_images
-from transfgu_ray.bench.timing import Findings, Target
+from transfgu_ray.bench.timing import Measurements, Target
 
 _CONCEPTS = 171
 _IMAGES = 4
@@ -20,7 +20,7 @@ _ROUNDS = 15
 _TEACHER_STEPS = 12
 
 
-def measure(device: str) -> Findings:
+def measure(device: str) -> Measurements:
     """Bytes after zstd, argmax, targets that the rounding changes, images a second; maps of `labels` on every core."""
     encoder = build_encoder(device)
     images = working_images(_IMAGES).to(device)
@@ -44,7 +44,7 @@ def measure(device: str) -> Findings:
         return 1 / median(seconds)
 
     sizes = [sum(len(part) for part in image) for image in packed]
-    return Findings(
+    return Measurements(
         targets=[
             Target("bank: kB an image, K = 171", "<=", 120.0, sum(sizes) / len(sizes) / 1e3),
             Target("bank: patches with another argmax", "<=", 0.0, _share(stored.argmax(1).cpu() != scores.argmax(1))),

@@ -10,7 +10,7 @@ import torch
 from transfgu_ray.algorithms.concepts.windows import enumerate_windows
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, jpeg_photographs, working_images
-from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns
+from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
 from transfgu_ray.config.run import DataConfig, ExtractConfig, RunConfig
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import cut_crops
@@ -24,7 +24,7 @@ _FRACS = (0.5,)
 _BATCH = 12
 
 
-def measure(device: str) -> Findings:
+def measure(device: str) -> Measurements:
     """Crops a second by the bare encoder's at the same batch; without a foreground prior, so that crops are all."""
     encoder = build_encoder(device)
     boxes, _ = enumerate_windows(SIDE, SIDE, _FRACS)
@@ -55,7 +55,7 @@ def measure(device: str) -> Findings:
             },
             _ROUNDS,
         )
-    return Findings(
+    return Measurements(
         targets=[Target("extract: crops/s / bare encoder's", ">=", 0.90, ratio(seconds, "bare", "extract"))],
         details={
             "encoder": f"{VIT}, crops of {SIDE // 2} px, batch {_BATCH}",

@@ -10,7 +10,7 @@ from transfgu_ray.algorithms.labels.bank import encode_scores
 from transfgu_ray.algorithms.labels.cam import attention_gradients
 from transfgu_ray.bench.published import plain_gradients
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, build_labeller, window_concepts, working_images
-from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns
+from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
 
 _BATCH = 2
 _ROUNDS = 5
@@ -19,7 +19,7 @@ _CONCEPTS = (27, 171, 1000)
 _PASSES = 2
 
 
-def measure(device: str) -> Findings:
+def measure(device: str) -> Measurements:
     """Time an image by that of a bare forward, and of K backward passes by ours; gradients against autograd's."""
     encoder = build_encoder(device)
     images = working_images(_BATCH).to(device)
@@ -49,7 +49,7 @@ def measure(device: str) -> Findings:
         for k, wanted in ((27, 50.0), (171, 300.0))
     ]
     exact = Target("labels: gradient against autograd, relative error", "<=", 1e-5, error)
-    return Findings(
+    return Measurements(
         targets=[*bare, *passes, exact],
         details={
             "encoder": f"{VIT}, {SIDE} px, batch {_BATCH}",

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from transfgu_ray.bench.subject import jpeg_photographs
-from transfgu_ray.bench.timing import Findings, Target
+from transfgu_ray.bench.timing import Measurements, Target
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, RuntimeConfig, build_config
 from transfgu_ray.datasets.listing import ImageRef
@@ -49,7 +49,7 @@ _WIDTH = 384
 _ROUNDS = 3
 
 
-def measure_memory(device: str) -> Findings:
+def measure_memory(device: str) -> Measurements:
     """Peak memory of every stage's processes and of the object store, 10,000 photographs against 1,000."""
     peaks: dict[int, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def measure_memory(device: str) -> Findings:
             peaks[size] = _run_and_watch(Path(folder), size, device)
     few, many = (peaks[size] for size in _SIZES)
     name = f"peak memory, {_SIZES[1]:,} / {_SIZES[0]:,} photographs"
-    return Findings(
+    return Measurements(
         targets=[Target(f"{name}, {what}", "<=", 1.1, many[what] / few[what]) for what in few],
         details={"peak_mb": {str(size): peak for size, peak in peaks.items()}},
     )
@@ -114,7 +114,7 @@ def _store_mb(raylet: str) -> int:
     return largest // 2**20
 
 
-def measure_ray(device: str) -> Findings:
+def measure_ray(device: str) -> Measurements:
     """Extract under Ray against the same units in one plain loop, and by two workers against one."""
     config = build_config(get_preset("tiny_cpu"), None, ["extract.window_fracs=[0.5, 0.4, 0.3]"])
     loop, one, two = [], [], []
@@ -135,7 +135,7 @@ def measure_ray(device: str) -> Findings:
                         )
                     )
                     parts.append([run.read_bytes(part_name("features", unit)) for unit in range(len(units))])
-    return Findings(
+    return Measurements(
         targets=[
             Target("Ray: pipeline / plain loop", "<=", 1.10, median(a / b for a, b in zip(one, loop, strict=True))),
             Target("Ray: two workers / one", ">=", 1.7, median(a / b for a, b in zip(one, two, strict=True))),
@@ -149,7 +149,7 @@ def measure_ray(device: str) -> Findings:
     )
 
 
-def measure_concepts(device: str) -> Findings:
+def measure_concepts(device: str) -> Measurements:
     """Peak memory of the workers that cluster more class tokens than one of them may hold."""
     rows, parts = 5_000_000, 500
     config = build_config(get_preset("paper"), None, ["data.region_mode=no_prior", "concepts.num_iterations=3"])
@@ -161,7 +161,7 @@ def measure_concepts(device: str) -> Findings:
         with ray_session(None, RuntimeConfig(device=device)) as resources:
             job = Job(folder=run, config=config, root=run, resources=resources, fingerprint="")
             groups, peak_mb = cluster(job, rows)
-    return Findings(
+    return Measurements(
         targets=[Target(f"concepts: GB a worker, {rows:,} x {_WIDTH}", "<=", 2.0, peak_mb / 1024)],
         details={
             "workers": resources.num_workers,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from transfgu_ray.bench import bank, extract, labels, scale, train
-from transfgu_ray.bench.timing import Findings
+from transfgu_ray.bench.timing import Measurements
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.provenance import library_versions
 
-PARTS: dict[str, Callable[[str], Findings]] = {
+PARTS: dict[str, Callable[[str], Measurements]] = {
     "labels": labels.measure,
     "extract": extract.measure,
     "train": train.measure,

@@ -38,7 +38,7 @@ class Target:
 
 
 @dataclass
-class Findings:
+class Measurements:
     """What one part of the benchmark found.
 
     Attributes:

@@ -9,7 +9,7 @@ from transfgu_ray.algorithms.rounds.schedule import Epoch
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.bench.published import plain_step
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, working_images
-from transfgu_ray.bench.timing import Findings, Target, ratio, take_turns
+from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
 
 _CONCEPTS = 27
 _BATCH = 2
@@ -17,7 +17,7 @@ _ROUNDS = 3
 _EPOCH = Epoch(index=1, round=1, starts_round=True, alpha=0.03)
 
 
-def measure(device: str) -> Findings:
+def measure(device: str) -> Measurements:
     """A whole step by one encoder forward and the decoder's forward and backward; cached tokens by the whole step."""
     encoder = build_encoder(device)
     images = working_images(_BATCH).to(device)
@@ -46,7 +46,7 @@ def measure(device: str) -> Findings:
         _ROUNDS,
     )
     step, cached = ratio(seconds, "step", "bare"), ratio(seconds, "step", "step, cached tokens")
-    return Findings(
+    return Measurements(
         targets=[
             Target("train: step / (encoder forward + decoder both ways)", "<=", 1.15, step),
             Target("train: step / step on cached tokens", ">=", 10.0, cached),

@@ -30,7 +30,7 @@ class Fact:
 
 
 @dataclass
-class Findings:
+class CheckResult:
     """What a check found.
 
     Attributes:
@@ -74,9 +74,9 @@ class Check:
         self._not_listed = {split: listing.refused for split, listing in listings.items()}
         self.num_images = sum(map(len, self._listed.values()))
 
-    def run(self, progress: Callable[[int], None]) -> Findings:
+    def run(self, progress: Callable[[int], None]) -> CheckResult:
         """Reads the head of every photograph, and every label of the scored split."""
-        found, names = Findings(), self._spec.class_names
+        found, names = CheckResult(), self._spec.class_names
         for split, images in self._listed.items():
             sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
             found.refused += self._not_listed[split]

@@ -85,6 +85,12 @@ class UnitResult:
     peak_mb: int
 
 
+def even_ranges(count: int, num_parts: int) -> list[range]:
+    """Return consecutive ranges that cover `range(count)`, of lengths that differ by one at most."""
+    edges = [count * part // num_parts for part in range(num_parts + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
 def split_units(images: Sequence[ImageRef], images_per_unit: int) -> list[Sequence[ImageRef]]:
     """Consecutive runs of photographs; the index in the list is the unit's number."""
     return [images[i : i + images_per_unit] for i in range(0, len(images), images_per_unit)]
@@ -184,8 +190,7 @@ def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None
         }
     )
     blocks = min(num_blocks or _MAX_BLOCKS, len(numbers))
-    edges = [len(numbers) * i // blocks for i in range(blocks + 1)]
-    return [table.slice(a, b - a).combine_chunks() for a, b in itertools.pairwise(edges)]
+    return [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(numbers), blocks)]
 
 
 def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transfgu_ray.background import repeated
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.storage import Folder
@@ -129,25 +129,18 @@ class Pulse:
 
 @contextmanager
 def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
-    """Reports the content of a file that workers write, whenever it is another, while the driver waits for them."""
-    done = threading.Event()
+    """Report the content of a file that workers write, whenever it is another, while the driver waits for them."""
+    seen: bytes | None = None
 
-    def watch() -> None:
-        seen, last = None, False
-        while not last:
-            last = done.wait(1.0)
-            content = None
-            # Not there yet; and whoever finds the storage failing is the training itself.
-            with suppress(OSError, ArtifactError):
-                content = run.read_bytes(name)
-            if content is not None and content != seen:
-                on_change(json.loads(content))
-                seen = content
+    def look() -> None:
+        nonlocal seen
+        content = None
+        # Not there yet; and a storage that fails is reported by the training itself.
+        with suppress(OSError, ArtifactError):
+            content = run.read_bytes(name)
+        if content is not None and content != seen:
+            on_change(json.loads(content))
+            seen = content
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with repeated(look, seconds=1.0, name=f"watch {name}", once_more=True):
         yield
-    finally:
-        done.set()
-        thread.join()

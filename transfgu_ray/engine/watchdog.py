@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from transfgu_ray.background import repeated
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.errors import StalledError
 
@@ -31,25 +32,23 @@ def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[P
         StalledError: nothing was done for so long.
     """
     main = threading.main_thread()
-    if threading.current_thread() is not main:
+    main_id = main.ident
+    if threading.current_thread() is not main or main_id is None:
         yield progress
         return
-    noted, is_stalled, done = _Noted(progress), False, threading.Event()
+    noted, is_stalled = _Noted(progress), False
 
     def watch() -> None:
         nonlocal is_stalled
-        while not done.wait(min(60 * minutes / 4, 1.0)):
-            if time.monotonic() - noted.last > 60 * minutes:
-                is_stalled = True
-                # A real signal: nothing less wakes a main thread that waits for a lock.
-                signal.pthread_kill(main.ident, _WAKE)
-                return
+        if not is_stalled and time.monotonic() - noted.last > 60 * minutes:
+            is_stalled = True
+            # A real signal: nothing less wakes a main thread that waits for a lock.
+            signal.pthread_kill(main_id, _WAKE)
 
     before = signal.signal(_WAKE, signal.default_int_handler)
-    thread = threading.Thread(target=watch, daemon=True, name="watchdog")
-    thread.start()
     try:
-        yield noted
+        with repeated(watch, seconds=min(60 * minutes / 4, 1.0), name="watchdog"):
+            yield noted
     except KeyboardInterrupt:
         if not is_stalled:
             raise
@@ -58,8 +57,6 @@ def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[P
             "the same command goes on from here, and runtime.stall_minutes sets the patience"
         ) from None
     finally:
-        done.set()
-        thread.join()
         # None stands for a handler of C code, which Python cannot put back.
         signal.signal(_WAKE, before or signal.SIG_DFL)
 

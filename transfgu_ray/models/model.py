@@ -58,7 +58,7 @@ class ModelConfig:
         return len(self.kinds) - 1 if self.kinds[-1] == "none" else None
 
 
-class Segmenter(nn.Module):
+class SegmentationModel(nn.Module):
     """Photographs to masks.
 
     Args:
@@ -148,7 +148,7 @@ def save_decoder(folder: Folder, decoder: dict[str, Tensor], *, config: ModelCon
     folder.write_bytes("config.json", text.encode())
 
 
-def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") -> Segmenter:
+def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") -> SegmentationModel:
     """A model from a folder that holds config.json, and the safetensors of encoder, decoder and any backbone.
 
     Raises:
@@ -176,7 +176,7 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
         ) from None
     if unusable := not_finite(state):
         raise WeightsError(f"{folder.uri_of(decoder)}.safetensors {unusable}; train it again")
-    return Segmenter(encoder, module.to(device), config=config, backbone=backbone)
+    return SegmentationModel(encoder, module.to(device), config=config, backbone=backbone)
 
 
 def load_model_config(folder: Folder) -> ModelConfig:

@@ -1,6 +1,5 @@
 """features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from transfgu_ray.algorithms.labels.bank import decode_scores
 from transfgu_ray.algorithms.scores.examples import Best, nearest_crops, stand_ins, strongest_responses
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
@@ -26,11 +24,12 @@ from transfgu_ray.engine.parts import (
 )
 from transfgu_ray.engine.progress import Heartbeat
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
-from transfgu_ray.engine.stream import Photo, peak_memory_mb, unwrapped_errors
+from transfgu_ray.engine.stream import Photo, even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.images import encode
 from transfgu_ray.pipeline.concepts import read_concepts
+from transfgu_ray.pipeline.train_data import decode_bank_row
 from transfgu_ray.reports.palette import spotlight
-from transfgu_ray.runs.tables import atlas_schema, build_table
+from transfgu_ray.runs.tables import atlas_schema, build_table, vectors
 from transfgu_ray.storage import Folder
 
 ATLAS = "atlas.json"
@@ -105,9 +104,8 @@ def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resourc
     import ray
 
     count = len(part_files(run, "labels"))
-    edges = [count * i // resources.num_workers for i in range(resources.num_workers + 1)]
     task: Any = ray.remote(_scan).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
-    runs = [range(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
     given = ray.put((kinds, centroids))
     with unwrapped_errors():
         scans = ray.get([task.remote(run.uri, given, parts=parts, threads=resources.threads) for parts in runs])
@@ -132,7 +130,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
         means = np.zeros((bank.num_rows, num_concepts), np.float32)
         patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
         for row, record in enumerate(bank.to_pylist()):
-            codes, scores = _decode(record)
+            codes, scores = decode_bank_row(record)
             means[row] = scores.mean((1, 2)).numpy()
             won, pairs = stand_ins(codes)
             patches, followed = patches + won, followed + pairs
@@ -153,18 +151,9 @@ def _nearest(run: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray
     if not table.num_rows:
         return Best.none(CROPS_A_CONCEPT, len(kinds))
     of_image = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    column = table["cls_token"].combine_chunks()
-    tokens = column.flatten().to_numpy().reshape(-1, column.type.list_size).astype(np.float32)
+    tokens = vectors(table["cls_token"]).astype(np.float32)
     may_be = table["kind"].to_numpy()[:, None] == kinds
     return nearest_crops(tokens, of_image, may_be=may_be, centroids=centroids, part=part, num_kept=CROPS_A_CONCEPT)
-
-
-def _decode(record: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
-    """Codes and scores of a row of the bank, (k, h, w)."""
-    grid_hw = record["grid_h"], record["grid_w"]
-    codes = np.frombuffer(record["scores"], "u1").reshape(-1, *grid_hw)
-    low, high = (torch.from_numpy(np.frombuffer(record[n], "<f2").reshape(grid_hw).copy()) for n in ("low", "high"))
-    return codes, decode_scores(torch.from_numpy(codes.copy()), low, high)
 
 
 def _pictures(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
@@ -215,6 +204,6 @@ class ExamplePainter(PartWorker):
             picture = image.copy()
             picture.thumbnail((_MAP_PX, _MAP_PX))
             part, row = wanted["place"]
-            scores = _decode(read_row(self.run, part_name("labels", part), row))[1][wanted["concept_id"]]
+            scores = decode_bank_row(read_row(self.run, part_name("labels", part), row))[1][wanted["concept_id"]]
             picture = spotlight(picture, scores.numpy())
         return encode(picture, "WEBP", quality=75)

@@ -36,7 +36,7 @@ from transfgu_ray.engine.stream import Photo, unwrapped_errors
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import ENCODER, load_run_backbone, load_run_encoder
 from transfgu_ray.pipeline.concepts import kmeans_settings
-from transfgu_ray.runs.tables import baseline_schema, build_table
+from transfgu_ray.runs.tables import baseline_schema, build_table, vectors
 from transfgu_ray.storage import Folder
 
 # Enough for every patch of a few hundred small photographs, and for k-means of 171 clusters in a minute.
@@ -271,6 +271,4 @@ def cluster_patches(
 
 def _read_features(run: Folder, column: str) -> np.ndarray:
     """One column of the table of drawn patches, float32 (patches, width)."""
-    values = read_table(run, _TABLE, [column])[column].combine_chunks()
-    points = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
-    return np.ascontiguousarray(points, dtype=np.float32)
+    return np.ascontiguousarray(vectors(read_table(run, _TABLE, [column])[column]), dtype=np.float32)

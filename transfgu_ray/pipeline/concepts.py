@@ -13,10 +13,10 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_files, read_part
 from transfgu_ray.engine.session import READER_CPUS, Resources
-from transfgu_ray.engine.stream import peak_memory_mb, unwrapped_errors
+from transfgu_ray.engine.stream import even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.shards import actor_shards, read_points
-from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
+from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet, vectors
 from transfgu_ray.storage import Folder
 
 
@@ -114,8 +114,8 @@ def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str,
 
     names = part_files(run, "features")
     task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
-    edges = [len(names) * i // resources.num_workers for i in range(resources.num_workers + 1)]
-    runs = ray.get([task.remote(run.uri, names[a:b]) for a, b in itertools.pairwise(edges)])
+    shares = even_ranges(len(names), resources.num_workers)
+    runs = ray.get([task.remote(run.uri, names[share.start : share.stop]) for share in shares])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
     kinds = set(itertools.chain.from_iterable(counts.values()))
     return {kind: [(name, of_part.get(kind, 0)) for name, of_part in counts.items()] for kind in kinds}
@@ -174,5 +174,4 @@ def _describe(group: Clustering) -> dict[str, Any]:
 def read_concepts(run: Folder) -> tuple[list[str], np.ndarray]:
     """Kind and centroid of every concept, in order of concept_id."""
     table = run.read("concepts.parquet", pq.read_table)
-    column = table["centroid"].combine_chunks()
-    return table["kind"].to_pylist(), column.flatten().to_numpy().reshape(-1, column.type.list_size).copy()
+    return table["kind"].to_pylist(), vectors(table["centroid"]).copy()

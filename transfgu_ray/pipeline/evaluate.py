@@ -24,7 +24,6 @@ from transfgu_ray.pipeline.baselines import BaselineMapper, PatchFeatures, chose
 from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.inputs import list_scored, scored_split
 from transfgu_ray.pipeline.labels import load_labeller
-from transfgu_ray.pipeline.samples import bank_image_ids
 from transfgu_ray.pipeline.scoring import (
     EXTREMES,
     Scorer,
@@ -35,6 +34,7 @@ from transfgu_ray.pipeline.scoring import (
     score_photos,
     token_batches,
 )
+from transfgu_ray.pipeline.train_data import bank_image_ids
 from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, metrics_json, photo_mious
 from transfgu_ray.storage import Folder
 

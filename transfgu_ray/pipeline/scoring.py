@@ -25,7 +25,7 @@ from transfgu_ray.engine.parts import (
 )
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import centre_crop, encode, resize_label, to_working
-from transfgu_ray.models.model import Segmenter, load_model_config
+from transfgu_ray.models.model import SegmentationModel, load_model_config
 from transfgu_ray.runs.tables import build_table, confusions_schema
 from transfgu_ray.storage import Folder
 
@@ -129,7 +129,7 @@ def frame(image: Image.Image, target: np.ndarray | None, config: RunConfig) -> t
     return centre_crop(image, side, resampling), target
 
 
-def token_batches(model: Segmenter, images: list[Image.Image], batch_size: int) -> Iterator[torch.Tensor]:
+def token_batches(model: SegmentationModel, images: list[Image.Image], batch_size: int) -> Iterator[torch.Tensor]:
     """What the model's decoder reads of the images, (b, hw, c), batch by batch."""
     if not images:
         return

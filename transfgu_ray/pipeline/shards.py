@@ -14,8 +14,9 @@ from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
 from transfgu_ray.algorithms.concepts.kmeans import KMeans, has_gpu, train
 from transfgu_ray.engine.parts import read_part
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
-from transfgu_ray.engine.stream import peak_memory_mb
+from transfgu_ray.engine.stream import even_ranges, peak_memory_mb
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs.tables import vectors
 from transfgu_ray.storage import Folder
 
 # A killed actor is started again, spills its shard again and repeats its call, which changes nothing anywhere.
@@ -54,8 +55,8 @@ def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[Shard
     edges = list(itertools.accumulate((rows for _, rows in parts), initial=0))
     total = edges[-1]
     num_blocks = -(-total // lloyd.BLOCK_ROWS)
-    num_shards = min(num_shards, num_blocks)
-    cuts = [min(num_blocks * i // num_shards * lloyd.BLOCK_ROWS, total) for i in range(num_shards + 1)]
+    runs = even_ranges(num_blocks, min(num_shards, num_blocks))
+    cuts = [min(blocks.start * lloyd.BLOCK_ROWS, total) for blocks in runs] + [total]
     return [
         ShardPlan(
             start,
@@ -72,8 +73,7 @@ def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[Shard
 
 def read_points(run: Folder, name: str, kind: str) -> np.ndarray:
     """Class tokens of one kind in a part of the features, float16 (n, d), in order."""
-    column = read_part(run, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+    return vectors(read_part(run, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"])
 
 
 class PointShard:

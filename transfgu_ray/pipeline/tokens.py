@@ -18,7 +18,7 @@ from transfgu_ray.models.weights import (
     load_run_encoder,
 )
 from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
-from transfgu_ray.pipeline.samples import TOKENS
+from transfgu_ray.pipeline.train_data import TOKENS
 from transfgu_ray.runs.tables import build_table, tokens_schema
 
 

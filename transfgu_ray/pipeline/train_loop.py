@@ -14,7 +14,7 @@ from transfgu_ray.algorithms.encoder.tokens import read_tokens
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings, mean_terms
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule, steps_per_epoch
-from transfgu_ray.algorithms.scores.label_free import NUM_PROBED, Probe, agreement, score
+from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED, LabelFreeMeasure, agreement, score
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.prefetch import read_ahead, to_device
 from transfgu_ray.engine.stream import peak_memory_mb
@@ -22,14 +22,14 @@ from transfgu_ray.engine.trainer import Pulse, read_state, report_state
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.model import ModelConfig, build_decoder
 from transfgu_ray.models.weights import load_run_backbone, load_run_encoder
-from transfgu_ray.pipeline.samples import bank_image_ids, bank_index, load_samples, read_photos
+from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_train_data, read_photos
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
 # Where an epoch met a loss that is no number.
 STUMBLE = "train/stumble.json"
 # Samples a reading task; keeps a task's output to tens of MB at K = 171.
-_SAMPLES_A_TASK = 32
+_CROPS_PER_TASK = 32
 
 
 def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
@@ -88,8 +88,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     if settings["sibling"] is not None:
         learners["sibling"] = new_learner("sibling", settings["sibling"])
     students = [learner.bootstrap.student for learner in learners.values()]
-    probe = (
-        _new_probe(run, config, model=model, encoder=encoder, backbone=backbone)
+    measure = (
+        _new_measure(run, config, model=model, encoder=encoder, backbone=backbone)
         if len(students) > 1 and rank == 0
         else None
     )
@@ -104,7 +104,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         except FloatingPointError as error:
             _stumble(run, str(error))
             raise
-        measured = {} if probe is None else _measure(probe, students, num_classes=len(model.kinds))
+        measured = {} if measure is None else _measure(measure, students, num_classes=len(model.kinds))
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
         kept = None
         if rank == 0:
@@ -187,26 +187,26 @@ class _Learner:
         return sorted({names[place] for place in order})
 
 
-def _new_probe(
+def _new_measure(
     run: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
-) -> Probe:
+) -> LabelFreeMeasure:
     """Photographs of the bank that are the same in every trial."""
     index = bank_index(run)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_PROBED])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_MEASURED])
     photos = read_photos(index.take(pa.array(chosen)), run, config=config, size=model.image_size)
-    return Probe(
+    return LabelFreeMeasure(
         torch.from_numpy(photos).to(encoder.device),
         lambda images: read_tokens(encoder, images, window=model.token_window, backbone=backbone),
         encoder.grid_hw(model.image_size),
     )
 
 
-def _measure(probe: Probe, students: Sequence[nn.Module], *, num_classes: int) -> dict[str, float]:
+def _measure(measure: LabelFreeMeasure, students: Sequence[nn.Module], *, num_classes: int) -> dict[str, float]:
     """What a student is worth without labels: each component, and their score."""
     decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in students]
     components = {
-        "agreement": agreement(*map(probe.labels, decoders), num_classes=num_classes),
-        **probe.components(decoders[0], num_classes),
+        "agreement": agreement(*map(measure.labels, decoders), num_classes=num_classes),
+        **measure.components(decoders[0], num_classes),
     }
     return components | {"score": score(components)}
 
@@ -259,7 +259,7 @@ def _batches(
     repeats = config.train.epoch_repeats
     steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
     # A batch is one task or several.
-    slices = [slice(start, start + _SAMPLES_A_TASK) for start in range(0, per_worker, _SAMPLES_A_TASK)]
+    slices = [slice(start, start + _CROPS_PER_TASK) for start in range(0, per_worker, _CROPS_PER_TASK)]
 
     def calls() -> Iterator[dict[str, Any]]:
         for epoch in epochs:
@@ -285,6 +285,6 @@ def _batches(
                     "grid_hw": grid_hw,
                 }
 
-    samples = read_ahead(load_samples, calls(), num_readers)
+    samples = read_ahead(load_train_data, calls(), num_readers)
     while parts := list(itertools.islice(samples, len(slices))):
         yield {name: to_device([part[name] for part in parts], device) for name in parts[0]}

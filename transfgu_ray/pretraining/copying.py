@@ -1,7 +1,6 @@
 """Encoded images -> working copies: each is read, decoded and squared once, and those that cannot be are counted."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +12,7 @@ from PIL import Image
 from transfgu_ray.engine.parts import PartStats, read_footer
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
-from transfgu_ray.engine.stream import set_up_ray_data, unwrapped_errors
+from transfgu_ray.engine.stream import even_ranges, set_up_ray_data, unwrapped_errors
 from transfgu_ray.images import ImageRefused, decode_rgb, to_square
 from transfgu_ray.pretraining.config import PretrainDataConfig
 from transfgu_ray.pretraining.copies import COPIES, INDEX, build_index, pack
@@ -92,8 +91,8 @@ def _stream(
         }
     )
     blocks = min(_MAX_BLOCKS, len(table))
-    edges = [len(table) * i // blocks for i in range(blocks + 1)]
-    dataset = ray.data.from_arrow([table.slice(a, b - a).combine_chunks() for a, b in itertools.pairwise(edges)])
+    shares = [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(table), blocks)]
+    dataset = ray.data.from_arrow(shares)
     dataset = dataset.map_batches(
         _copy_unit,
         fn_kwargs={"out_uri": out.uri, "config": config, "fingerprint": fingerprint},

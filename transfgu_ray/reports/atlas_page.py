@@ -16,7 +16,7 @@ from transfgu_ray.models.names import Names, load_names
 from transfgu_ray.reports.page import hex_colour, render, within_bytes
 from transfgu_ray.reports.run_page import matched_colours, names_line
 from transfgu_ray.runs.run import Run
-from transfgu_ray.runs.tables import atlas_schema
+from transfgu_ray.runs.tables import atlas_schema, vectors
 from transfgu_ray.storage import Folder
 
 # Of the page's 8 MB, what pictures may take; a thousand concepts take 1.5 MB without any.
@@ -43,8 +43,7 @@ def write_atlas(run: Run) -> int:
     colours = matched_colours(model, metrics, names)["pred"]
     with folder.fs.open_input_file(folder.join("concepts.parquet")) as file:
         table = pq.read_table(file)
-    column = table["centroid"].combine_chunks()
-    centroids = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+    centroids = vectors(table["centroid"])
     kinds, num_crops = table["kind"].to_pylist(), table["num_crops"].to_pylist()
     matched = {c: row["name"] for row in metrics["per_class"] or [] for c in row["concepts"]}
     pictures, num_found = _pictures(folder)

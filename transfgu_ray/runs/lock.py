@@ -5,13 +5,13 @@ import itertools
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from transfgu_ray.background import repeated
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.storage import Folder
 
@@ -64,23 +64,17 @@ def locked(folder: Folder) -> Iterator[None]:
     found = _read(folder)
     if found is None or found.id != mine.id:
         raise ArtifactError(f"another process began in {folder.uri} at the same moment; use another folder")
-    done = threading.Event()
+    beats = itertools.count(1)
 
     def beat() -> None:
-        for beats in itertools.count(1):
-            if done.wait(BEAT_S):
-                return
-            # Whoever finds the storage failing is the work itself, not its note.
-            with contextlib.suppress(ArtifactError):
-                _write(folder, replace(mine, beats=beats))
+        # A storage that fails is reported by the work itself, not by its lock.
+        with contextlib.suppress(ArtifactError):
+            _write(folder, replace(mine, beats=next(beats)))
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(beat, seconds=BEAT_S, name="lock"):
+            yield
     finally:
-        done.set()
-        thread.join()
         with contextlib.suppress(OSError):
             folder.delete(LOCK)
 

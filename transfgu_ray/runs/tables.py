@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -156,3 +157,9 @@ def to_parquet(table: pa.Table, metadata: dict[str, str], row_group_size: int | 
     table = table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), **metadata})
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     return sink.getvalue()
+
+
+def vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of fixed-size lists as an array (rows, width), without a copy where Arrow's memory allows."""
+    values = column.combine_chunks()
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)

@@ -37,7 +37,7 @@ class Wanted:
     """What is made of each photograph.
 
     Attributes:
-        sliding: see `Segmenter.photo_maps`.
+        sliding: see `SegmentationModel.photo_maps`.
         probabilities: a greyscale PNG a class, 255 = certain.
         coco: COCO JSON, as detections and as panoptic segments.
     """

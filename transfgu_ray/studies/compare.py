@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.sparse import csr_array
 
-from transfgu_ray.algorithms.scores.label_free import NUM_PROBED, Probe, score
+from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED, LabelFreeMeasure, score
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig, RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef, Listing, open_root
@@ -42,7 +42,7 @@ _METHOD = STAGE_NAMES[-1]
 _NUM_SHOWN = 6
 # A version is timed for at least so long.
 _TIMED_SECONDS = 1.0
-# One for all versions: which photographs are probed and shown.
+# One for all versions: which photographs are measured and shown.
 _SEED = 0
 
 
@@ -63,8 +63,8 @@ class VersionScorer(Scorer):
         return [{_METHOD: upsample_argmax(m, self.config.evaluate_image_size).cpu().numpy()} for m in maps]
 
 
-class VersionProber(UnitWorker):
-    """The probed photographs, one unit a version -> its label-free score and its speed."""
+class VersionMeasurer(UnitWorker):
+    """The measured photographs, one unit a version -> its label-free score and its speed."""
 
     def __init__(
         self, uris: list[str], configs: list[RunConfig], *, has_labels: bool, device: str, threads: int
@@ -86,10 +86,10 @@ class VersionProber(UnitWorker):
     def _measure(self, uri: str, images: list[Image.Image], batch_size: int) -> dict[str, Any]:
         model = load_model(Folder(uri), self.device)
         working = np.stack([to_working(image, model.config.image_size) for image in images])
-        probe = Probe(
+        measure = LabelFreeMeasure(
             torch.from_numpy(working).to(self.device), model.read_tokens, model.encoder.grid_hw(model.config.image_size)
         )
-        components = probe.components(
+        components = measure.components(
             lambda tokens, grid_hw: model.decoder(tokens, grid_hw)[0], len(model.config.kinds)
         )
         # The model has run by now, so that no first call is timed; few photographs are segmented again and again.
@@ -154,23 +154,23 @@ def compare(
     registry = Registry(wanted.name, wanted.tracking_uri)
     versions = registry.versions(wanted.numbers)
     entries, listing, has_labels = enter(registry, versions, dataset=wanted.dataset, data=wanted.data, out=out)
-    probed = _choose(listing.images, NUM_PROBED)
-    num_scored = len(listing.images) if has_labels else min(len(probed), _NUM_SHOWN)
+    measured = _choose(listing.images, NUM_MEASURED)
+    num_scored = len(listing.images) if has_labels else min(len(measured), _NUM_SHOWN)
     with (
-        reporter.stage("compare", (len(probed) + num_scored) * len(entries), "photographs") as show,
+        reporter.stage("compare", (len(measured) + num_scored) * len(entries), "photographs") as show,
         unless_stalled("the comparison", RuntimeConfig().stall_minutes, show) as progress,
         ray_session(address, RuntimeConfig()) as resources,
     ):
         for entry in entries:
             for file, _ in entry.version.model.files():
                 entry.model.copy_from(entry.version.model, file)
-        probes, stats = _probe(entries, probed, has_labels=has_labels, resources=resources, progress=progress)
+        found, stats = _measure(entries, measured, has_labels=has_labels, resources=resources, progress=progress)
         refused = {refusal["image_id"] for refusal in stats.refused}
-        shown = _choose([image for image in probed if image.image_id not in refused], _NUM_SHOWN)
+        shown = _choose([image for image in measured if image.image_id not in refused], _NUM_SHOWN)
         counts, scored_stats = _count(
             entries, listing, shown=shown, has_labels=has_labels, resources=resources, progress=progress
         )
-    comparison = _content(registry, entries, probes=probes, counts=counts)
+    comparison = _content(registry, entries, found=found, counts=counts)
     comparison |= {
         "num_images": scored_stats.images if counts else 0,
         "num_probed": stats.images,
@@ -192,8 +192,8 @@ def _choose(images: Sequence[ImageRef], count: int) -> list[ImageRef]:
     return [image for image in images if image.image_id in chosen]
 
 
-def _probe(
-    entries: Sequence[Entry], probed: list[ImageRef], *, has_labels: bool, resources: Resources, progress: Progress
+def _measure(
+    entries: Sequence[Entry], measured: list[ImageRef], *, has_labels: bool, resources: Resources, progress: Progress
 ) -> tuple[list[dict[str, Any]], PartStats]:
     """Label-free score and speed of each version, and what became of the photographs.
 
@@ -206,12 +206,12 @@ def _probe(
         "has_labels": has_labels,
     }
     found = {}
-    root, units = open_root(entries[0].config.data.root), dict.fromkeys(range(len(entries)), probed)
-    for result in stream_units(root, units, worker=VersionProber, arguments=arguments, resources=resources):
+    root, units = open_root(entries[0].config.data.root), dict.fromkeys(range(len(entries)), measured)
+    for result in stream_units(root, units, worker=VersionMeasurer, arguments=arguments, resources=resources):
         found[result.unit] = json.loads(result.result)
-        progress(len(probed))
+        progress(len(measured))
     stats = [PartStats(**found[unit].pop("stats")) for unit in units]
-    require_some(stats[0], len(probed))
+    require_some(stats[0], len(measured))
     return [found[unit] for unit in units], stats[0]
 
 
@@ -251,13 +251,13 @@ def _count(
 
 
 def _content(
-    registry: Registry, entries: Sequence[Entry], *, probes: Sequence[dict[str, Any]], counts: dict[int, csr_array]
+    registry: Registry, entries: Sequence[Entry], *, found: Sequence[dict[str, Any]], counts: dict[int, csr_array]
 ) -> dict[str, Any]:
     config, champion = entries[0].config, registry.champion
     reference = entries[0].number if champion is None else champion
     scores = scored_rows(config, counts, reference) if counts else {}
     rows = []
-    for entry, probe in zip(entries, probes, strict=True):
+    for entry, measure in zip(entries, found, strict=True):
         tagged = entry.version.tags.get("score")
         rows.append(
             {
@@ -267,7 +267,7 @@ def _content(
                 "num_concepts": entry.config.num_concepts,
                 "weights_sha256": load_model_config(entry.model).weights_sha256,
                 "tagged_score": None if tagged is None else float(tagged),
-                **probe,
+                **measure,
                 "megabytes": entry.version.num_bytes / 1e6,
                 **scores.get(entry.number, unscored_row()),
             }

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from transfgu_ray.algorithms.scores.label_free import NUM_PROBED
+from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED
 from transfgu_ray.config.base import difference, flatten
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.engine.progress import Progress, Reporter
@@ -259,7 +259,7 @@ def _write(sweep: _Sweep) -> dict[str, Any]:
         "sampler": plan.sampler,
         "scheduler": plan.scheduler,
         "seed": base.seed,
-        "num_photos_probed": NUM_PROBED,
+        "num_photos_probed": NUM_MEASURED,
         "space": plain_settings(plan.space),
         "base": flatten(base.model_dump(mode="json")),
         "shared": SharedStages(folder, base).describe(configs),

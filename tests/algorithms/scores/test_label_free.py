@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from transfgu_ray.algorithms.scores.label_free import Probe, agreement, kappa, score, silhouette, usage
+from transfgu_ray.algorithms.scores.label_free import LabelFreeMeasure, agreement, kappa, score, silhouette, usage
 
 ONE = np.array([0, 0, 0, 0, 1, 1, 2, 2])
 # The same but for one patch.
@@ -80,10 +80,10 @@ def test_probe__sees_a_decoder_that_reads_patches_alone_as_consistent():
     images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     # Left of the middle, so that a look that is not turned back shows.
     images[:, :, :, 8:24] = 255
-    probe = Probe(images, _read, (8, 8))
-    found = probe.components(_decode, 2)
+    measure = LabelFreeMeasure(images, _read, (8, 8))
+    found = measure.components(_decode, 2)
     assert found["consistency"] > 0.85
-    assert probe.labels(_decode)[0, 0].tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    assert measure.labels(_decode)[0, 0].tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
     assert found["usage"] == pytest.approx(usage(np.array([0, 1, 1, 0, 0, 0, 0, 0]), 2))
 
 
@@ -95,7 +95,7 @@ def test_probe__sees_a_decoder_that_knows_places_alone_as_inconsistent():
         logits[:, 1, :, :4] = 1
         return logits
 
-    assert Probe(images, _read, (8, 8)).components(decode, 2)["consistency"] < 0.1
+    assert LabelFreeMeasure(images, _read, (8, 8)).components(decode, 2)["consistency"] < 0.1
 
 
 def test_score__counts_the_classes_that_are_found_again():

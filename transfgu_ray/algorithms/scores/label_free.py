@@ -15,7 +15,7 @@ from torch.nn import functional
 from transfgu_ray.algorithms.scores.metrics import match_concepts
 
 # Photographs that a student is measured on.
-NUM_PROBED = 32
+NUM_MEASURED = 32
 COMPONENTS = ("agreement", "consistency", "silhouette", "usage")
 # Side of the second look at a photograph, as a share of its own.
 _CROP = 0.75
@@ -114,7 +114,7 @@ _VIEWS = (
 )
 
 
-class Probe:
+class LabelFreeMeasure:
     """Tokens of some photographs and of other looks at them, read once and decoded by every student that is measured.
 
     Args:

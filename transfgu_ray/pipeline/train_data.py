@@ -35,7 +35,7 @@ def bank_image_ids(run: Folder) -> list[str]:
     return read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
 
 
-def load_samples(
+def load_train_data(
     places: pa.Table,
     positions: Int64[np.ndarray, " b"],
     *,
@@ -65,7 +65,7 @@ def load_samples(
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
         record = read_row(run, part_name("labels", place["unit"]), place["row"])
-        maps = _stored_scores(record)
+        _, maps = decode_bank_row(record)
         if config.has_background:
             maps = add_background(maps, config.cam.background_threshold)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
@@ -105,9 +105,9 @@ def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.
     return to_working(photo, size)
 
 
-def _stored_scores(record: dict[str, Any]) -> torch.Tensor:
-    """The scores of a row of the bank, float32 (k, h, w)."""
+def decode_bank_row(record: dict[str, Any]) -> tuple[UInt8[np.ndarray, "k h w"], torch.Tensor]:
+    """Return the codes of a row of the bank, whose argmax is exact, and its scores, float32 (k, h, w)."""
     grid_hw = record["grid_h"], record["grid_w"]
-    codes = torch.from_numpy(np.frombuffer(record["scores"], "u1").reshape(-1, *grid_hw).copy())
+    codes = np.frombuffer(record["scores"], "u1").reshape(-1, *grid_hw)
     low, high = (torch.from_numpy(np.frombuffer(record[n], "<f2").reshape(grid_hw).copy()) for n in ("low", "high"))
-    return decode_scores(codes, low, high)
+    return codes, decode_scores(torch.from_numpy(codes.copy()), low, high)
