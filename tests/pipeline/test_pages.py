@@ -144,16 +144,17 @@ def test_evaluate__shows_the_best_and_the_worst_photographs(finished: Run) -> No
 
 
 @pytest.mark.slow
-def test_concepts_name__is_a_command_beside_the_stage(run: Run, tmp_path: Path) -> None:
+def test_names__names_merges_and_refuses(run: Run, tmp_path: Path) -> None:
     (tmp_path / "names.yaml").write_text("0: animal\n1: animal\n")
     (tmp_path / "wrong.yaml").write_text("77: animal\n")
     shutil.copytree(run.folder.path, tmp_path / "name")
     calls = {
-        ("concepts", "name", "name", "wrong.yaml"): (2, "77 is no concept of this model"),
-        ("concepts", "name", "name", "names.yaml"): (0, "animal"),
-        ("concepts", "name", "nowhere", "names.yaml"): (2, "nowhere is no run folder"),
-        ("concepts", "name", "name", "no.yaml"): (2, "no.yaml cannot be read"),
+        ("names", "name", "wrong.yaml"): (2, "77 is no concept of this model"),
+        ("names", "name", "names.yaml"): (0, "animal"),
+        ("names", "nowhere", "names.yaml"): (2, "nowhere is no run folder"),
+        ("names", "name", "no.yaml"): (2, "no.yaml cannot be read"),
         ("report", "name"): (0, "atlas.html"),
+        ("concepts", "name", "name", "names.yaml"): (2, "is now `transfgu names RUN FILE`"),
     }
     for arguments, (code, words) in calls.items():
         process = transfgu(*arguments, cwd=tmp_path)
@@ -165,7 +166,7 @@ def test_concepts_name__is_a_command_beside_the_stage(run: Run, tmp_path: Path) 
 
 def test_concepts__of_a_run_folder_called_name_is_the_stage(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.folder.path, tmp_path / "name")
-    process = transfgu("concepts", "./name", cwd=tmp_path)
+    process = transfgu("concepts", "name", cwd=tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     # Nothing was to be done: a run called name has its concepts.

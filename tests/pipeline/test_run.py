@@ -1,20 +1,24 @@
 """A whole run on a small labelled set, and what can be done with it afterwards."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from tests.builders import make_folder, make_hostile_folder
+from tests.builders import TINY_OVERRIDES, TINY_VIT, make_folder, make_hostile_folder, tiny_encoder
 from tests.fixtures import Silent, make_run, open_run
+from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.models.model import load_model
 from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.runs.logs import kept_log, log_of
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
@@ -201,3 +205,27 @@ def test_terminal__quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> N
     terminal.note("done")
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_run_stages__what_fails_in_a_worker_is_a_sentence_here_and_a_traceback_in_the_log(
+    photographs_with_refused: Path, tmp_path: Path, local_ray: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = tiny_encoder()
+    with torch.no_grad():
+        # Class tokens beyond the largest float16.
+        encoder.vit.norm.weight *= 1e7
+    weights = tmp_path / "huge.safetensors"
+    weights.write_bytes(dump_encoder(encoder.vit, TINY_VIT, overrides=TINY_OVERRIDES))
+    run = open_run(tmp_path / "run", photographs_with_refused, f"encoder.weights={weights}")
+    with (
+        pytest.raises(DataError) as caught,
+        kept_log(run.folder, "extract"),
+    ):
+        run_stages(run, ("extract",), address=None, reporter=Silent())
+    assert re.fullmatch(r"the class tokens of \d photographs are NaN or infinite[^\n]*", str(caught.value))
+    log = Path(log_of(caught.value) or "").read_text()
+    assert "ERROR" in log
+    assert "in require_finite" in log, "the traceback is the worker's"
+    assert re.search(r"in unit \d, which begins with photo_00\da?\.jpg, on node [\d.]+, pid \d+", log)
+    assert "\x1b" not in log
+    assert "Traceback" not in "".join(capfd.readouterr())

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 import typer
 
-from transfgu_ray.cli import catalogue, encoders, models, naming, stages, studies
+from transfgu_ray.cli import catalogue, encoders, models, names, stages, studies
 from transfgu_ray.cli.terminal import printable
-from transfgu_ray.errors import StalledError, TransfguError
+from transfgu_ray.errors import ConfigError, StalledError, TransfguError
 
 app = typer.Typer(
     name="transfgu",
@@ -19,10 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _text in stages.HELP.items():
-    _cls = naming.ConceptsCommand if _name == "concepts" else None
-    app.command(name=_name, help=_text, cls=_cls)(stages.COMMANDS[_name])
+for _name, (_help, _command) in stages.COMMANDS.items():
+    app.command(name=_name, help=_help)(_command)
 for _command in (
+    names.names,
     models.predict,
     models.serve,
     models.compare,
@@ -54,18 +54,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        _refuse_former_form(sys.argv[1:])
         app()
     except (TransfguError, OSError) as error:
         from transfgu_ray.storage import storage_failure
 
-        told = error if isinstance(error, TransfguError) else storage_failure(error)
-        if told is None:
+        reported = error if isinstance(error, TransfguError) else storage_failure(error)
+        if reported is None:
             raise
-        typer.echo(printable(f"transfgu: {told}"), err=True)
-        sys.exit(2)
+        _exit_failed(str(reported), error, code=2)
     except StalledError as error:
-        typer.echo(f"transfgu: {error}", err=True)
-        sys.exit(1)
+        _exit_failed(str(error), error, code=1)
     except _Stopped:
         _exit_stopped(signal.SIGTERM)
     except SystemExit as error:
@@ -73,6 +72,25 @@ def main() -> None:
         if error.code == 128 + signal.SIGINT:
             _exit_stopped(signal.SIGINT)
         raise
+
+
+def _refuse_former_form(arguments: list[str]) -> None:
+    """Refuse `transfgu concepts name RUN FILE`, as versions before 0.2 had it.
+
+    Raises:
+        ConfigError: it is that.
+    """
+    if arguments[:2] == ["concepts", "name"] and any(not word.startswith("-") for word in arguments[2:3]):
+        raise ConfigError("`transfgu concepts name RUN FILE` is now `transfgu names RUN FILE`")
+
+
+def _exit_failed(sentence: str, error: BaseException, *, code: int) -> NoReturn:
+    from transfgu_ray.runs.logs import log_of
+
+    typer.echo(printable(f"transfgu: {sentence}"), err=True)
+    if log := log_of(error):
+        typer.echo(printable(f"transfgu: the log has more: {log}"), err=True)
+    sys.exit(code)
 
 
 def _exit_stopped(by: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.cli.options import Quiet, absolute
+from transfgu_ray.cli.options import Quiet, Verbose, absolute
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import DataError
@@ -34,11 +34,12 @@ def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which dataset; see `transfgu datasets`.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Its root, as --data of a run.")],
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Whether a copy of a dataset can be used: photographs, labels, sizes, label ids. Exit code 2 if not."""
     from transfgu_ray.datasets.check import Check
 
-    terminal, prepared = Terminal(quiet), Check(name, absolute(folder))
+    terminal, prepared = Terminal(quiet, verbose), Check(name, absolute(folder))
     with terminal.stage("check", prepared.num_images, "photographs") as progress:
         found = prepared.run(progress)
     terminal.table(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.cli.options import Address, Config, Quiet, Set, absolute
+from transfgu_ray.cli.options import Address, Config, Quiet, Set, Verbose, absolute, at_work
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_refused
 
@@ -59,6 +59,7 @@ def pretrain(
     ray_address: Address = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew what another configuration made.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Images to an encoder, where no public prior fits: DINO.
 
@@ -68,7 +69,6 @@ def pretrain(
     from transfgu_ray.pretraining.folder import PretrainFolder
     from transfgu_ray.pretraining.presets import get_pretrain_preset
     from transfgu_ray.pretraining.pretrain import pretrain as verb
-    from transfgu_ray.runs.lock import locked
     from transfgu_ray.storage import Folder
 
     shorthand = {"data.root": absolute(data), "data.val_root": absolute(val)}
@@ -77,8 +77,8 @@ def pretrain(
     if preset or config or assignments or named:
         base = None if preset else PretrainFolder.stored_config(folder)
         resolved = build_config(base or get_pretrain_preset(preset or "photos"), config, [*named, *assignments])
-    terminal = Terminal(quiet)
-    with locked(Folder(folder)):
+    terminal = Terminal(quiet, verbose)
+    with at_work(Folder(folder), "pretrain"):
         opened = PretrainFolder.open(folder, resolved, overwrite)
         _close_pretrain(terminal, opened, verb(opened, ray_address, reporter=terminal, overwrite=overwrite))
 
@@ -91,6 +91,7 @@ def probe(
         int | None, typer.Option(min=1, help="Side in px of the images. Default: what the encoder was trained at.")
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """How good an encoder is: k-NN, RankMe, foreground priors.
 
@@ -99,7 +100,7 @@ def probe(
     """
     from transfgu_ray.pretraining.probe import Probe
 
-    terminal, prepared = Terminal(quiet), Probe(weights, data, image_size)
+    terminal, prepared = Terminal(quiet, verbose), Probe(weights, data, image_size)
     with terminal.stage("probe", prepared.num_images, "images") as progress:
         result = prepared.run(progress)
     note_refused(terminal, result.refused)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.cli.options import Address, Quiet, absolute
+from transfgu_ray.cli.options import Address, Quiet, Verbose, absolute
 from transfgu_ray.cli.terminal import Terminal, duration
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import ConfigError
@@ -48,6 +48,7 @@ def predict(
     ray_address: Address = None,
     tracking_uri: ModelTrackingUri = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Palette masks and overlays of new photographs.
 
@@ -56,17 +57,19 @@ def predict(
     from transfgu_ray.config.run import RuntimeConfig
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.engine.watchdog import unless_stalled
+    from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.serving import predict as verb
     from transfgu_ray.serving.photographs import find_photographs
     from transfgu_ray.storage import Folder
 
-    terminal = Terminal(quiet)
+    terminal = Terminal(quiet, verbose)
     source, target = _model_folder(model, tracking_uri), Folder(out)
     root, photos = find_photographs(images)
     target.write_bytes(".transfgu", b"")
     target.delete(".transfgu")
     wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
     with (
+        kept_log(target, "predict"),
         terminal.stage("predict", len(photos.images), "photographs") as show,
         unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
         ray_session(ray_address, RuntimeConfig()) as resources,
@@ -110,6 +113,7 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Larger photographs are refused.")] = 50,
     tracking_uri: ModelTrackingUri = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """A page to drop photographs on and see their masks.
 
@@ -122,7 +126,7 @@ def serve(
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.serving import serve as verb
 
-    terminal, source = Terminal(quiet), _model_folder(model, tracking_uri)
+    terminal, source = Terminal(quiet, verbose), _model_folder(model, tracking_uri)
     verb.require_free(host, port)
     limits = verb.Limits(max_megabytes, max_megapixels)
     name = model.rstrip("/").rpartition("/")[2]
@@ -155,20 +159,23 @@ def compare(
         str | None, typer.Option(help="MLflow tracking URI. Default: sqlite in the working directory.")
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Registered versions side by side, on the same photographs."""
     from transfgu_ray.reports.comparison import class_table, comparison_lines, version_table
+    from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.compare import Comparison
     from transfgu_ray.studies.compare import compare as verb
 
     if force and not promote:
         raise ConfigError("--force has no use without --promote")
-    terminal, target, root = Terminal(quiet), Folder(out), str(absolute(data))
+    terminal, target, root = Terminal(quiet, verbose), Folder(out), str(absolute(data))
     wanted = Comparison(
         name=model, numbers=_version_numbers(versions), dataset=dataset, data=root, tracking_uri=tracking_uri
     )
-    comparison = verb(wanted, target, address=ray_address, reporter=terminal, promote=promote, force=force)
+    with kept_log(target, "compare"):
+        comparison = verb(wanted, target, address=ray_address, reporter=terminal, promote=promote, force=force)
     for header, rows in (version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])):
         # Intervals below their scores, so that versions keep to 80 columns.
         cells = [[cell.replace(" [", "\n[") for cell in row] for row in rows]

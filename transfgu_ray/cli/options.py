@@ -1,10 +1,17 @@
 """Options that several commands share, and the assignments they stand for."""
 
+from __future__ import annotations
+
 import json
 import os
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from transfgu_ray.storage import Folder
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder: a path or a URI such as s3://bucket/run.")]
 Preset = Annotated[
@@ -29,7 +36,8 @@ Address = Annotated[
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: sqlite beside the run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what another configuration changes.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log too; it is kept in logs/ either way.")]
 
 
 def named_settings(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
@@ -47,6 +55,20 @@ def named_settings(dataset: str | None, data: str | None, weights: str | None) -
 def absolute(path: str | None) -> str | None:
     """Workers and jobs run in other folders: local paths are made absolute, URIs are left."""
     return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+@contextmanager
+def at_work(folder: Folder, command: str) -> Iterator[None]:
+    """Keep a folder to this command, and its log in it.
+
+    Raises:
+        ArtifactError: another process works there, or the folder cannot be written.
+    """
+    from transfgu_ray.runs.lock import locked
+    from transfgu_ray.runs.logs import kept_log
+
+    with locked(folder), kept_log(folder, command):
+        yield
 
 
 def write_json(file: str | None, content: dict[str, Any]) -> None:

@@ -18,18 +18,22 @@ from transfgu_ray.cli.options import (
     RunFolder,
     Set,
     TrackingUri,
+    Verbose,
     Weights,
+    at_work,
     named_settings,
 )
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_pages, note_refused, note_scores
+from transfgu_ray.runs.stages import STAGES
 
 
-def _verb(name: str) -> Callable[..., None]:
-    """The command that brings one stage of a run, or for `run` all of them, up to date."""
+def _command(name: str) -> Callable[..., None]:
+    """Return the command that brings one stage of a run, or for `run` all of them, up to date."""
 
     def command(
         folder: RunFolder,
+        *,
         preset: Preset = None,
         dataset: Dataset = None,
         data: Data = None,
@@ -40,13 +44,12 @@ def _verb(name: str) -> Callable[..., None]:
         tracking_uri: TrackingUri = None,
         overwrite: Overwrite = False,
         quiet: Quiet = False,
+        verbose: Verbose = False,
     ) -> None:
         from transfgu_ray.config.presets import configure
         from transfgu_ray.config.run import build_config
         from transfgu_ray.pipeline.run import run_stages
-        from transfgu_ray.runs.lock import locked
         from transfgu_ray.runs.run import Run
-        from transfgu_ray.runs.stages import STAGES
         from transfgu_ray.storage import Folder
 
         named = named_settings(dataset, data, weights)
@@ -58,9 +61,11 @@ def _verb(name: str) -> Callable[..., None]:
             resolved = (
                 build_config(stored, config, changes) if stored else configure(preset or "paper", config, changes)
             )
-        terminal = Terminal(quiet)
-        stages = STAGES.lasting if name == "run" else (name,)
-        with locked(Folder(folder)):
+        if resolved is None and Run.stored_config(folder) is None:
+            # Before anything is made there.
+            Run.open(folder, None)
+        terminal = Terminal(quiet, verbose)
+        with at_work(Folder(folder), name):
             opened = Run.open(folder, resolved, overwrite)
             if name == "report":
                 from transfgu_ray.pipeline.pages import rebuild_pages
@@ -68,23 +73,22 @@ def _verb(name: str) -> Callable[..., None]:
                 # Always, and without Ray: it takes seconds, and another version makes other pages.
                 manifests = {name: rebuild_pages(opened)}
             else:
+                stages = STAGES.lasting if name == "run" else (name,)
                 manifests = run_stages(opened, stages, address=ray_address, reporter=terminal, overwrite=overwrite)
             _close(terminal, opened, manifests)
 
     return command
 
 
-HELP = {
-    "run": "Photographs to masks: every stage, resumed where it stopped.",
-    "extract": "Stage 1: class tokens of sliding windows -> features/.",
-    "concepts": "Stage 2: k-means of the class tokens -> concepts.parquet. See also `transfgu concepts name --help`, "
-    "which names, merges and hides concepts of a trained run.",
-    "labels": "Stage 3: response maps of all concepts -> labels/.",
-    "train": "Stage 4: decoder in teacher-student rounds -> model/.",
-    "evaluate": "Stage 5: scores, where there are labels -> metrics.json.",
-    "report": "Stage 6: self-contained pages -> report.html, atlas.html. Made again from the run folder alone.",
+# The last stage, MLflow's, is made by `run` alone.
+_OF_ONE = [stage for stage in STAGES if stage.feeds is None and stage.name != STAGES.lasting[-1]]
+COMMANDS = {
+    "run": ("Photographs to masks: every stage, resumed where it stopped.", _command("run")),
+    **{
+        stage.name: (f"Stage {number}: {stage.help}", _command(stage.name))
+        for number, stage in enumerate(_OF_ONE, start=1)
+    },
 }
-COMMANDS = {name: _verb(name) for name in HELP}
 
 
 def demo(
@@ -94,6 +98,7 @@ def demo(
     ray_address: Address = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The whole pipeline on rendered scenes, with bundled weights.
 
@@ -107,7 +112,8 @@ def demo(
     terminal = Terminal(quiet)
     terminal.note(f"scenes: {DEMO_SCENES['num_train']} to learn from, {DEMO_SCENES['num_val']} to score, in {scenes}")
     write_scenes(scenes, **DEMO_SCENES)
-    COMMANDS["run"](
+    _, run = COMMANDS["run"]
+    run(
         folder,
         preset="demo",
         data=scenes,
@@ -115,6 +121,7 @@ def demo(
         ray_address=ray_address,
         overwrite=overwrite,
         quiet=quiet,
+        verbose=verbose,
     )
 
 
@@ -142,8 +149,6 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
 
 def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
     """What one does after this stage."""
-    from transfgu_ray.runs.stages import STAGES
-
     uri = opened.folder.uri
     *_, last = STAGES.lasting
     # Pages are also made again of a run that is whole.

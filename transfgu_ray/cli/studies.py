@@ -14,8 +14,10 @@ from transfgu_ray.cli.options import (
     Quiet,
     Set,
     TrackingUri,
+    Verbose,
     Weights,
     absolute,
+    at_work,
     named_settings,
     write_json,
 )
@@ -38,6 +40,7 @@ def ablate(
     num_scenes: Annotated[int, typer.Option(min=1, help="Scenes to learn from, where --data is not given.")] = 160,
     ray_address: Address = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The paper's ablations, Tables 3, 4 and 5.
 
@@ -45,7 +48,6 @@ def ablate(
     """
     from transfgu_ray.config.presets import DEMO_SCENES, configure
     from transfgu_ray.reports.ablations import VARIANTS, ablation_tables
-    from transfgu_ray.runs.lock import locked
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.ablate import ablate as verb
@@ -53,7 +55,7 @@ def ablate(
     unknown = [name for name in only if name not in VARIANTS]
     if unknown:
         raise ConfigError(f"unknown variant {unknown[0]!r}; allowed for --only: {', '.join(VARIANTS)}")
-    terminal, target, notes = Terminal(quiet), Folder(folder), []
+    terminal, target, notes = Terminal(quiet, verbose), Folder(folder), []
     if data is None:
         data = target.uri_of("scenes")
         write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
@@ -64,7 +66,7 @@ def ablate(
         preset, config, [*named_settings(dataset, data, weights), "evaluate.baselines=[]", *assignments]
     )
     resnet = resnet if resnet == "random" else str(absolute(resnet))
-    with locked(target):
+    with at_work(target, "ablate"):
         metrics = verb(
             target,
             resolved,
@@ -125,6 +127,7 @@ def tune(
     ray_address: Address = None,
     tracking_uri: TrackingUri = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """A sweep over alpha, omega, K and others, chosen without labels.
 
@@ -132,14 +135,13 @@ def tune(
     """
     from transfgu_ray.config.presets import DEMO_SCENES, configure
     from transfgu_ray.reports.sweep_tables import evidence_lines, evidence_table, failed_trials, sweep_table
-    from transfgu_ray.runs.lock import locked
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.spaces import read_space
     from transfgu_ray.studies.tune import PAGE, SWEEP, SweepPlan
     from transfgu_ray.studies.tune import tune as verb
 
-    terminal, target, rendered = Terminal(quiet), Folder(folder), []
+    terminal, target, rendered = Terminal(quiet, verbose), Folder(folder), []
     if data is None and preset == "demo" and dataset is None:
         data = target.uri_of("scenes")
         write_scenes(data, **DEMO_SCENES | {"num_train": num_scenes})
@@ -151,7 +153,7 @@ def tune(
     # Trials side by side use the cores better than workers side by side.
     resolved = configure(preset, config, [*named, "runtime.train_workers=1", *assignments])
     planned = SweepPlan(read_space(space, resolved), num_trials, sampler, scheduler, objective)
-    with locked(target):
+    with at_work(target, "tune"):
         sweep = verb(target, resolved, plan=planned, address=ray_address, reporter=terminal)
     header, rows = sweep_table(sweep)
     terminal.table(rows, [name.replace("_", "_\n").replace(" ", "\n") for name in header])

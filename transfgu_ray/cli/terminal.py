@@ -85,6 +85,8 @@ class _Shown(Progress):
 
     def expect(self, total: int) -> None:
         self._bars.update(self._number, total=total)
+        if total == 1:
+            self._unit = self._task.fields["unit"] = self._unit.removesuffix("s")
         if not self._is_live:
             self._log(f"{self._name}: {total} {self._unit}")
 
@@ -105,12 +107,31 @@ class _Shown(Progress):
 class Terminal:
     """Progress and closing lines on stderr and stdout; plain lines where there is no terminal."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, verbose: bool = False) -> None:
         from rich.console import Console
 
         self._quiet = quiet
         self._out = Console(highlight=False, soft_wrap=True)
         self._progress = Console(stderr=True, highlight=False)
+        if verbose:
+            self._show_log()
+
+    def _show_log(self) -> None:
+        """Show what is logged, from now on, above the progress."""
+        import logging
+
+        from transfgu_ray.runs.logs import LogFormatter, logger
+
+        console = self._progress
+
+        class Shown(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                console.print(_lines(self.format(record)), markup=False, soft_wrap=True)
+
+        handler = Shown()
+        handler.setFormatter(LogFormatter())
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
 from transfgu_ray.errors import ConfigError
+from transfgu_ray.runs.logs import begin_work
 
 # A worker and the reading task that feeds it fit on one CPU together, so that one CPU is enough to make progress.
 WORKER_CPUS = 0.75
@@ -75,9 +77,10 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
     import ray
 
     if ray.is_initialized():
+        begin_work()
         yield _resources(runtime)
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logged = {"log_to_driver": True, "logging_level": logging.WARNING}
     if is_local:
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
@@ -88,17 +91,20 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
             "include_dashboard": dashboard,
             "object_store_memory": runtime.object_store_mb * 2**20,
         }
-        _start(**where, **quiet)
+        _start(**where, **logged)
     else:
         try:
             with _quiet_start():
-                ray.init(address=address, **quiet)
+                ray.init(address=address, **logged)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at --ray-address {address}: {str(error).splitlines()[0]}"
             ) from None
+    divert_ray_loggers()
+    begin_work()
     try:
-        yield _resources(runtime)
+        with diverted_prints():
+            yield _resources(runtime)
     finally:
         ray.shutdown()
 

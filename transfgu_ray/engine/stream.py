@@ -7,7 +7,9 @@ done again, and a rerun skips the units whose artifact is there.
 
 import itertools
 import logging
+import os
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,13 @@ from typing import Any
 import pyarrow as pa
 
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, Resources
 from transfgu_ray.errors import TransfguError
 from transfgu_ray.storage import Folder, storage_failure
 
 _MAX_BLOCKS = 1000
+_LOGGER = logging.getLogger("transfgu_ray")
 
 
 def peak_memory_mb() -> int:
@@ -64,9 +68,27 @@ class UnitWorker:
         photos = [
             Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
         ]
-        result = self.process(row["unit"], photos)
+        import ray
+
+        started, node, pid = time.perf_counter(), ray.util.get_node_ip_address(), os.getpid()
+        try:
+            result = self.process(row["unit"], photos)
+        except Exception as error:
+            first, *_ = row["image_ids"]
+            note = f"in unit {row['unit']}, which begins with {first}, on node {node}, pid {pid}"
+            # Ray Data may call again what has failed.
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
         return pa.table(
-            {"unit": [row["unit"]], "result": pa.array([result], pa.binary()), "peak_mb": [peak_memory_mb()]}
+            {
+                "unit": [row["unit"]],
+                "result": pa.array([result], pa.binary()),
+                "peak_mb": [peak_memory_mb()],
+                "node": [node],
+                "pid": [pid],
+                "seconds": [time.perf_counter() - started],
+            }
         )
 
 
@@ -139,6 +161,15 @@ def stream_units(
     with unwrapped_errors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
+                _LOGGER.debug(
+                    "unit %d: done in %.2f s by %s on node %s, pid %d, peak memory %d MB",
+                    row["unit"],
+                    row["seconds"],
+                    getattr(worker, "__name__", worker),
+                    row["node"],
+                    row["pid"],
+                    row["peak_mb"],
+                )
                 yield UnitResult(row["unit"], row["result"], row["peak_mb"])
 
 
@@ -150,7 +181,7 @@ def set_up_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    divert_ray_loggers()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What trainings under Ray Train share: how they are started, continued and watched."""
 
 import json
-import logging
 import os
 import tempfile
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from transfgu_ray.background import repeated
+from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.storage import Folder
@@ -57,7 +57,7 @@ def new_trainer(
 
     # Of a storage that cannot be written, Ray Train tells as of an actor that died.
     storage.write_bytes(f"{name}/.writable", b"")
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    divert_ray_loggers()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     cuda = resources.device == "cuda"
 

@@ -1,6 +1,7 @@
 """The stages in order: what is finished is kept, what is missing is made, and each manifest is written last."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +15,13 @@ from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.context import StageJob, Trial
 from transfgu_ray.pipeline.inputs import check_early, list_training, resolve_weights, stage_inputs
+from transfgu_ray.runs.logs import logged_stage
 from transfgu_ray.runs.run import Run, and_more
 from transfgu_ray.runs.stages import STAGES, Stage
 from transfgu_ray.tracking import runs as tracking
 from transfgu_ray.tracking.runs import Tracked
+
+_LOGGER = logging.getLogger("transfgu_ray")
 
 
 def run_stages(
@@ -164,11 +168,13 @@ def _run_stage(stage: Stage, job: StageJob, reporter: Reporter) -> bool:
     """Run a stage and write its manifest; return False where it was mended, but its files are not the same again."""
     started = time.perf_counter()
     with (
+        logged_stage(stage.name),
         reporter.stage(stage.name, None, stage.unit) as show,
         unless_stalled(f"stage {stage.name}", job.config.runtime.stall_minutes, show) as progress,
     ):
         content = stage.function(replace(job, progress=progress))
     seconds = time.perf_counter() - started
+    _LOGGER.info("%s: %d rows in, %d out, %.1f s", stage.name, content["rows_in"], content["rows_out"], seconds)
     manifest = job.run.write_manifest(
         stage.name,
         job.fingerprint,

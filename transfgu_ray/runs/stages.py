@@ -1,11 +1,14 @@
 """The one table of stages: what each reads, leaves and is run by. Everything that lists stages is made from it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transfgu_ray.config.run import RunConfig
+if TYPE_CHECKING:
+    from transfgu_ray.config.run import RunConfig
 
 NAMES = "model/names.yaml"
 # What a stage does: takes a `pipeline.context.StageJob`, returns what the manifest says of it. Rooms below the pipeline
@@ -23,7 +26,7 @@ class Stage:
             `section.field`: what its fingerprint is made of.
         outputs: files and folders that it leaves in the run folder beside its manifest.
         unit: what its progress counts, in the plural.
-        help: what it does and leaves, in one line.
+        help: what it does and leaves, in at most 55 characters: longer ones are cut in `transfgu --help`.
         run: a `StageFunction`, or `module:function`, which is imported when the stage is first run.
         follows: stage whose sections it reads too; None for the one before it in the table.
         unchecked: beginnings of names among the outputs of which no checksums are kept.
@@ -138,7 +141,7 @@ STAGES = StageTable(
             sections=("data", "encoder", "extract"),
             outputs=("features", "model/encoder.safetensors"),
             unit="photographs",
-            help="Class tokens of sliding windows -> features/*.parquet, model/encoder.safetensors.",
+            help="Class tokens of sliding windows -> features/.",
             run="transfgu_ray.pipeline.features:run_stage",
         ),
         Stage(
@@ -156,7 +159,7 @@ STAGES = StageTable(
             sections=("cam",),
             outputs=("labels",),
             unit="photographs",
-            help="A response map of every concept on every photograph -> labels/*.parquet.",
+            help="Response maps of all concepts -> labels/.",
             run="transfgu_ray.pipeline.labels:run_stage",
         ),
         Stage(
@@ -170,7 +173,7 @@ STAGES = StageTable(
             ),
             outputs=("tokens",),
             unit="photographs",
-            help="Tokens of whole photographs (train.features=cached), deleted once trained -> tokens/*.parquet.",
+            help="Tokens of whole photographs -> tokens/, until trained.",
             run="transfgu_ray.pipeline.tokens:run_stage",
             follows="extract",
             unchecked=("tokens/",),
@@ -188,7 +191,7 @@ STAGES = StageTable(
                 "model/decoder_round_0.safetensors",
             ),
             unit="epochs",
-            help="Segmenter decoder in teacher-student rounds -> train/, model/.",
+            help="Decoder in teacher-student rounds -> train/, model/.",
             run="transfgu_ray.pipeline.train:run_stage",
             # Ray Train's own storage.
             unchecked=("train/rounds-",),
@@ -198,7 +201,7 @@ STAGES = StageTable(
             sections=("evaluate",),
             outputs=("metrics.json", "samples", "baselines", "confusions", "extremes", "atlas", "atlas.json"),
             unit="photographs",
-            help="Scores, where there are labels -> metrics.json, confusions/, samples/, extremes/, atlas/.",
+            help="Scores, where there are labels -> metrics.json.",
             run="transfgu_ray.pipeline.evaluate:run_stage",
             # Copies of what report.html holds.
             unchecked=("samples/strip_",),
@@ -209,7 +212,7 @@ STAGES = StageTable(
             sections=(),
             outputs=("report.html", "atlas.html"),
             unit="pages",
-            help="Self-contained pages, made again from the run folder alone -> report.html, atlas.html.",
+            help="Self-contained pages -> report.html, atlas.html.",
             run="transfgu_ray.pipeline.pages:run_stage",
             reads_names=True,
         ),
@@ -218,7 +221,7 @@ STAGES = StageTable(
             sections=(),
             outputs=(),
             unit="models",
-            help="MLflow run and registered model -> mlflow.db beside the run, or the tracking server.",
+            help="MLflow run and registered model.",
             run="transfgu_ray.pipeline.register:run_stage",
             reads_names=True,
         ),
