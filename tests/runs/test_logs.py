@@ -81,7 +81,7 @@ def test_kept_log__holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             logger.exception("a worker printed wJalrXUtnFEMI, and a short word")
     text = the_log(tmp_path)
     assert "wJalrXUtnFEMI" not in text
-    assert text.count("***") == 2, "in the line and in the traceback"
+    assert text.count("***") >= 2, "in the line and in the traceback"
     assert "a short word" in text
 
 

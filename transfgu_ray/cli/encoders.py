@@ -105,7 +105,7 @@ def probe(
         result = prepared.run(progress)
     note_refused(terminal, result.refused)
     rows = [["images", f"{result.num_queries} at {result.image_size} px"]]
-    if result.knn_top1 is not None:
+    if result.knn_top1 is not None and result.knn_chance is not None:
         rows.append(["k-NN top-1", f"{100 * result.knn_top1:.2f} % of {result.num_bank} neighbours"])
         rows.append(["chance", f"{100 * result.knn_chance:.2f} %"])
     rows.append(["RankMe", f"{result.rank_me:.1f}"])

@@ -145,7 +145,7 @@ def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> N
     """
     bad = ~np.isfinite(values).all(tuple(range(1, values.ndim)))
     if bad.any():
-        names = sorted({image_ids[row] for row in np.flatnonzero(bad)})
+        names = sorted({image_ids[row] for row in np.flatnonzero(bad).tolist()})
         raise DataError(
             f"the {what} of {len(names)} photographs are NaN or infinite, the first, {names[0]}; try "
             "encoder.precision=float32, or other weights"
@@ -261,6 +261,7 @@ def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
 
 def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
     """One row of a part that has one row a row group."""
+    record: dict[str, Any]
     (record,) = run.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
     return record
 

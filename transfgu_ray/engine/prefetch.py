@@ -23,8 +23,9 @@ def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_a
     """
     import ray
 
-    task = ray.remote(read).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
-    yield from in_order((task.remote(**call) for call in calls), ray.get, num_ahead)
+    task: Any = ray.remote(read).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
+    finish: Callable[[Any], T] = ray.get
+    yield from in_order((task.remote(**call) for call in calls), finish, num_ahead)
 
 
 def to_device(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -24,7 +24,7 @@ class LoopbackTorchConfig(TorchConfig):
 
 
 class _LoopbackBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """On one machine workers meet at a file, since PyTorch's own store listens on every interface, to anybody."""
         if len(set(worker_group.execute(_node_id))) > 1:
             super().on_start(worker_group, backend_config)

@@ -80,11 +80,11 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
         begin_work()
         yield _resources(runtime)
         return
-    logged = {"log_to_driver": True, "logging_level": logging.WARNING}
+    logged: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if is_local:
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
-        where = {
+        where: dict[str, Any] = {
             # Not the cluster that happens to run on this machine.
             "address": "local",
             "num_cpus": slots,
@@ -178,14 +178,15 @@ def _quiet_start() -> Iterator[None]:
 def _resources(runtime: RuntimeConfig) -> Resources:
     import ray
 
-    total = ray.cluster_resources()
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types here
     gpus = int(total.get("GPU", 0))
     if runtime.device == "cuda" and not gpus:
         raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")
     device = "cuda" if gpus and runtime.device != "cpu" else "cpu"
     slots = int(total.get("CPU", 1))
     # On one machine slots may outnumber cores, see `ray_session`.
-    cores = max(1, min(slots, os.cpu_count() or 1) if len(ray.nodes()) == 1 else slots)
+    nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+    cores = max(1, min(slots, os.cpu_count() or 1) if len(nodes) == 1 else slots)
     wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
     return Resources(
         num_cores=cores,

@@ -70,7 +70,8 @@ class UnitWorker:
         ]
         import ray
 
-        started, node, pid = time.perf_counter(), ray.util.get_node_ip_address(), os.getpid()
+        node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types here
+        started, pid = time.perf_counter(), os.getpid()
         try:
             result = self.process(row["unit"], photos)
         except Exception as error:
@@ -137,26 +138,24 @@ def stream_units(
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     set_up_ray_data()
-    dataset = (
-        ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
-        .map_batches(
-            _read_unit,
-            fn_kwargs={"root_uri": root.uri},
-            batch_format="pyarrow",
-            batch_size=1,
-            # Without a limit Ray starts as many processes as fractions of a CPU fit.
-            compute=TaskPoolStrategy(size=resources.num_workers),
-            num_cpus=READER_CPUS,
-        )
-        .map_batches(
-            worker,
-            fn_constructor_kwargs={"device": resources.device, "threads": resources.threads, **arguments},
-            batch_format="pyarrow",
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),
-            num_cpus=WORKER_CPUS,
-            num_gpus=resources.gpus_per_worker or None,
-        )
+    # As Any: Ray's types of a function that maps tables do not know Arrow's.
+    blocks: Any = ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
+    dataset = blocks.map_batches(
+        _read_unit,
+        fn_kwargs={"root_uri": root.uri},
+        batch_format="pyarrow",
+        batch_size=1,
+        # Without a limit Ray starts as many processes as fractions of a CPU fit.
+        compute=TaskPoolStrategy(size=resources.num_workers),
+        num_cpus=READER_CPUS,
+    ).map_batches(
+        worker,
+        fn_constructor_kwargs={"device": resources.device, "threads": resources.threads, **arguments},
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),
+        num_cpus=WORKER_CPUS,
+        num_gpus=resources.gpus_per_worker or None,
     )
     with unwrapped_errors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -65,6 +65,8 @@ def new_trainer(
         def _register_sigint_handler(self, controller: Any) -> None:
             """Leaves Ctrl-C what it is: Ray's handler waits for the workers, which may hang, and exits with 0."""
 
+    # As Any: the class that Ray shows to type checkers is its predecessor's.
+    failure_config: Any = FailureConfig
     return Interruptible(
         loop,
         train_loop_config=settings,
@@ -79,7 +81,7 @@ def new_trainer(
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=max_restarts, controller_failure_limit=3),
+            failure_config=failure_config(max_failures=max_restarts, controller_failure_limit=3),
         ),
     )
 
@@ -99,7 +101,8 @@ def drop_torn(run: Folder, name: str) -> None:
 def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
     """What `report_state` kept."""
     with checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
+        return state
 
 
 def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:

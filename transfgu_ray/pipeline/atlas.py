@@ -1,5 +1,6 @@
 """features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,15 +105,16 @@ def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resourc
     import ray
 
     count = len(part_files(run, "labels"))
-    task: Any = ray.remote(_scan).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
+    # As Any: Ray's types of remote functions know no keywords.
+    function: Any = _scan
+    task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
     given = ray.put((kinds, centroids))
     with unwrapped_errors():
-        scans = ray.get([task.remote(run.uri, given, parts=parts, threads=resources.threads) for parts in runs])
-    merged = scans[0]
-    for scan in scans[1:]:
-        merged = merged.merge(scan)
-    return merged
+        scans: list[_Scan] = ray.get(
+            [task.remote(run.uri, given, parts=parts, threads=resources.threads) for parts in runs]
+        )
+    return functools.reduce(_Scan.merge, scans)
 
 
 def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int) -> _Scan:

@@ -214,7 +214,9 @@ def fit_baselines(
         worker=PatchSampler,
         arguments={"patches_per_photo": MAX_POINTS // len(chosen)},
     )
-    task: Any = ray.remote(cluster_patches).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+    # As Any: Ray's types of remote functions know no keywords.
+    function: Any = cluster_patches
+    task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
         centroids, counts = ray.get(
             task.remote(
@@ -242,12 +244,13 @@ def cluster_patches(
     torch.set_num_threads(threads)
     run, device = Folder(run_uri), "cuda" if use_gpu else "cpu"
     how = kmeans_settings(config, use_gpu)
-    centroids, counts = {}, {}
+    centroids: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
     for name in config.evaluate.baselines:
         used = _VIEWS if name == "iic" else ("patch_tokens", *_VIEWS) if name == "picie" else (name,)
         points = [_read_features(run, column) for column in used]
         if name == "iic":
-            centroids[name] = fit_iic(*points, num_clusters=num_clusters, seed=config.seed, device=device)
+            centroids[name] = fit_iic(points[0], points[1], num_clusters=num_clusters, seed=config.seed, device=device)
         elif name == "picie":
             centroids[name] = fit_picie(
                 points[0], points[1], view_2=points[2], num_clusters=num_clusters, how=how, device=device
@@ -257,7 +260,7 @@ def cluster_patches(
             _, photos = np.unique(photos, return_inverse=True)
             num_background = config.num_background + config.has_background
             centroids[name], masks = fit_masks(
-                *points,
+                points[0],
                 photos,
                 num_foreground=num_clusters - num_background,
                 num_background=num_background,
@@ -265,7 +268,7 @@ def cluster_patches(
             )
             counts = dict(zip(("foreground_masks", "background_masks"), masks, strict=True))
         else:
-            centroids[name] = fit_centroids(*points, num_clusters, how=how, name=name)
+            centroids[name] = fit_centroids(points[0], num_clusters, how=how, name=name)
     return centroids, counts
 
 

@@ -86,7 +86,9 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     fitted: dict[str, Clustering] = {}
     peak_mb = 0
     if small:
-        task: Any = ray.remote(_fit_in_memory).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
+        # As Any: Ray's types of remote functions know no keywords.
+        function: Any = _fit_in_memory
+        task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
         fitted, peak_mb = ray.get(
             task.remote(run.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu)

@@ -121,8 +121,9 @@ class Evaluator(Scorer):
             masks.append(of_image)
         if self._centroids and images:
             working = [to_working(image, self.config.data.image_size) for image in images]
-            for of_image, maps in zip(masks, self._baselines(working), strict=True):
-                of_image |= {name: upsample_argmax(m, scored) for name, m in zip(self._centroids, maps, strict=True)}
+            for of_image, of_baselines in zip(masks, self._baselines(working), strict=True):
+                named = zip(self._centroids, of_baselines, strict=True)
+                of_image |= {name: upsample_argmax(m, scored) for name, m in named}
         return [{name: mask.cpu().numpy() for name, mask in of_image.items()} for of_image in masks]
 
     def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:

@@ -65,6 +65,8 @@ def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[
         config: its configuration.
         weights_sha256: of the encoder.
     """
+    source = config.train.decoder_weights
+    assert source is not None
     state = check_decoder(config, run.read_bytes(ENCODER)).state
     if config.has_background:
         state = background_last(state)
@@ -78,7 +80,7 @@ def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[
         "rows_out": 0,
         "refused": [],
         "epochs": 0,
-        "imported": decoder_sha256(config.train.decoder_weights),
+        "imported": decoder_sha256(source),
         "weights_sha256": weights_sha256,
     }
 

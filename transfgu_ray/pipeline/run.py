@@ -159,7 +159,7 @@ def _tracked(run: Run, to_make: Sequence[str], trial: Trial | None) -> Iterator[
     if "register" not in to_make:
         yield None
         return
-    tracked = tracking.begin(run.folder, run.config, trial and trial.parent)
+    tracked = tracking.begin(run.folder, run.config, None if trial is None else trial.parent)
     with tracking.ended_on_error(tracked):
         yield tracked
 

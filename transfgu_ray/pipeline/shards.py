@@ -1,11 +1,12 @@
 """The class tokens of a group, spilled to the local disks of Ray actors: an actor holds one block of its shard."""
 
+import io
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -87,7 +88,7 @@ class PointShard:
         self._kind = kind
         self._plan = plan
         self._use_gpu = use_gpu and has_gpu()
-        self._spilled: tuple[IO[bytes], int] | None = None
+        self._spilled: tuple[io.BufferedRandom, int] | None = None
 
     def load(self) -> tuple[float, bool]:
         """Spills the points; returns the largest magnitude in them, and whether a GPU will be used."""
@@ -110,7 +111,7 @@ class PointShard:
         points = np.empty((len(own), width), np.float16)
         for point, row in zip(points, own.tolist(), strict=True):
             file.seek(row * point.nbytes)
-            file.readinto(point)
+            file.readinto(point.data)
         return points
 
     def train_on(
@@ -137,20 +138,22 @@ class PointShard:
         file.seek(0)
         # Read, not mapped: pages of a map count as this process's memory.
         block = np.empty((lloyd.BLOCK_ROWS, width), np.float16)
-        while num_bytes := file.readinto(block):
+        while num_bytes := file.readinto(block.data):
             yield block[: num_bytes // block[0].nbytes]
 
-    def _file(self) -> tuple[IO[bytes], int]:
+    def _file(self) -> tuple[io.BufferedRandom, int]:
         if self._spilled is None:
             width = 0
             with self._disk_errors():
-                file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
+                # Typed as its wrapper is on Windows; on POSIX it is the file itself.
+                opened: Any = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
+                file: io.BufferedRandom = opened
             for piece in self._plan.pieces:
                 points = read_points(self._run, piece.name, self._kind)
                 width = points.shape[1]
                 own = points[max(self._plan.start - piece.first_row, 0) : self._plan.stop - piece.first_row]
                 with self._disk_errors():
-                    file.write(np.ascontiguousarray(own))
+                    file.write(np.ascontiguousarray(own).data)
             with self._disk_errors():
                 file.flush()
             self._spilled = file, width
@@ -189,7 +192,8 @@ class ActorShards(lloyd.ShardedPoints):
         import ray
 
         first, *others = self._actors
-        return ray.get(first.train_on.remote(rows, num_concepts, how=how, start=start, others=others))
+        centroids: np.ndarray = ray.get(first.train_on.remote(rows, num_concepts, how=how, start=start, others=others))
+        return centroids
 
     def sum_nearest(self, centroids: np.ndarray) -> list[lloyd.ClusterSums]:
         """One pass of all actors over their points."""
@@ -201,7 +205,8 @@ class ActorShards(lloyd.ShardedPoints):
 
     def peak_mb(self) -> int:
         """Highest peak memory of an actor so far, MB."""
-        return max(self._all("peak_mb"))
+        peaks: list[int] = self._all("peak_mb")
+        return max(peaks)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         import ray

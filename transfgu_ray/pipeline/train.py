@@ -98,6 +98,7 @@ def train(
         watched_json(folder, PULSE, lambda pulse: job.progress()),
     ):
         result = trainer.fit()
+    assert result.checkpoint is not None
     state = read_state(result.checkpoint)
     model = Folder(folder.uri_of("model"))
     trained = state["bootstrap"]["trained"]

@@ -22,7 +22,8 @@ TOKENS = "tokens"
 
 def bank_index(run: Folder) -> pa.Table:
     """Where each image of the bank is: unit and row of its part. One row an image, in order."""
-    units, rows = [], []
+    units: list[int] = []
+    rows: list[int] = []
     for unit, name in enumerate(part_files(run, "labels")):
         count = run.read(name, pq.read_metadata).num_rows
         units += [unit] * count
@@ -32,7 +33,8 @@ def bank_index(run: Folder) -> pa.Table:
 
 def bank_image_ids(run: Folder) -> list[str]:
     """image_id of every image of the bank, in order."""
-    return read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
+    image_ids: list[str] = read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
+    return image_ids
 
 
 def load_train_data(

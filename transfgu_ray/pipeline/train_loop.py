@@ -204,8 +204,9 @@ def _new_measure(
 def _measure(measure: LabelFreeMeasure, students: Sequence[nn.Module], *, num_classes: int) -> dict[str, float]:
     """What a student is worth without labels: each component, and their score."""
     decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in students]
+    student, sibling = map(measure.labels, decoders)
     components = {
-        "agreement": agreement(*map(measure.labels, decoders), num_classes=num_classes),
+        "agreement": agreement(student, sibling, num_classes=num_classes),
         **measure.components(decoders[0], num_classes),
     }
     return components | {"score": score(components)}

@@ -58,7 +58,7 @@ def locked(folder: Folder) -> Iterator[None]:
             f"process {owner.pid} of {owner.host.partition(' ')[0]} is at work in {folder.uri}; wait until it ends, or "
             "use another folder"
         )
-    mine = _Owner(uuid.uuid4().hex, _host(), os.getpid(), _started(os.getpid()), 0)
+    mine = _Owner(uuid.uuid4().hex, _host(), os.getpid(), _started(os.getpid()) or "", 0)
     _write(folder, mine)
     # Of two that found it free at the same time, the one that wrote last has it.
     found = _read(folder)

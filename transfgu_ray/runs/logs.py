@@ -102,7 +102,7 @@ class _LogFile(RotatingFileHandler):
 def kept_log(folder: Folder, command: str) -> Iterator[None]:
     """Keep the log of a command in its folder.
 
-    An error that passes is logged with its traceback. One after `begin_work`, or one not foreseen, gets a note that says
+    An error that passes is logged with its traceback. One after `begin_work`, or not foreseen, gets a note that says
     where the log is.
 
     Args:

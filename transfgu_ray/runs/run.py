@@ -220,7 +220,7 @@ class Run:
 
     def _files(self, stage: str) -> dict[str, int]:
         """Bytes of each file that the stage has left, Ray Train's own storage and the like aside."""
-        found = {}
+        found: dict[str, int] = {}
         for output in STAGES[stage].outputs:
             # The stage train itself leaves nothing deeper.
             found |= self.folder.files(output, recursive=output != "train")

@@ -162,4 +162,5 @@ def to_parquet(table: pa.Table, metadata: dict[str, str], row_group_size: int | 
 def vectors(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of fixed-size lists as an array (rows, width), without a copy where Arrow's memory allows."""
     values = column.combine_chunks()
-    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
+    flat: np.ndarray = values.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, values.type.list_size)
