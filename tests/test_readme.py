@@ -17,6 +17,7 @@ import typer
 from tests.builders import make_folder, make_voc
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.cli import app
+from transfgu_ray.runs.stages import STAGES, Stage
 
 _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text()
@@ -86,6 +87,24 @@ def test_commands__are_what_the_program_understands(command: str) -> None:
         verb, words = found, words[1:]
     if not is_mention:
         verb.make_context(verb.name, words, parent=context)
+
+
+def test_stage_map__is_the_table_of_stages() -> None:
+    def row(stage: Stage) -> str:
+        module = str(stage.run).partition(":")[0].removeprefix("transfgu_ray.").replace(".", "/")
+        leaves = ", ".join(f"`{output}`" for output in stage.outputs) or "`mlflow.db` beside the run"
+        what = stage.help.partition(" -> ")[0].removesuffix(".")
+        return f"| {stage.name} | {what} | `{module}.py` | {leaves} |"
+
+    expected = "\n".join(["| stage | what it does | module | leaves |", "|---|---|---|---|", *map(row, STAGES)])
+    assert f"\n{expected}\n\n" in _README, f"README.md needs this table of stages:\n{expected}"
+
+
+def test_modules__that_the_page_names_are_there() -> None:
+    named = set(re.findall(r"`((?:transfgu_ray/)?[a-z_]+(?:/[a-z_]+)*\.py)`", _README))
+    roots = (_ROOT, _ROOT / "transfgu_ray")
+    assert len(named) >= 15
+    assert [name for name in sorted(named) if not any((root / name).is_file() for root in roots)] == []
 
 
 def _smaller(command: str) -> list[str]:

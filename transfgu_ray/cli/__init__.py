@@ -13,7 +13,7 @@ from transfgu_ray.errors import ConfigError, StalledError, TransfguError
 
 app = typer.Typer(
     name="transfgu",
-    help="Segments photographs into K classes without a single label (TransFGU), on a laptop or a Ray cluster.",
+    help="Segment photographs into K classes without a single label (TransFGU), on a laptop or a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,8 +49,8 @@ def _on_sigterm(*_: object) -> None:
 
 
 def main() -> None:
-    """Entry point: user errors are one sentence and exit code 2; what is stopped says so, with 128 + the signal."""
-    # Third-party deprecations are for us, not for the people who run this.
+    """Run a command: wrong input ends in one sentence and exit code 2, a stop in exit code 128 + the signal."""
+    # Deprecations in libraries concern developers, not users.
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -68,7 +68,7 @@ def main() -> None:
     except _Stopped:
         _exit_stopped(signal.SIGTERM)
     except SystemExit as error:
-        # What typer makes of Ctrl-C.
+        # How typer reports Ctrl-C.
         if error.code == 128 + signal.SIGINT:
             _exit_stopped(signal.SIGINT)
         raise

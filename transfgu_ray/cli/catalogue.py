@@ -1,4 +1,4 @@
-"""What there is to choose from: datasets and presets."""
+"""Commands that list what there is to choose from: datasets and presets."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ datasets = typer.Typer(help="Known datasets; `check` verifies a copy.", no_args_
 
 @datasets.callback(invoke_without_command=True)
 def list_datasets(context: typer.Context) -> None:
-    """Known datasets and what each expects on disk."""
+    """List known datasets and what each expects on disk."""
     if context.invoked_subcommand is not None:
         return
     from transfgu_ray.datasets import DATASETS
@@ -36,7 +36,7 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Whether a copy of a dataset can be used: photographs, labels, sizes, label ids. Exit code 2 if not."""
+    """Check a copy of a dataset: photographs, labels, sizes, label ids. Exit code 2 if it cannot be used."""
     from transfgu_ray.datasets.check import Check
 
     terminal, prepared = Terminal(quiet, verbose), Check(name, absolute(folder))
@@ -47,7 +47,7 @@ def check(
     )
     note_refused(terminal, found.refused)
     if found.refused:
-        raise DataError(f"{folder} is no usable copy of {name}: {len(found.refused)} files are not as they should be")
+        raise DataError(f"{folder} is not a usable copy of {name}: {len(found.refused)} files were refused")
 
 
 presets = typer.Typer(help="Named recipes; `show` one in full, or `diff` two.", no_args_is_help=False)
@@ -56,7 +56,7 @@ ForDataset = Annotated[str, typer.Option("--dataset", help="What the recipe says
 
 @presets.callback(invoke_without_command=True)
 def list_presets(context: typer.Context) -> None:
-    """Named recipes."""
+    """List the named recipes."""
     if context.invoked_subcommand is not None:
         return
     from transfgu_ray.config.presets import PRESETS
@@ -70,7 +70,7 @@ def list_presets(context: typer.Context) -> None:
 
 @presets.command()
 def show(name: Annotated[str, typer.Argument(help="A preset.")], dataset: ForDataset = "folder") -> None:
-    """Every setting of one, as YAML that --config reads."""
+    """Print every setting of a recipe, as YAML that --config reads."""
     from transfgu_ray.config.base import dump_yaml
     from transfgu_ray.config.presets import get_preset
     from transfgu_ray.pretraining.presets import PRETRAIN_PRESETS
@@ -85,7 +85,7 @@ def diff(
     other: Annotated[str, typer.Argument(help="Another preset.")],
     dataset: ForDataset = "voc",
 ) -> None:
-    """Where two recipes differ for a dataset, and where each value comes from."""
+    """Compare two recipes for a dataset, with the source of each value."""
     from transfgu_ray.config.presets import compare
 
     differences = compare(one, other, dataset)
@@ -96,7 +96,7 @@ def diff(
 
 
 def _short(value: Any) -> str:
-    """A value as YAML on one line; runs of a long list are counted."""
+    """Return a value as YAML on one line; equal neighbours in a long list are counted."""
     if not isinstance(value, list) or len(value) <= 6:
         return json.dumps(value)
     runs = [(key, len(list(group))) for key, group in itertools.groupby(value)]

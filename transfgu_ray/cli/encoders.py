@@ -1,4 +1,4 @@
-"""Encoders where no public prior fits: pictures, training without labels, and what it is worth."""
+"""Commands for an encoder of one's own: render pictures, train without labels, measure the result."""
 
 import json
 from enum import StrEnum
@@ -19,14 +19,14 @@ class Pictures(StrEnum):
 
 
 def render(
-    what: Annotated[Pictures, typer.Argument(help="objects: one a picture, Parquet. scenes: several, with masks.")],
+    what: Annotated[Pictures, typer.Argument(help="objects: one per picture, Parquet. scenes: several, with masks.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI.")],
     *,
     num_train: Annotated[int, typer.Option(min=1, help="Pictures to learn from.")],
     num_val: Annotated[int, typer.Option(min=1, help="Pictures to measure on.")],
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
 ) -> None:
-    """Pictures without third-party art, to pretrain or train on.
+    """Render pictures to pretrain or train on.
 
     Objects for `transfgu pretrain`, or labelled scenes for `--dataset scenes`.
     """
@@ -61,9 +61,9 @@ def pretrain(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Images to an encoder, where no public prior fits: DINO.
+    """Train an encoder on your own images, without labels (DINO).
 
-    Without labels; resumed where it stopped.
+    For images that no public encoder fits. Resumes where it stopped.
     """
     from transfgu_ray.config.run import build_config
     from transfgu_ray.pretraining.folder import PretrainFolder
@@ -93,10 +93,10 @@ def probe(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """How good an encoder is: k-NN, RankMe, foreground priors.
+    """Measure an encoder: k-NN, RankMe, foreground priors.
 
-    Without training; the priors where a table has `mask`. The neighbours come from the tables train-*.parquet and are
-    asked about val-*.parquet; of any other layout a tenth is held out.
+    Nothing is trained. Priors are measured where a table has a column `mask`. Neighbours come from the tables
+    train-*.parquet, queries from val-*.parquet; of any other layout a tenth is held out.
     """
     from transfgu_ray.pretraining.probe import Probe
 
@@ -114,7 +114,7 @@ def probe(
 
 
 def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -> None:
-    """What came out, what was refused, and how to go on."""
+    """Print the result, what was refused, and what to do next."""
     shown = {
         "images": f"{manifest['images_train']} trained on, {manifest['images_val']} held out",
         "images seen": f"{manifest['images_seen']} in {manifest['steps']} steps",

@@ -1,4 +1,4 @@
-"""What one does with a model: masks of new photographs, a page that serves it, versions side by side."""
+"""Commands that use a model: predict masks, serve a page, compare versions."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from transfgu_ray.errors import ConfigError
 
 
 class Mode(StrEnum):
-    """What the model sees of a photograph."""
+    """How a photograph is given to the model."""
 
     RESIZE = "resize"
     SLIDE = "slide"
@@ -50,9 +50,9 @@ def predict(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Palette masks and overlays of new photographs.
+    """Segment new photographs: palette masks and overlays.
 
-    Named as the photographs; on request also probabilities and COCO JSON.
+    Named like the photographs; on request also probabilities and COCO JSON.
     """
     from transfgu_ray.config.run import RuntimeConfig
     from transfgu_ray.engine.session import ray_session
@@ -80,7 +80,7 @@ def predict(
     note_refused(terminal, manifest["refused"])
     terminal.note(
         f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
-        f"{manifest['images_per_second']:.2f} a second, the workers' start included"
+        f"{manifest['images_per_second']:.2f} per second, including the start of the workers"
     )
     terminal.note(f"masks: {target.uri_of('masks')}, overlays: {target.uri_of('overlays')}")
     terminal.note(f"legend: {target.uri_of('legend.png')} and .json")
@@ -92,7 +92,7 @@ def predict(
 
 
 def _model_folder(model: str, tracking_uri: str | None) -> Any:
-    """The folder of a model that a run folder, a model folder or the registry holds."""
+    """Return the folder of a model in a run folder, a model folder or the registry."""
     from transfgu_ray.serving.predict import model_folder
 
     if model.startswith("models:/"):
@@ -115,7 +115,7 @@ def serve(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """A page to drop photographs on and see their masks.
+    """Serve a page to drop photographs on and see their masks.
 
     With the HTTP endpoint behind it, on Ray Serve; Ctrl-C ends it.
 
@@ -161,7 +161,7 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Registered versions side by side, on the same photographs."""
+    """Compare registered versions on the same photographs."""
     from transfgu_ray.reports.comparison import class_table, comparison_lines, version_table
     from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.storage import Folder

@@ -1,4 +1,4 @@
-"""`transfgu names`: people's names for what was found."""
+"""`transfgu names`: give the concepts that were found names of your own."""
 
 import json
 from typing import Annotated
@@ -14,15 +14,15 @@ from transfgu_ray.errors import ConfigError
 def names(
     folder: RunFolder,
     file: Annotated[
-        str, typer.Argument(metavar="NAMES", help="YAML, a line a concept: `3: sky`; `{}` takes all names away.")
+        str, typer.Argument(metavar="NAMES", help="YAML with one line per concept: `3: sky`; `{}` removes all names.")
     ],
     *,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Names for the concepts of a trained run, from a YAML file.
+    """Name, merge or hide concepts of a trained run.
 
-    It maps concept ids to names, or to null to hide a concept.
+    The YAML file maps concept ids to names, or to null to hide a concept.
 
     Concepts of one name become one class, the first of them; hidden ones become background: the model's own where it
     has one, else a last class of their own, black. Scores and pages are made again with these names, from counts that

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the assignments they stand for."""
+"""Options that several commands share, and the settings they stand for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Dataset = Annotated[
 Data = Annotated[str | None, typer.Option(help="Folder or URI of the photographs.")]
 Config = Annotated[str | None, typer.Option(help="YAML file that changes the preset.")]
 Set = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; may be given often.")
+    list[str], typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change one setting; can be repeated.")
 ]
 Weights = Annotated[str | None, typer.Option(help="Encoder weights: a checkpoint file, 'hub', 'bundled' or 'random'.")]
 Address = Annotated[
@@ -35,13 +35,13 @@ Address = Annotated[
     ),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI. Default: sqlite beside the run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Compute again what another configuration changes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Recompute what another configuration changes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log too; it is kept in logs/ either way.")]
 
 
 def named_settings(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
-    """The assignments that these options stand for."""
+    """Return the `section.field=value` assignments that these options stand for."""
     from transfgu_ray.config.run import NAMED_WEIGHTS
 
     shorthand = {
@@ -53,7 +53,7 @@ def named_settings(dataset: str | None, data: str | None, weights: str | None) -
 
 
 def absolute(path: str | None) -> str | None:
-    """Workers and jobs run in other folders: local paths are made absolute, URIs are left."""
+    """Return a path that is valid in the folders of workers and jobs: local paths made absolute, URIs as they are."""
     return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
@@ -72,7 +72,7 @@ def at_work(folder: Folder, command: str) -> Iterator[None]:
 
 
 def write_json(file: str | None, content: dict[str, Any]) -> None:
-    """Writes the file of --json, where one was given."""
+    """Write the file named by --json, if there is one."""
     from transfgu_ray.storage import Folder
 
     if file is not None:

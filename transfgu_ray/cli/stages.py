@@ -1,4 +1,4 @@
-"""The stages of a run, each a command, and `transfgu run` and `demo`, which do them all."""
+"""One command per stage of a run, and `transfgu run` and `demo`, which do them all."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def _command(name: str) -> Callable[..., None]:
             if name == "report":
                 from transfgu_ray.pipeline.pages import rebuild_pages
 
-                # Always, and without Ray: it takes seconds, and another version makes other pages.
+                # Always, and without Ray: it takes seconds, and pages differ between versions.
                 manifests = {name: rebuild_pages(opened)}
             else:
                 stages = STAGES.lasting if name == "run" else (name,)
@@ -80,7 +80,7 @@ def _command(name: str) -> Callable[..., None]:
     return command
 
 
-# The last stage, MLflow's, is made by `run` alone.
+# Only `run` does the last stage, MLflow's.
 _OF_ONE = [stage for stage in STAGES if stage.feeds is None and stage.name != STAGES.lasting[-1]]
 COMMANDS = {
     "run": ("Photographs to masks: every stage, resumed where it stopped.", _command("run")),
@@ -100,9 +100,9 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The whole pipeline on rendered scenes, with bundled weights.
+    """Run the whole pipeline on rendered scenes, with bundled weights.
 
-    The scenes go beside RUN.
+    The scenes are written beside RUN.
     """
     from transfgu_ray.config.presets import DEMO_SCENES
     from transfgu_ray.scenes import write_scenes
@@ -126,7 +126,7 @@ def demo(
 
 
 def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]) -> None:
-    """What came out, what was refused, and where to look next."""
+    """Print the result, what was refused, and what to do next."""
     rows = [
         [m["stage"], str(m["rows_in"]), str(m["rows_out"]), str(len(m["refused"])), f"{m['seconds']:.1f}"]
         for m in manifests.values()
@@ -148,14 +148,13 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
 
 
 def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
-    """What one does after this stage."""
+    """Print what to do after this stage."""
     uri = opened.folder.uri
     *_, last = STAGES.lasting
-    # Pages are also made again of a run that is whole.
+    # `report` may also be asked of a finished run.
     if done == last or (done == "report" and opened.manifest(last) is not None):
         terminal.note(f"next: look at report.html, then transfgu predict {uri} --images DIR --out DIR")
         terminal.note(f"      or transfgu serve {uri}, a page to drop photographs on")
     else:
-        # The last stage, MLflow's, has no command of its own.
         following = STAGES.lasting[STAGES.lasting.index(done) + 1]
         terminal.note(f"next: transfgu {'run' if following == last else following} {uri}")

@@ -1,4 +1,4 @@
-"""Many runs at once, and what a run will cost: ablations, sweeps, plans, benchmarks."""
+"""Commands for many runs and for what a run costs: ablate, tune, plan, bench."""
 
 import json
 from enum import StrEnum
@@ -42,7 +42,7 @@ def ablate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The paper's ablations, Tables 3, 4 and 5.
+    """Run the paper's ablations, Tables 3, 4 and 5.
 
     Every variant and seed, resumed where it stopped.
     """
@@ -129,7 +129,7 @@ def tune(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """A sweep over alpha, omega, K and others, chosen without labels.
+    """Sweep alpha, omega, K and other settings, without labels.
 
     Resumed where it stopped.
     """
@@ -184,7 +184,7 @@ def plan(
     ray_address: Address = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
 ) -> None:
-    """Forwards, bytes and hours of a run before anything starts.
+    """Estimate forwards, bytes and hours of a run before it starts.
 
     From a minute of timing on the machines at hand.
     """
@@ -215,7 +215,7 @@ def bench(
     only: Annotated[list[str], typer.Option(help="One part; may be given often. Default: all.")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(min=1, help="Torch threads.")] = 1,
 ) -> None:
-    """Time, bytes and memory of each stage against plain code.
+    """Measure time, bytes and memory of each stage against plain code.
 
     That is the bare encoder, and a plain rewrite of the published code.
     """

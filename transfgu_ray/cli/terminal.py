@@ -11,30 +11,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Task
 
-# Between two lines of a log, s: a job shows life, and quick stages stay short.
+# Seconds between two lines where there is no terminal: long stages show life, quick ones stay short.
 _MOST_S = 30
 _LEAST_S = 5
 
 
 def printable(text: str) -> str:
-    """A line break, an escape sequence or the like, as names of files may hold, as the letters that stand for it."""
+    """Return text with control characters, such as file names may hold, as visible escapes."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def _lines(text: str) -> str:
-    """`printable`, but for line breaks."""
+    """Return text as `printable` does, but keep its line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """Return a duration in the unit that people would use."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _pace(task: "Task") -> str:
-    """How far a stage is, how fast, how long it still takes, and how much of it was refused."""
+    """Return how far a stage is, its rate, the time left, and how many items were refused."""
     parts = [f"{task.completed:.0f}/{task.total:.0f} {task.fields['unit']}"] if task.total else []
     if task.finished:
         parts.append(duration(task.finished_time or 0))
@@ -57,7 +57,7 @@ class _Shown(Progress):
         from rich.text import Text
 
         class Pace(ProgressColumn):
-            """Drawn anew between updates too, so that the time left goes down."""
+            """Redrawn between updates too, so that the time left counts down."""
 
             def render(self, task: "Task") -> Text:
                 return Text(_pace(task), no_wrap=True, overflow="ellipsis")
@@ -135,7 +135,7 @@ class Terminal:
 
     @contextmanager
     def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
-        """Show one stage while it runs: one live line, or in a log a line every tenth or half a minute.
+        """Show one stage while it runs: one live line, or without a terminal a line every tenth or half a minute.
 
         Args:
             name: of the stage.
@@ -151,12 +151,12 @@ class Terminal:
             yield shown
 
     def note(self, text: str) -> None:
-        """Prints one line, unless quiet."""
+        """Print one line, unless quiet."""
         if not self._quiet:
             self._out.print(_lines(text), markup=False)
 
     def table(self, rows: list[list[str]], header: list[str], words: tuple[int, ...] = ()) -> None:
-        """Prints a small table, unless quiet.
+        """Print a small table, unless quiet.
 
         Args:
             rows: cells, the first column words.
@@ -173,7 +173,7 @@ class Terminal:
         for i, column in enumerate(table.columns):
             if i and i not in words:
                 column.justify = "right"
-                # In a narrow terminal it is words that wrap: a number in two lines is no number.
+                # In a narrow terminal words wrap, never numbers.
                 column.no_wrap = True
         for row in rows:
             table.add_row(*(Text(_lines(cell)) for cell in row))

@@ -1,4 +1,4 @@
-"""Sentences that several commands end with."""
+"""Closing lines that several commands share."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from transfgu_ray.cli.terminal import Terminal, printable
 
 
 def note_pages(terminal: Terminal, opened: Any) -> None:
-    """Where the pages of a run are."""
+    """Print where the pages of a run are."""
     for title, page in (("report", "report.html"), ("concepts", "atlas.html")):
         if opened.folder.exists(page):
             terminal.note(f"{title}: {opened.folder.uri_of(page)}")
 
 
 def note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int = 20) -> None:
-    """Which photographs were refused and why, the first of them by name."""
+    """Print which photographs were refused and why, the first ones by name."""
     if not refused:
         return
     terminal.note(f"refused {len(refused)} photographs:")
@@ -24,7 +24,7 @@ def note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int = 
 
 
 def note_scores(terminal: Terminal, metrics: dict[str, Any]) -> None:
-    """The score table of metrics.json, or that there is none."""
+    """Print the score table of metrics.json, or that there is none."""
     if not metrics["scored"]:
         terminal.note(f"nothing was scored: dataset {metrics['dataset']} has no labels")
         return
