@@ -88,10 +88,13 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 65535:
         raise ImageRefused("pixel values outside 0-65535; save it as 8 or 16 bit")
     if pixels.dtype.kind == "f" and pixels.max() <= 1:
-        return np.rint(pixels * 255).astype(np.uint8)
-    if pixels.dtype.kind == "f" and pixels.max() <= 255:
-        return np.rint(pixels).astype(np.uint8)
-    return np.rint(pixels / 257).astype(np.uint8)
+        scaled = pixels * 255
+    elif pixels.dtype.kind == "f" and pixels.max() <= 255:
+        scaled = pixels
+    else:
+        scaled = pixels / 257
+    grey: np.ndarray = np.rint(scaled).astype(np.uint8)
+    return grey
 
 
 def to_working(image: Image.Image, size_hw: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
@@ -128,7 +131,8 @@ def cut_crops(
     crops = np.empty((len(boxes), 3, crop_size, crop_size), dtype=np.uint8)
     for crop, box in zip(crops, boxes, strict=True):
         # Cut before resizing: with resize(box=...) the filter would see pixels beside the window.
-        window = image.crop(tuple(map(int, box)))
+        left, top, right, bottom = map(int, box)
+        window = image.crop((left, top, right, bottom))
         crop[:] = np.asarray(window.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     return crops
 
@@ -158,7 +162,7 @@ def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]
     Raises:
         ImageRefused: such an id occurs.
     """
-    classes = table[label]
+    classes: np.ndarray = table[label]
     if classes.min() < 0:
         known = np.flatnonzero(table >= 0)
         raise ImageRefused(

@@ -76,7 +76,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
-        return pafs.FileSystem.from_uri(uri)
+        opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(uri)
+        return opened
     except pa.ArrowInvalid:
         pass
     except (OSError, ImportError, ValueError) as error:
@@ -133,15 +134,15 @@ class Folder:
     @property
     def is_local(self) -> bool:
         """Whether it is on a file system of this machine."""
-        return self.fs.type_name == "local"
+        return bool(self.fs.type_name == "local")
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of that name is there."""
-        return self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound
+        return bool(self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound)
 
     def is_file(self, name: str = "") -> bool:
         """Whether a file, not a folder, of that name is there."""
-        return self.fs.get_file_info(self.join(name)).type == pafs.FileType.File
+        return bool(self.fs.get_file_info(self.join(name)).type == pafs.FileType.File)
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """(relative name, bytes) of a file, or of those below a folder, sorted; nothing where there is neither."""
@@ -177,7 +178,8 @@ class Folder:
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file; see `read`."""
-        return self.read(name, lambda file: file.read())
+        content: bytes = self.read(name, lambda file: file.read())
+        return content
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file; None where there is none.

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+Grid = npt.NDArray[np.floating[Any]]
 _STEPS = 1024
 # A table, since vectorised sines differ between processors in the last bit.
 _SINE = np.array([round(math.sin(2 * math.pi * i / _STEPS), 6) for i in range(_STEPS)], dtype=np.float32)
@@ -16,19 +19,20 @@ def turn(degrees: float) -> tuple[float, float]:
     return round(math.cos(math.radians(degrees)), 9), round(math.sin(math.radians(degrees)), 9)
 
 
-def wave(turns: np.ndarray) -> np.ndarray:
+def wave(turns: Grid) -> Grid:
     """Sine of 2 pi `turns`, in [-1, 1]."""
-    return _SINE[np.floor(turns * np.float32(_STEPS)).astype(np.int32) & (_STEPS - 1)]
+    rows: npt.NDArray[np.int32] = np.floor(turns * np.float32(_STEPS)).astype(np.int32) & (_STEPS - 1)
+    return _SINE[rows]
 
 
-def saw(turns: np.ndarray) -> np.ndarray:
+def saw(turns: Grid) -> Grid:
     """The fraction of `turns`, in [0, 1)."""
     return turns - np.floor(turns)
 
 
-def soft(value: np.ndarray, gain: float) -> np.ndarray:
+def soft(value: Grid, gain: float) -> Grid:
     """A step at 0 from 0 to 1, `1 / gain` wide."""
-    return np.clip(value * np.float32(gain) + np.float32(0.5), 0, 1)
+    return (value * np.float32(gain) + np.float32(0.5)).clip(0, 1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Frame:
     e: float
     f: float
 
-    def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+    def coordinates(self) -> tuple[Grid, Grid]:
         """Texture units (u, v) of each pixel, each (height, width) float32."""
         x = np.arange(self.width, dtype=np.float32) + np.float32(0.5)
         y = (np.arange(self.height, dtype=np.float32) + np.float32(0.5))[:, None]
@@ -60,7 +64,7 @@ class Frame:
             sin * self.a + cos * self.d, sin * self.b + cos * self.e, sin * self.c + cos * self.f + v,
         )  # fmt: skip
 
-    def noise(self, rng: np.random.Generator, cell_u: float, cell_v: float) -> np.ndarray:
+    def noise(self, rng: np.random.Generator, cell_u: float, cell_v: float) -> Grid:
         """Smooth noise, (height, width) float32 mostly in [0, 1], with bumps of the given size in units."""
         corners = [(x, y) for x in (0, self.width) for y in (0, self.height)]
         us = [self.a * x + self.b * y + self.c for x, y in corners]

@@ -3,6 +3,7 @@
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from transfgu_ray.scenes.frame import turn
 
@@ -26,32 +27,34 @@ class Material(IntEnum):
     EDGE = 7
 
 
-Part = tuple[Material, np.ndarray]
+Outline = npt.NDArray[np.float64]
+Part = tuple[Material, Outline]
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0) -> np.ndarray:
+def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0) -> Outline:
     """An ellipse around (x, y), turned clockwise."""
     cos, sin = turn(degrees)
     px, py = _CIRCLE[:, 0] * rx, _CIRCLE[:, 1] * ry
     return np.stack([x + cos * px - sin * py, y + sin * px + cos * py], 1)
 
 
-def box(x0: float, y0: float, x1: float, y1: float, corner: float = 0) -> np.ndarray:
+def box(x0: float, y0: float, x1: float, y1: float, corner: float = 0) -> Outline:
     """A rectangle with rounded corners."""
     r = min(corner, (x1 - x0) / 2, (y1 - y0) / 2)
     if r <= 0:
         return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
     arc, back = _ARC * r, _ARC[::-1] * r
     corners = np.array([(x1 - r, y1 - r), (x0 + r, y1 - r), (x0 + r, y0 + r), (x1 - r, y0 + r)])
-    return np.repeat(corners, len(_ARC), axis=0) + np.concatenate([arc, back * (-1, 1), -arc, back * (1, -1)])
+    rounded: Outline = np.concatenate([arc, back * (-1, 1), -arc, back * (1, -1)])
+    return np.repeat(corners, len(_ARC), axis=0) + rounded
 
 
-def polygon(*points: tuple[float, float]) -> np.ndarray:
+def polygon(*points: tuple[float, float]) -> Outline:
     """Straight edges between the points."""
     return np.array(points)
 
 
-def blob(*points: tuple[float, float]) -> np.ndarray:
+def blob(*points: tuple[float, float]) -> Outline:
     """A smooth closed curve drawn along the points (Chaikin's corner cutting)."""
     outline = np.array(points)
     for _ in range(3):
@@ -60,7 +63,7 @@ def blob(*points: tuple[float, float]) -> np.ndarray:
     return outline
 
 
-def dome(x: float, y: float, rx: float, ry: float) -> np.ndarray:
+def dome(x: float, y: float, rx: float, ry: float) -> Outline:
     """The upper half of an ellipse, standing on the level y."""
     upper = _CIRCLE[16:]
     return np.concatenate([np.stack([x + upper[:, 0] * rx, y + upper[:, 1] * ry], 1), [(x + rx, y)]])

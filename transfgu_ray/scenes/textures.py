@@ -9,20 +9,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from transfgu_ray.scenes.frame import Frame, saw, soft, wave
+from transfgu_ray.scenes.frame import Frame, Grid, saw, soft, wave
 
-Texture = Callable[[np.random.Generator, Frame], np.ndarray]
+Texture = Callable[[np.random.Generator, Frame], Grid]
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
-def stripes(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def stripes(rng: np.random.Generator, frame: Frame) -> Grid:
     """Upright stripes that bend."""
     u, _ = frame.coordinates()
     bend = frame.noise(rng, 0.55, 0.55) * rng.uniform(0.5, 0.9)
     return soft(wave(u / rng.uniform(0.3, 0.42) + bend), 2.5)
 
 
-def cells(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def cells(rng: np.random.Generator, frame: Frame) -> Grid:
     """Blotches with gaps of even width between."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.42, 0.56)
@@ -37,7 +37,7 @@ def cells(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     return soft(np.sqrt(second) - np.sqrt(nearest) - 0.09, 14)
 
 
-def scales(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def scales(rng: np.random.Generator, frame: Frame) -> Grid:
     """Overlapping scales, each darker towards its rim."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.3, 0.4)
@@ -47,31 +47,32 @@ def scales(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     above = np.square(saw(u / pitch + 0.5 * ((row + 1) % 2)) - 0.5) + np.square(0.5 * (rows - row + 1))
     # A scale of the row above covers this one where it reaches.
     distance = np.sqrt(np.where(above < 0.36, above, here + 0.12))
-    return np.clip(1.15 - 1.9 * np.square(distance) - soft(distance - 0.53, 16), 0, 1)
+    shade: Grid = np.clip(1.15 - 1.9 * np.square(distance) - soft(distance - 0.53, 16), 0, 1)
+    return shade
 
 
-def checks(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def checks(rng: np.random.Generator, frame: Frame) -> Grid:
     """A checkerboard."""
     u, v = frame.coordinates()
     period = rng.uniform(0.42, 0.56)
     return soft(wave(u / period + rng.uniform()) * wave(v / period + rng.uniform()), 4)
 
 
-def bands(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def bands(rng: np.random.Generator, frame: Frame) -> Grid:
     """Level bands, a wide one and a thin one in turn."""
     _, v = frame.coordinates()
     phase = saw(v / rng.uniform(0.44, 0.6) + rng.uniform())
     return np.maximum(soft(0.23 - abs(phase - 0.28), 12), soft(0.07 - abs(phase - 0.75), 12))
 
 
-def zigzag(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def zigzag(rng: np.random.Generator, frame: Frame) -> Grid:
     """Level bands that go up and down in sharp turns."""
     u, v = frame.coordinates()
     tooth = abs(saw(u / rng.uniform(0.44, 0.6)) - 0.5)
     return soft(wave(v / rng.uniform(0.34, 0.44) + 1.4 * tooth), 2.5)
 
 
-def diamonds(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def diamonds(rng: np.random.Generator, frame: Frame) -> Grid:
     """A slanted lattice of lines with a button where they cross."""
     u, v = frame.coordinates()
     period = rng.uniform(0.4, 0.52)
@@ -80,7 +81,7 @@ def diamonds(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     return np.maximum(line, soft(np.minimum(one, other) - 0.35, 14))
 
 
-def panels(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def panels(rng: np.random.Generator, frame: Frame) -> Grid:
     """Tall frames around recessed boards."""
     u, v = frame.coordinates()
     width = rng.uniform(0.55, 0.75)
@@ -88,23 +89,24 @@ def panels(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     return np.clip(0.25 + 0.75 * soft(rim - 0.27, 14) - soft(rim - 0.43, 18), 0, 1)
 
 
-def rings(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def rings(rng: np.random.Generator, frame: Frame) -> Grid:
     """Circles around the middle."""
     u, v = frame.coordinates()
     return soft(wave(np.sqrt(u * u + v * v) / rng.uniform(0.3, 0.4) + rng.uniform()), 2.5)
 
 
-def ribs(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def ribs(rng: np.random.Generator, frame: Frame) -> Grid:
     """Narrow upright ridges, each with a row of spines."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.22, 0.28)
     across = saw(u / pitch + 0.5) - 0.5
     ridge = 1 - 4 * np.square(across)
     spine = soft(0.2 - np.maximum(abs(across), abs(saw(v / (0.8 * pitch)) - 0.5)), 8)
-    return np.clip(0.85 * ridge * (1 - spine), 0, 1)
+    shade: Grid = np.clip(0.85 * ridge * (1 - spine), 0, 1)
+    return shade
 
 
-def rays(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def rays(rng: np.random.Generator, frame: Frame) -> Grid:
     """Spokes from the middle."""
     u, v = frame.coordinates()
     radius = np.sqrt(u * u + v * v) + np.float32(1e-3)
@@ -115,7 +117,7 @@ def rays(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     return soft(cos, 1.8)
 
 
-def dots(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def dots(rng: np.random.Generator, frame: Frame) -> Grid:
     """Round dots in staggered rows."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.4, 0.54)
@@ -131,22 +133,23 @@ SURFACES: dict[str, Texture] = {
 }
 
 
-def grass(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def grass(rng: np.random.Generator, frame: Frame) -> Grid:
     """Blades that lean two ways."""
     lean = rng.uniform(8, 20)
     left, right = frame.turned(lean).noise(rng, 3.4, 17), frame.turned(-lean).noise(rng, 3.4, 17)
     return soft(np.maximum(left, right) - 0.6, 1.9)
 
 
-def water(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def water(rng: np.random.Generator, frame: Frame) -> Grid:
     """Level ripples that run into one another."""
     _, v = frame.coordinates()
     swell = frame.noise(rng, 46, 15) * rng.uniform(1.3, 1.9)
     crest = wave(v / rng.uniform(13, 18) + swell)
-    return np.clip(0.45 + 0.3 * crest + 0.9 * np.maximum(crest - 0.6, 0), 0, 1)
+    shade: Grid = np.clip(0.45 + 0.3 * crest + 0.9 * np.maximum(crest - 0.6, 0), 0, 1)
+    return shade
 
 
-def brick(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def brick(rng: np.random.Generator, frame: Frame) -> Grid:
     """Courses of bricks, each of its own shade, in bright mortar."""
     u, v = frame.coordinates()
     rows = v / rng.uniform(13, 17)
@@ -154,41 +157,42 @@ def brick(rng: np.random.Generator, frame: Frame) -> np.ndarray:
     columns = u / rng.uniform(29, 37) + 0.5 * (row % 2)
     column = np.floor(columns)
     shades = rng.random(1024, dtype=np.float32)
-    shade = shades[(row.astype(np.int32) * 37 + column.astype(np.int32)) & 1023]
+    shade: Grid = shades[(row.astype(np.int32) * 37 + column.astype(np.int32)) & 1023]
     edge = np.maximum(abs(columns - column - 0.5) - 0.455, 0.45 * (abs(rows - row - 0.5) - 0.41))
     mortar = soft(edge, 40)
     return (0.45 * shade) * (1 - mortar) + mortar
 
 
-def planks(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def planks(rng: np.random.Generator, frame: Frame) -> Grid:
     """Upright boards with grain, dark gaps and a joint here and there."""
     u, v = frame.coordinates()
     boards = u / rng.uniform(17, 24)
     board = np.floor(boards)
     shades = rng.random(256, dtype=np.float32)
-    own = shades[board.astype(np.int32) & 255]
+    own: Grid = shades[board.astype(np.int32) & 255]
     grain = wave(boards * 2.5 + 2.2 * frame.noise(rng, 7, 60) + 7 * own)
     joint = soft(0.008 - abs(saw(v / 110 + 7 * own) - 0.5), 60)
     gap = np.maximum(soft(abs(boards - board - 0.5) - 0.45, 22), joint)
-    return np.clip(0.5 + 0.4 * own + 0.14 * grain, 0, 1) * (1 - gap)
+    shade: Grid = np.clip(0.5 + 0.4 * own + 0.14 * grain, 0, 1) * (1 - gap)
+    return shade
 
 
 # In the order of the classes.
 STUFF: tuple[Texture, ...] = (grass, water, brick, planks)
 
 
-def blobs(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def blobs(rng: np.random.Generator, frame: Frame) -> Grid:
     """Round patches of random size."""
     cell = rng.uniform(8, 26)
     return soft(frame.noise(rng, cell, cell) - 0.5, rng.uniform(2, 9))
 
 
-def speckle(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def speckle(rng: np.random.Generator, frame: Frame) -> Grid:
     """Fine grain."""
     return np.clip(frame.noise(rng, *rng.uniform(1.5, 6, 2)), 0, 1)
 
 
-def waves(rng: np.random.Generator, frame: Frame) -> np.ndarray:
+def waves(rng: np.random.Generator, frame: Frame) -> Grid:
     """Plain stripes, sharp or soft, at any width."""
     u, _ = frame.coordinates()
     return soft(wave(u / rng.uniform(6, 40)), rng.uniform(0.5, 4))
@@ -197,7 +201,7 @@ def waves(rng: np.random.Generator, frame: Frame) -> np.ndarray:
 CLUTTER: tuple[Texture, ...] = (blobs, speckle, waves)
 
 
-def random_colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
+def random_colour(rng: np.random.Generator, low: float, high: float) -> Grid:
     """Any hue and saturation at a luminance in [low, high]; (3,) in [0, 1].
 
     Brightness says what is light and what is dark, as paint does on real things; hue and saturation say nothing.
@@ -211,16 +215,17 @@ def random_colour(rng: np.random.Generator, low: float, high: float) -> np.ndarr
     return colour + (1 - colour) * np.float32((wanted - own) / max(1 - own, 1e-6))
 
 
-def luminance(colour: np.ndarray) -> float:
+def luminance(colour: Grid) -> float:
     """Perceived brightness in [0, 1]."""
     return float((colour * _LUMA).sum())
 
 
-def random_pair(rng: np.random.Generator, dark: tuple[float, float], bright: tuple[float, float]) -> np.ndarray:
+def random_pair(rng: np.random.Generator, dark: tuple[float, float], bright: tuple[float, float]) -> Grid:
     """A dark and a bright colour, each of any hue, with luminances in the given ranges; (2, 3) float32."""
     return np.stack([random_colour(rng, *dark), random_colour(rng, *bright)])
 
 
-def paint(pattern: np.ndarray, pair: np.ndarray) -> np.ndarray:
+def paint(pattern: Grid, pair: Grid) -> Grid:
     """Lays a pattern (...) between two colours (2, 3); (..., 3) float32."""
-    return pair[0] + pattern[..., None] * (pair[1] - pair[0])
+    painted: Grid = pair[0] + pattern[..., None] * (pair[1] - pair[0])
+    return painted

@@ -118,8 +118,9 @@ def _palette(rng: np.random.Generator) -> list[int]:
 def _share(large: np.ndarray) -> np.ndarray:
     """The share of each pixel that is set, (h, w) float32, from (h s, w s) bool."""
     s = _SUPERSAMPLE
-    counts = sum(large[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s))
-    return counts / np.float32(s * s)
+    counts = [large[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s)]
+    share: np.ndarray = sum(counts[1:], start=counts[0]) / np.float32(s * s)
+    return share
 
 
 def _light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:

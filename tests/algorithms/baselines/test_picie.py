@@ -25,7 +25,7 @@ def test_cluster_loss__by_hand():
 
 
 def test_fit_picie__finds_what_two_views_share(monkeypatch):
-    monkeypatch.setattr(picie, "_STEPS_AN_EPOCH", 10)
+    monkeypatch.setattr(picie, "_STEPS_PER_EPOCH", 10)
     tokens, views, truth = make_two_views(num_groups=3, num_each=40)
     head = fit_picie(tokens, views[0], view_2=views[1], num_clusters=3, how=LLOYD, device="cpu")
     maps = linear_maps(torch.from_numpy(tokens)[None], torch.from_numpy(head), (10, 12))

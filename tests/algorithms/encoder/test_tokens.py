@@ -61,7 +61,7 @@ def test_read_tokens__what_lies_beyond_its_windows_does_not_change_a_patch():
 def test_read_tokens__do_not_depend_on_how_many_windows_share_a_forward(monkeypatch):
     encoder, images = tiny_encoder(), random_images(3, 32, 32)
     together = read_tokens(encoder, images, window=16)
-    monkeypatch.setattr("transfgu_ray.algorithms.encoder.tokens._WINDOWS_A_FORWARD", 5)
+    monkeypatch.setattr("transfgu_ray.algorithms.encoder.tokens._WINDOWS_PER_FORWARD", 5)
     assert torch.allclose(read_tokens(encoder, images, window=16), together, atol=1e-6)
 
 

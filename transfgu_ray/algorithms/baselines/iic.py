@@ -29,7 +29,8 @@ def mutual_information(
     joint = torch.einsum("...nk,...nl->...kl", first, second) / first.shape[-2]
     joint = (joint + joint.transpose(-2, -1)) / 2
     classes = joint.sum(-1)
-    return torch.special.entr(classes).sum(-1) * 2 - torch.special.entr(joint).sum((-2, -1))
+    information: Tensor = torch.special.entr(classes).sum(-1) * 2 - torch.special.entr(joint).sum((-2, -1))
+    return information
 
 
 def fit_iic(
@@ -73,7 +74,7 @@ def fit_iic(
         first, second = ((view[rows] @ weight.transpose(1, 2) + bias).softmax(2) for view in views)
         information = mutual_information(first, second)
         optimiser.zero_grad()
-        (-information.sum()).backward()
+        torch.autograd.backward(-information.sum())
         optimiser.step()
         recent = recent.lerp(information.detach(), 0.1)
     best = int(recent.argmax())

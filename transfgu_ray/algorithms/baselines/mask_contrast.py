@@ -14,8 +14,10 @@ from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
 def mask_features(tokens: Float[Tensor, "b hw d"], foreground: Bool[Tensor, "b hw"]) -> Float[Tensor, "b hw d+1"]:
     """What a patch knows of its mask: 1 in the foreground and 0 outside, then the mask's mean token at unit length."""
     inside = foreground.unsqueeze(2).to(tokens.dtype)
-    pooled = [functional.normalize((tokens * mask).sum(1, keepdim=True), dim=2) for mask in (inside, 1 - inside)]
-    return torch.cat([inside, torch.where(foreground.unsqueeze(2), *pooled)], 2)
+    within, beyond = (
+        functional.normalize((tokens * mask).sum(1, keepdim=True), dim=2) for mask in (inside, 1 - inside)
+    )
+    return torch.cat([inside, torch.where(foreground.unsqueeze(2), within, beyond)], 2)
 
 
 def read_mask_features(
@@ -79,4 +81,4 @@ def mask_maps(
     other_group = features[..., None, 0] != centroids[:, 0]
     distances = torch.cdist(features[..., 1:], centroids[:, 1:]).masked_fill(other_group, torch.inf)
     chosen = functional.one_hot(distances.argmin(2), len(centroids)).to(features.dtype)
-    return chosen.transpose(1, 2).unflatten(2, grid_hw)
+    return torch.unflatten(chosen.transpose(1, 2), 2, grid_hw)

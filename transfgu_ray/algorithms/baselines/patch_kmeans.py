@@ -7,6 +7,7 @@ the cluster whose centroid is nearest to its features. The heads of `iic`, `pici
 from dataclasses import replace
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
@@ -63,7 +64,7 @@ def centroid_maps(
     They are the negated squared distances without the features' own norm, which all K share, and so linear in the
     features: upsampled bilinearly, their argmax is the centroid nearest to the bilinearly upsampled features.
     """
-    return closeness(features, centroids).transpose(1, 2).unflatten(2, grid_hw)
+    return torch.unflatten(closeness(features, centroids).transpose(1, 2), 2, grid_hw)
 
 
 def closeness(features: Float[Tensor, "*n d"], centroids: Float[Tensor, "k d"]) -> Float[Tensor, "*n k"]:
@@ -76,4 +77,4 @@ def linear_maps(
 ) -> Float[Tensor, "b k h w"]:
     """Maps of a linear head, whose last column is its bias."""
     maps = features @ head[:, :-1].T + head[:, -1]
-    return maps.transpose(1, 2).unflatten(2, grid_hw)
+    return torch.unflatten(maps.transpose(1, 2), 2, grid_hw)

@@ -16,7 +16,7 @@ _WIDTH = 128
 _EPOCHS = 10
 _KMEANS_ITERATIONS = 10
 _LEARNING_RATE = 1e-3
-_STEPS_AN_EPOCH = 48
+_STEPS_PER_EPOCH = 48
 _BATCH = 1024
 # Cosines alone cannot tell many clusters apart: the likeliest of 171 would have a probability of at most 0.04.
 _TEMPERATURE = 0.1
@@ -85,14 +85,14 @@ def fit_picie(
     short = replace(how, num_iterations=_KMEANS_ITERATIONS, num_redos=1)
     for _ in range(_EPOCHS):
         clusterings = [cluster(view, short) for view in views]
-        for _ in range(_STEPS_AN_EPOCH):
+        for _ in range(_STEPS_PER_EPOCH):
             rows = torch.randperm(views.shape[1], generator=rng)[:_BATCH]
             loss = torch.zeros((), device=device)
             for features in (project(view[rows]) for view in views):
                 for centroids, labels in clusterings:
                     loss = loss + cluster_loss(features, labels[rows], centroids) / 4
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
     centroids, _ = cluster(torch.from_numpy(tokens).to(device), how)
     # The feature's length is the same for all K, so that the head without it has the same argmax.

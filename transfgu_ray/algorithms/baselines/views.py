@@ -33,7 +33,7 @@ def token_views(
     height, width = images.shape[2:]
     grid_hw = encoder.grid_hw((height, width))
     whole = torch.stack([recolour(image, VIEWS, rng) for image, rng in zip(images, rngs, strict=True)])
-    maps = encoder.patch_tokens(whole.to(encoder.device)).cpu().transpose(1, 2).unflatten(2, grid_hw)
+    maps = torch.unflatten(encoder.patch_tokens(whole.to(encoder.device)).cpu().transpose(1, 2), 2, grid_hw)
     pairs = [
         augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng)
         for image, tokens, rng in zip(images, maps, rngs, strict=True)

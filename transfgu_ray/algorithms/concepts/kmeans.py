@@ -184,6 +184,7 @@ def train(
         max_points_per_centroid=len(points) + 1,
     )
     kmeans.train(np.ascontiguousarray(points), init_centroids=start)
+    assert kmeans.centroids is not None
     return kmeans.centroids.reshape(num_concepts, -1).copy()
 
 

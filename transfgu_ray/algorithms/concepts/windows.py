@@ -66,7 +66,8 @@ def window_shares(
     ]
     rows, columns = (np.maximum(overlap, 0).astype(np.float32) for overlap in overlaps)
     areas = rows[:, :, None] * columns[:, None, :]
-    return areas / areas.sum(0)
+    shares: np.ndarray = areas / areas.sum(0)
+    return shares
 
 
 def foreground_fracs(
@@ -84,7 +85,8 @@ def foreground_fracs(
     area[1:, 1:] = pixels.cumsum(0, dtype=np.int64).cumsum(1)
     x0, y0, x1, y1 = boxes.T
     inside = area[y1, x1] - area[y0, x1] - area[y1, x0] + area[y0, x0]
-    return inside / ((x1 - x0) * (y1 - y0)).astype(np.float64)
+    shares: np.ndarray = inside / ((x1 - x0) * (y1 - y0)).astype(np.float64)
+    return shares
 
 
 def classify_windows(
@@ -163,7 +165,7 @@ def to_original(
 ) -> Int32[np.ndarray, "n 4"]:
     """Boxes of the working image in px of the original image, rounded, never empty."""
     scale = np.array([original_hw[1] / working_hw[1], original_hw[0] / working_hw[0]] * 2)
-    scaled = np.rint(boxes * scale).astype(np.int32)
+    scaled: np.ndarray = np.rint(boxes * scale).astype(np.int32)
     limit = np.array([original_hw[1], original_hw[0]], dtype=np.int32)
     scaled[:, :2] = np.minimum(scaled[:, :2], limit - 1)
     scaled[:, 2:] = np.maximum(scaled[:, 2:], scaled[:, :2] + 1)

@@ -66,7 +66,8 @@ class Dino:
         # Biases and norms are not decayed (DINO).
         decayed = [p for p in network.parameters() if p.ndim > 1]
         kept = [p for p in network.parameters() if p.ndim <= 1]
-        self._optimiser = torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}])
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+        self._optimiser = torch.optim.AdamW(groups)
 
     def step(self, images: UInt8[Tensor, "b 3 y x"], step: int) -> dict[str, float]:
         """One update of student, teacher and centres.
@@ -96,7 +97,9 @@ class Dino:
         temperature = teacher_temperature(recipe, step, self.total_steps)
         targets = self._assign(teacher.classes[0].float(), "class", temperature)
         logits = torch.cat(student.classes).float() / recipe.student_temperature
-        class_loss = class_cross_entropy(targets.unflatten(0, (2, -1)), logits.unflatten(0, (len(views), -1)))
+        class_loss = class_cross_entropy(
+            torch.unflatten(targets, 0, (2, -1)), torch.unflatten(logits, 0, (len(views), -1))
+        )
         koleo_loss = torch.stack([koleo(half) for half in student.projected.float().chunk(2)]).mean()
         loss = class_loss + recipe.koleo_weight * koleo_loss
         patch_loss = torch.zeros_like(class_loss)
@@ -164,7 +167,7 @@ class Dino:
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step, self.total_steps)
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), recipe.clip_norm)
         # Asked of the gradient, which all workers share, and not of the loss, so that they all stop at the same step.
         if not torch.isfinite(norm):

@@ -79,4 +79,5 @@ def _sum_over_workers(tensor: Tensor) -> None:
 
 def entropy(probabilities: Float[Tensor, "*n p"]) -> Float[Tensor, "*n"]:
     """Return the entropy of each row, nats."""
-    return torch.special.entr(probabilities).sum(-1)
+    nats: Tensor = torch.special.entr(probabilities).sum(-1)
+    return nats

@@ -137,4 +137,4 @@ def _blur(view: Float[Tensor, "b 3 y x"], chosen: np.ndarray, rng: np.random.Gen
     some = torch.nn.functional.pad(some, [reach] * 4, mode="reflect")
     some = torch.nn.functional.conv2d(some, kernel[:, :, None, :], groups=len(kernel))
     some = torch.nn.functional.conv2d(some, kernel[:, :, :, None], groups=len(kernel))
-    return view.index_copy(0, index, some[0].unflatten(0, (-1, 3)))
+    return view.index_copy(0, index, torch.unflatten(some[0], 0, (-1, 3)))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transfgu_ray.algorithms.encoder.blocks import embed_patches, run_blocks
+from transfgu_ray.algorithms.encoder.blocks import MODELS, embed_patches, run_blocks
 
 
 class DinoHead(nn.Module):
@@ -77,10 +77,14 @@ class DinoNetwork(nn.Module):
         std: RGB deviation of the normalisation.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, vit: nn.Module, head: DinoHead, *, masked: bool, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
+        assert isinstance(vit, MODELS), f"{type(vit).__name__} is not a vision transformer"
         self.vit, self.head = vit, head
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim)) if masked else None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -106,7 +110,7 @@ class DinoNetwork(nn.Module):
             if number == 0 and select is not None:
                 patches = self.head(tokens[:, self.vit.num_prefix_tokens :][select.flatten(1)])
         projected = self.head.project(torch.cat(classes))
-        logits = self.head.compare(projected).split([len(c) for c in classes])
+        logits = torch.split(self.head.compare(projected), [len(c) for c in classes])
         return Outputs(list(logits), patches, projected[: len(views[0])])
 
     def tokens(
@@ -116,5 +120,8 @@ class DinoNetwork(nn.Module):
         vit = self.vit
         embedded = vit.patch_embed((view - self.mean) / self.std)
         if mask is not None:
+            assert self.mask_token is not None, "masks need masked=True"
             embedded = torch.where(mask[..., None], self.mask_token.to(embedded.dtype), embedded)
-        return vit.norm(run_blocks(vit, embed_patches(vit, embedded), grid_hw=(embedded.shape[1], embedded.shape[2])))
+        grid_hw = (embedded.shape[1], embedded.shape[2])
+        tokens: Tensor = vit.norm(run_blocks(vit, embed_patches(vit, embedded), grid_hw=grid_hw))
+        return tokens

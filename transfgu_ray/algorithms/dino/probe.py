@@ -31,7 +31,7 @@ def knn_accuracy(
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     hits = 0
     # Queries in blocks: memory does not grow with their number.
-    for some, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
+    for some, labels in zip(torch.split(queries, 1024), torch.split(query_labels, 1024), strict=True):
         cosines, rows = (some @ bank.T).topk(min(num_neighbours, len(bank)))
         votes = torch.zeros(len(some), num_classes, device=some.device)
         votes.scatter_add_(1, bank_labels[rows].long(), (cosines / temperature).exp())

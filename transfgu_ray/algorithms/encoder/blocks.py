@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 # Kinds whose class-token row `class_attention` and `layer_scales` can compute alone.
@@ -20,7 +21,7 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 
 def embed_patches(
-    vit: nn.Module, patches: Float[Tensor, "b h w d"], interpolation: str = "timm"
+    vit: VisionTransformer | Eva, patches: Float[Tensor, "b h w d"], interpolation: str = "timm"
 ) -> Float[Tensor, "b n d"]:
     """Tokens before the first block: prefix and patches with their learned positions.
 
@@ -31,10 +32,12 @@ def embed_patches(
             `dino_positions`.
     """
     if interpolation == "timm":
-        tokens = vit._pos_embed(patches)
         # Eva gives its rotations too, which `run_blocks` asks for apart.
-        return vit.norm_pre(tokens[0] if isinstance(vit, Eva) else tokens)
+        placed = vit._pos_embed(patches)[0] if isinstance(vit, Eva) else vit._pos_embed(patches)
+        embedded: Tensor = vit.norm_pre(placed)
+        return embedded
     grid_hw = (patches.shape[1], patches.shape[2])
+    assert vit.pos_embed is not None, "an encoder without learned positions is refused"
     with_prefix = not vit.no_embed_class
     positions = dino_positions(
         vit.pos_embed,
@@ -45,7 +48,8 @@ def embed_patches(
     prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     flat = patches.flatten(1, 2)
     tokens = torch.cat([*prefix, flat if with_prefix else flat + positions], dim=1)
-    return vit.norm_pre(tokens + positions if with_prefix else tokens)
+    embedded = vit.norm_pre(tokens + positions if with_prefix else tokens)
+    return embedded
 
 
 def dino_positions(
@@ -67,13 +71,13 @@ def dino_positions(
     if grid_hw == tuple(native_hw):
         return pos_embed
     scale = tuple((side + 0.1) / native for side, native in zip(grid_hw, native_hw, strict=True))
-    patches = pos_embed[:, num_prefix:].unflatten(1, native_hw).permute(0, 3, 1, 2)
+    patches = torch.unflatten(pos_embed[:, num_prefix:], 1, native_hw).permute(0, 3, 1, 2)
     patches = functional.interpolate(patches, scale_factor=scale, mode="bicubic")
     return torch.cat([pos_embed[:, :num_prefix], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def run_blocks(
-    vit: nn.Module, tokens: Float[Tensor, "b n d"], *, grid_hw: tuple[int, int], part: slice = slice(None)
+    vit: VisionTransformer | Eva, tokens: Float[Tensor, "b n d"], *, grid_hw: tuple[int, int], part: slice = slice(None)
 ) -> Float[Tensor, "b n d"]:
     """Tokens after some of the blocks, of images with a patch grid of (h, w)."""
     for block, rope in list(zip(vit.blocks, rotations(vit, grid_hw), strict=True))[part]:
@@ -81,7 +85,7 @@ def run_blocks(
     return tokens
 
 
-def rotations(vit: nn.Module, grid_hw: tuple[int, int]) -> list[Tensor | None]:
+def rotations(vit: VisionTransformer | Eva, grid_hw: tuple[int, int]) -> list[Tensor | None]:
     """Rotary positions of the patches for each block; None where the model has none."""
     rope = getattr(vit, "rope", None)
     if rope is None:
@@ -92,7 +96,7 @@ def rotations(vit: nn.Module, grid_hw: tuple[int, int]) -> list[Tensor | None]:
 
 
 def class_attention(
-    attn: nn.Module, tokens: Float[Tensor, "b n d"], rope: Tensor | None
+    attn: Attention | AttentionRope | EvaAttention, tokens: Float[Tensor, "b n d"], rope: Tensor | None
 ) -> tuple[Float[Tensor, "b m n"], Float[Tensor, "b n c"]]:
     """Post-softmax attention of the class token, and the values of all tokens, heads side by side.
 
@@ -104,14 +108,16 @@ def class_attention(
     m, e = attn.num_heads, attn.head_dim
     weight, bias = _projections(attn)
     sizes = [m * e, len(weight) - m * e]
-    weight_q, weight_kv = weight.split(sizes)
-    bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-    query = functional.linear(tokens[:, 0], weight_q, bias_q).unflatten(-1, (m, 1, e))
-    keys, values = functional.linear(tokens, weight_kv, bias_kv).unflatten(-1, (2, -1, e)).unbind(2)
+    weight_q, weight_kv = torch.split(weight, sizes)
+    bias_q, bias_kv = (None, None) if bias is None else torch.split(bias, sizes)
+    query = torch.unflatten(functional.linear(tokens[:, 0], weight_q, bias_q), -1, (m, 1, e))
+    keys, values = torch.unflatten(functional.linear(tokens, weight_kv, bias_kv), -1, (2, -1, e)).unbind(2)
     query, keys = attn.q_norm(query), attn.k_norm(keys.transpose(1, 2))
     if rope is not None:
+        assert not isinstance(attn, Attention)
         # The class token has no place in the image, so its query stays as it is, like the keys of the prefix.
-        prefix, patches = keys.split([attn.num_prefix_tokens, keys.shape[2] - attn.num_prefix_tokens], dim=2)
+        num_prefix = attn.num_prefix_tokens
+        prefix, patches = torch.split(keys, [num_prefix, keys.shape[2] - num_prefix], dim=2)
         keys = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2)
     if (shared := m // keys.shape[1]) > 1:
         keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=2)
@@ -119,7 +125,9 @@ def class_attention(
     return attention.squeeze(2), values.flatten(2)
 
 
-def _projections(attn: nn.Module) -> tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"] | None]:
+def _projections(
+    attn: Attention | AttentionRope | EvaAttention,
+) -> tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"] | None]:
     """Weight and bias of queries, keys and values, one below the other, however they are stored."""
     if attn.qkv is None:
         parts = [attn.q_proj, attn.k_proj, attn.v_proj]
@@ -130,11 +138,11 @@ def _projections(attn: nn.Module) -> tuple[Float[Tensor, "rows d"], Float[Tensor
         return weight, torch.cat(biases)
     if isinstance(attn, EvaAttention):
         apart = attn.q_bias is not None
-        return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if apart else None
+        return attn.qkv.weight, torch.cat([attn.q_bias, attn.get_buffer("k_bias"), attn.v_bias]) if apart else None
     return attn.qkv.weight, attn.qkv.bias
 
 
-def layer_scales(block: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def layer_scales(block: Block | EvaBlock) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """What a block multiplies its attention and its MLP with before they are added to the tokens."""
     if isinstance(block, EvaBlock):
         return _scale_by(block.gamma_1), _scale_by(block.gamma_2)

@@ -36,8 +36,9 @@ def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = Fal
         raise unknown
     if not set(overrides) <= OVERRIDES:
         raise WeightsError(f"the overrides of {name} may be {', '.join(sorted(OVERRIDES))}, not {', '.join(overrides)}")
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, **overrides}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **overrides)
+        return timm.create_model(name, pretrained=pretrained, **options)
     except RuntimeError as error:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
@@ -71,14 +72,14 @@ def load_vit(data: bytes, source: str, *, name: str, overrides: dict[str, int | 
     Raises:
         WeightsError: the file cannot be read or its tensors do not fit the architecture.
     """
-    checkpoint, metadata = read_safetensors(data, source) if _is_safetensors(data) else (None, {})
-    is_own = metadata.get("format") == FORMAT
-    if is_own:
+    tensors, metadata = read_safetensors(data, source) if _is_safetensors(data) else (None, {})
+    if tensors is not None and metadata.get("format") == FORMAT:
         name, overrides = _architecture(metadata, source)
-    elif checkpoint is None:
-        checkpoint = read_checkpoint(data, source)
-    vit = build_vit(name, overrides)
-    state = checkpoint if is_own else to_timm(checkpoint, vit, source=source, name=name)
+        vit, state = build_vit(name, overrides), tensors
+    else:
+        checkpoint = read_checkpoint(data, source) if tensors is None else tensors
+        vit = build_vit(name, overrides)
+        state = to_timm(checkpoint, vit, source=source, name=name)
     if problem := misfit(state, vit.state_dict()):
         raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
     if unusable := not_finite(state):
@@ -138,7 +139,7 @@ def dump_encoder(
 
 def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """RGB mean and deviation, in [0, 1], that timm records for a model."""
-    known = vit.pretrained_cfg
+    known: Any = vit.pretrained_cfg  # a dict, which timm does not declare
     return tuple(known.get("mean", (0.485, 0.456, 0.406))), tuple(known.get("std", (0.229, 0.224, 0.225)))
 
 
@@ -261,7 +262,8 @@ def is_encoder_file(data: bytes) -> bool:
 
 def _metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return metadata
 
 
 def _is_safetensors(data: bytes) -> bool:

@@ -99,14 +99,15 @@ def _strip(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _expect_moco(vit: nn.Module, source: str, name: str) -> None:
-    heads = _MOCO_HEADS.get(vit.embed_dim)
-    found = vit.blocks[0].attn.num_heads
+    parts: Any = vit  # timm does not declare the types of a model's parts
+    heads = _MOCO_HEADS.get(parts.embed_dim)
+    found = parts.blocks[0].attn.num_heads
     if heads is not None and found != heads:
         raise WeightsError(
             f"{source} is a MoCo v3 ViT-S, which has {heads} attention heads, not the {found} of encoder.name={name}; "
             f"set encoder.overrides={{num_heads: {heads}}}"
         )
-    vit.pretrained_cfg = {**vit.pretrained_cfg, **_IMAGENET}
+    parts.pretrained_cfg = {**parts.pretrained_cfg, **_IMAGENET}
 
 
 def _split_biases(state: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,9 @@ class Backbone(nn.Module):
         precision: "float32", or "bfloat16" to run under autocast.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, resnet: ResNet, precision: str = "float32") -> None:
         super().__init__()
         self.resnet = resnet.eval().requires_grad_(False)
@@ -73,7 +76,7 @@ class PyramidDecoder(nn.Module):
         super().__init__()
         self.lateral = nn.Linear(sum(STAGE_CHANNELS), width)
         with torch.no_grad():
-            for weight in self.lateral.weight.split(STAGE_CHANNELS, dim=1):
+            for weight in torch.split(self.lateral.weight, list(STAGE_CHANNELS), dim=1):
                 # Each stage's as that of a convolution of its own.
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.decoder = decoder
@@ -82,7 +85,8 @@ class PyramidDecoder(nn.Module):
         self, tokens: Float[Tensor, "b hw 3840"], grid_hw: tuple[int, int]
     ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
         """What the decoder makes of the pyramid's features: class logits, and class embeddings of unit length."""
-        return self.decoder(self.lateral(tokens), grid_hw)
+        decoded: tuple[Tensor, Tensor] = self.decoder(self.lateral(tokens), grid_hw)
+        return decoded
 
 
 def random_resnet(seed: int) -> ResNet:

@@ -10,7 +10,7 @@ from transfgu_ray.algorithms.encoder.resnet import STAGE_CHANNELS, Backbone
 from transfgu_ray.algorithms.encoder.vit import Encoder
 
 # Windows of one forward; bounds its memory whatever the image's size.
-_WINDOWS_A_FORWARD = 1024
+_WINDOWS_PER_FORWARD = 1024
 
 
 def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> int:
@@ -45,10 +45,10 @@ def read_tokens(
     height, width = encoder.grid_hw((images.shape[2], images.shape[3]))
     rows, columns = height - side + 1, width - side + 1
     windows = images.unfold(2, window, patch).unfold(3, window, patch).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    tokens = torch.cat([encoder.all_tokens(part) for part in windows.split(_WINDOWS_A_FORWARD)])
-    tokens = tokens.unflatten(0, (len(images), rows, columns))
+    tokens = torch.cat([encoder.all_tokens(part) for part in torch.split(windows, _WINDOWS_PER_FORWARD)])
+    tokens = torch.unflatten(tokens, 0, (len(images), rows, columns))
     of_class = tokens[..., 0, :]
-    of_patches = tokens[..., encoder.num_prefix_tokens :, :].unflatten(3, (side, side))
+    of_patches = torch.unflatten(tokens[..., encoder.num_prefix_tokens :, :], 3, (side, side))
     total = tokens.new_zeros(len(images), height, width, token_dim(encoder.embed_dim, window))
     count = tokens.new_zeros(height, width, 1)
     for y, x in product(range(side), repeat=2):

@@ -45,6 +45,9 @@ class Encoder(nn.Module):
         WeightsError: the model has no class token, blocks of another kind, or no learned positions to interpolate.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         vit: nn.Module,
@@ -87,7 +90,8 @@ class Encoder(nn.Module):
     @property
     def patch_size(self) -> int:
         """Side of a square patch in px."""
-        return self.vit.patch_embed.patch_size[0]
+        side: int = self.vit.patch_embed.patch_size[0]
+        return side
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -122,7 +126,7 @@ class Encoder(nn.Module):
     def all_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
         """Final normalised tokens, float32: the class token, any registers, then the patches row by row."""
         with self._autocast():
-            tokens = self.vit.norm(self._run(images, slice(None)))
+            tokens: Tensor = self.vit.norm(self._run(images, slice(None)))
         return tokens.float()
 
     def patch_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw d"]:
@@ -138,16 +142,20 @@ class Encoder(nn.Module):
             grid_hw: their patch grid.
         """
         block = self.vit.blocks[-1]
+        assert isinstance(block, blocks.BLOCKS)
+        attn = block.attn
+        assert isinstance(attn, blocks.ATTENTIONS)
         rope = blocks.rotations(self.vit, grid_hw)[-1]
-        attention, values = blocks.class_attention(block.attn, block.norm1(tokens), rope)
-        heads = values.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        attention, values = blocks.class_attention(attn, block.norm1(tokens), rope)
+        heads = torch.unflatten(values, -1, (attn.num_heads, -1)).transpose(1, 2)
         context = (attention.unsqueeze(2) @ heads).flatten(1)
         scale_attention, scale_mlp = blocks.layer_scales(block)
 
         def tail(context: Tensor) -> Tensor:
-            token = tokens[:, 0] + scale_attention(block.attn.proj(block.attn.norm(context)))
+            token = tokens[:, 0] + scale_attention(attn.proj(attn.norm(context)))
             token = token + scale_mlp(block.mlp(block.norm2(token)))
-            return self.vit.norm(token)
+            normalised: Tensor = self.vit.norm(token)
+            return normalised
 
         return ClassRow(attention, values, context, tail)
 
@@ -174,13 +182,13 @@ class Encoder(nn.Module):
             return self.patch_attention(row, grid_hw)
         with self._autocast():
             last = blocks.run_blocks(self.vit, tokens, grid_hw=grid_hw, part=slice(-1, None))
-            patches = self.vit.norm(last)[:, self.num_prefix_tokens :].float()
-        return (patches - patches.mean(1, keepdim=True)).norm(dim=-1).unflatten(-1, grid_hw)
+            patches: Tensor = self.vit.norm(last)[:, self.num_prefix_tokens :].float()
+        return torch.unflatten((patches - patches.mean(1, keepdim=True)).norm(dim=-1), -1, grid_hw)
 
     def patch_attention(self, row: ClassRow, grid_hw: tuple[int, int]) -> Float[Tensor, "b h w"]:
         """Head-mean attention of the class token on the patches, A_L^cls of the paper."""
         patches = row.attention[:, :, self.num_prefix_tokens :]
-        return patches.mean(1).unflatten(-1, grid_hw)
+        return torch.unflatten(patches.mean(1), -1, grid_hw)
 
 
 def above_mean(saliency: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:

@@ -35,7 +35,7 @@ def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float
     length = cls.detach().norm(dim=-1, keepdim=True)
     unit = (cls.detach() / length).unsqueeze(0)
     gradients = []
-    for chunk in torch.nn.functional.normalize(centroids, dim=-1).split(_CHUNK):
+    for chunk in torch.split(torch.nn.functional.normalize(centroids, dim=-1), _CHUNK):
         target = chunk.unsqueeze(1)
         cosine = (unit * target).sum(-1, keepdim=True)
         # d(1 - cos)/d cls: the part of the centroid across the class token, scaled by its length.
@@ -76,7 +76,7 @@ def response_maps(
         cam = keep_top_mass(cam, keep_mass)
     attention = encoder.patch_attention(row, grid_hw)
     attention = attention / attention.amax((1, 2), keepdim=True)
-    return cam.unflatten(-1, grid_hw) + attention.unsqueeze(1)
+    return torch.unflatten(cam, -1, grid_hw) + attention.unsqueeze(1)
 
 
 def keep_top_mass(maps: Float[Tensor, "b k n"], share: float) -> Float[Tensor, "b k n"]:

@@ -14,7 +14,7 @@ from transfgu_ray.algorithms.labels.bank import exclude, normalise
 from transfgu_ray.algorithms.labels.cam import response_maps
 
 # Windows of one forward; bounds its memory however many an image has.
-_WINDOWS_A_FORWARD = 64
+_WINDOWS_PER_FORWARD = 64
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Labeller:
                 for x0, y0, x1, y1 in boxes.tolist()
             ]
         )
-        tokens = torch.cat([self.encoder.cls_tokens(part) for part in crops.split(_WINDOWS_A_FORWARD)])
+        tokens = torch.cat([self.encoder.cls_tokens(part) for part in torch.split(crops, _WINDOWS_PER_FORWARD)])
         distances = torch.cdist(tokens, self.centroids)
         background = torch.zeros_like(self.centroids[:, 0], dtype=torch.bool)
         if self.is_background is not None:

@@ -1,5 +1,6 @@
 """Joint augmentation of a photograph and its score maps (4.2 Data Augmentation), from an explicit generator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ def augment(
     top, left, height, width = random_crop_box(image.shape[1], image.shape[2], scale=how.crop_scale, rng=rng)
     crop = transforms.resized_crop(image, top, left, height, width, list(crop_hw), antialias=True)
     cropped = crop_maps(
-        scores, (left, top, left + width, top + height), image_hw=tuple(image.shape[1:]), grid_hw=grid_hw
+        scores, (left, top, left + width, top + height), image_hw=(image.shape[1], image.shape[2]), grid_hw=grid_hw
     )
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
@@ -89,24 +90,18 @@ def crop_maps(
     scale_y, scale_x = maps.shape[1] / image_hw[0], maps.shape[2] / image_hw[1]
     x0, y0, x1, y1 = box_xyxy
     box = torch.tensor([[0, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]], dtype=maps.dtype)
-    return roi_align(maps.unsqueeze(0), box, output_size=grid_hw, aligned=True)[0]
+    cropped: Tensor = roi_align(maps.unsqueeze(0), box, output_size=grid_hw, aligned=True)[0]
+    return cropped
 
 
 def _jitter(image: UInt8[Tensor, "3 y x"], rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
     # Strengths 0.8 / 0.8 / 0.8 / 0.2 in random order (released code).
-    def brightness(x: Tensor) -> Tensor:
-        return transforms.adjust_brightness(x, rng.uniform(0.2, 1.8))
-
-    def contrast(x: Tensor) -> Tensor:
-        return transforms.adjust_contrast(x, rng.uniform(0.2, 1.8))
-
-    def saturation(x: Tensor) -> Tensor:
-        return transforms.adjust_saturation(x, rng.uniform(0.2, 1.8))
-
-    def hue(x: Tensor) -> Tensor:
-        return transforms.adjust_hue(x, rng.uniform(-0.2, 0.2))
-
-    steps = [brightness, contrast, saturation, hue]
+    steps: list[Callable[[Tensor], Tensor]] = [
+        lambda x: transforms.adjust_brightness(x, rng.uniform(0.2, 1.8)),
+        lambda x: transforms.adjust_contrast(x, rng.uniform(0.2, 1.8)),
+        lambda x: transforms.adjust_saturation(x, rng.uniform(0.2, 1.8)),
+        lambda x: transforms.adjust_hue(x, rng.uniform(-0.2, 0.2)),
+    ]
     for i in rng.permutation(4):
         image = steps[i](image)
     return image

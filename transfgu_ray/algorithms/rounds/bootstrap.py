@@ -123,7 +123,7 @@ class Bootstrap:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch.index}, step {step}")
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_value_(self.student.parameters(), settings.gradient_clamp)
         self._optimiser.step()
         return {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}

@@ -78,7 +78,7 @@ def diversity_loss(classes: Float[Tensor, "b k d"], pairs: str = "all_pairs") ->
     cosines = classes @ classes.transpose(1, 2)
     if pairs == "all_pairs":
         return 1 + cosines.mean()
-    row, column = torch.triu_indices(*cosines.shape[1:], offset=1, device=cosines.device)
+    row, column = torch.triu_indices(cosines.shape[1], cosines.shape[2], offset=1, device=cosines.device)
     return 1 + cosines[:, row, column].mean()
 
 

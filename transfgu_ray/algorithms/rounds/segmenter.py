@@ -40,7 +40,14 @@ class MaskTransformer(nn.Module):
         self.proj_dec = nn.Linear(d, d)
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.blocks = nn.ModuleList(
-            Block(d, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(num_layers)
+            Block(
+                d,
+                num_heads,
+                qkv_bias=True,
+                proj_drop=dropout,
+                norm_layer=norm,  # type: ignore[arg-type]  # timm declares a class but calls any factory
+            )
+            for _ in range(num_layers)
         )
         self.decoder_norm = nn.LayerNorm(d)
         self.proj_patch = nn.Parameter(d**-0.5 * torch.randn(d, d))
@@ -69,7 +76,7 @@ class MaskTransformer(nn.Module):
         patches = functional.normalize(tokens[:, :-num_classes] @ self.proj_patch, dim=-1)
         classes = functional.normalize(tokens[:, -num_classes:] @ self.proj_classes, dim=-1)
         masks = self.mask_norm(patches @ classes.transpose(1, 2))
-        return masks.transpose(1, 2).unflatten(-1, grid_hw), classes
+        return torch.unflatten(masks.transpose(1, 2), -1, grid_hw), classes
 
 
 class Classifier(nn.Module):
@@ -93,5 +100,5 @@ class Classifier(nn.Module):
         images, are ours.
         """
         classes = functional.normalize(self.head.weight, dim=-1)
-        logits = self.head(patch_tokens).transpose(1, 2).unflatten(-1, grid_hw)
+        logits = torch.unflatten(self.head(patch_tokens).transpose(1, 2), -1, grid_hw)
         return logits, classes.expand(len(patch_tokens), -1, -1)

@@ -48,7 +48,8 @@ def stack_counts(parts: Sequence[csr_array]) -> csr_array:
 
 def total_counts(counts: csr_array) -> Int64[np.ndarray, " cells"]:
     """Sum over the photographs, exact."""
-    return counts.sum(axis=0)
+    total: np.ndarray = counts.sum(axis=0)
+    return total
 
 
 def merge_concepts(counts: csr_array, class_of: Integer[np.ndarray, " k"], num_merged: int) -> csr_array:
@@ -100,7 +101,8 @@ def resampled_scores(
 
 def percentile_interval(values: Float64[np.ndarray, " resamples"]) -> list[float]:
     """95 % interval [low, high] of a score, or of the difference of two on the same resamples."""
-    return np.percentile(values, _PERCENTILES).tolist()
+    interval: list[float] = np.percentile(values, _PERCENTILES).tolist()
+    return interval
 
 
 def score_intervals(

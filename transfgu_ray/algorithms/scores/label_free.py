@@ -45,7 +45,7 @@ def silhouette(tokens: Float[Tensor, "n d"], labels: Int64[Tensor, " n"]) -> flo
     Reference: Hruschka et al. (2006): distances to the means of classes instead of to all their members. Departures:
     the mean over the labels of each one's mean, so that a large background does not decide.
     """
-    names, members = labels.unique(return_inverse=True)
+    names, members = torch.unique(labels, return_inverse=True)
     if len(names) < 2:
         return 0.0
     tokens = functional.normalize(tokens.double(), dim=-1)
@@ -128,7 +128,7 @@ class LabelFreeMeasure:
     ) -> None:
         self._grid_hw = grid_hw
         looks = [images, *(view.of_images(images) for view in _VIEWS)]
-        self._tokens = [torch.cat([read(batch) for batch in look.split(_BATCH)]) for look in looks]
+        self._tokens = [torch.cat([read(batch) for batch in torch.split(look, _BATCH)]) for look in looks]
 
     @torch.no_grad()
     def labels(self, decode: Decode, look: int = 0) -> Int64[np.ndarray, "b h w"]:
@@ -138,7 +138,7 @@ class LabelFreeMeasure:
             decode: class logits (b, k, h, w) of tokens (b, hw, c) and their grid.
             look: 0 = the photographs as they are.
         """
-        batches = self._tokens[look].split(_BATCH)
+        batches = torch.split(self._tokens[look], _BATCH)
         return torch.cat([decode(batch, self._grid_hw).argmax(1) for batch in batches]).cpu().numpy()
 
     def components(self, decode: Decode, num_classes: int) -> dict[str, float]:

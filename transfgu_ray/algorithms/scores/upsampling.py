@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-_WINDOWS_A_BATCH = 4
+_WINDOWS_PER_BATCH = 4
 
 
 def upsample_argmax(maps: Float[Tensor, "k h w"], size_hw: tuple[int, int]) -> Int64[Tensor, "y x"]:
@@ -37,7 +37,9 @@ def upsample_probabilities(
     for small in maps.float():
         total = torch.logaddexp(total, _upsample(small, size_hw))
     for group in groups:
-        share = sum((_upsample(maps[class_id].float(), size_hw) - total).exp() for class_id in group)
+        share = torch.zeros(size_hw, device=maps.device)
+        for class_id in group:
+            share = share + (_upsample(maps[class_id].float(), size_hw) - total).exp()
         yield (255 * share).round().to(torch.uint8)
 
 
@@ -65,8 +67,8 @@ def slide(
     tops, lefts = _starts(height, window_hw[0], patch_size), _starts(width, window_hw[1], patch_size)
     corners = list(itertools.product(tops, lefts))
     total, count = torch.zeros(0), torch.zeros(height // patch_size, width // patch_size, device=image.device)
-    for first in range(0, len(corners), _WINDOWS_A_BATCH):
-        batch = corners[first : first + _WINDOWS_A_BATCH]
+    for first in range(0, len(corners), _WINDOWS_PER_BATCH):
+        batch = corners[first : first + _WINDOWS_PER_BATCH]
         maps = class_maps(torch.stack([image[:, y : y + window_hw[0], x : x + window_hw[1]] for y, x in batch]))
         if not first:
             total = torch.zeros(maps.shape[1], *count.shape, device=image.device)
