@@ -1,1 +1,1 @@
-"""torch, numpy, scipy and FAISS only: nothing here imports Ray or MLflow, writes files or reads the environment."""
+"""The algorithms, in torch, numpy, scipy and FAISS alone: no Ray, no MLflow, no files, no environment variables."""

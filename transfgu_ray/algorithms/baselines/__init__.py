@@ -1,1 +1,1 @@
-"""What the method is compared with, on the same frozen encoder."""
+"""Baselines on the same frozen encoder as the method."""

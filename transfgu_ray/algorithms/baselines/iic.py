@@ -1,4 +1,4 @@
-"""Invariant information clustering: a linear head whose classes of a place tell as much as can be of another view's."""
+"""Invariant information clustering: a linear head whose classes say as much as possible about those of another view."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from transfgu_ray.algorithms.baselines.patch_kmeans import require_points
 
-# The released code has 5 heads where it clusters images, and 1 where it segments them; the rest is ours.
+# The released code has 5 heads for clustering images and 1 for segmenting them; the other constants are ours.
 _SUB_HEADS = 5
 _STEPS = 400
 _BATCH = 4096
@@ -17,14 +17,14 @@ _LEARNING_RATE = 0.05
 def mutual_information(
     first: Float[Tensor, "*heads n k"], second: Float[Tensor, "*heads n k"]
 ) -> Float[Tensor, "*heads"]:
-    """I(z, z') in nats of the classes of n places in two views, 0 to log K.
+    """Return I(z, z') of the classes of n places in two views, in nats, 0 to log K.
 
     Reference: IIC (Ji, Henriques and Vedaldi, ICCV 2019), Eq. 2-3: the joint distribution is the mean product of the
     two views' probabilities, made symmetric.
 
     Args:
-        first: probabilities of the classes of each place; each row sums to 1.
-        second: of the same places in the other view.
+        first: class probabilities of each place; each row sums to 1.
+        second: those of the same places in the other view.
     """
     joint = torch.einsum("...nk,...nl->...kl", first, second) / first.shape[-2]
     joint = (joint + joint.transpose(-2, -1)) / 2
@@ -41,23 +41,23 @@ def fit_iic(
     seed: int,
     device: str,
 ) -> Float32[np.ndarray, "k d+1"]:
-    """Weights, and the bias as last column, of a linear head with a softmax over the clusters.
+    """Train a linear head with a softmax over the clusters; return its weights, with the bias as the last column.
 
     Reference: IIC (Ji, Henriques and Vedaldi, ICCV 2019) and its released code, lambda = 1. Departures: features are
-    frozen, where IIC trains a network from scratch, and are standardised in place of its batch norm; so there is no
+    frozen, where IIC trains a network from scratch, and standardised in place of its batch norm; there is thus no
     over-clustering head, which could only act through shared features; places are patches drawn once, with the views of
-    `token_views`; a place is paired with itself alone, not also with what is displaced by up to 10 of 128 px; of the
-    heads, the one with the most information in the last steps is taken.
+    `token_views`; a place is paired only with itself, not also with places displaced by up to 10 of 128 px; the head
+    with the most information in the last steps is returned.
 
     Args:
         view_1: patch tokens.
-        view_2: of the same places in another view.
+        view_2: patch tokens of the same places in another view.
         num_clusters: K.
-        seed: draws initial weights and order.
+        seed: fixes the initial weights and the order of places.
         device: where to train.
 
     Raises:
-        DataError: fewer places than clusters.
+        DataError: there are fewer places than clusters.
     """
     require_points(len(view_1), num_clusters, name="iic")
     views = torch.from_numpy(np.stack([view_1, view_2])).to(device)

@@ -1,4 +1,4 @@
-"""Clusters of whole foreground masks, in the manner of MaskContrast: a mask is one embedding, and gets one cluster."""
+"""Clusters of whole foreground masks, after MaskContrast: each mask has one embedding and one cluster."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
 
 
 def mask_features(tokens: Float[Tensor, "b hw d"], foreground: Bool[Tensor, "b hw"]) -> Float[Tensor, "b hw d+1"]:
-    """What a patch knows of its mask: 1 in the foreground and 0 outside, then the mask's mean token at unit length."""
+    """Return each patch's mask features: 1 in the foreground, else 0, then the mask's mean token at unit length."""
     inside = foreground.unsqueeze(2).to(tokens.dtype)
     within, beyond = (
         functional.normalize((tokens * mask).sum(1, keepdim=True), dim=2) for mask in (inside, 1 - inside)
@@ -23,7 +23,7 @@ def mask_features(tokens: Float[Tensor, "b hw d"], foreground: Bool[Tensor, "b h
 def read_mask_features(
     encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], foreground_prior: str
 ) -> Float[Tensor, "b hw e"]:
-    """`mask_features` of images, their foreground being where the prior is above its mean.
+    """Return `mask_features` of images whose foreground is where the prior is above its mean.
 
     Args:
         encoder: frozen.
@@ -44,24 +44,24 @@ def fit_masks(
     num_background: int,
     how: KMeans,
 ) -> tuple[Float32[np.ndarray, "k e"], tuple[int, int]]:
-    """Centroids of the foreground masks (first column 1), then of the backgrounds (0), and how many masks of each.
+    """Cluster masks: centroids of the foregrounds (first column 1), then of the backgrounds (0), and the masks of each.
 
     Reference: MaskContrast (Van Gansbeke, Vandenhende, Georgoulis and Van Gool, ICCV 2021) and its released
-    `save_embeddings_to_disk`: k-means of the masks' mean embeddings, and all of a mask gets its cluster. Departures:
-    tokens are frozen, where MaskContrast trains pixel embeddings with masks as positives; masks are the run's
-    foreground prior on the patch grid, not a saliency network's; clusters are those of training photographs, where
-    MaskContrast clusters the scored ones; no whitening to 32 principal components; where the model has several
-    background concepts, backgrounds are clustered too, in place of a single one.
+    `save_embeddings_to_disk`: k-means of the masks' mean embeddings; a mask's pixels all get its cluster. Departures:
+    tokens are frozen, where MaskContrast trains pixel embeddings with masks as positives; masks come from the run's
+    foreground prior on the patch grid, not from a saliency network; clusters are fitted to training photographs, where
+    MaskContrast clusters the scored ones; there is no whitening to 32 principal components; where the model has several
+    background concepts, backgrounds are clustered too instead of forming one class.
 
     Args:
         features: `mask_features` of drawn patches.
-        photos: which photograph each is of; a mask of which no patch was drawn is unknown.
+        photos: photograph of each patch; a mask without a drawn patch is left out.
         num_foreground: clusters of foreground masks.
         num_background: clusters of backgrounds.
         how: k-means.
 
     Raises:
-        DataError: fewer masks than clusters.
+        DataError: there are fewer masks than clusters.
     """
     centroids, counts = [], []
     for flag, num_clusters, what in ((1, num_foreground, "foreground masks"), (0, num_background, "backgrounds")):
@@ -77,7 +77,7 @@ def fit_masks(
 def mask_maps(
     features: Float[Tensor, "b hw e"], centroids: Float[Tensor, "k e"], grid_hw: tuple[int, int]
 ) -> Float[Tensor, "b k h w"]:
-    """1 on the patches of a mask in the map of the nearest centroid of its group, else 0."""
+    """Return maps that are 1 on a mask's patches in the map of the nearest centroid of its group, and 0 elsewhere."""
     other_group = features[..., None, 0] != centroids[:, 0]
     distances = torch.cdist(features[..., 1:], centroids[:, 1:]).masked_fill(other_group, torch.inf)
     chosen = functional.one_hot(distances.argmin(2), len(centroids)).to(features.dtype)

@@ -1,4 +1,4 @@
-"""PiCIE: a projection that gives a place the same cluster in two views, by clustering and training in turn."""
+"""PiCIE: alternate clustering and training of a projection until a place has the same cluster in two views."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from transfgu_ray.algorithms.baselines.patch_kmeans import closeness, fit_centroids
 from transfgu_ray.algorithms.concepts.kmeans import KMeans
 
-# Released: width, epochs, k-means iterations of an epoch and learning rate. Ours: the steps of an epoch.
+# From the released code: width, epochs, k-means iterations per epoch, learning rate. Ours: the steps per epoch.
 _WIDTH = 128
 _EPOCHS = 10
 _KMEANS_ITERATIONS = 10
@@ -25,11 +25,11 @@ _TEMPERATURE = 0.1
 def cluster_loss(
     features: Float[Tensor, "n p"], labels: Int64[Tensor, " n"], centroids: Float[Tensor, "k p"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of a softmax over the cosines to all centroids, PiCIE's non-parametric classifier.
+    """Return the cross-entropy of a softmax over the cosines to all centroids, PiCIE's non-parametric classifier.
 
     Args:
         features: of unit length.
-        labels: cluster of each.
+        labels: cluster of each feature.
         centroids: means of such features.
     """
     return functional.cross_entropy(features @ centroids.T / _TEMPERATURE, labels)
@@ -44,26 +44,26 @@ def fit_picie(
     how: KMeans,
     device: str,
 ) -> Float32[np.ndarray, "k d+1"]:
-    """Weights, and the bias as last column, of a linear head: similarity of a projected token to each centroid.
+    """Fit a linear head that gives the similarity of a projected token to each centroid; its last column is the bias.
 
     Each view is clustered, then a projection to features of unit length is trained with each view's clusters on both
-    views: within a view and across. Last, clusters are found afresh on the tokens of the photographs as they are.
+    views: within a view and across. Finally, the tokens of the unaltered photographs are clustered afresh.
 
     Reference: PiCIE (Cho, Mall, Bala and Hariharan, CVPR 2021), 3.2-3.3, and its released code. Departures: tokens are
     frozen and their projection is linear, where PiCIE trains a feature pyramid; places are patches drawn once, with the
     views of `token_views`; k-means sees all of them, not mini-batches; the projection starts orthogonal; the softmax
-    has a temperature; clusters weigh alike; there is no over-clustering head (PiCIE+H).
+    has a temperature; all clusters have the same weight; there is no over-clustering head (PiCIE+H).
 
     Args:
         tokens: patch tokens of whole photographs.
-        view_1: patch tokens.
-        view_2: of the same places in another view.
+        view_1: patch tokens of one view.
+        view_2: patch tokens of the same places in another view.
         num_clusters: K.
-        how: k-means of the last clustering; its seed draws initial weights and order, too.
+        how: settings of the last k-means; its seed also fixes the initial weights and the order of places.
         device: where to train.
 
     Raises:
-        DataError: fewer places than clusters.
+        DataError: there are fewer places than clusters.
     """
     rng = torch.Generator().manual_seed(how.seed)
     views = torch.from_numpy(np.stack([view_1, view_2])).to(device)
@@ -95,6 +95,6 @@ def fit_picie(
             torch.autograd.backward(loss)
             optimiser.step()
     centroids, _ = cluster(torch.from_numpy(tokens).to(device), how)
-    # The feature's length is the same for all K, so that the head without it has the same argmax.
+    # A feature's length is the same for all K, so the head has the same argmax without it.
     head = torch.cat([centroids @ weight.detach(), (centroids @ bias.detach())[:, None]], 1)
     return head.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Two views of the same places of a photograph, for baselines that learn what changes from view to view."""
+"""Two views of the same places in a photograph, for baselines that learn to ignore what changes between views."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment, recolour
 
-# Those of TransFGU's released training, so that the baselines see what it sees.
+# The settings of TransFGU's released training, so that the baselines see what it sees.
 VIEWS = Augmentation(crop_scale=(0.4, 1.0), flip_prob=0.5, jitter_prob=0.3, grey_prob=0.2, blur_prob=0.2)
 
 
 def token_views(
     encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], rngs: Sequence[np.random.Generator]
 ) -> tuple[Float[Tensor, "b hw d"], Float[Tensor, "b hw d"]]:
-    """Patch tokens of the same places in two views of each image, row by row, on the CPU.
+    """Return the patch tokens of the same places in two views of each image, row by row, on the CPU.
 
-    Both views are coloured at random, each in its own way. The first is the tokens of a random crop, resized to the
-    image's size and flipped at random; the second is that crop of the tokens of the whole image (RoIAlign).
+    Each view is recoloured at random. The first holds the tokens of a random crop, resized to the image's size and
+    flipped at random; the second cuts the same crop from the tokens of the whole image (RoIAlign).
 
     Reference: PiCIE (Cho, Mall, Bala and Hariharan, CVPR 2021, 3.3): features of the transformed image, and transformed
     features of the image. Departures: probabilities and strengths are those of TransFGU's training.
@@ -28,7 +28,7 @@ def token_views(
     Args:
         encoder: frozen.
         images: RGB in 0-255, on the CPU.
-        rngs: one an image, so that its views do not depend on the other images.
+        rngs: one per image, so that its views do not depend on the other images.
     """
     height, width = images.shape[2:]
     grid_hw = encoder.grid_hw((height, width))

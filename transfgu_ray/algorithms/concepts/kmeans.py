@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int64
 
 from transfgu_ray.errors import DataError
 
-# Attempts at giving every concept its crops before the data are declared too few.
+# Attempts at giving every concept enough crops before the data are declared too few.
 MAX_RESEEDS = 5
 
 
@@ -18,11 +18,11 @@ class Clustering:
     """The concepts of one group.
 
     Attributes:
-        centroids: one row a concept.
+        centroids: one row per concept.
         num_crops: crops assigned to each concept, over all points.
         points_used: points that k-means saw.
-        points_total: points of the group.
-        num_passes: passes over all points, the one that counted the crops included; 0 where they were in memory.
+        points_total: points in the group.
+        num_passes: passes over all points, including the one that counted the crops; 0 if they were in memory.
         num_reseeded: starved concepts that were seeded anew.
         used_gpu: whether a CUDA index did the work.
     """
@@ -38,13 +38,13 @@ class Clustering:
 
 @dataclass(frozen=True, kw_only=True)
 class KMeans:
-    """How k-means is run.
+    """Settings of k-means.
 
     Attributes:
-        seed: draws samples and first centroids.
-        num_iterations: Lloyd iterations of a run.
-        num_redos: runs, of which the one with the lowest objective wins.
-        min_crops: points that a concept must have; one with fewer is seeded anew.
+        seed: fixes samples and first centroids.
+        num_iterations: Lloyd iterations per run.
+        num_redos: runs; the one with the lowest objective wins.
+        min_crops: points that a concept needs; one with fewer is seeded anew.
         max_points: cap on the points used; None = all.
         use_gpu: whether FAISS may compute on a CUDA device.
     """
@@ -58,13 +58,14 @@ class KMeans:
 
 
 def fit_concepts(points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, group: str) -> Clustering:
-    """Euclidean k-means over all points, or over `how.max_points` drawn from the seed.
+    """Run Euclidean k-means over all points, or over `how.max_points` drawn from the seed.
 
-    Fixed seed and points give bit-identical centroids. Concepts with fewer than `how.min_crops` crops are moved to the
-    points that the largest concept serves worst, and k-means is run on from there.
+    The same seed and points give bit-identical centroids. Concepts with fewer than `how.min_crops` crops move to the
+    points that the largest concept serves worst, and k-means continues from there.
 
     Raises:
-        DataError: fewer (distinct) points than concepts need, non-finite points, or starved concepts that remain.
+        DataError: there are fewer (distinct) points than concepts need, points are NaN or infinite, or starved concepts
+            remain.
     """
     if not np.isfinite(points).all():
         raise not_finite(group)
@@ -110,17 +111,17 @@ def reseed_starved(
     """Move starved concepts to points that the largest concept serves worst, until every concept has its crops.
 
     Args:
-        centroids: to begin with.
-        settle: moves centroids to where they stay, and counts the crops of each.
-        worst_served: of centroids, the crops of each and a number: at most so many points of the largest concept, the
-            farthest first; none where there are too few distinct ones for all concepts.
-        retrain: runs k-means on from centroids of which some were moved.
-        min_crops: points that a concept must have.
-        num_points: of the group.
+        centroids: the first ones.
+        settle: moves centroids until they rest, and counts the crops of each.
+        worst_served: takes centroids, the crops of each and a number; returns at most that many points of the largest
+            concept, the farthest first, or none if there are too few distinct points for all concepts.
+        retrain: continues k-means from centroids of which some were moved.
+        min_crops: points that a concept needs.
+        num_points: points in the group.
         group: its name, for the message.
 
     Returns:
-        Centroids, crops of each, and how many concepts were seeded anew.
+        Centroids, the crops of each, and how many concepts were seeded anew.
 
     Raises:
         DataError: starved concepts remain.
@@ -146,32 +147,32 @@ def reseed_starved(
 def nearest(
     points: Float32[np.ndarray, "n d"], centroids: Float32[np.ndarray, "k d"]
 ) -> tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Squared distance to, and index of, each point's nearest centroid."""
+    """Return the squared distance to each point's nearest centroid, and its index."""
     distance, assigned = flat_index(centroids, use_gpu=False).search(points, 1)
     return distance[:, 0], assigned[:, 0]
 
 
 def flat_index(centroids: Float32[np.ndarray, "k d"], use_gpu: bool) -> faiss.Index:
-    """Exact search for the nearest centroid by squared Euclidean distance."""
+    """Build an exact search for the nearest centroid by squared Euclidean distance."""
     index = faiss.IndexFlatL2(centroids.shape[1])
     index.add(centroids)
     return faiss.index_cpu_to_all_gpus(index, ngpu=1) if use_gpu else index
 
 
 def has_gpu() -> bool:
-    """Whether this FAISS can compute on a CUDA device of this machine."""
+    """Return whether this FAISS can compute on a CUDA device of this machine."""
     return hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
 
 
 def draw_rows(num_points: int, most: int, seed: int) -> Int64[np.ndarray, " m"]:
-    """Indices of at most `most` points, each as likely as the others, drawn by the seed; ascending."""
+    """Draw the indices of at most `most` points uniformly from the seed, ascending."""
     return np.sort(np.random.default_rng(seed).choice(num_points, min(most, num_points), replace=False))
 
 
 def train(
     points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, start: Float32[np.ndarray, "k d"] | None
 ) -> Float32[np.ndarray, "k d"]:
-    """Centroids of FAISS k-means over all points: the best of `how.num_redos` runs, or a single run from `start`."""
+    """Run FAISS k-means over all points; return the best of `how.num_redos` runs, or of a single run from `start`."""
     # FAISS samples 256 points per centroid unless told otherwise.
     kmeans = faiss.Kmeans(
         points.shape[1],
@@ -189,12 +190,12 @@ def train(
 
 
 def not_finite(group: str) -> DataError:
-    """What to say of points that are no numbers."""
+    """Return the error for points that are NaN or infinite."""
     return DataError(f"the {group} class tokens hold NaN or infinity; check encoder.weights and encoder.precision")
 
 
 def too_few(num_concepts: int, num_points: int, group: str) -> DataError:
-    """What to say where there are fewer points than concepts need."""
+    """Return the error for fewer points than concepts need."""
     return DataError(
         f"{num_concepts} {group} concepts were asked of {num_points} {group} crops; lower concepts.num_concepts, "
         "or give more photographs or more extract.window_fracs"

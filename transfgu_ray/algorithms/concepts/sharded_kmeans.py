@@ -4,10 +4,10 @@ The points lie in shards, whose blocks are read one after another. The result is
 number of shards, because
 
 - a block is a run of `BLOCK_ROWS` consecutive points of the group, wherever the shards begin: the last bits of the
-  distances, and so a tie between two centroids, depend on the shape of the matrix product;
-- sums are exact. A float16 is an integer multiple of 2**-24 below 2**16 in magnitude, so that sums of 2**13 of them
-  are multiples of 2**-24 below 2**29, which float64 holds exactly (53 bits) in whatever order they are added. Blocks
-  are then added up as int64 multiples.
+  distances, and hence ties between two centroids, depend on the shape of the matrix product;
+- sums are exact. A float16 is an integer multiple of 2**-24 below 2**16 in magnitude, so sums of 2**13 of them are
+  multiples of 2**-24 below 2**29, which float64 (53 bits) holds exactly whatever the order of addition. Blocks are
+  then added as int64 multiples.
 """
 
 from abc import ABC, abstractmethod
@@ -29,20 +29,20 @@ from transfgu_ray.algorithms.concepts.kmeans import (
 )
 from transfgu_ray.errors import DataError
 
-# No more than 2**13, or a block's sums need not be exact.
+# At most 2**13: beyond it, a block's sums may be inexact.
 BLOCK_ROWS = 8192
 _UNITS = 2.0**24
-# The largest sum in int64 units.
+# Sums must stay below this to fit int64 in units of 2**-24.
 _MAX_SUM = 2.0**63 / _UNITS
 
 
 @dataclass(frozen=True)
 class ClusterSums:
-    """What an iteration needs of some points.
+    """What an iteration needs to know about some points.
 
     Attributes:
         sums: sum of the points nearest to each centroid, in units of 2**-24.
-        num_points: how many they are.
+        num_points: number of those points.
     """
 
     sums: Int64[np.ndarray, "k d"]
@@ -51,11 +51,11 @@ class ClusterSums:
 
 @dataclass(frozen=True)
 class FarPoints:
-    """Some points of one concept, the farthest from its centroid first, equal ones in order of row.
+    """Some points of one concept, the farthest from its centroid first, ties in order of row.
 
     Attributes:
-        distance: squared.
-        row: number in the group.
+        distance: squared distance to the centroid.
+        row: row of the point in the group.
         points: the points themselves.
     """
 
@@ -68,8 +68,8 @@ class ShardedPoints(ABC):
     """The points of one group, in shards that begin at multiples of `BLOCK_ROWS`.
 
     Attributes:
-        num_points: of all shards.
-        largest_value: largest magnitude of a coordinate; NaN or infinity where a point is no number.
+        num_points: points in all shards.
+        largest_value: largest magnitude of a coordinate; NaN or infinity if a point is not finite.
         used_gpu: whether a CUDA index finds the nearest centroids.
     """
 
@@ -86,30 +86,30 @@ class ShardedPoints(ABC):
         how: KMeans,
         start: Float32[np.ndarray, "k d"] | None,
     ) -> Float32[np.ndarray, "k d"]:
-        """`train` on these rows of the group, ascending, brought together."""
+        """Run `train` on these rows of the group, which are ascending, gathered in one place."""
 
     @abstractmethod
     def sum_nearest(self, centroids: Float32[np.ndarray, "k d"]) -> Sequence[ClusterSums]:
-        """`sum_nearest` of every shard."""
+        """Return `sum_nearest` of every shard."""
 
     @abstractmethod
     def farthest(self, centroids: Float32[np.ndarray, "k d"], concept: int, most: int) -> Sequence[FarPoints]:
-        """`farthest` of every shard."""
+        """Return `farthest` of every shard."""
 
 
 def fit_sharded_concepts(
     points: ShardedPoints, num_concepts: int, *, how: KMeans, init_points: int, group: str
 ) -> Clustering:
-    """Euclidean k-means: FAISS on `init_points` drawn by the seed, then Lloyd iterations over all points from there.
+    """Run Euclidean k-means: FAISS on `init_points` drawn from the seed, then Lloyd iterations over all points.
 
-    They end when no centroid moves any more, or after `how.num_iterations`. With `how.max_points`, at most
-    `init_points`, FAISS on so many points is all, as in `fit_concepts`. Concepts with fewer than `how.min_crops` crops
-    are moved to the points that the largest concept serves worst, and the fit goes on from there. A concept that loses
-    all its points on the way stays where it is until then.
+    The iterations end when no centroid moves any more, or after `how.num_iterations`. If `how.max_points` is set (at
+    most `init_points`), FAISS on that many points is all, as in `fit_concepts`. Concepts with fewer than
+    `how.min_crops` crops move to the points that the largest concept serves worst, and the fit continues from there. A
+    concept that loses all its points during the iterations stays where it is until then.
 
     Raises:
-        DataError: fewer points than concepts need, points that are no numbers or too large to be summed exactly, or
-            starved concepts that remain.
+        DataError: there are fewer points than concepts need, points are not finite or too large to be summed exactly,
+            or starved concepts remain.
     """
     total = points.num_points
     if not np.isfinite(points.largest_value):
@@ -134,7 +134,7 @@ def fit_sharded_concepts(
         return _merge(points.farthest(centroids, int(num_crops.argmax()), most), most).points
 
     def retrain(start: np.ndarray) -> np.ndarray:
-        # Else the iterations over all points go on from there.
+        # Otherwise `settle` iterates over all points from `start`.
         return points.train_on(rows, num_concepts, how=how, start=start) if on_sample_alone else start
 
     centroids, num_crops, num_reseeded = reseed_starved(
@@ -151,19 +151,19 @@ def fit_sharded_concepts(
 
 
 def largest_value(blocks: Iterable[Float16[np.ndarray, "_ d"]]) -> float:
-    """Largest magnitude of a coordinate; NaN or infinity where a point is no number."""
+    """Return the largest magnitude of a coordinate; NaN or infinity if a point is not finite."""
     return float(np.max([np.abs(block).max() for block in blocks]))
 
 
 def sum_nearest(
     blocks: Iterable[Float16[np.ndarray, "_ d"]], centroids: Float32[np.ndarray, "k d"], use_gpu: bool
 ) -> ClusterSums:
-    """Sum and number of the points nearest to each centroid; of two centroids as near, FAISS decides.
+    """Return the sum and number of the points nearest to each centroid; FAISS breaks ties.
 
     Args:
-        blocks: of `BLOCK_ROWS` finite points each, the last of the group excepted.
+        blocks: of `BLOCK_ROWS` finite points each, except the last of the group.
         centroids: of all concepts.
-        use_gpu: whether a CUDA index finds the nearest one.
+        use_gpu: whether a CUDA index finds the nearest centroid.
     """
     index = flat_index(centroids, use_gpu)
     sums = np.zeros(centroids.shape, np.int64)
@@ -187,12 +187,12 @@ def farthest(
     most: int,
     use_gpu: bool,
 ) -> FarPoints:
-    """At most `most` points of a concept, the farthest from its centroid.
+    """Return at most `most` points of a concept, the farthest from its centroid.
 
     Args:
         blocks: as for `sum_nearest`.
-        first_row: number of the first block's first point in the group.
-        centroids: of all concepts, which decide whose a point is.
+        first_row: row in the group of the first block's first point.
+        centroids: of all concepts; a point belongs to the nearest.
         concept: index of the concept.
         most: how many points at most.
         use_gpu: whether a CUDA index finds the nearest centroid.
@@ -208,7 +208,7 @@ def farthest(
 
 
 def _iterate(points: ShardedPoints, centroids: np.ndarray, num_iterations: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Centroids that no longer move, or were moved `num_iterations` times; their crops; passes over all points."""
+    """Move centroids until they rest, at most `num_iterations` times; return them, their crops and the passes made."""
     for num_moves in range(num_iterations + 1):
         shards = points.sum_nearest(centroids)
         num_crops = np.sum([shard.num_points for shard in shards], axis=0)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
 from scipy import ndimage
 
-# A labelled region of less than this share of an image shows nothing once it is enlarged to a crop.
+# A labelled region with a smaller share of the image shows nothing once it is enlarged to a crop.
 _MIN_REGION = 1 / 400
 _VOID = 255
 
@@ -17,7 +17,7 @@ FOREGROUND, BACKGROUND, ANY, DROPPED = "foreground", "background", "any", "dropp
 def enumerate_windows(
     height: int, width: int, window_fracs: Sequence[float]
 ) -> tuple[Int32[np.ndarray, "n 4"], Float[np.ndarray, " n"]]:
-    """Square windows of side beta * min(height, width) at half-side steps, row by row, largest beta first as given.
+    """Lay out square windows of side beta * min(height, width) at half-side steps, row by row, in the order of beta.
 
     The last window of a row or column is flush with the edge, so the image is covered. The counts do not
     depend on the size: a square image has 9, 16, 36 and 81 windows for beta 0.5, 0.4, 0.3 and 0.2.
@@ -28,7 +28,7 @@ def enumerate_windows(
         window_fracs: values of beta in (0, 1].
 
     Returns:
-        boxes (x0, y0, x1, y1) in px, half-open, and the beta of each. A row's index is its crop_id.
+        Boxes (x0, y0, x1, y1) in px, half-open, and the beta of each. A row's index is its crop_id.
 
     Reference: 3.2 and 4.2. Departures: corners and sides are rounded to whole pixels.
     """
@@ -44,7 +44,7 @@ def enumerate_windows(
 
 
 def _starts(length: int, side: float, side_px: int) -> list[int]:
-    # Counted on real numbers: rounding the side first would lose or add a window at small sizes.
+    # Counted in real numbers: rounding the side first would lose or add a window at small sizes.
     steps = math.ceil((length - side) / (side / 2) - 1e-9)
     return [min(round(i * side / 2), length - side_px) for i in range(steps)] + [length - side_px]
 
@@ -52,7 +52,7 @@ def _starts(length: int, side: float, side_px: int) -> list[int]:
 def window_shares(
     boxes: Int32[np.ndarray, "n 4"], grid_hw: tuple[int, int], patch_size: int
 ) -> Float32[np.ndarray, "n h w"]:
-    """How much of each patch lies in each window, over all windows; sums to 1 at each patch where they cover the image.
+    """Return each window's share of the area that windows cover of each patch; at a covered patch the shares sum to 1.
 
     Args:
         boxes: (x0, y0, x1, y1) in px.
@@ -73,7 +73,7 @@ def window_shares(
 def foreground_fracs(
     boxes: Int32[np.ndarray, "n 4"], foreground: Bool[np.ndarray, "h w"], patch_size: int
 ) -> Float[np.ndarray, " n"]:
-    """Share of each window's pixels that lie on foreground patches, in [0, 1].
+    """Return the share of each window's pixels that lie on foreground patches, in [0, 1].
 
     Args:
         boxes: (x0, y0, x1, y1) in px of an image of (h * patch_size, w * patch_size) px.
@@ -92,7 +92,7 @@ def foreground_fracs(
 def classify_windows(
     fracs: Float[np.ndarray, " n"], region_mode: str, *, foreground_min_frac: float, background_min_frac: float
 ) -> list[str]:
-    """Kind of each window: `foreground`, `background`, `any`, or `dropped`.
+    """Return the kind of each window: `foreground`, `background`, `any` or `dropped`.
 
     Args:
         fracs: foreground share of each window, in [0, 1].
@@ -122,13 +122,13 @@ def classify_windows(
 def region_boxes(
     classes: UInt8[np.ndarray, "h w"],
 ) -> tuple[Int32[np.ndarray, "n 4"], Int64[np.ndarray, " n"], int]:
-    """Boxes around the connected regions of each class but void, in order of class, then from the top.
+    """Return boxes around the connected regions of each class but void, by class, then from the top.
 
     Args:
         classes: class id of each pixel; 255 is void.
 
     Returns:
-        boxes (x0, y0, x1, y1) in px, half-open; the class of each; and how many regions below 1/400 of the image were
+        Boxes (x0, y0, x1, y1) in px, half-open; the class of each; and how many regions below 1/400 of the image were
         left out.
 
     Reference: supplement, The Quality of Cropping. Departures: the text does not say how the boxes are cut; regions are
@@ -148,10 +148,10 @@ def region_boxes(
 
 
 def classify_regions(is_thing: Bool[np.ndarray, " n"], region_mode: str) -> list[str]:
-    """Kind of each labelled region, as `classify_windows` gives it to windows.
+    """Return the kind of each labelled region, like `classify_windows` for windows.
 
     Args:
-        is_thing: whether a region's class is a thing.
+        is_thing: whether each region's class is a thing.
         region_mode: stuff is background in things_and_stuff, and left to Eq. 8 in things_only and all_foreground.
     """
     if region_mode == "no_prior":
@@ -163,7 +163,7 @@ def classify_regions(is_thing: Bool[np.ndarray, " n"], region_mode: str) -> list
 def to_original(
     boxes: Int32[np.ndarray, "n 4"], working_hw: tuple[int, int], original_hw: tuple[int, int]
 ) -> Int32[np.ndarray, "n 4"]:
-    """Boxes of the working image in px of the original image, rounded, never empty."""
+    """Return boxes of the working image in px of the original image, rounded, never empty."""
     scale = np.array([original_hw[1] / working_hw[1], original_hw[0] / working_hw[0]] * 2)
     scaled: np.ndarray = np.rint(boxes * scale).astype(np.int32)
     limit = np.array([original_hw[1], original_hw[0]], dtype=np.int32)

@@ -1,1 +1,1 @@
-"""Pseudo-labels: response maps of concepts, and the bank that stores them (3.2)."""
+"""Pseudo-labels: the response maps of concepts, and their form in the pseudo-label bank (3.2)."""

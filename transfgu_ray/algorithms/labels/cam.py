@@ -18,13 +18,13 @@ _CHUNK = 256
 
 
 def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float[Tensor, "b k n"]:
-    """Head-mean of d loss_k / d attention for the class token's post-softmax row, loss_k = 1 - cos(cls, centroid_k).
+    """Return the head mean of d loss_k / d attention for the class token's row, loss_k = 1 - cos(cls, centroid_k).
 
-    Exact: equal to K autograd passes through the network up to float32 rounding.
+    The row is post-softmax. Exact: equal to K autograd passes through the network up to float32 rounding.
 
     Args:
         row: the last block's class row of b images.
-        centroids: concept centroids on the same device, any length.
+        centroids: concept centroids on the same device, of any length.
 
     Reference: Eq. 5. Departures: cosine, as the text says, not a product over sqrt(d).
     """
@@ -38,11 +38,11 @@ def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float
     for chunk in torch.split(torch.nn.functional.normalize(centroids, dim=-1), _CHUNK):
         target = chunk.unsqueeze(1)
         cosine = (unit * target).sum(-1, keepdim=True)
-        # d(1 - cos)/d cls: the part of the centroid across the class token, scaled by its length.
+        # d(1 - cos)/d cls: the part of the centroid orthogonal to the class token, over the token's length.
         at_cls = -(target - cosine * unit) / length
         (at_context,) = torch.autograd.grad(cls, context, at_cls, retain_graph=True, is_grads_batched=True)
-        # Per head, d loss / d attention[token] is <d loss / d context, value[token]>; all heads side by side
-        # in one product sum over heads.
+        # Per head, d loss / d attention[token] is <d loss / d context, value[token]>; one product of all heads side by
+        # side sums over heads.
         gradients.append(torch.einsum("kbd,bnd->bkn", at_context, row.values) / num_heads)
     return torch.cat(gradients, dim=1)
 
@@ -57,7 +57,7 @@ def response_maps(
     gradient_scale: float,
     keep_mass: float | None,
 ) -> Float[Tensor, "b k h w"]:
-    """Grad-CAM of each concept plus the attention divided by its per-image maximum (Eq. 7).
+    """Return the Grad-CAM of each concept plus the attention divided by its per-image maximum (Eq. 7).
 
     Args:
         encoder: gives the number of prefix tokens.
@@ -65,10 +65,10 @@ def response_maps(
         centroids: concept centroids.
         grid_hw: patch grid of the images.
         gradient_scale: factor on the gradient; 1/8 reproduces the released code's batch mean.
-        keep_mass: share of a CAM's mass that is kept, largest patches first; None keeps all.
+        keep_mass: share of a CAM's mass to keep, largest patches first; None keeps all.
 
     Returns:
-        maps >= 0; zero CAM where the gradient is positive.
+        Maps >= 0; the CAM is zero where the gradient is positive.
     """
     gradients = attention_gradients(row, centroids)[:, :, encoder.vit.num_prefix_tokens :]
     cam = (-gradient_scale * gradients).clamp_(min=0)
@@ -80,7 +80,7 @@ def response_maps(
 
 
 def keep_top_mass(maps: Float[Tensor, "b k n"], share: float) -> Float[Tensor, "b k n"]:
-    """Each map with all but its largest entries zeroed: the fewest whose sum reaches `share` of the map's sum."""
+    """Zero all but each map's largest entries: the fewest whose sum reaches `share` of the map's sum."""
     values, order = maps.sort(-1, descending=True)
     before = values.cumsum(-1) - values
     kept = before < share * values.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Pseudo-labels of a batch of images, start to end: response maps (Eq. 4-7, or windows), normalisation, exclusion."""
+"""Pseudo-labels of a batch of images, end to end: response maps (Eq. 4-7, or windows), normalisation, exclusion."""
 
 from dataclasses import dataclass
 
@@ -13,23 +13,23 @@ from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
 from transfgu_ray.algorithms.labels.bank import exclude, normalise
 from transfgu_ray.algorithms.labels.cam import response_maps
 
-# Windows of one forward; bounds its memory however many an image has.
+# Bounds memory, however many windows an image has.
 _WINDOWS_PER_FORWARD = 64
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """Fixed parts of labelling.
+    """A labeller of images; its attributes are the same for every batch.
 
     Attributes:
         encoder: the semantic prior model.
-        centroids: one row a concept, on the encoder's device.
+        centroids: one row per concept, on the encoder's device.
         is_background: which concepts are background; None switches exclusion off.
         foreground_prior: see `Encoder.saliency`; "all" takes every patch as foreground.
         gradient_scale: factor on the gradient.
-        keep_mass: share of a CAM's mass that is kept; None keeps all.
+        keep_mass: share of a CAM's mass to keep; None keeps all.
         windows: sides of the windows whose class tokens vote, as shares of the image's shorter side, and the side in
-            px that each is resized to; None takes the gradient's maps (Eq. 5-7).
+            px to which each is resized; None uses the maps of the gradient (Eq. 5-7).
     """
 
     encoder: Encoder
@@ -42,7 +42,7 @@ class Labeller:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b 3 y x"]) -> tuple[Float[Tensor, "b k h w"], Bool[Tensor, "b h w"]]:
-        """Scores in [0, 1] of all K concepts and the foreground mask, on the patch grid."""
+        """Return the scores in [0, 1] of all K concepts and the foreground mask, on the patch grid."""
         grid_hw = self.encoder.grid_hw((images.shape[2], images.shape[3]))
         tokens = self.encoder.prefix(images)
         row = self.encoder.class_row(tokens, grid_hw)
@@ -76,10 +76,10 @@ class Labeller:
         window_fracs: tuple[float, ...],
         crop_size: int,
     ) -> Float[Tensor, "k h w"]:
-        """Share of the windows over each patch that are nearest to each concept, among those of its group.
+        """Return, for each patch and concept, the share of the windows over the patch that vote for the concept.
 
-        Departures: ours. Each window votes once in the foreground group and once in the background group, since it
-        is the foreground that decides between the groups, patch by patch.
+        A window votes for the nearest concept of each group. Departures: ours. It votes in both the foreground and the
+        background group, since the foreground mask decides between the groups, patch by patch.
         """
         boxes, _ = enumerate_windows(image.shape[1], image.shape[2], window_fracs)
         crops = torch.stack(
@@ -95,7 +95,7 @@ class Labeller:
             background = self.is_background
         votes = torch.zeros_like(distances)
         for group in (~background, background):
-            # Things alone have no background concepts, and an empty group has no nearest one.
+            # With things alone there are no background concepts, and an empty group has no nearest one.
             if not group.any():
                 continue
             chosen = distances.masked_fill(~group, torch.inf).argmin(1, keepdim=True)
