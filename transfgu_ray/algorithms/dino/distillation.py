@@ -1,7 +1,7 @@
 """Self-distillation without labels: DINO (Caron et al. 2021).
 
 Options: iBOT's masked patches (Zhou et al. 2022); DINOv2's Sinkhorn-Knopp assignments and KoLeo term (Oquab et al.
-2023), without which short trainings of narrow networks stay where they began, with all images alike.
+2023), without which narrow networks never get away from embedding all images alike in a short training.
 
 Letters: b images, v student views, p prototypes, (h, w) patch grid, d embedding.
 """
@@ -33,7 +33,7 @@ from transfgu_ray.algorithms.dino.schedules import DinoRecipe, cosine, learning_
 class Dino:
     """Student, teacher, centres and optimiser.
 
-    All randomness is drawn from (seed, step, rank), so nothing but tensors has to be kept to continue exactly.
+    All randomness is drawn from (seed, step, rank), so tensors alone are enough to continue exactly.
 
     Args:
         network: the student with its initial weights; the teacher starts as its copy.
@@ -41,7 +41,7 @@ class Dino:
         crops: multi-crop augmentation.
         total_steps: length of all schedules.
         seed: fixes augmentation and masks.
-        rank: this worker's, which augments other images.
+        rank: of this worker; each augments its own images.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
@@ -63,21 +63,21 @@ class Dino:
         self._parallel = wrap(network)
         device = network.mean.device
         self._centers = {name: torch.zeros(recipe.num_prototypes, device=device) for name in ("class", "patch")}
-        # Biases and norms are not decayed (DINO).
+        # DINO does not decay biases and norms.
         decayed = [p for p in network.parameters() if p.ndim > 1]
         kept = [p for p in network.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
         self._optimiser = torch.optim.AdamW(groups)
 
     def step(self, images: UInt8[Tensor, "b 3 y x"], step: int) -> dict[str, float]:
-        """One update of student, teacher and centres.
+        """Update student, teacher and centres once.
 
         Args:
             images: this worker's share of the batch, RGB 0-255.
-            step: its number, from 0.
+            step: number of the step, from 0.
 
         Returns:
-            loss: the weighted sum that is minimised; class_loss, patch_loss, koleo_loss: its parts, nats;
+            loss: the weighted sum to be minimised; class_loss, patch_loss, koleo_loss: its parts, nats;
             teacher_entropy: mean entropy of the teacher's class assignments, nats; usage_entropy: entropy of their
             mean, nats (0: all images in one prototype; equal to teacher_entropy: all images alike).
 
@@ -124,7 +124,7 @@ class Dino:
 
     @torch.no_grad()
     def class_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
-        """The teacher's class tokens of whole images, float32, at the size of a global view."""
+        """Return the teacher's class tokens of whole images, float32, at the size of a global view."""
         size = (self._crops.global_size, self._crops.global_size)
         with self._autocast():
             whole = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -135,10 +135,10 @@ class Dino:
         return torch.autocast(device, torch.bfloat16, enabled=self._recipe.precision == "bfloat16")
 
     def _draw_masks(self, wide: Float[Tensor, "b 3 y x"], rng: np.random.Generator) -> Bool[Tensor, "b h w"]:
-        """A rectangle-shaped mask for some of the global views: iBOT's prediction ratio, its block shape."""
+        """Draw masks of rectangles for some of the global views, with iBOT's ratios and block shapes."""
         recipe, grid = self._recipe, wide.shape[-1] // self.student.vit.patch_embed.patch_size[0]
         masks = np.zeros((len(wide), grid, grid), bool)
-        # A fixed number, and never none, since all data-parallel workers must take the same steps.
+        # A fixed number of masks, at least one, since all data-parallel workers must take the same steps.
         for row in rng.permutation(len(wide))[: max(1, round(recipe.mask_prob * len(wide)))]:
             wanted = rng.uniform(*recipe.mask_ratio) * grid * grid
             while masks[row].sum() < wanted:
@@ -149,7 +149,7 @@ class Dino:
         return torch.from_numpy(masks).to(wide.device)
 
     def _assign(self, logits: Float[Tensor, "n p"], kind: str, temperature: float) -> Float[Tensor, "n p"]:
-        """The teacher's probabilities over prototypes."""
+        """Return the teacher's probabilities over prototypes."""
         if self._recipe.assignment == "sinkhorn":
             return sinkhorn(logits / temperature)
         return ((logits - self._centers[kind]) / temperature).softmax(-1)
@@ -169,7 +169,7 @@ class Dino:
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), recipe.clip_norm)
-        # Asked of the gradient, which all workers share, and not of the loss, so that they all stop at the same step.
+        # Checked on the gradient, which all workers share, rather than on the loss, so that all stop at the same step.
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the loss is {loss.item()} and its gradient {norm.item()} in step {step}")
         if done < recipe.freeze_last_layer_frac:
@@ -180,7 +180,7 @@ class Dino:
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step needs, as tensors and plain Python."""
+        """Return everything that the next step needs, as tensors and plain Python."""
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -189,7 +189,7 @@ class Dino:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Continue from a `state_dict`."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         device = self.student.mean.device

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 
 def class_cross_entropy(targets: Float[Tensor, "2 b p"], logits: Float[Tensor, "v b p"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of every student view against every teacher view but itself, nats.
+    """Return the mean cross-entropy of every student view against every teacher view but itself, nats.
 
     Args:
         targets: the teacher's probabilities for the two global views.
-        logits: the student's, over its temperature; views 0 and 1 are the same global views.
+        logits: the student's logits over its temperature; views 0 and 1 are the same global views.
     """
     pairs = -torch.einsum("tbp,vbp->tv", targets, logits.log_softmax(-1)) / targets.shape[1]
     others = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
@@ -21,7 +21,7 @@ def class_cross_entropy(targets: Float[Tensor, "2 b p"], logits: Float[Tensor, "
 def masked_cross_entropy(
     targets: Float[Tensor, "m p"], logits: Float[Tensor, "m p"], masks: Bool[Tensor, "b h w"]
 ) -> Float[Tensor, ""]:
-    """Loss of iBOT: cross-entropy of masked patches, each image that has some counting the same, nats."""
+    """Return the loss of iBOT: cross-entropy of masked patches, with equal weight per image that has some, nats."""
     counts = masks.flatten(1).sum(1)
     weights = (1 / counts.clamp(min=1).float())[:, None].expand(-1, masks[0].numel())[masks.flatten(1)]
     losses = -(targets * logits.log_softmax(-1)).sum(-1)
@@ -30,14 +30,14 @@ def masked_cross_entropy(
 
 @torch.no_grad()
 def sinkhorn(logits: Float[Tensor, "n p"], num_iterations: int = 3) -> Float[Tensor, "n p"]:
-    """Assignments that use all prototypes alike over the batches of all workers; rows sum to 1.
+    """Return assignments that use all prototypes equally over the batches of all workers; rows sum to 1.
 
-    Rows and columns are scaled in turn (Sinkhorn-Knopp, as in SwAV, Caron et al. 2020, and DINOv2), which takes the
-    place of centring.
+    Rows and columns are scaled in turn (Sinkhorn-Knopp, as in SwAV, Caron et al. 2020, and DINOv2), in place of
+    centring.
 
     Args:
-        logits: over the teacher's temperature.
-        num_iterations: turns (SwAV: 3).
+        logits: the teacher's logits over its temperature.
+        num_iterations: rounds of scaling (SwAV: 3).
     """
     highest = logits.max()
     if is_distributed():
@@ -46,14 +46,14 @@ def sinkhorn(logits: Float[Tensor, "n p"], num_iterations: int = 3) -> Float[Ten
     for _ in range(num_iterations):
         use = shares.sum(0)
         _sum_over_workers(use)
-        # A prototype that is too far from every image to be seen in float32 stays unused.
+        # A prototype whose share underflows in float32 for every image stays unused.
         shares = shares / use.clamp(min=1e-30)
         shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-30)
     return shares
 
 
 def koleo(projected: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
-    """Minus the mean log distance to the nearest other row: small where a batch is spread evenly.
+    """Return minus the mean log distance to the nearest other row: small if a batch is spread evenly.
 
     Reference: Sablayrolles et al. (2019), as in DINOv2. Departure: in the space of the prototypes, where a collapse
     to uniform assignments happens, not on the class tokens.
@@ -63,7 +63,7 @@ def koleo(projected: Float[Tensor, "b e"]) -> Float[Tensor, ""]:
     """
     with torch.no_grad():
         nearest = (projected @ projected.T).fill_diagonal_(-2).argmax(1)
-    # Equal rows: the slope of the distance is not defined, its epsilon gives them a finite one.
+    # For equal rows the gradient of the distance is undefined; its epsilon makes it finite.
     return -F.pairwise_distance(projected, projected[nearest], eps=1e-6).log().mean()
 
 

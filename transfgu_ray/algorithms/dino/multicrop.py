@@ -1,7 +1,7 @@
 """Multi-crop augmentation of a whole batch at once (Caron et al. 2020, 2021), from an explicit generator.
 
-torchvision's transforms draw once a call, so a batch would need one call an image and view; here each image has its
-own box, colours and blur, and a view of the batch is a handful of tensor operations on any device.
+torchvision's transforms draw once per call, so a batch would need one call per image and view. Here each image has its
+own box, colours and blur, and a view of the batch takes a handful of tensor operations on any device.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.ops import roi_align
 
-# ITU-R 601 luma; the other rows complete YIQ: they span the colours at constant luma, and are zero for greys.
+# ITU-R 601 luma. The other rows complete YIQ: they span the colours at constant luma and give zero for greys.
 _LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Sizes, ranges and probabilities; see `pretrain_config.CropsConfig`."""
+    """Sizes, ranges and probabilities of the views; see `CropsConfig`."""
 
     global_size: int
     local_size: int
@@ -39,7 +39,7 @@ class MultiCrop:
 def multi_crop(
     images: UInt8[Tensor, "b 3 y x"], how: MultiCrop, rng: np.random.Generator
 ) -> list[Float[Tensor, "b 3 _ _"]]:
-    """Two global views of every image, then `num_local` local ones; RGB in [0, 1].
+    """Return two global views of every image, then `num_local` local ones; RGB in [0, 1].
 
     Blur and solarisation differ between the two global views, as in DINO (Caron et al. 2021, appendix).
 
@@ -87,9 +87,9 @@ def _view(
 def random_boxes(
     count: int, height: int, *, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> Float[np.ndarray, "count 4"]:
-    """Boxes (x0, y0, x1, y1) in px with an area share in `scale` and an aspect ratio of 3/4 to 4/3, inside the image.
+    """Draw boxes (x0, y0, x1, y1) in px with an area share in `scale` and an aspect ratio of 3/4 to 4/3.
 
-    A box that would be longer than a side of the image is cut to it.
+    All lie inside the image: a box longer than a side of the image is cut to it.
     """
     area = height * width * rng.uniform(*scale, count)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), count))
@@ -99,7 +99,7 @@ def random_boxes(
 
 
 def _recolour(view: Float[Tensor, "b 3 y x"], how: MultiCrop, rng: np.random.Generator) -> Float[Tensor, "b 3 y x"]:
-    """Brightness, contrast, saturation and hue in this order, or grey: one affine map of the colours an image."""
+    """Change brightness, contrast, saturation and hue in this order, or turn grey: one affine colour map per image."""
     count = len(view)
     active = rng.random(count) < how.jitter_prob
 
@@ -119,12 +119,12 @@ def _recolour(view: Float[Tensor, "b 3 y x"], how: MultiCrop, rng: np.random.Gen
     gain = torch.from_numpy(brightness * contrast).to(view)
     offset = torch.from_numpy(brightness * (1 - contrast)).to(view) * mean
     turned = torch.einsum("bij,bjyx->biyx", torch.from_numpy(matrix).to(view), view)
-    # Contrast shrinks towards the mean grey, which the turn leaves as it is.
+    # Contrast shrinks towards the mean grey, which the rotation of the hue leaves unchanged.
     return (turned * gain[:, None, None, None] + offset[:, None, None, None]).clamp(0, 1)
 
 
 def _blur(view: Float[Tensor, "b 3 y x"], chosen: np.ndarray, rng: np.random.Generator) -> Float[Tensor, "b 3 y x"]:
-    """Gaussian blur of the chosen images, sigma of 0.1 to 2 px at 224 px and in proportion at other sizes."""
+    """Blur the chosen images with a Gaussian; sigma is 0.1 to 2 px at 224 px and in proportion at other sizes."""
     sigma = rng.uniform(0.1, 2.0, len(view)) * view.shape[-1] / 224
     rows = np.flatnonzero(chosen & (sigma > 0.2))
     if not len(rows):

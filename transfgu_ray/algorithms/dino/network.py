@@ -12,7 +12,7 @@ from transfgu_ray.algorithms.encoder.blocks import MODELS, embed_patches, run_bl
 
 
 class DinoHead(nn.Module):
-    """Three layers, L2 norm, and unit-length prototypes (DINO's weight-normalised last layer with its norm fixed)."""
+    """Three layers, an L2 norm and unit-length prototypes (DINO's weight-normalised layer with a fixed norm)."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, *, bottleneck_dim: int, num_prototypes: int) -> None:
         super().__init__()
@@ -27,23 +27,23 @@ class DinoHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(num_prototypes, bottleneck_dim) / math.sqrt(bottleneck_dim))
 
     def forward(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n p"]:
-        """Cosine of each projected token with each prototype, in [-1, 1]."""
+        """Return the cosine of each projected token with each prototype, in [-1, 1]."""
         return self.compare(self.project(tokens))
 
     def project(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
-        """Tokens in the space of the prototypes, of length 1."""
+        """Project tokens to unit length in the space of the prototypes."""
         return F.normalize(self.mlp(tokens), dim=-1)
 
     def compare(self, projected: Float[Tensor, "*n e"]) -> Float[Tensor, "*n p"]:
-        """Cosine of each projected token with each prototype."""
+        """Return the cosine of each projected token with each prototype."""
         return F.linear(projected, F.normalize(self.prototypes, dim=-1))
 
 
 def scale_linear_weights(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases in every linear layer.
+    """Set Xavier-uniform weights and zero biases in every linear layer.
 
-    timm draws weights of deviation 0.02, which suits a width of some hundreds; in a narrow network they pass so
-    little of the image on that all class tokens start alike.
+    timm draws weights with a deviation of 0.02, which suits a width of several hundred; in a narrow network they pass
+    on so little of the image that all class tokens start alike.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -53,12 +53,12 @@ def scale_linear_weights(module: nn.Module) -> None:
 
 
 class Outputs(NamedTuple):
-    """What the network says of some batches of views.
+    """The network's outputs for batches of views.
 
     Attributes:
         classes: logits of each batch's class tokens.
-        patches: logits of the selected patches of the first batch; None if none were asked for.
-        projected: class tokens of the first batch in the space of the prototypes, of length 1.
+        patches: logits of the selected patches of the first batch; None if none were selected.
+        projected: class tokens of the first batch in the space of the prototypes, of unit length.
     """
 
     classes: list[Float[Tensor, "_ p"]]
@@ -67,12 +67,12 @@ class Outputs(NamedTuple):
 
 
 class DinoNetwork(nn.Module):
-    """Backbone and head; one call a step, so that data-parallel gradients are averaged once.
+    """Backbone and head; called once per step, so that data-parallel gradients are averaged once.
 
     Args:
         vit: timm vision transformer without a head, made with `dynamic_img_size=True`.
         head: projection, shared by class and patch tokens as in iBOT.
-        masked: whether the network can be given masks.
+        masked: whether the network accepts masks.
         mean: RGB mean of the normalisation, in [0, 1].
         std: RGB deviation of the normalisation.
     """
@@ -96,7 +96,7 @@ class DinoNetwork(nn.Module):
         masks: Bool[Tensor, "_ h w"] | None = None,
         select: Bool[Tensor, "_ h w"] | None = None,
     ) -> Outputs:
-        """Class-token logits of every batch of views, and patch logits of the first at the selected places.
+        """Return class-token logits of every batch of views, and patch logits of the first at the selected places.
 
         Args:
             views: batches of equal-sized views, RGB in [0, 1].
@@ -116,7 +116,7 @@ class DinoNetwork(nn.Module):
     def tokens(
         self, view: Float[Tensor, "b 3 y x"], mask: Bool[Tensor, "b h w"] | None = None
     ) -> Float[Tensor, "b n d"]:
-        """Final normalised tokens, prefix first, of RGB images in [0, 1]."""
+        """Return the final normalised tokens, prefix first, of RGB images in [0, 1]."""
         vit = self.vit
         embedded = vit.patch_embed((view - self.mean) / self.std)
         if mask is not None:

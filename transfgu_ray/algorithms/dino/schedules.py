@@ -1,4 +1,4 @@
-"""The recipe of DINO: its settings and how they change over the steps."""
+"""The recipe of DINO: its settings and how they change from step to step."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DinoRecipe:
-    """Loss, schedules and optimiser; see `pretrain_config.DinoConfig`. Pairs are (first, last) of a schedule."""
+    """Loss, schedules and optimiser; see `DinoConfig`. Pairs are the first and the last value of a schedule."""
 
     num_prototypes: int
     head_hidden_dim: int
@@ -30,13 +30,13 @@ class DinoRecipe:
 
 
 def cosine(pair: tuple[float, float], done: float) -> float:
-    """From the first value to the last along half a cosine; `done` in [0, 1]."""
+    """Interpolate from the first value to the last along half a cosine; `done` in [0, 1]."""
     first, last = pair
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def learning_rate(recipe: DinoRecipe, step: int, total_steps: int) -> float:
-    """Linear warm-up to the first rate, then a cosine to the last."""
+    """Return the rate of a step: linear warm-up to the first rate, then a cosine to the last."""
     warmup = round(recipe.warmup_frac * total_steps)
     if step < warmup:
         return recipe.learning_rate[0] * (step + 1) / warmup
@@ -44,7 +44,7 @@ def learning_rate(recipe: DinoRecipe, step: int, total_steps: int) -> float:
 
 
 def teacher_temperature(recipe: DinoRecipe, step: int, total_steps: int) -> float:
-    """Linear from the first to the last value, then constant."""
+    """Return the temperature of a step: linear from the first to the last value, then constant."""
     first, last = recipe.teacher_temperature
     warmup = recipe.teacher_temperature_warmup_frac * total_steps
     return last if step >= warmup else first + (last - first) * step / warmup

@@ -1,1 +1,1 @@
-"""The frozen encoders: vision transformers and ResNet-50, and their checkpoints."""
+"""Frozen encoders (vision transformers and ResNet-50) and their checkpoints."""

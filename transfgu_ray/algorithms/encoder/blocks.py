@@ -1,4 +1,4 @@
-"""What timm's transformers compute a block at a time, `VisionTransformer` and `Eva` (rotary positions) alike.
+"""Parts of the forward pass of timm's `VisionTransformer` and `Eva` (rotary positions), down to single blocks.
 
 Letters: b images, n tokens (prefix + patches), d embedding, m heads, e = d / m, (h, w) patch grid.
 """
@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
-# Kinds whose class-token row `class_attention` and `layer_scales` can compute alone.
+# The kinds for which `class_attention` and `layer_scales` can compute the class token's row alone.
 MODELS = (VisionTransformer, Eva)
 BLOCKS = (Block, EvaBlock)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
@@ -23,21 +23,21 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 def embed_patches(
     vit: VisionTransformer | Eva, patches: Float[Tensor, "b h w d"], interpolation: str = "timm"
 ) -> Float[Tensor, "b n d"]:
-    """Tokens before the first block: prefix and patches with their learned positions.
+    """Return the tokens before the first block: prefix and patches with their learned positions.
 
     Args:
         vit: made with `dynamic_img_size=True`.
         patches: output of its patch embedding.
-        interpolation: of positions learned on another grid: "timm", antialiased bicubic to the size; "dino", see
+        interpolation: how positions learned on another grid are resized: "timm", antialiased bicubic; "dino", see
             `dino_positions`.
     """
     if interpolation == "timm":
-        # Eva gives its rotations too, which `run_blocks` asks for apart.
+        # Eva also returns its rotations, which `run_blocks` computes separately.
         placed = vit._pos_embed(patches)[0] if isinstance(vit, Eva) else vit._pos_embed(patches)
         embedded: Tensor = vit.norm_pre(placed)
         return embedded
     grid_hw = (patches.shape[1], patches.shape[2])
-    assert vit.pos_embed is not None, "an encoder without learned positions is refused"
+    assert vit.pos_embed is not None, "Encoder refuses such a model"
     with_prefix = not vit.no_embed_class
     positions = dino_positions(
         vit.pos_embed,
@@ -55,15 +55,15 @@ def embed_patches(
 def dino_positions(
     pos_embed: Float[Tensor, "1 _ d"], native_hw: tuple[int, int], *, grid_hw: tuple[int, int], num_prefix: int
 ) -> Float[Tensor, "1 _ d"]:
-    """Learned positions on another patch grid: bicubic by a scale factor of (side + 0.1) / native side, no antialias.
+    """Resize learned positions to another patch grid: bicubic by a factor of (side + 0.1) / native side, no antialias.
 
-    The 0.1 is not without effect: the scale factor is also the step between samples.
+    The 0.1 matters: the scale factor is also the step between samples.
 
     Args:
         pos_embed: positions of prefix tokens, then of the patches row by row.
-        native_hw: patch grid that they were learned on; on the same grid they stay as they are.
-        grid_hw: patch grid wanted.
-        num_prefix: how many positions belong to no patch.
+        native_hw: patch grid on which they were learned; on that grid they are returned unchanged.
+        grid_hw: wanted patch grid.
+        num_prefix: number of positions of prefix tokens.
 
     Reference: `interpolate_pos_encoding` of DINO (Caron et al., ICCV 2021), kept in TransFGU's released code.
     Departures: none.
@@ -79,26 +79,26 @@ def dino_positions(
 def run_blocks(
     vit: VisionTransformer | Eva, tokens: Float[Tensor, "b n d"], *, grid_hw: tuple[int, int], part: slice = slice(None)
 ) -> Float[Tensor, "b n d"]:
-    """Tokens after some of the blocks, of images with a patch grid of (h, w)."""
+    """Run some of the blocks on tokens of images with a patch grid of (h, w)."""
     for block, rope in list(zip(vit.blocks, rotations(vit, grid_hw), strict=True))[part]:
         tokens = block(tokens) if rope is None else block(tokens, rope=rope)
     return tokens
 
 
 def rotations(vit: VisionTransformer | Eva, grid_hw: tuple[int, int]) -> list[Tensor | None]:
-    """Rotary positions of the patches for each block; None where the model has none."""
+    """Return the rotary positions of the patches for each block; None where the model has none."""
     rope = getattr(vit, "rope", None)
     if rope is None:
         return [None] * len(vit.blocks)
     of_grid = rope.get_embed(shape=list(grid_hw))
-    # Mixed rotations are learned for every block.
+    # Mixed rotations are learned per block.
     return list(of_grid) if vit.rope_mixed else [of_grid] * len(vit.blocks)
 
 
 def class_attention(
     attn: Attention | AttentionRope | EvaAttention, tokens: Float[Tensor, "b n d"], rope: Tensor | None
 ) -> tuple[Float[Tensor, "b m n"], Float[Tensor, "b n c"]]:
-    """Post-softmax attention of the class token, and the values of all tokens, heads side by side.
+    """Return the post-softmax attention of the class token, and the values of all tokens, heads side by side.
 
     Args:
         attn: one of `ATTENTIONS`, without a gate.
@@ -115,7 +115,7 @@ def class_attention(
     query, keys = attn.q_norm(query), attn.k_norm(keys.transpose(1, 2))
     if rope is not None:
         assert not isinstance(attn, Attention)
-        # The class token has no place in the image, so its query stays as it is, like the keys of the prefix.
+        # The class token has no place in the image, so its query is not rotated, nor are the keys of the prefix.
         num_prefix = attn.num_prefix_tokens
         prefix, patches = torch.split(keys, [num_prefix, keys.shape[2] - num_prefix], dim=2)
         keys = torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=2)
@@ -128,7 +128,7 @@ def class_attention(
 def _projections(
     attn: Attention | AttentionRope | EvaAttention,
 ) -> tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"] | None]:
-    """Weight and bias of queries, keys and values, one below the other, however they are stored."""
+    """Return weight and bias of queries, keys and values, stacked, however the model stores them."""
     if attn.qkv is None:
         parts = [attn.q_proj, attn.k_proj, attn.v_proj]
         weight = torch.cat([part.weight for part in parts])
@@ -143,7 +143,7 @@ def _projections(
 
 
 def layer_scales(block: Block | EvaBlock) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What a block multiplies its attention and its MLP with before they are added to the tokens."""
+    """Return the scalings that a block applies to its attention and its MLP before adding them to the tokens."""
     if isinstance(block, EvaBlock):
         return _scale_by(block.gamma_1), _scale_by(block.gamma_2)
     return block.ls1, block.ls2

@@ -1,4 +1,4 @@
-"""Encoder weights: read from the formats people have, written as safetensors that carry their architecture."""
+"""Encoder weights: read from common formats, written as safetensors with the architecture in the metadata."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.errors import WeightsError
 
 FORMAT = "transfgu-encoder-1"
-# What may differ from the named architecture; timm takes more, such as files to read.
+# What may differ from the named architecture. timm accepts more, such as files to read.
 OVERRIDES = {
     *("embed_dim", "depth", "num_heads", "patch_size", "pos_embed", "img_size", "reg_tokens"),
     *("attn_type", "num_kv_heads", "qkv_fused", "qk_norm", "scale_attn_inner"),
@@ -25,13 +25,13 @@ _INTERPOLATION = "pos_embed_interpolation"
 
 
 def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = False) -> nn.Module:
-    """An untrained (or hub-trained) timm model without a head, usable at any size divisible by its patch.
+    """Build an untrained (or hub-trained) timm model without a head, for any size divisible by its patch.
 
     Raises:
         WeightsError: timm does not know the name, or the overrides do not fit together.
     """
     unknown = WeightsError(f"encoder.name={name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')")
-    # timm reads `hf-hub:` and `local-dir:` names, which files bring along, from the network and the disk.
+    # A file may bring an `hf-hub:` or `local-dir:` name, which timm would read from the network or the disk.
     if not timm.is_model(name):
         raise unknown
     if not set(overrides) <= OVERRIDES:
@@ -50,23 +50,23 @@ def build_vit(name: str, overrides: dict[str, int | str], pretrained: bool = Fal
 
 
 def random_vit(name: str, overrides: dict[str, int | str], seed: int) -> nn.Module:
-    """A timm model with weights drawn from `seed`; the global random state is left as it was."""
+    """Build a timm model with weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_vit(name, overrides)
 
 
 def load_vit(data: bytes, source: str, *, name: str, overrides: dict[str, int | str]) -> nn.Module:
-    """A timm model with weights from the bytes of a file.
+    """Build a timm model with weights from the bytes of a file.
 
     Accepts our own safetensors (the architecture in the file wins over `name`), and state dicts under timm's names
-    or in the layouts of `layouts`, as safetensors or as a PyTorch checkpoint. Never unpickles objects. Every tensor
-    of the model must be there, and every tensor of the file must be the model's or be known to lie beside it.
+    or in the layouts of `layouts`, as safetensors or as a PyTorch checkpoint. Never unpickles objects. The file must
+    hold every tensor of the model, and nothing else but the known extras of `layouts`.
 
     Args:
         data: the file's content.
         source: its name, for messages.
-        name: timm model.
+        name: of the timm model.
         overrides: changes to its architecture.
 
     Raises:
@@ -89,13 +89,13 @@ def load_vit(data: bytes, source: str, *, name: str, overrides: dict[str, int | 
 
 
 def not_finite(state: dict[str, Tensor]) -> str | None:
-    """What of a state dict is no number, to follow its name; None where all are."""
+    """Return which tensors are NaN or infinite, as the rest of a sentence about the file; None if none are."""
     bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
     return f"holds NaN or infinite values in {bad[0]} ({len(bad)} tensors in all)" if bad else None
 
 
 def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
-    """What is first wrong with a state dict, to follow "it"; None where it is just what is wanted."""
+    """Return the first mismatch of a state dict, as the rest of a sentence about it; None if it fits exactly."""
     if missing := [key for key in wanted if key not in state]:
         return f"lacks {missing[0]} ({len(missing)} tensors in all)"
     if unknown := [key for key in state if key not in wanted]:
@@ -114,13 +114,13 @@ def dump_encoder(
     dtype: torch.dtype | None = None,
     facts: dict[str, str] | None = None,
 ) -> bytes:
-    """Safetensors bytes with architecture, normalisation and the stored weights' SHA-256 in the metadata.
+    """Return safetensors bytes with architecture, normalisation and the stored weights' SHA-256 in the metadata.
 
     Args:
         vit: the model.
         name: its timm name.
         overrides: changes to that architecture.
-        dtype: floating type that is stored; None = as they are. `load_vit` always gives float32.
+        dtype: floating type to store; None keeps the types. `load_vit` always returns float32.
         facts: further metadata, such as how the weights were trained.
     """
     state = {key: value.detach().cpu().to(dtype or value.dtype).contiguous() for key, value in vit.state_dict().items()}
@@ -138,13 +138,13 @@ def dump_encoder(
 
 
 def normalisation(vit: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """RGB mean and deviation, in [0, 1], that timm records for a model."""
+    """Return the RGB mean and deviation, in [0, 1], that timm records for a model."""
     known: Any = vit.pretrained_cfg  # a dict, which timm does not declare
     return tuple(known.get("mean", (0.485, 0.456, 0.406))), tuple(known.get("std", (0.229, 0.224, 0.225)))
 
 
 def load_encoder(data: bytes, source: str, *, precision: str = "float32", device: str = "cpu") -> Encoder:
-    """The frozen encoder from what `dump_encoder` made.
+    """Build the frozen encoder from the bytes of `dump_encoder`.
 
     Raises:
         WeightsError: the bytes are of another format.
@@ -156,7 +156,7 @@ def load_encoder(data: bytes, source: str, *, precision: str = "float32", device
 
 
 def load_untrained(data: bytes, source: str, *, seed: int, precision: str = "float32", device: str = "cpu") -> Encoder:
-    """An encoder of the architecture and normalisation that `dump_encoder` wrote, with weights drawn from `seed`.
+    """Build an encoder from the architecture and normalisation that `dump_encoder` wrote, with weights from `seed`.
 
     Raises:
         WeightsError: the bytes are of another format.
@@ -200,9 +200,9 @@ def _as_encoder(vit: nn.Module, metadata: dict[str, str], *, source: str, precis
 
 
 def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:
-    """What `dump_encoder` made, saying how positions are interpolated; the same bytes where it says so already.
+    """Record in the bytes of `dump_encoder` how positions are interpolated; return them unchanged if they say so.
 
-    Files that say nothing are of "timm".
+    Files without this entry mean "timm".
     """
     state, metadata = read_safetensors(data, source)
     if metadata.get(_INTERPOLATION, "timm") == interpolation:
@@ -211,7 +211,7 @@ def with_interpolation(data: bytes, source: str, interpolation: str) -> bytes:
 
 
 def _save(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Safetensors bytes, the same for the same content: the library itself draws an order of the metadata each time."""
+    """Return safetensors bytes with sorted metadata, since the library shuffles it: equal content gives equal bytes."""
     data = safetensors.torch.save(state, metadata)
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -223,7 +223,7 @@ def _save(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Read tensors and metadata of a safetensors file.
 
     Raises:
         WeightsError: the bytes are not such a file.
@@ -235,7 +235,7 @@ def read_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
 
 
 def read_state(data: bytes, source: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a PyTorch checkpoint in the wrappers that its authors publish.
+    """Read the tensors of a safetensors file, or of a PyTorch checkpoint in the wrappers that authors publish.
 
     Raises:
         WeightsError: the bytes are neither.
@@ -246,7 +246,7 @@ def read_state(data: bytes, source: str) -> dict[str, Tensor]:
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors, in order of name."""
+    """Return the SHA-256 over names, types, shapes and bytes of all tensors, in order of name."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()
@@ -256,7 +256,7 @@ def hash_weights(state: dict[str, Tensor]) -> str:
 
 
 def is_encoder_file(data: bytes) -> bool:
-    """Whether the bytes of a file are what `dump_encoder` makes."""
+    """Return whether the bytes of a file come from `dump_encoder`."""
     return _is_safetensors(data) and _metadata(data).get("format") == FORMAT
 
 
@@ -267,15 +267,15 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def _is_safetensors(data: bytes) -> bool:
-    # A little-endian header length, then JSON; PyTorch files begin with a zip or pickle mark.
+    # Safetensors begin with a little-endian header length, then JSON; PyTorch files with a zip or pickle signature.
     return data[8:9] == b"{"
 
 
 def read_checkpoint(data: bytes, source: str) -> Any:
-    """What a PyTorch file holds, tensors and plain containers alone.
+    """Read a PyTorch file of nothing but tensors and plain containers.
 
     Raises:
-        WeightsError: it is no such file, or holds other objects.
+        WeightsError: it is not such a file, or holds other objects.
     """
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -1,6 +1,6 @@
-"""State dicts as their authors publish them, brought to the tensor names of timm's model.
+"""Conversion of published state dicts to the tensor names of timm's models.
 
-| prior | layout of the file | `encoder.name`, beside its timm weights |
+| prior | layout of the file | `encoder.name`, besides timm's own weights |
 |---|---|---|
 | DINO, iBOT | bare, or under `teacher`, else `student` or `state_dict` | vit_small_patch8_224.dino, ... |
 | MoCo v3 | `state_dict` with `module.base_encoder` | vit_base_patch16_224.dino; ViT-S has 12 heads: `num_heads: 12` |
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from transfgu_ray.errors import WeightsError
 
-# What is published beside a backbone and is no part of it: heads and predictors of the pretraining, MAE's decoder,
-# tokens that stand for masked patches, the other encoder of MoCo, constants that timm computes.
+# Published along with a backbone but not part of it: heads and predictors of the pretraining, MAE's decoder, mask
+# tokens, MoCo's other encoder, constants that timm computes.
 _BESIDE = re.compile(
     r"(head|dino_head|ibot_head|predictor|projectors|momentum_encoder|decoder_\w+|local_cls_norm)\..*"
     r"|mask_token|masked_embed|decoder_pos_embed|rope_embed\.periods|.*\.attn\.qkv\.bias_mask"
 )
 _RENAMED = [
     (re.compile(r"^(register|storage)_tokens$"), "reg_token"),
-    # Gated MLPs: DINOv2 stacks two matrices, DINOv3 keeps them apart.
+    # Gated MLPs: DINOv2 stacks two matrices, DINOv3 stores them separately.
     (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
     (re.compile(r"\.mlp\.w1\."), ".mlp.fc1_g."),
     (re.compile(r"\.mlp\.w2\."), ".mlp.fc1_x."),
@@ -33,24 +33,24 @@ _RENAMED = [
 ]
 _RENAMED_IN_EVA = [(re.compile(r"\.ls([12])\.gamma$"), r".gamma_\1")]
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# The width alone does not say it, and timm's ViT-S has 6.
+# Heads by width. Tensor shapes do not reveal the number of heads, and timm's ViT-S has 6.
 _MOCO_HEADS = {384: 12}
 
 
 def to_timm(checkpoint: Any, vit: nn.Module, *, source: str, name: str) -> dict[str, Tensor]:
-    """The backbone's tensors under timm's names, without what is known to lie beside a backbone.
+    """Return the backbone's tensors under timm's names, without the known extras of a published file.
 
-    Of DINO and iBOT the teacher is taken, their published result; of MoCo v3 the base encoder, as its published
-    linear classification does.
+    For DINO and iBOT this is the teacher, their published result; for MoCo v3 the base encoder, as in its published
+    linear classification.
 
     Args:
-        checkpoint: what the file holds.
-        vit: the model to be filled; a file of MoCo v3 sets its normalisation, for which timm has no name.
+        checkpoint: content of the file.
+        vit: the model to fill; a MoCo v3 file also sets its normalisation, for which timm has no model name.
         source: the file's name, for messages.
         name: the model's timm name, for messages.
 
     Raises:
-        WeightsError: no state dict, or heads that cannot be those of the model.
+        WeightsError: there is no state dict, or its number of heads cannot be the model's.
     """
     state = backbone_state(checkpoint, source)
     if any(key.startswith("base_encoder.") for key in state):
@@ -59,7 +59,7 @@ def to_timm(checkpoint: Any, vit: nn.Module, *, source: str, name: str) -> dict[
         _expect_moco(vit, source, name)
     state = {key: value for key, value in state.items() if not _BESIDE.fullmatch(key)}
     if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
-        # timm keeps positions of the patches alone: the class token's is part of the token.
+        # timm keeps positions for the patches only: it adds the class token's position to the token.
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     renamed = _RENAMED + (_RENAMED_IN_EVA if isinstance(vit, Eva) else [])
@@ -69,16 +69,16 @@ def to_timm(checkpoint: Any, vit: nn.Module, *, source: str, name: str) -> dict[
 
 
 def backbone_state(checkpoint: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, out of its wrappers (`teacher`, `state_dict`, ...) and without their prefixes.
+    """Return the tensors of a checkpoint without its wrappers (`teacher`, `state_dict`, ...) and name prefixes.
 
     Raises:
-        WeightsError: it holds no state dict.
+        WeightsError: it does not hold a state dict.
     """
     return _strip(_unwrap(checkpoint, source))
 
 
 def _unwrap(checkpoint: Any, source: str) -> dict[str, Any]:
-    # DINO publishes the teacher as its result; the student is the noisier of the two.
+    # The teacher comes first: it is DINO's result, and the student is the noisier of the two.
     for key in ("teacher", "student", "state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
@@ -111,7 +111,7 @@ def _expect_moco(vit: nn.Module, source: str, name: str) -> None:
 
 
 def _split_biases(state: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
-    """DINOv3 keeps one bias for queries, keys and values and masks that of the keys; timm's models lack the latter."""
+    """Split DINOv3's joint bias of queries, keys and values; it masks the keys' part, which timm's models lack."""
     split = {}
     for key, value in state.items():
         block, found, _ = key.partition("attn.qkv.bias")
@@ -122,6 +122,6 @@ def _split_biases(state: dict[str, Tensor], vit: nn.Module) -> dict[str, Tensor]
         if f"{block}attn.q_bias" in vit.state_dict():
             split |= {f"{block}attn.q_bias": query, f"{block}attn.v_bias": values}
         elif query.any() or values.any():
-            # Refused by whoever loads it: the model has no place for it.
+            # The model has no place for it, so loading it is refused.
             split[key] = value
     return split

@@ -1,4 +1,4 @@
-"""ResNet-50 with a feature pyramid in place of the vision transformer as what the student reads (the paper's Table 4).
+"""ResNet-50 with a feature pyramid, which the student can read instead of the vision transformer (Table 4).
 
 Letters: b images, (h, w) patch grid, c = 3840 channels of the four stages, d width, k classes.
 """
@@ -15,14 +15,14 @@ from torchvision.models import ResNet, resnet50
 from transfgu_ray.algorithms.encoder.checkpoints import read_state
 from transfgu_ray.errors import WeightsError
 
-# Of the four stages, strides 4, 8, 16 and 32.
+# Of the four stages, with strides 4, 8, 16 and 32.
 STAGE_CHANNELS = (256, 512, 1024, 2048)
-# What DINO trained it with.
+# The normalisation with which DINO trained it.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
-    """A frozen ResNet-50, batch statistics too.
+    """A frozen ResNet-50, including its batch statistics.
 
     Args:
         resnet: torchvision's, without a classification head.
@@ -41,7 +41,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def read(self, images: UInt8[Tensor, "b 3 y x"], grid_hw: tuple[int, int]) -> Float[Tensor, "b hw 3840"]:
-        """Features of all four stages at each patch, float32, row by row; each stage resized bilinearly to the grid.
+        """Return features of all four stages at each patch, float32, row by row, each stage resized bilinearly.
 
         Args:
             images: RGB in 0-255 on the backbone's device.
@@ -60,16 +60,16 @@ class Backbone(nn.Module):
 class PyramidDecoder(nn.Module):
     """A decoder behind the trainable part of a feature pyramid: 1x1 convolutions of the four stages, added up.
 
-    A 1x1 convolution commutes with bilinear resizing, so the four and their sum are one linear layer on what
-    `Backbone.read` gives.
+    A 1x1 convolution commutes with bilinear resizing, so the four and their sum are one linear layer on the features
+    of `Backbone.read`.
 
     Args:
-        decoder: reads tokens of width d.
+        decoder: takes tokens of width d.
         width: d.
 
     Reference: the FPN of PiCIE (Cho et al., CVPR 2021), without smoothing convolutions. Departures: each stage is
-    resized to the patch grid at once, not by doublings up to stride 4; the four biases, which are only ever added, are
-    one; d is the prior's, so that the decoder is that of the vision transformer (PiCIE: 256).
+    resized to the patch grid in one step, not by doublings up to stride 4; the four biases, which are only ever added,
+    are a single one; d is the prior's, so that the decoder equals that of the vision transformer (PiCIE: 256).
     """
 
     def __init__(self, decoder: nn.Module, width: int) -> None:
@@ -77,40 +77,40 @@ class PyramidDecoder(nn.Module):
         self.lateral = nn.Linear(sum(STAGE_CHANNELS), width)
         with torch.no_grad():
             for weight in torch.split(self.lateral.weight, list(STAGE_CHANNELS), dim=1):
-                # Each stage's as that of a convolution of its own.
+                # Each stage is initialised like a convolution of its own.
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.decoder = decoder
 
     def forward(
         self, tokens: Float[Tensor, "b hw 3840"], grid_hw: tuple[int, int]
     ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
-        """What the decoder makes of the pyramid's features: class logits, and class embeddings of unit length."""
+        """Decode the pyramid's features to class logits and class embeddings of unit length."""
         decoded: tuple[Tensor, Tensor] = self.decoder(self.lateral(tokens), grid_hw)
         return decoded
 
 
 def random_resnet(seed: int) -> ResNet:
-    """A ResNet-50 with weights drawn from `seed`; the global random state is left as it was."""
+    """Build a ResNet-50 with weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _build()
 
 
 def load_resnet(data: bytes, source: str) -> ResNet:
-    """A ResNet-50 from the bytes of a file: a checkpoint in DINO's layouts, or safetensors; see `read_state`.
+    """Build a ResNet-50 from the bytes of a file: a checkpoint in DINO's layouts, or safetensors; see `read_state`.
 
     Args:
         data: the file's content.
         source: its name, for messages.
 
     Raises:
-        WeightsError: the file cannot be read or holds no ResNet-50 in torchvision's layout.
+        WeightsError: the file cannot be read or does not hold a ResNet-50 in torchvision's layout.
     """
     state = read_state(data, source)
     with torch.device("meta"):
-        # Nothing is drawn that would be overwritten.
+        # Saves drawing weights that would be overwritten.
         resnet = _build()
-    # Counters that only training reads; older checkpoints have none.
+    # Only training reads these counters, and older checkpoints lack them.
     counters = [key for key in resnet.state_dict() if key.endswith("num_batches_tracked")]
     wanted = {key: value for key, value in resnet.state_dict().items() if key not in counters}
     wrong = [key for key, value in wanted.items() if key not in state or state[key].shape != value.shape]
@@ -125,12 +125,12 @@ def load_resnet(data: bytes, source: str) -> ResNet:
 
 
 def load_backbone(data: bytes, source: str, *, precision: str, device: str) -> Backbone:
-    """The frozen backbone from the bytes of a file; see `load_resnet`."""
+    """Build the frozen backbone from the bytes of a file; see `load_resnet`."""
     return Backbone(load_resnet(data, source), precision).to(device)
 
 
 def dump_resnet(resnet: ResNet) -> bytes:
-    """Safetensors bytes that `load_resnet` reads."""
+    """Return safetensors bytes that `load_resnet` reads."""
     return safetensors.torch.save({key: value.contiguous() for key, value in resnet.state_dict().items()})
 
 

@@ -1,4 +1,4 @@
-"""What the decoder reads of an image: patch tokens of the whole, dense tokens of windows, or features of a ResNet."""
+"""The decoder's input: patch tokens of the whole image, dense tokens of windows, or features of a ResNet."""
 
 from itertools import product
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from transfgu_ray.algorithms.encoder.resnet import STAGE_CHANNELS, Backbone
 from transfgu_ray.algorithms.encoder.vit import Encoder
 
-# Windows of one forward; bounds its memory whatever the image's size.
+# Bounds memory, whatever the image's size.
 _WINDOWS_PER_FORWARD = 1024
 
 
 def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> int:
-    """Width of what `read_tokens` gives of an encoder of width d: d, 2 d for windows, or the ResNet's 3840."""
+    """Return the width of `read_tokens` for an encoder of width d: d, 2 d for windows, or the ResNet's 3840."""
     if backbone == "resnet50_fpn":
         return sum(STAGE_CHANNELS)
     return embed_dim if window is None else 2 * embed_dim
@@ -24,18 +24,18 @@ def token_dim(embed_dim: int, window: int | None, backbone: str = "prior") -> in
 def read_tokens(
     encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], *, window: int | None, backbone: Backbone | None = None
 ) -> Float[Tensor, "b hw c"]:
-    """Tokens of each patch, float32, row by row: x^patch of Eq. 2, or dense tokens (ours).
+    """Return the tokens of each patch, float32, row by row: x^patch of Eq. 2, or dense tokens (ours).
 
-    With windows, the encoder reads every square window of that side, one patch apart, by itself. A patch gets the
-    mean, over the windows that hold it, of its own token there and of the window's class token, side by side. The
-    patches of a shallow encoder know little but themselves and the image's mean; the class token of a window says
-    what the window shows.
+    With windows, the encoder reads every square window of that side separately, one patch apart. A patch gets the
+    mean, over the windows that contain it, of its own token there and of the window's class token, side by side. The
+    patch tokens of a shallow encoder carry little beyond the patch itself and the image's mean; the class token of a
+    window says what the window shows.
 
     Args:
         encoder: frozen.
         images: RGB in 0-255 on the encoder's device, at least as large as a window.
         window: side in px, a multiple of the patch; None = the patch tokens of the whole image.
-        backbone: read instead of the encoder, whose patch grid stays (Table 4).
+        backbone: read instead of the encoder, on the encoder's patch grid (Table 4).
     """
     if backbone is not None:
         return backbone.read(images, encoder.grid_hw((images.shape[2], images.shape[3])))

@@ -1,4 +1,4 @@
-"""The frozen vision transformer, run up to its last block so that the class token can be differentiated apart.
+"""The frozen vision transformer, split before its last block so that the class token can be differentiated alone.
 
 Letters: b images, n tokens (prefix + patches), d embedding, m heads, e = d / m, (h, w) patch grid.
 """
@@ -16,10 +16,10 @@ from transfgu_ray.errors import WeightsError
 
 @dataclass(frozen=True)
 class ClassRow:
-    """What the last block computes for the class token alone.
+    """The last block's results for the class token alone.
 
     Attributes:
-        attention: post-softmax row of the class token, (b, m, n), sums to 1.
+        attention: post-softmax row of the class token, (b, m, n); sums to 1.
         values: values of all tokens, heads side by side, (b, n, d).
         context: attention-weighted values, before the output projection, (b, d).
         tail: maps a context to the final normalised class token: (b, d) -> (b, d).
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         mean: RGB mean of the normalisation, in [0, 1].
         std: RGB deviation of the normalisation.
         precision: "float32", or "bfloat16" to run all but the last block's class row under autocast.
-        pos_embed_interpolation: "timm" or "dino", of learned positions at other sizes; see `blocks.embed_patches`.
+        pos_embed_interpolation: "timm" or "dino", for learned positions at other sizes; see `blocks.embed_patches`.
 
     Raises:
         WeightsError: the model has no class token, blocks of another kind, or no learned positions to interpolate.
@@ -84,27 +84,27 @@ class Encoder(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """Width d of a token."""
+        """Return the width d of a token."""
         return self.vit.embed_dim
 
     @property
     def patch_size(self) -> int:
-        """Side of a square patch in px."""
+        """Return the side of a square patch in px."""
         side: int = self.vit.patch_embed.patch_size[0]
         return side
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and registers."""
+        """Return the number of tokens before the patches: the class token and registers."""
         return self.vit.num_prefix_tokens
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Patch grid (h, w) of an image of (height, width) px."""
+        """Return the patch grid (h, w) of an image of (height, width) px."""
         return image_hw[0] // self.patch_size, image_hw[1] // self.patch_size
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.mean.device
 
     def _run(self, images: UInt8[Tensor, "b 3 y x"], part: slice) -> Float[Tensor, "b n d"]:
@@ -117,25 +117,25 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def prefix(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
-        """Tokens before the last block, float32, from RGB images in 0-255 on the encoder's device."""
+        """Return the tokens before the last block, float32, of RGB images in 0-255 on the encoder's device."""
         with self._autocast():
             tokens = self._run(images, slice(-1))
         return tokens.float()
 
     @torch.no_grad()
     def all_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b n d"]:
-        """Final normalised tokens, float32: the class token, any registers, then the patches row by row."""
+        """Return the final normalised tokens, float32: the class token, any registers, then the patches row by row."""
         with self._autocast():
             tokens: Tensor = self.vit.norm(self._run(images, slice(None)))
         return tokens.float()
 
     def patch_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw d"]:
-        """Final normalised patch tokens x^patch (Eq. 4), float32, row by row."""
+        """Return the final normalised patch tokens x^patch (Eq. 4), float32, row by row."""
         return self.all_tokens(images)[:, self.num_prefix_tokens :]
 
     @torch.no_grad()
     def class_row(self, tokens: Float[Tensor, "b n d"], grid_hw: tuple[int, int]) -> ClassRow:
-        """The last block for the class token only; the patch tokens' queries and MLP are never computed.
+        """Run the last block for the class token only; the patch tokens' queries and MLP are never computed.
 
         Args:
             tokens: output of `prefix`.
@@ -161,7 +161,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def cls_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b d"]:
-        """Final normalised class tokens x^cls (Eq. 3), float32."""
+        """Return the final normalised class tokens x^cls (Eq. 3), float32."""
         row = self.class_row(self.prefix(images), self.grid_hw((images.shape[2], images.shape[3])))
         return row.tail(row.context)
 
@@ -169,13 +169,13 @@ class Encoder(nn.Module):
     def saliency(
         self, tokens: Float[Tensor, "b n d"], row: ClassRow, *, grid_hw: tuple[int, int], prior: str
     ) -> Float[Tensor, "b h w"]:
-        """The map whose patches above its mean are foreground.
+        """Return the map whose patches above its mean are foreground.
 
         Args:
             tokens: output of `prefix`.
             row: their class row.
             grid_hw: their patch grid.
-            prior: "attention": A_L^cls (4.2); "patch_contrast" (ours, for small priors): distance of a patch token
+            prior: "attention": A_L^cls (4.2); "patch_contrast" (ours, for small encoders): distance of a patch token
                 from its image's mean patch token.
         """
         if prior == "attention":
@@ -186,11 +186,11 @@ class Encoder(nn.Module):
         return torch.unflatten((patches - patches.mean(1, keepdim=True)).norm(dim=-1), -1, grid_hw)
 
     def patch_attention(self, row: ClassRow, grid_hw: tuple[int, int]) -> Float[Tensor, "b h w"]:
-        """Head-mean attention of the class token on the patches, A_L^cls of the paper."""
+        """Return the head mean of the class token's attention to the patches, A_L^cls of the paper."""
         patches = row.attention[:, :, self.num_prefix_tokens :]
         return torch.unflatten(patches.mean(1), -1, grid_hw)
 
 
 def above_mean(saliency: Float[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
-    """True where a map is above its own mean (the paper's binarised attention)."""
+    """Return where a map is above its own mean (the paper's binarised attention)."""
     return saliency > saliency.mean((1, 2), keepdim=True)

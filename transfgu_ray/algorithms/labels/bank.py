@@ -39,8 +39,8 @@ def encode_scores(
 
     Code 0 is a score of 0; code c >= 1 is low + sqrt((c - 1) / 62) * (high - low), where low is the patch's lowest
     positive score and high its highest. Only a patch's winner (the first concept with the highest score) has code 63,
-    so the argmax is exact. The square root spends the codes on the concepts that can win once the teacher is added: most
-    maps lie at a patch's floor, the attention that all concepts share.
+    so the argmax is exact. The square root spends the codes on the concepts that can win once the teacher is added:
+    most maps lie at a patch's floor, the attention that all concepts share.
 
     Returns:
         Codes, low, high.
