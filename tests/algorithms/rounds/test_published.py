@@ -108,7 +108,7 @@ def test_background_last__rolls_the_masks():
         ({"blocks.1.mlp.fc1.weight": None}, r"of 2 layers: it lacks blocks\.1\.mlp\.fc1\.weight \(1 tensors"),
         ({"mask_norm.weight": torch.zeros(6)}, r"it has mask_norm\.weight of shape \(6,\), not \(5,\)"),
         ({"head.weight": torch.zeros(3)}, r"it holds head\.weight, which has no place in it"),
-        ({"epoch": 3}, "it is no plain state dict"),
+        ({"epoch": 3}, "it is not a plain state dict"),
     ],
 )
 def test_read_released_decoder__refuses_another_layout(change, message):
@@ -121,5 +121,5 @@ def test_read_released_decoder__refuses_another_layout(change, message):
 def test_read_released_decoder__refuses_other_files():
     with pytest.raises(WeightsError, match=r"d\.pt is not a checkpoint of plain tensors"):
         read_released_decoder(b"no decoder", "d.pt")
-    with pytest.raises(WeightsError, match="it is no plain state dict"):
+    with pytest.raises(WeightsError, match="it is not a plain state dict"):
         read_released_decoder(saved([torch.zeros(1)]), "d.pt")

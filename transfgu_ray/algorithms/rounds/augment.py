@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Probabilities and ranges; see `config.AugmentConfig`."""
+    """Probabilities and ranges; see `AugmentConfig`."""
 
     crop_scale: tuple[float, float]
     flip_prob: float
@@ -31,11 +31,11 @@ def augment(
     how: Augmentation,
     rng: np.random.Generator,
 ) -> tuple[UInt8[Tensor, "3 crop_y crop_x"], Float[Tensor, "k grid_h grid_w"]]:
-    """A random resized crop of the image and the same region of its scores, flipped and coloured at random.
+    """Cut a random resized crop from the image and its scores; flip both and recolour the image at random.
 
     Args:
         image: working image, RGB 0-255.
-        scores: score maps on any grid that covers the same image.
+        scores: score maps of the same image, on any grid.
         crop_hw: size of the crop in px.
         grid_hw: patch grid of the crop; RoIAlign resamples the scores to it.
         how: probabilities and ranges.
@@ -52,7 +52,7 @@ def augment(
 
 
 def recolour(image: UInt8[Tensor, "3 y x"], how: Augmentation, rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
-    """Colour jitter, greyness and blur, each at random; every pixel keeps its place."""
+    """Apply colour jitter, greyscale and blur, each at random; pixels keep their places."""
     if rng.random() < how.jitter_prob:
         image = _jitter(image, rng)
     if rng.random() < how.grey_prob:
@@ -66,9 +66,9 @@ def recolour(image: UInt8[Tensor, "3 y x"], how: Augmentation, rng: np.random.Ge
 def random_crop_box(
     height: int, width: int, *, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in px of a crop with an area share in `scale` and an aspect ratio of 3/4 to 4/3.
+    """Draw the (top, left, height, width) in px of a crop with an area share in `scale` and a ratio of 3/4 to 4/3.
 
-    Reference: Szegedy et al. (2015), as in torchvision's RandomResizedCrop; the whole image after ten misses.
+    Reference: Szegedy et al. (2015), as in torchvision's RandomResizedCrop; after ten misses, the whole image.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -86,7 +86,7 @@ def crop_maps(
     image_hw: tuple[int, int],
     grid_hw: tuple[int, int],
 ) -> Float[Tensor, "k grid_h grid_w"]:
-    """Maps inside a box of the image, resampled to a patch grid by RoIAlign (He et al., 2017)."""
+    """Cut maps to a box of the image, resampled to a patch grid by RoIAlign (He et al., 2017)."""
     scale_y, scale_x = maps.shape[1] / image_hw[0], maps.shape[2] / image_hw[1]
     x0, y0, x1, y1 = box_xyxy
     box = torch.tensor([[0, x0 * scale_x, y0 * scale_y, x1 * scale_x, y1 * scale_y]], dtype=maps.dtype)
@@ -95,7 +95,7 @@ def crop_maps(
 
 
 def _jitter(image: UInt8[Tensor, "3 y x"], rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
-    # Strengths 0.8 / 0.8 / 0.8 / 0.2 in random order (released code).
+    # Strengths 0.8, 0.8, 0.8 and 0.2, in random order (released code).
     steps: list[Callable[[Tensor], Tensor]] = [
         lambda x: transforms.adjust_brightness(x, rng.uniform(0.2, 1.8)),
         lambda x: transforms.adjust_contrast(x, rng.uniform(0.2, 1.8)),

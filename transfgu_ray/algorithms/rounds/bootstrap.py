@@ -1,4 +1,4 @@
-"""One training step, and the turn of a round (3.3)."""
+"""One training step, and the change from one round to the next (3.3)."""
 
 import copy
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from transfgu_ray.algorithms.rounds.schedule import Epoch
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapSettings:
-    """How a student learns.
+    """Settings of a student's training.
 
     Attributes:
         learning_rate: Adam's rate.
         weight_decay: Adam's L2 term.
-        gradient_clamp: each gradient entry is clamped to +- this.
+        gradient_clamp: bound on the magnitude of each gradient entry.
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
         seed: fixes dropout and the shuffles of the peer loss.
         diversity: pairs of the diversity loss; see `diversity_loss`.
-        foreground_above: T_bg of the patches that the uncertainty loss counts, see `foreground_patches`; None = all.
+        foreground_above: T_bg for the patches that count in the uncertainty loss, see `foreground_patches`; None = all.
     """
 
     learning_rate: float
@@ -40,11 +40,11 @@ class BootstrapSettings:
 
 
 class Bootstrap:
-    """Student, teacher and optimiser; the tokens that both decoders read are computed once, outside.
+    """Student, teacher and optimiser; both decoders read the same tokens, which are computed outside.
 
     Args:
-        student: the decoder with its initial weights: of tokens and a grid, class logits and class embeddings.
-        settings: how it learns.
+        student: the decoder with its initial weights; maps tokens and a grid to class logits and class embeddings.
+        settings: of its training.
         wrap: makes the student data-parallel; the identity on one worker.
     """
 
@@ -69,10 +69,10 @@ class Bootstrap:
         )
 
     def begin_epoch(self, epoch: Epoch, rank: int) -> None:
-        """Turns the round where the epoch starts one, and seeds the epoch's dropout.
+        """Start a new round if the epoch does, and seed the epoch's dropout.
 
-        The teacher becomes a frozen copy of the student (no average, no momentum); the student starts again from
-        its initial weights with a fresh optimiser.
+        In a new round the teacher becomes a frozen copy of the student (no average, no momentum), and the student
+        starts again from its initial weights with a fresh optimiser.
         """
         if epoch.starts_round:
             if epoch.round == 1:
@@ -86,15 +86,15 @@ class Bootstrap:
     def step(
         self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], *, epoch: Epoch, step: int
     ) -> dict[str, float]:
-        """One update of the student; returns each loss term.
+        """Update the student once; return each loss term.
 
         Round 0 trains by cross-entropy on the bank (Eq. 9), later rounds by the total loss (Eq. 16) on
         bootstrapped targets.
 
         Args:
-            tokens: what the decoder reads of each crop, float32, row by row; see `read_tokens`.
+            tokens: the decoder's input for each crop, float32, row by row; see `read_tokens`.
             scores: of the same patches.
-            epoch: that the step belongs to.
+            epoch: the epoch of the step.
             step: its number in the epoch.
 
         Raises:
@@ -129,7 +129,7 @@ class Bootstrap:
         return {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epoch needs, as tensors and plain Python."""
+        """Return everything that the next epoch needs, as tensors and plain Python."""
         return {
             "student": self.student.state_dict(),
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
@@ -139,7 +139,7 @@ class Bootstrap:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Continue from a `state_dict`."""
         self.student.load_state_dict(state["student"])
         if state["teacher"] is not None:
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
@@ -149,5 +149,5 @@ class Bootstrap:
 
 
 def mean_terms(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each loss term over an epoch's steps."""
+    """Return the mean of each loss term over an epoch's steps."""
     return {name: float(np.mean([terms[name] for terms in steps])) for name in steps[0]}

@@ -11,7 +11,7 @@ from torch.nn import functional
 def bootstrap_targets(
     scores: Float[Tensor, "b k h w"], teacher_logits: Float[Tensor, "b k h w"] | None
 ) -> Int64[Tensor, "b h w"]:
-    """Argmax over classes of the bank's scores (round 0), or of 0.5 * (scores + softmax(teacher)) (Eq. 11, 12)."""
+    """Return the argmax over classes of the scores (round 0), or of 0.5 * (scores + softmax(teacher)) (Eq. 11, 12)."""
     if teacher_logits is None:
         return scores.argmax(1)
     return (0.5 * (scores + teacher_logits.softmax(1))).argmax(1)
@@ -24,12 +24,12 @@ def peer_loss(
     shuffle: Int64[Tensor, " k"],
     alpha: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """CE(P, M) - alpha * CE(P, M') (Eq. 13), and its first term alone.
+    """Return CE(P, M) - alpha * CE(P, M') (Eq. 13), and its first term alone.
 
     Args:
         logits: student output.
         targets: bootstrapped labels M.
-        shuffle: one permutation of the K maps; M' are the labels that the shuffled maps give.
+        shuffle: permutation of the K maps; M' are the labels that follow from the shuffled maps.
         alpha: peer weight, 0.03 to 0.1; 0 leaves the first term alone.
     """
     cross_entropy = functional.cross_entropy(logits, targets)
@@ -39,19 +39,19 @@ def peer_loss(
 
 
 def foreground_patches(scores: Float[Tensor, "b k h w"], threshold: float) -> Bool[Tensor, "b h w"]:
-    """Where any of the concepts scores above T_bg; the last class, the background of Eq. 8, is none (released code)."""
+    """Return where a concept scores above T_bg; the last class, the background of Eq. 8, is not one (released code)."""
     return scores[:, :-1].amax(1) > threshold
 
 
 def uncertainty_loss(
     logits: Float[Tensor, "b k h w"], foreground: Bool[Tensor, "b h w"] | None = None
 ) -> Float[Tensor, ""]:
-    """1 - mean over positions of the gap between the two largest probabilities (Eq. 14), in [0, 1].
+    """Return 1 - the mean over positions of the gap between the two largest probabilities (Eq. 14), in [0, 1].
 
     Args:
         logits: student output.
-        foreground: the positions that count, by probabilities without the last class, the background of Eq. 8
-            (released code); where there is none the loss is 0 (released: NaN). None = all positions and classes.
+        foreground: the positions that count, with probabilities over all but the last class, the background of Eq. 8
+            (released code); if there is none, the loss is 0 (released: NaN). None = all positions and classes.
     """
     if foreground is None:
         return 1 - _probability_gap(logits).mean()
@@ -65,14 +65,14 @@ def _probability_gap(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]
 
 
 def diversity_loss(classes: Float[Tensor, "b k d"], pairs: str = "all_pairs") -> Float[Tensor, ""]:
-    """1 + mean over pairs of the cosine between an image's class embeddings (Eq. 15), in [0, 2].
+    """Return 1 + the mean over pairs of the cosine between an image's class embeddings (Eq. 15), in [0, 2].
 
     Args:
         classes: of unit length.
-        pairs: "all_pairs": K x K, each class with itself too (Eq. 15); "upper_triangle": each pair of two classes once
-            (released code).
+        pairs: "all_pairs": K x K, including each class with itself (Eq. 15); "upper_triangle": each pair of different
+            classes once (released code).
 
-    Departures: the embeddings have unit length, so C C^T is the cosine that the text names and is not divided by
+    Departures: the embeddings have unit length, so C C^T is already the cosine of the text, without division by
     sqrt(d).
     """
     cosines = classes @ classes.transpose(1, 2)
@@ -107,9 +107,9 @@ def total_loss(
     pairs: str = "all_pairs",
     foreground: Bool[Tensor, "b h w"] | None = None,
 ) -> dict[str, Tensor]:
-    """Every term and `total` = peer + omega_1 * diversity + omega_2 * uncertainty (Eq. 16), as scalars.
+    """Return all terms and `total` = peer + omega_1 * diversity + omega_2 * uncertainty (Eq. 16), as scalars.
 
-    A term of weight 0 is told, and takes no part in the backward pass.
+    A term of weight 0 is reported but takes no part in the backward pass.
 
     Args:
         logits: student output.

@@ -10,7 +10,7 @@ from transfgu_ray.algorithms.encoder.checkpoints import misfit, not_finite, read
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.errors import WeightsError
 
-# The published blocks take torch's LayerNorm as it comes.
+# The published blocks use torch's LayerNorm with its default.
 NORM_EPS = 1e-5
 
 
@@ -20,7 +20,7 @@ class ReleasedDecoder(NamedTuple):
     Attributes:
         state: for a `MaskTransformer` whose blocks have norms of `NORM_EPS`.
         num_classes: K, plus one where there is a background channel.
-        width: of the patch tokens it reads.
+        width: of the patch tokens that it reads.
         num_layers: transformer blocks.
     """
 
@@ -31,21 +31,21 @@ class ReleasedDecoder(NamedTuple):
 
 
 def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
-    """The decoder in the bytes of a file.
+    """Read a decoder from the bytes of a file.
 
     Args:
         data: the file's content, a bare state dict of a mask transformer.
         source: its name, for messages.
 
     Raises:
-        WeightsError: the file cannot be read or is no such state dict.
+        WeightsError: the file cannot be read or is not such a state dict.
 
-    Reference: `models/mask_transformer/decoder.py` of the released code. Its blocks have no biases of queries, keys
-    and values, unlike Segmenter's; they are zero here, which is the same.
+    Reference: `models/mask_transformer/decoder.py` of the released code. Unlike Segmenter's, its blocks have no
+    biases of queries, keys and values; here they are zero, which is equivalent.
     """
     state = read_checkpoint(data, source)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{source} is not a published decoder: it is no plain state dict")
+        raise WeightsError(f"{source} is not a published decoder: it is not a plain state dict")
     embeddings = state.get("cls_emb")
     if embeddings is None or embeddings.ndim != 3:
         raise WeightsError(f"{source} is not a published decoder: it has no cls_emb of shape (1, classes, width)")
@@ -54,7 +54,7 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
     biases = {f"blocks.{i}.attn.qkv.bias": embeddings.new_zeros(3 * width) for i in range(num_layers)}
     state = biases | {key: value.float() for key, value in state.items()}
     with torch.random.fork_rng(devices=[]):
-        # Shapes do not depend on the heads.
+        # Shapes do not depend on the number of heads.
         wanted = MaskTransformer(num_classes, width, num_layers=num_layers, num_heads=1).state_dict()
     if problem := misfit(state, wanted):
         raise WeightsError(f"{source} is not a published decoder of {num_layers} layers: it {problem}")
@@ -64,6 +64,6 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
 
 
 def background_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published decoder with its first class, which is the background where it has one, behind the others."""
+    """Move a published decoder's first class, which is the background if it has one, behind the others."""
     rolled = {name: state[name].roll(-1, -1) for name in ("mask_norm.weight", "mask_norm.bias")}
     return state | rolled | {"cls_emb": state["cls_emb"].roll(-1, 1)}

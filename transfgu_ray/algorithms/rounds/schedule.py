@@ -1,4 +1,4 @@
-"""The schedule of bootstrapping rounds (3.3) and the order of samples, as pure functions of the configuration."""
+"""The schedule of bootstrapping rounds (3.3) and the order of samples, as pure functions of their arguments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-# What alpha rises by from an epoch to the next where each round starts it anew (released code).
+# Rise of alpha per epoch when each round restarts it (released code).
 _ALPHA_STEP = 0.01
 
 
@@ -17,7 +17,7 @@ class Epoch:
     Attributes:
         index: epoch since the start of training, from 0.
         round: bootstrapping round; 0 has no teacher.
-        starts_round: the teacher becomes a copy of the student and the student starts again before this epoch.
+        starts_round: whether, before this epoch, the teacher becomes a copy of the student and the student restarts.
         alpha: weight of the peer loss.
     """
 
@@ -28,13 +28,13 @@ class Epoch:
 
 
 def schedule(round_epochs: Sequence[int], alpha: tuple[float, float], alpha_schedule: str = "linear") -> list[Epoch]:
-    """All epochs in order.
+    """Return all epochs in order.
 
     Args:
         round_epochs: epochs of each round.
         alpha: first and last weight of the peer loss.
         alpha_schedule: "linear": from the first to the last epoch (supplement, Training Details); "restart": each
-            round begins at alpha[0] and rises by 0.01 an epoch, up to alpha[1] (released code).
+            round begins at alpha[0] and rises by 0.01 per epoch, up to alpha[1] (released code).
     """
     low, high = alpha
     total = sum(round_epochs)
@@ -49,9 +49,9 @@ def schedule(round_epochs: Sequence[int], alpha: tuple[float, float], alpha_sche
 
 
 def steps_per_epoch(num_images: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """(steps, images a worker a step) of an epoch over all images at least once.
+    """Return (steps, images per worker and step) of an epoch that covers every image at least once.
 
-    The batch is cut to the images there are and rounded down to whole images a worker (at least one).
+    The batch is limited to the number of images and rounded down to whole images per worker (at least one).
     """
     per_worker = max(1, min(batch_size, num_images) // world_size)
     return -(-num_images // (per_worker * world_size)), per_worker
@@ -60,9 +60,9 @@ def steps_per_epoch(num_images: int, batch_size: int, world_size: int) -> tuple[
 def sample_order(
     seed: int, epoch: int, *, num_images: int, repeats: int, steps: int, per_worker: int, world_size: int
 ) -> Int64[np.ndarray, "world steps batch"]:
-    """Image indices of every worker and step: fresh permutations, the last step filled from the epoch's start.
+    """Return the image indices of every worker and step: fresh permutations, the last step filled from the start.
 
-    A function of its arguments alone, so that a resumed epoch sees the same images.
+    The result depends on the arguments alone, so a resumed epoch sees the same images.
     """
     rng = np.random.default_rng([seed, epoch])
     order = np.concatenate([rng.permutation(num_images) for _ in range(repeats)])

@@ -1,4 +1,4 @@
-"""The decoders: Segmenter's mask transformer (Strudel et al., ICCV 2021), Eq. 2 of the paper; Table 4's classifier.
+"""Decoders: Segmenter's mask transformer (Strudel et al., ICCV 2021; Eq. 2 of the paper) and Table 4's classifier.
 
 Letters: b images, k classes, d width, (h, w) patch grid.
 """
@@ -13,11 +13,11 @@ from torch.nn import functional
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings attend to patch tokens; masks are their normalised products.
+    """Segmenter's decoder: class embeddings attend to patch tokens; masks are their normalised products.
 
     Args:
         num_classes: K, plus one where there is a background channel.
-        d_encoder: width of the encoder's patch tokens, also the decoder's own.
+        d_encoder: width of the encoder's patch tokens and of the decoder.
         num_layers: transformer blocks (released: 2).
         num_heads: attention heads (released: 6); must divide d_encoder.
         dropout: dropout in MLP and projections (released: 0.1).
@@ -57,16 +57,16 @@ class MaskTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # Orthogonal rows keep classes apart from the first step; beyond d classes they cannot all be.
+        # Orthogonal rows keep classes apart from the first step; more than d rows cannot all be orthogonal.
         nn.init.orthogonal_(self.cls_emb[0])
 
     def forward(
         self, patch_tokens: Float[Tensor, "b hw d"], grid_hw: tuple[int, int]
     ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
-        """Class logits on the patch grid, and the unit-length class embeddings C of Eq. 2 and 15.
+        """Return class logits on the patch grid, and the unit-length class embeddings C of Eq. 2 and 15.
 
-        Eq. 2 up to the norm: patch and class embeddings are projected, L2-normalised and multiplied, then
-        LayerNorm over classes takes the place of the division by sqrt(d) (released code).
+        This is Eq. 2 up to the norm: patch and class embeddings are projected, L2-normalised and multiplied, then
+        LayerNorm over classes replaces the division by sqrt(d) (released code).
         """
         num_classes = self.cls_emb.shape[1]
         tokens = torch.cat([self.proj_dec(patch_tokens), self.cls_emb.expand(len(patch_tokens), -1, -1)], dim=1)
@@ -94,10 +94,10 @@ class Classifier(nn.Module):
     def forward(
         self, patch_tokens: Float[Tensor, "b hw d"], grid_hw: tuple[int, int]
     ) -> tuple[Float[Tensor, "b k h w"], Float[Tensor, "b k d"]]:
-        """Class logits on the patch grid, and what stands for the class embeddings of Eq. 15: a class's weights.
+        """Return class logits on the patch grid, and each class's weights in place of the class embeddings of Eq. 15.
 
-        The paper does not say what the diversity loss of a classifier is; the L2-normalised weights, the same in all
-        images, are ours.
+        The paper does not define the diversity loss of a classifier; using its L2-normalised weights, the same for all
+        images, is ours.
         """
         classes = functional.normalize(self.head.weight, dim=-1)
         logits = torch.unflatten(self.head(patch_tokens).transpose(1, 2), -1, grid_hw)

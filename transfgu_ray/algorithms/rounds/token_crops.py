@@ -1,4 +1,4 @@
-"""Tokens of whole images in place of the images (ours): their stored form, and what is left of the augmentation."""
+"""Training on tokens of whole images instead of the images (ours): stored form and reduced augmentation."""
 
 import numpy as np
 from jaxtyping import Float
@@ -8,12 +8,12 @@ from transfgu_ray.algorithms.rounds.augment import crop_maps, random_crop_box
 
 
 def encode_tokens(tokens: Float[np.ndarray, "hw c"]) -> bytes:
-    """The stored form of one image's tokens: little-endian float16, patch by patch, row by row."""
+    """Encode one image's tokens for storage: little-endian float16, patch by patch, row by row."""
     return tokens.astype("<f2").tobytes()
 
 
 def decode_tokens(data: bytes, grid_hw: tuple[int, int]) -> Float[np.ndarray, "c h w"]:
-    """Inverse of `encode_tokens`, as float32 maps."""
+    """Invert `encode_tokens`; return float32 maps."""
     return np.frombuffer(data, "<f2").reshape(*grid_hw, -1).astype(np.float32).transpose(2, 0, 1)
 
 
@@ -27,22 +27,22 @@ def augment_tokens(
     flip_prob: float,
     rng: np.random.Generator,
 ) -> tuple[Float[Tensor, "hw c"], Float[Tensor, "k grid_h grid_w"]]:
-    """The region and the flip that `augment` draws from the same generator, of tokens in place of the image.
+    """Cut and flip tokens as `augment`, with the same generator, would cut and flip the image.
 
-    A crop's tokens are those of the whole image, resampled: each still knows what lies outside the crop, and a flip
-    turns their places, not what they say.
+    A crop's tokens are resampled from those of the whole image: each still carries context from outside the crop, and a
+    flip mirrors their places, not their content.
 
     Args:
         tokens: of the whole image, as maps.
-        scores: score maps on any grid that covers the same image.
-        image_hw: size in px of the image on which `augment` draws its box.
+        scores: score maps of the same image, on any grid.
+        image_hw: size in px of the image, in which the box is drawn.
         grid_hw: patch grid of the crop; RoIAlign resamples tokens and scores to it.
         crop_scale: area share of the crop.
         flip_prob: probability of a horizontal flip.
         rng: the only source of randomness.
 
     Returns:
-        tokens of the crop, row by row, and its scores.
+        Tokens of the crop, row by row, and its scores.
     """
     top, left, height, width = random_crop_box(*image_hw, scale=crop_scale, rng=rng)
     box = (left, top, left + width, top + height)

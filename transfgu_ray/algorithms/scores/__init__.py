@@ -1,1 +1,1 @@
-"""Scores, with and without labels."""
+"""Scores of segmentations, with and without labels."""

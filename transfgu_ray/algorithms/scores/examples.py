@@ -1,4 +1,4 @@
-"""Which crops and photographs show best what a concept is, and which concepts stand in for it; streamed part by part.
+"""Crops and photographs that best show a concept, and concepts that could stand in for it; computed part by part.
 
 Departures: ours.
 """
@@ -14,9 +14,9 @@ class Best:
     """The lowest values of each concept so far, and where they are.
 
     Attributes:
-        values: ascending; infinite where there are fewer.
+        values: ascending; infinite if there are fewer.
         parts: number of the part.
-        rows: row of the part.
+        rows: row in the part.
     """
 
     values: Float32[np.ndarray, "m k"]
@@ -25,12 +25,12 @@ class Best:
 
     @classmethod
     def none(cls, num_kept: int, num_concepts: int) -> "Best":
-        """Before anything was seen."""
+        """Return the state before anything is seen."""
         shape = num_kept, num_concepts
         return cls(np.full(shape, np.inf, np.float32), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     def merge(self, later: "Best") -> "Best":
-        """The lowest of both; of equal values those seen first."""
+        """Return the lowest of both; ties go to those seen first."""
         columns = [
             np.concatenate(pair)
             for pair in ((self.values, later.values), (self.parts, later.parts), (self.rows, later.rows))
@@ -48,7 +48,7 @@ def nearest_crops(
     part: int,
     num_kept: int,
 ) -> Best:
-    """The crops of a part that are nearest to the centroid of the concept they belong to, at most one a photograph.
+    """Return the crops of a part nearest to the centroid of their concept, at most one per photograph.
 
     Args:
         tokens: class token of each crop.
@@ -56,7 +56,7 @@ def nearest_crops(
         may_be: whether it is of the concept's kind; it belongs to the nearest of those.
         centroids: of the concepts.
         part: its number.
-        num_kept: crops a concept.
+        num_kept: crops per concept.
     """
     best = Best.none(num_kept, len(centroids))
     squares = (centroids**2).sum(1)[None] - 2 * tokens @ centroids.T + (tokens**2).sum(1)[:, None]
@@ -74,12 +74,12 @@ def nearest_crops(
 
 
 def strongest_responses(means: Float32[np.ndarray, "n k"], part: int, num_kept: int) -> Best:
-    """The photographs of a part with the highest mean response of each concept; values are negative means.
+    """Return the photographs of a part with the highest mean response of each concept; values are negative means.
 
     Args:
-        means: of each photograph and concept; a concept has no example where it is 0.
+        means: of each photograph and concept; a photograph with mean 0 is no example.
         part: its number.
-        num_kept: photographs a concept.
+        num_kept: photographs per concept.
     """
     rows = np.repeat(np.arange(len(means))[:, None], means.shape[1], axis=1)
     found = Best(np.where(means > 0, -means, np.inf).astype(np.float32), np.full_like(rows, part), rows)
@@ -87,13 +87,13 @@ def strongest_responses(means: Float32[np.ndarray, "n k"], part: int, num_kept: 
 
 
 def stand_ins(codes: UInt8[np.ndarray, "k h w"]) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, "k k"]]:
-    """Patches that each concept wins in a row of the bank, and by which other concept it is followed there.
+    """Count the patches that each concept wins in a row of the bank, and the runners-up on them.
 
     Args:
-        codes: of the bank; see `encode_scores`. A concept of code 0 does not respond.
+        codes: of the bank; see `encode_scores`. A concept with code 0 does not respond.
 
     Returns:
-        Patches of each winner; patches of each winner (row) and runner-up (column).
+        Patches per winner; patches per winner (row) and runner-up (column).
     """
     num_concepts = len(codes)
     flat = codes.reshape(num_concepts, -1)
@@ -107,7 +107,7 @@ def stand_ins(codes: UInt8[np.ndarray, "k h w"]) -> tuple[Int64[np.ndarray, " k"
 
 
 def plane(points: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, "n 2"], float]:
-    """Points on the plane of their two principal components, and the share of the variance that it keeps.
+    """Project points on their two principal components; return them and the share of the variance kept.
 
     Each axis points so that its largest coordinate is positive.
     """

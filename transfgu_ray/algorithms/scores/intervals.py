@@ -1,8 +1,8 @@
-"""Bootstrap intervals over photographs, from confusion counts that are kept sparse a photograph.
+"""Bootstrap intervals over photographs, from sparse confusion counts per photograph.
 
 Reference: Efron and Tibshirani (1993), percentile interval. Departures: concepts keep the classes that the whole split
-gave them. A resample repeats some photographs and misses others: with a match of its own, and without the rare classes
-that it misses, it would score higher than the split.
+gave them. A resample repeats some photographs and misses others: with its own match, and without the rare classes that
+it misses, it would score higher than the split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from transfgu_ray.algorithms.scores.metrics import Score
 
 RESAMPLES = 1000
 _PERCENTILES = (2.5, 97.5)
-# Bounds memory: so many dense confusion matrices are held at a time.
+# Bounds memory: the number of dense confusion matrices held at a time.
 _RESAMPLES_AT_ONCE = 32
 
 
@@ -27,14 +27,14 @@ def photo_counts(
     pixels: Int64[np.ndarray, " n"],
     shape: tuple[int, int, int],
 ) -> csr_array:
-    """Confusion matrices of photographs, a flat sparse row each, int64.
+    """Return the confusion matrix of each photograph as a flat sparse row, int64.
 
     Args:
         photo: number of the photograph of each entry.
         class_id: its true class.
         concept_id: its predicted concept.
         pixels: its count.
-        shape: photographs, classes and concepts in all.
+        shape: numbers of photographs, classes and concepts.
     """
     photos, classes, concepts = shape
     cells = class_id.astype(np.int64) * concepts + concept_id
@@ -42,23 +42,23 @@ def photo_counts(
 
 
 def stack_counts(parts: Sequence[csr_array]) -> csr_array:
-    """The rows of all parts, in order."""
+    """Stack the rows of all parts, in order."""
     return vstack(parts, format="csr")
 
 
 def total_counts(counts: csr_array) -> Int64[np.ndarray, " cells"]:
-    """Sum over the photographs, exact."""
+    """Return the exact sum over the photographs."""
     total: np.ndarray = counts.sum(axis=0)
     return total
 
 
 def merge_concepts(counts: csr_array, class_of: Integer[np.ndarray, " k"], num_merged: int) -> csr_array:
-    """The same photographs with some concepts made one.
+    """Merge concepts in the counts of each photograph.
 
     Args:
         counts: see `photo_counts`.
-        class_of: what each concept becomes.
-        num_merged: concepts in all afterwards.
+        class_of: the merged concept of each concept.
+        num_merged: number of merged concepts.
     """
     entries, concepts = counts.tocoo(), len(class_of)
     cells = entries.col.astype(np.int64) // concepts * num_merged + class_of[entries.col % concepts]
@@ -67,16 +67,16 @@ def merge_concepts(counts: csr_array, class_of: Integer[np.ndarray, " k"], num_m
 
 
 def class_counts(counts: csr_array, num_classes: int) -> csr_array:
-    """Labelled pixels of each class, a row a photograph."""
+    """Return the labelled pixels of each class, one row per photograph."""
     entries = counts.tocoo()
     concepts = counts.shape[1] // num_classes
     return csr_array((entries.data, (entries.row, entries.col // concepts)), shape=(counts.shape[0], num_classes))
 
 
 def resampled_counts(counts: csr_array, seed: int) -> Iterator[Int64[np.ndarray, " cells"]]:
-    """Sum over each of RESAMPLES draws, with replacement, of as many photographs as there are; exact.
+    """Yield the exact sum over each of RESAMPLES resamples: as many photographs as there are, with replacement.
 
-    The draws depend on the seed and the number of photographs alone, so that methods are compared on the same ones.
+    The draws depend only on the seed and the number of photographs, so that methods are compared on the same resamples.
     """
     photos, rng = counts.shape[0], np.random.default_rng(seed)
     for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
@@ -88,19 +88,19 @@ def resampled_counts(counts: csr_array, seed: int) -> Iterator[Int64[np.ndarray,
 def resampled_scores(
     counts: csr_array, seed: int, score_of: Callable[[np.ndarray], Score]
 ) -> Float64[np.ndarray, "resamples 2"]:
-    """Scores of each resample, mIoU and pixel accuracy; see `resampled_counts`.
+    """Return mIoU and pixel accuracy of each resample; see `resampled_counts`.
 
     Args:
-        counts: of each photograph that has a labelled pixel; the others could not change a score.
+        counts: of each photograph with a labelled pixel; the others could not change a score.
         seed: of the draws.
-        score_of: scores of the counts of a resample.
+        score_of: scores the counts of a resample.
     """
     found = [score_of(total) for total in resampled_counts(counts, seed)]
     return np.array([[each.miou, each.pixel_accuracy] for each in found])
 
 
 def percentile_interval(values: Float64[np.ndarray, " resamples"]) -> list[float]:
-    """95 % interval [low, high] of a score, or of the difference of two on the same resamples."""
+    """Return the 95 % interval [low, high] of a score, or of the difference of two scores on the same resamples."""
     interval: list[float] = np.percentile(values, _PERCENTILES).tolist()
     return interval
 
@@ -108,6 +108,6 @@ def percentile_interval(values: Float64[np.ndarray, " resamples"]) -> list[float
 def score_intervals(
     counts: csr_array, seed: int, score_of: Callable[[np.ndarray], Score]
 ) -> tuple[list[float], list[float]]:
-    """95 % intervals [low, high] of mIoU and pixel accuracy over photographs; see `resampled_scores`."""
+    """Return 95 % intervals [low, high] of mIoU and pixel accuracy over photographs; see `resampled_scores`."""
     miou, pixel_accuracy = map(percentile_interval, resampled_scores(counts, seed, score_of).T)
     return miou, pixel_accuracy

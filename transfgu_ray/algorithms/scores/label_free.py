@@ -1,6 +1,6 @@
-"""How good a segmentation is, without a single label: what a sweep chooses by.
+"""Measures of a segmentation without any labels, by which a sweep chooses.
 
-Every measure is taken on the patch grid, from tokens of the frozen prior: trials of one prior can be compared.
+All are taken on the patch grid from tokens of the frozen prior, so trials with the same prior can be compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,36 +14,36 @@ from torch.nn import functional
 
 from transfgu_ray.algorithms.scores.metrics import match_concepts
 
-# Photographs that a student is measured on.
+# Photographs on which a student is measured.
 NUM_MEASURED = 32
 COMPONENTS = ("agreement", "consistency", "silhouette", "usage")
-# Side of the second look at a photograph, as a share of its own.
+# Side of the cropped view of a photograph, as a share of the photograph's.
 _CROP = 0.75
-# Photographs of one forward; bounds memory.
+# Photographs per forward pass; bounds memory.
 _BATCH = 16
 
 Decode = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 def kappa(one: Int64[np.ndarray, "*n"], other: Int64[np.ndarray, "*n"], num_classes: int) -> float:
-    """Agreement of two labellings corrected for chance, at most 1; 0 = as labels drawn from their frequencies.
+    """Return the chance-corrected agreement of two labellings, at most 1; 0 = as for labels drawn by frequency.
 
-    Reference: Cohen (1960). Departures: two constant labellings that are the same have 0, not 0 / 0.
+    Reference: Cohen (1960). Departures: two identical constant labellings have 0, not 0 / 0.
     """
     return _kappa(_contingency(one, other, num_classes))
 
 
 def agreement(one: Int64[np.ndarray, "*n"], other: Int64[np.ndarray, "*n"], num_classes: int) -> float:
-    """`kappa` of two labellings whose classes are numbered apart: of their Hungarian match."""
+    """Return the `kappa` of two labellings with unrelated class numbers, after a Hungarian match."""
     counts = _contingency(one, other, num_classes)
     return _kappa(counts[:, np.argsort(match_concepts(counts))])
 
 
 def silhouette(tokens: Float[Tensor, "n d"], labels: Int64[Tensor, " n"]) -> float:
-    """Simplified silhouette of unit tokens under their labels, -1 to 1; 0 where there are fewer than two labels.
+    """Return the simplified silhouette of unit tokens under their labels, -1 to 1; 0 for fewer than two labels.
 
     Reference: Hruschka et al. (2006): distances to the means of classes instead of to all their members. Departures:
-    the mean over the labels of each one's mean, so that a large background does not decide.
+    averaged first within and then over the labels, so that a large background does not dominate.
     """
     names, members = torch.unique(labels, return_inverse=True)
     if len(names) < 2:
@@ -61,32 +61,32 @@ def silhouette(tokens: Float[Tensor, "n d"], labels: Int64[Tensor, " n"]) -> flo
 
 
 def usage(labels: Int64[np.ndarray, "*n"], num_classes: int) -> float:
-    """Classes in use, 1 to `num_classes`: the perplexity of their frequencies, that is exp of their entropy in nats."""
+    """Return the number of classes in use, 1 to `num_classes`: exp of the entropy in nats of their frequencies."""
     share = np.bincount(labels.ravel(), minlength=num_classes) / labels.size
     share = share[share > 0]
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def score(components: Mapping[str, float]) -> float:
-    """The objective of a sweep: `usage` x agreement x consistency, at most the number of classes.
+    """Return the objective of a sweep: `usage` x agreement x consistency, at most the number of classes.
 
-    How many classes are in use, and what share of their patches both another student and another look find again.
-    Students of few concepts agree more, and noise uses many classes, so no factor says anything alone. Silhouette is
-    measured beside it and left out: it did not rank trials.
+    It combines how many classes are in use with how well another student and another view of the photographs reproduce
+    them. Students with few concepts agree more, and noise uses many classes, so no factor is enough alone. Silhouette
+    is measured too but left out: it did not rank trials.
 
     Args:
-        components: by name; of agreement and consistency, one that was not measured is left out.
+        components: by name; agreement or consistency is left out of the product if it was not measured.
     """
     again = [max(components[name], 0) for name in ("agreement", "consistency") if name in components]
     return float(components["usage"] * np.prod(again))
 
 
 class _View(NamedTuple):
-    """Another look at photographs.
+    """A transformed view of photographs.
 
     Attributes:
-        of_images: (b, 3, y, x) -> the photographs as they look then, of the same size.
-        of_labels: (b, h, w) -> what the labels of the first look are at each place of this one.
+        of_images: (b, 3, y, x) -> the transformed photographs, of the same size.
+        of_labels: (b, h, w) -> labels of the untransformed photographs, moved to their places in this view.
     """
 
     of_images: Callable[[Tensor], Tensor]
@@ -115,11 +115,11 @@ _VIEWS = (
 
 
 class LabelFreeMeasure:
-    """Tokens of some photographs and of other looks at them, read once and decoded by every student that is measured.
+    """Tokens of some photographs and of transformed views of them, read once and decoded by every measured student.
 
     Args:
         images: RGB in 0-255, at the size that a model reads.
-        read: tokens of such images, see `read_tokens`.
+        read: returns the tokens of such images, see `read_tokens`.
         grid_hw: their patch grid.
     """
 
@@ -127,31 +127,31 @@ class LabelFreeMeasure:
         self, images: UInt8[Tensor, "b 3 y x"], read: Callable[[Tensor], Tensor], grid_hw: tuple[int, int]
     ) -> None:
         self._grid_hw = grid_hw
-        looks = [images, *(view.of_images(images) for view in _VIEWS)]
-        self._tokens = [torch.cat([read(batch) for batch in torch.split(look, _BATCH)]) for look in looks]
+        views = [images, *(view.of_images(images) for view in _VIEWS)]
+        self._tokens = [torch.cat([read(batch) for batch in torch.split(view, _BATCH)]) for view in views]
 
     @torch.no_grad()
-    def labels(self, decode: Decode, look: int = 0) -> Int64[np.ndarray, "b h w"]:
-        """Class of each patch.
+    def labels(self, decode: Decode, view: int = 0) -> Int64[np.ndarray, "b h w"]:
+        """Return the class of each patch.
 
         Args:
-            decode: class logits (b, k, h, w) of tokens (b, hw, c) and their grid.
-            look: 0 = the photographs as they are.
+            decode: returns class logits (b, k, h, w) of tokens (b, hw, c) and their grid.
+            view: 0 = the photographs as they are.
         """
-        batches = torch.split(self._tokens[look], _BATCH)
+        batches = torch.split(self._tokens[view], _BATCH)
         return torch.cat([decode(batch, self._grid_hw).argmax(1) for batch in batches]).cpu().numpy()
 
     def components(self, decode: Decode, num_classes: int) -> dict[str, float]:
-        """What one student alone can tell: consistency over the looks (mean `kappa`), silhouette and usage.
+        """Measure one student by itself: consistency over the views (mean `kappa`), silhouette and usage.
 
         Args:
             decode: see `labels`.
-            num_classes: K, with the background class of Eq. 8 where there is one.
+            num_classes: K, including the background class of Eq. 8 if there is one.
         """
         labels, tokens = self.labels(decode), self._tokens[0]
         again = [
-            kappa(np.ascontiguousarray(view.of_labels(labels)), self.labels(decode, look), num_classes)
-            for look, view in enumerate(_VIEWS, start=1)
+            kappa(np.ascontiguousarray(view.of_labels(labels)), self.labels(decode, number), num_classes)
+            for number, view in enumerate(_VIEWS, start=1)
         ]
         return {
             "consistency": float(np.mean(again)),

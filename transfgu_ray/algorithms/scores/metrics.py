@@ -4,14 +4,14 @@ Which classes are in the mean depends on the protocol, as in the published codes
 
 - `transfgu`: classes that are present in the ground truth.
 - `picie` (Cho et al., CVPR 2021; `get_result_metrics`): also classes that are absent but predicted, with an IoU of 0;
-  only a class that is neither has no IoU. The code has as many clusters as classes; beyond that, `unmatched` decides.
-- `stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`): the same classes. Where K exceeds the classes,
-  all left-over clusters make up one more class of IoU 0, and their pixels are errors: that is `unmatched` = `count`.
-  Departure: its `update` drops the predictions numbered past the class count before any match, which leaves the score
-  to the numbering of the clusters; here every concept takes part in the match.
+  only a class that is neither has no IoU. The code has as many clusters as classes; with more, `unmatched` decides.
+- `stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`): the same classes. If K exceeds the classes, all
+  left-over clusters form one more class of IoU 0, and their pixels are errors: that is `unmatched` = `count`.
+  Departure: its `update` drops predictions numbered past the class count before any match, so that the score depends on
+  the numbering of the clusters; here every concept takes part in the match.
 
-What the pixels of concepts without a class do is the policy `unmatched`: under `discard` they leave the score (suppl.,
-K), under `count` they are misses of their true class, under `many_to_one` there are none.
+The policy `unmatched` says what happens to the pixels of concepts without a class: under `discard` they leave the score
+(suppl., K), under `count` they are misses of their true class, and under `many_to_one` there are none.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class Score:
 
     Attributes:
         miou: mean IoU over the classes of the protocol.
-        pixel_accuracy: share of the scored pixels that are right.
+        pixel_accuracy: share of the scored pixels that are correct.
         coverage: share of the labelled pixels whose concept has a class; the others are left out or count as errors.
-        class_iou: IoU a class; NaN for a class that is not in the mean.
+        class_iou: IoU per class; NaN for a class that is not in the mean.
         class_of_concept: class of each concept; -1 for a left-over concept.
     """
 
@@ -45,14 +45,14 @@ class Score:
 def confusion_matrix(
     target: Integer[np.ndarray, "*hw"], pred: Integer[np.ndarray, "*hw"], *, num_classes: int, num_concepts: int
 ) -> Int64[np.ndarray, "c k"]:
-    """Pixel counts, rows = ground truth, columns = predicted concept; target 255 never counts."""
+    """Count pixels: rows = ground truth, columns = predicted concept; target 255 never counts."""
     valid = target != IGNORE
     index = target[valid].astype(np.int64) * num_concepts + pred[valid]
     return np.bincount(index, minlength=num_classes * num_concepts).reshape(num_classes, num_concepts)
 
 
 def match_concepts(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray, " k"]:
-    """Class for each concept, one to one, chosen to maximise the matched pixels; -1 for a left-over concept.
+    """Match concepts to classes one to one so that the matched pixels are most; -1 for a left-over concept.
 
     Reference: Kuhn (1955), scipy.optimize.linear_sum_assignment. Departures: none.
     """
@@ -63,7 +63,7 @@ def match_concepts(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray, " k
 
 
 def overlapping_classes(confusion: Int64[np.ndarray, "c k"]) -> Int64[np.ndarray, " k"]:
-    """Class that each concept shares most pixels with, the lowest on ties; -1 for a concept without a pixel."""
+    """Return the class with which each concept shares most pixels, the lowest on ties; -1 for one without pixels."""
     return np.where(confusion.any(0), confusion.argmax(0), -1)
 
 
@@ -74,16 +74,16 @@ def score(
     protocol: str = "transfgu",
     num_matched: int | None = None,
 ) -> Score:
-    """Gives concepts their classes, then mIoU and accuracy.
+    """Match concepts to classes, then compute mIoU and accuracy.
 
     Args:
         confusion: pixel counts.
         unmatched: `discard` or `count`, after a Hungarian match, or `many_to_one`.
         protocol: `transfgu`, `picie` or `stego`.
-        num_matched: concepts, the first ones, that may have a class; None for all.
+        num_matched: only this many concepts, the first ones, may have a class; None = all.
 
     Raises:
-        ValueError: no labelled pixel at all.
+        ValueError: there is no labelled pixel.
     """
     match = overlapping_classes if unmatched == "many_to_one" else match_concepts
     class_of_concept = np.full(confusion.shape[1], -1, dtype=np.int64)
@@ -99,7 +99,7 @@ def score_merged(
     unmatched: str = "discard",
     protocol: str = "transfgu",
 ) -> Score:
-    """Scores of the same prediction at a coarser granularity: each concept stands for its class's coarser class.
+    """Score the same prediction at a coarser granularity: each concept stands for its class's coarser class.
 
     Args:
         confusion: pixel counts of the classes.
@@ -109,7 +109,7 @@ def score_merged(
         protocol: see `score`.
 
     Raises:
-        ValueError: no labelled pixel at all.
+        ValueError: there is no labelled pixel.
     """
     merged = np.zeros((super_of.max() + 1, confusion.shape[1]), dtype=np.int64)
     np.add.at(merged, super_of, confusion)
@@ -120,10 +120,10 @@ def score_merged(
 def score_matched(
     confusion: Int64[np.ndarray, "c k"], class_of_concept: Int64[np.ndarray, " k"], *, unmatched: str, protocol: str
 ) -> Score:
-    """Scores of concepts whose classes are known; several may share one.
+    """Score concepts whose classes are known; several may share one.
 
     Raises:
-        ValueError: no labelled pixel at all.
+        ValueError: there is no labelled pixel.
     """
     labelled = confusion.sum()
     if labelled == 0:
@@ -149,30 +149,30 @@ def score_matched(
 
 
 def chance_confusion(class_pixels: Int64[np.ndarray, " c"], num_concepts: int) -> Int64[np.ndarray, "c k"]:
-    """Expected confusion of labels drawn uniformly over the concepts, whatever the image, in units of 1 / K pixel.
+    """Return the expected confusion of labels drawn uniformly over the concepts, in units of 1 / K pixel.
 
-    Every concept is expected to take 1 / K of every class. No score depends on the unit, which keeps the counts whole.
+    Every concept is expected to take 1 / K of every class. The unit keeps the counts whole; no score depends on it.
     """
     return np.repeat(class_pixels[:, None], num_concepts, axis=1)
 
 
 def majority_confusion(class_pixels: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, "c 1"]:
-    """Confusion of one concept that takes every pixel; any match gives it the most frequent class (an oracle)."""
+    """Return the confusion of one concept that takes every pixel; a match gives it the commonest class (an oracle)."""
     return class_pixels[:, None]
 
 
 def foreground_iou(
     confusion: Int64[np.ndarray, "c k"], is_thing: Bool[np.ndarray, " c"], is_background: Bool[np.ndarray, " k"]
 ) -> float | None:
-    """IoU of objects against all else: every concept but the background's merged, every class of things merged.
+    """Return the IoU of objects against everything else: foreground concepts merged, classes of things merged.
 
-    Needs no match of concepts to classes. None where no concept is background, so that nothing was told apart, or
-    where there is neither a thing nor a pixel taken for one.
+    Needs no match of concepts to classes. None if no concept is background, so that nothing was separated, or if there
+    is neither a thing nor a pixel predicted as one.
 
     Args:
         confusion: pixel counts.
-        is_thing: whether a class is of objects.
-        is_background: whether a concept is of the background.
+        is_thing: whether a class is one of objects.
+        is_background: whether a concept is background.
     """
     things, taken = confusion[is_thing].sum(), confusion[:, ~is_background].sum()
     hits = confusion[is_thing][:, ~is_background].sum()

@@ -1,4 +1,4 @@
-"""Pixel-adaptive mask refinement: class probabilities flow between neighbours of like colour."""
+"""Pixel-adaptive mask refinement: class probabilities flow between neighbours of similar colour."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ _NEIGHBOURS = [(d * dy, d * dx) for d in DILATIONS for dy, dx in _AROUND if (dy,
 
 
 def refined_argmax(maps: Float[Tensor, "k h w"], image: UInt8[Tensor, "3 y x"]) -> Int64[Tensor, "y x"]:
-    """Class of each pixel from logits on the patch grid: softmax, bilinear upsampling, refinement, argmax."""
+    """Return each pixel's class from logits on the patch grid: softmax, bilinear upsampling, refinement, argmax."""
     probabilities = functional.interpolate(
         maps.float().softmax(0)[None], image.shape[1:], mode="bilinear", align_corners=False
     )[0]
@@ -24,14 +24,14 @@ def refined_argmax(maps: Float[Tensor, "k h w"], image: UInt8[Tensor, "3 y x"]) 
 
 
 def refine(masks: Float[Tensor, "k y x"], image: Float[Tensor, "3 y x"]) -> Float[Tensor, "k y x"]:
-    """Masks after NUM_ITERATIONS of averaging over the neighbours of each pixel, weighted by likeness of colour.
+    """Average masks NUM_ITERATIONS times over the neighbours of each pixel, weighted by similarity of colour.
 
     Reference: Araslanov and Roth, "Single-stage semantic segmentation from image labels", CVPR 2020 (PAMR),
-    with the iterations and dilations of its code. Departures: at the size that is scored, not at the decoder's.
+    with the iterations and dilations of its code. Departures: run at the scored size, not at the decoder's.
     """
     weights = colour_affinities(image)
     for _ in range(NUM_ITERATIONS):
-        # One neighbour at a time: all 48 shifted stacks of K masks would not fit.
+        # One neighbour at a time, since all 48 shifted stacks of K masks would not fit in memory.
         flowed = torch.zeros_like(masks)
         for weight, shifted in zip(weights, _shifted(masks, _NEIGHBOURS), strict=True):
             flowed.addcmul_(shifted, weight)
@@ -40,7 +40,7 @@ def refine(masks: Float[Tensor, "k y x"], image: Float[Tensor, "3 y x"]) -> Floa
 
 
 def colour_affinities(image: Float[Tensor, "3 y x"]) -> Float[Tensor, "n y x"]:
-    """Weight of each of a pixel's neighbours, which sum to 1: softmax of their colour distances.
+    """Return the weights of each pixel's neighbours, which sum to 1: softmax of their negated colour distances.
 
     A distance is divided by the standard deviation of the colour around the pixel, then averaged over the channels.
     """
@@ -52,7 +52,7 @@ def colour_affinities(image: Float[Tensor, "3 y x"]) -> Float[Tensor, "n y x"]:
 
 
 def _shifted(maps: Tensor, offsets: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """Views of the maps as seen from (dy, dx) away, border pixels repeated outside."""
+    """Yield the maps shifted by each (dy, dx), with border pixels repeated outside."""
     margin = max(DILATIONS)
     height, width = maps.shape[1:]
     padded = functional.pad(maps[None], [margin] * 4, mode="replicate")[0]

@@ -1,4 +1,4 @@
-"""From class maps on the patch grid to masks and probabilities of any size, and to class maps of large images."""
+"""Masks and probabilities of any size from class maps on the patch grid, and class maps of large images."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +12,9 @@ _WINDOWS_PER_BATCH = 4
 
 
 def upsample_argmax(maps: Float[Tensor, "k h w"], size_hw: tuple[int, int]) -> Int64[Tensor, "y x"]:
-    """Class of each pixel: bilinear upsampling, then argmax over K, the lowest class on ties.
+    """Return the class of each pixel: bilinear upsampling, then argmax over K, the lowest class on ties.
 
-    One class is upsampled at a time, so memory is bounded by two maps of the target size whatever K is.
+    One class is upsampled at a time, so memory is bounded by two maps of the target size, whatever K is.
     """
     best = torch.full(size_hw, -torch.inf, device=maps.device)
     winner = torch.zeros(size_hw, dtype=torch.int64, device=maps.device)
@@ -29,9 +29,9 @@ def upsample_argmax(maps: Float[Tensor, "k h w"], size_hw: tuple[int, int]) -> I
 def upsample_probabilities(
     maps: Float[Tensor, "k h w"], size_hw: tuple[int, int], groups: Iterable[Sequence[int]]
 ) -> Iterator[UInt8[Tensor, "y x"]]:
-    """Softmax over K of each pixel's bilinearly upsampled logits, 0-255: the sum of each group of classes.
+    """Yield, for each group of classes, its summed probability in 0-255: softmax over K of bilinearly upsampled logits.
 
-    Twice through the classes, so that memory is bounded by a few maps of the target size whatever K is.
+    Two passes over the classes bound memory by a few maps of the target size, whatever K is.
     """
     total = torch.full(size_hw, -torch.inf, device=maps.device)
     for small in maps.float():
@@ -54,10 +54,10 @@ def slide(
     window_hw: tuple[int, int],
     patch_size: int,
 ) -> Float[Tensor, "k h w"]:
-    """Class maps of an image of any size: windows half a side apart, the mean of those that cover a patch.
+    """Return class maps of an image of any size: the mean of the windows over each patch, half a side apart.
 
     Args:
-        class_maps: logits (b, k, h, w) of windows (b, 3, y, x).
+        class_maps: returns logits (b, k, h, w) of windows (b, 3, y, x).
         image: sides are multiples of the patch and no shorter than the window's.
         window_hw: height and width of a window, px.
         patch_size: side of a patch, px.
@@ -83,6 +83,6 @@ def slide(
 
 
 def _starts(length: int, window: int, patch_size: int) -> list[int]:
-    """Whole patches, so that the patches of all windows are the same; the last window is flush with the edge."""
+    """Return starts at whole patches, so that all windows share a patch grid; the last is flush with the edge."""
     step = max(window // 2 // patch_size, 1) * patch_size
     return [*range(0, length - window, step), length - window]
