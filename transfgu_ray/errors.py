@@ -1,33 +1,33 @@
-"""What can go wrong in words. Every message is one sentence: what, where, what is allowed, what to do.
+"""Errors with a message for the user: one sentence on what is wrong, where, what is allowed and what to do.
 
 TransfguError          exit code 2
 +-- ConfigError        a setting is unknown, out of range, or differs from the run's
 +-- DataError          photographs, labels or lists are missing or unusable
 +-- WeightsError       encoder weights are missing or do not fit
 +-- ArtifactError      a run folder or model cannot be read or written
-StalledError           exit code 1: nothing was done for too long
+StalledError           exit code 1: no progress for too long
 """
 
 
 class TransfguError(Exception):
-    """The user's input is wrong; the message is shown without a traceback and the exit code is 2."""
+    """A fault in the user's input; the message is shown without a traceback and the exit code is 2."""
 
 
 class ConfigError(TransfguError):
-    """A setting is unknown, out of range, or differs from the one the run was made with."""
+    """A setting that is unknown, out of range, or different from the run's."""
 
 
 class DataError(TransfguError):
-    """Photographs, labels or lists are missing or unusable."""
+    """Missing or unusable photographs, labels or lists."""
 
 
 class WeightsError(TransfguError):
-    """Encoder weights are missing or do not fit the architecture."""
+    """Encoder weights that are missing or do not fit the architecture."""
 
 
 class ArtifactError(TransfguError):
-    """A run folder or a model cannot be read or written."""
+    """A run folder or a model that cannot be read or written."""
 
 
 class StalledError(Exception):
-    """Nothing was done for so long that something must be stuck; the message names what. Exit code 1."""
+    """No progress for so long that something must be stuck; the message names it. Exit code 1."""

@@ -1,4 +1,4 @@
-"""Photographs of every kind as upright RGB, or a reason why not."""
+"""Decoding of photographs and labels, or a reason why one is refused; resizing and cropping."""
 
 import io
 import struct
@@ -10,9 +10,9 @@ from jaxtyping import Int16, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# Pillow decodes fifty kinds, by content and not by name; of EPS it has another program run what is in the file.
+# Pillow goes by content, not by name, and decodes fifty formats; for EPS it has another program run the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-# What Pillow's decoders and metadata readers raise on damaged files.
+# Raised by Pillow's decoders and metadata readers on damaged files.
 _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
     struct.error,
@@ -20,24 +20,24 @@ _DAMAGED = (
 
 
 class ImageRefused(Exception):
-    """This photograph cannot be used; the message says why and is counted in the manifest."""
+    """A photograph that cannot be used; the message says why and is counted in the manifest."""
 
 
 class NotAnImage(ImageRefused):
-    """It is of none of the formats that are read."""
+    """A file in none of the formats that are read."""
 
 
 class TooManyPixels(ImageRefused):
-    """It is larger than allowed."""
+    """A photograph that is larger than allowed."""
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of an image file.
+    """Return the bytes of an image file.
 
     Args:
         image: the picture.
-        kind: as Pillow calls it, e.g. `PNG`.
-        options: of that kind, e.g. `quality`.
+        kind: Pillow's name of the format, e.g. `PNG`.
+        options: of that format, e.g. `quality`.
     """
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -45,19 +45,19 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def decode_rgb(data: bytes, min_side_px: int, max_pixels: int) -> Image.Image:
-    """The first frame as upright 8-bit RGB.
+    """Decode the first frame to upright 8-bit RGB.
 
-    EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bit; CMYK, palette and
+    EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to 8 bits; CMYK, palette and
     greyscale are converted.
 
     Raises:
-        ImageRefused: not an image, truncated, too small or too large.
+        ImageRefused: the data are not an image, or are truncated, too small or too large.
     """
     if not data:
         raise ImageRefused("empty file")
     try:
         with warnings.catch_warnings():
-            # Size is checked below, before decoding, with the configured limit.
+            # The size is checked below against the configured limit, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
@@ -98,23 +98,23 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_working(image: Image.Image, size_hw: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
-    """The photograph squashed to (height, width), antialiased bicubic, channels first."""
+    """Resize a photograph to (height, width) without keeping proportions, antialiased bicubic, channels first."""
     resized = image.resize((size_hw[1], size_hw[0]), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def to_square(image: Image.Image, size_px: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
-    """The centre square, as wide as the shorter side, resized to `size_px`."""
+    """Cut the centre square, as wide as the shorter side, and resize it to `size_px`."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size_px, size_px), resample)
 
 
 def centre_crop(image: Image.Image, size_px: int, resample: int) -> Image.Image:
-    """The shorter side resized to `size_px`, the longer in proportion, then the centre square.
+    """Resize the shorter side to `size_px` and the longer in proportion, then cut the centre square.
 
-    Reference: torchvision's Resize and CenterCrop, which the evaluations of PiCIE and STEGO call. Departures: none; the
-    longer side is rounded down and the margins as Python rounds, since a pixel's shift would change the scores.
+    Reference: torchvision's Resize and CenterCrop, which the evaluations of PiCIE and STEGO call. Departures: none. The
+    longer side is rounded down and the margins as Python rounds, since a shift by one pixel would change the scores.
     """
     shorter = min(image.size)
     width, height = (int(size_px * side / shorter) for side in image.size)
@@ -125,12 +125,12 @@ def centre_crop(image: Image.Image, size_px: int, resample: int) -> Image.Image:
 def cut_crops(
     working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int
 ) -> UInt8[np.ndarray, "n 3 crop crop"]:
-    """Windows (x0, y0, x1, y1) of the working image, each resized to a square, antialiased bicubic."""
+    """Cut windows (x0, y0, x1, y1) of the working image and resize each to a square, antialiased bicubic."""
     image = Image.fromarray(working.transpose(1, 2, 0))
     size = (crop_size, crop_size)
     crops = np.empty((len(boxes), 3, crop_size, crop_size), dtype=np.uint8)
     for crop, box in zip(crops, boxes, strict=True):
-        # Cut before resizing: with resize(box=...) the filter would see pixels beside the window.
+        # Cut before resizing: with resize(box=...) the filter would read pixels outside the window.
         left, top, right, bottom = map(int, box)
         window = image.crop((left, top, right, bottom))
         crop[:] = np.asarray(window.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
@@ -138,26 +138,26 @@ def cut_crops(
 
 
 def decode_label(data: bytes) -> UInt8[np.ndarray, "h w"]:
-    """Label ids of a single-channel or palette PNG.
+    """Read the label ids of a greyscale or palette PNG.
 
     Raises:
-        ImageRefused: not such an image.
+        ImageRefused: it is not such an image.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.mode not in ("P", "L"):
-            raise ImageRefused(f"its label is no 8-bit palette or greyscale PNG: mode {image.mode}")
+            raise ImageRefused(f"its label is not an 8-bit palette or greyscale PNG: mode {image.mode}")
         return np.asarray(image)
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise ImageRefused(f"its label is damaged: {error}") from None
 
 
 def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]) -> UInt8[np.ndarray, "h w"]:
-    """Class ids of a label's ids; 255 is void.
+    """Map a label's ids to class ids; 255 is void.
 
     Args:
         label: ids as stored.
-        table: class of each id, -1 for one that must not occur; see `DatasetSpec.label_table`.
+        table: class of each id, -1 for an id that must not occur; see `DatasetSpec.label_table`.
 
     Raises:
         ImageRefused: such an id occurs.
@@ -172,11 +172,11 @@ def to_classes(label: UInt8[np.ndarray, "h w"], table: Int16[np.ndarray, " 256"]
 
 
 def _runs(ids: np.ndarray) -> list[str]:
-    """0, 1, 2, 5 -> `0 to 2`, `5`."""
+    """Describe ascending ids by their runs: 0, 1, 2, 5 -> `0 to 2`, `5`."""
     runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
     return [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
 def resize_label(label: UInt8[np.ndarray, "y x"], size_hw: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """Label ids at another size, nearest neighbour."""
+    """Resize label ids, nearest neighbour."""
     return np.asarray(Image.fromarray(label).resize((size_hw[1], size_hw[0]), Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Folders, local or at any URI that pyarrow or fsspec opens, with writes that are whole or absent."""
+"""Folders, local or at any URI that pyarrow or fsspec opens; a file is written whole or not at all."""
 
 import contextlib
 import errno
@@ -15,21 +15,21 @@ import pyarrow.fs as pafs
 
 from transfgu_ray.errors import ArtifactError, ConfigError
 
-# KEY:SECRET@ of any scheme, where a secret may hold slashes; digits and a slash after the colon are a port.
+# KEY:SECRET@ in any scheme. A secret may hold slashes; digits and a slash after the colon are a port.
 _PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@]*@")
 
-# Before an @ the web knows nothing but who logs in: TOKEN@ is as good as a password.
+# On the web, only a login stands before an @, so TOKEN@ is as good as a password.
 _LOGIN = re.compile(r"https?://[^/@\s]+@")
 
 _PARAMETER = re.compile(r"[?&][^=&#]*(passw|pwd|secret|token|credential|signature|api.?key)[^=&#]*=|[?&]sig=", re.I)
 
 
 def refuse_credentials(name: str, value: str) -> None:
-    """Refuses a URI that holds a password, a key or a token.
+    """Refuse a URI that holds a password, a key or a token.
 
     Args:
         name: of the setting, for the message, which does not repeat the value.
-        value: any text; what is no URI passes.
+        value: any text; text that is not a URI passes.
 
     Raises:
         ConfigError: it holds one.
@@ -43,30 +43,30 @@ def refuse_credentials(name: str, value: str) -> None:
         )
 
 
-# A PUT to an object store appears whole at its end; elsewhere a rename makes it so.
+# In an object store a file appears whole when its PUT ends; elsewhere a rename makes it so.
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
 _READ_ATTEMPTS = 3
 _Read = TypeVar("_Read")
-# What a disk, not a file, says of itself.
+# Errors of the whole disk rather than of a file.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def storage_failure(error: BaseException) -> ArtifactError | None:
-    """What to tell of an error that is the storage's own: full, read-only, or not answering; None of any other."""
+    """Return the error to report if the storage itself failed (full, read-only, not answering); None for any other."""
     if not isinstance(error, OSError):
         return None
     reason = str(error).splitlines()[0]
     if error.errno in _DISK_ERRORS:
         return ArtifactError(f"the storage cannot be written: {reason}; choose a writable folder with free space")
-    # pyarrow gives them no class and no number; whether a file is there is no failure.
+    # pyarrow gives these errors no class and no number. A missing file is not a failure of the storage.
     if error.errno is None and "AWS Error" in reason:
         return ArtifactError(f"the storage does not answer: {reason}; the same command goes on once it does")
     return None
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path inside it.
+    """Return the file system of a path or URI, and the path inside it.
 
     Raises:
         ArtifactError: the scheme is unknown or its library is missing.
@@ -81,7 +81,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     except pa.ArrowInvalid:
         pass
     except (OSError, ImportError, ValueError) as error:
-        # A library or a network that is not there.
+        # A missing library or network.
         raise ArtifactError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
     try:
         import fsspec
@@ -93,7 +93,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a name is no path below the folder that it is said to be in."""
+    """Return whether a name leads out of its folder."""
     return name.startswith("/") or ".." in name.split("/")
 
 
@@ -110,7 +110,7 @@ class Folder:
         self.fs, self.path = resolve(uri)
 
     def join(self, name: str) -> str:
-        """The full path of a name, for use with `fs`.
+        """Return the full path of a name, for use with `fs`.
 
         Raises:
             ArtifactError: the name leads out of the folder.
@@ -119,7 +119,7 @@ class Folder:
         return posixpath.join(self.path, name) if name else self.path
 
     def uri_of(self, name: str) -> str:
-        """The path or URI of a name, for use in another process.
+        """Return the path or URI of a name, for use in another process.
 
         Raises:
             ArtifactError: the name leads out of the folder.
@@ -133,19 +133,19 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on a file system of this machine."""
+        """Return whether the folder is on a file system of this machine."""
         return bool(self.fs.type_name == "local")
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or folder of that name is there."""
+        """Return whether a file or folder of that name exists."""
         return bool(self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound)
 
     def is_file(self, name: str = "") -> bool:
-        """Whether a file, not a folder, of that name is there."""
+        """Return whether a file, not a folder, of that name exists."""
         return bool(self.fs.get_file_info(self.join(name)).type == pafs.FileType.File)
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
-        """(relative name, bytes) of a file, or of those below a folder, sorted; nothing where there is neither."""
+        """Yield (relative name, bytes) of a file or of those below a folder, sorted; nothing if neither exists."""
         info = self.fs.get_file_info(self.join(name))
         if info.type == pafs.FileType.File:
             yield name, info.size
@@ -156,7 +156,7 @@ class Folder:
         yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
 
     def read(self, name: str, reader: Callable[[pa.NativeFile], _Read]) -> _Read:
-        """What a function reads of a file.
+        """Read a file with a function and return its result.
 
         Raises:
             OSError: there is no such file, or it cannot be read.
@@ -170,19 +170,19 @@ class Folder:
                 failure = storage_failure(error)
                 if failure is None:
                     raise
-                # pyarrow itself asks an object store again for some seconds, except where it reads fewer bytes than
-                # the words of the refusal have.
+                # pyarrow itself retries an object store for some seconds, except if it reads fewer bytes than the
+                # message of the refusal has.
                 if attempt == _READ_ATTEMPTS - 1:
                     raise failure from None
         raise AssertionError("unreachable")
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of a file; see `read`."""
+        """Return the content of a file; see `read`."""
         content: bytes = self.read(name, lambda file: file.read())
         return content
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file; None where there is none.
+        """Return the content of a JSON file; None if there is none.
 
         Raises:
             ValueError: the file is damaged.
@@ -198,7 +198,7 @@ class Folder:
         self.write_bytes(name, json.dumps(content, indent=1).encode())
 
     def try_read(self, name: str) -> tuple[bytes | None, str | None]:
-        """The content of a file, or why it cannot be read.
+        """Return the content of a file, or why it cannot be read.
 
         Raises:
             ArtifactError: the storage does not answer.
@@ -209,13 +209,13 @@ class Folder:
             except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                 return None, f"cannot be read: {error.strerror or 'not found'}"
             except OSError as error:
-                # Network disks fail in passing; a lasting failure is the file's own.
+                # Network disks fail for moments; a lasting failure is the file's own.
                 if attempt == _READ_ATTEMPTS - 1:
                     return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
         raise AssertionError("unreachable")
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Writes a file that is seen whole or not at all.
+        """Write a file that appears whole or not at all.
 
         Raises:
             ArtifactError: the target cannot be written.
@@ -243,10 +243,9 @@ class Folder:
             raise ArtifactError(f"cannot write {target}: {reason}; {advice}") from None
 
     def copy_from(self, source: "Folder", name: str) -> None:
-        """Takes over a file of another folder under the same name, whole or not at all.
+        """Copy a file of another folder under the same name, whole or not at all.
 
-        On one local disk it becomes the same file under a second name, which costs nothing: files here are replaced,
-        never changed in place.
+        On one local disk it becomes a hard link, which costs nothing: files here are replaced, never changed in place.
 
         Raises:
             ArtifactError: the target cannot be written.
@@ -254,14 +253,14 @@ class Folder:
         if self.is_local and source.is_local:
             self.delete(name)
             self.fs.create_dir(posixpath.dirname(self.join(name)), recursive=True)
-            # Other disks, and file systems without second names.
+            # Fails across disks and on file systems without hard links.
             with contextlib.suppress(OSError):
                 os.link(source.join(name), self.join(name))
                 return
         self.write_bytes(name, source.read_bytes(name))
 
     def delete(self, name: str) -> None:
-        """Removes a file or a whole folder; nothing happens where there is none."""
+        """Remove a file or a whole folder; do nothing if there is none."""
         kind = self.fs.get_file_info(self.join(name)).type
         if kind == pafs.FileType.Directory:
             self.fs.delete_dir(self.join(name))
@@ -270,7 +269,7 @@ class Folder:
 
 
 def read_file(uri: str) -> bytes:
-    """Content of a single file at a path or URI.
+    """Return the content of a single file at a path or URI.
 
     Raises:
         OSError: there is no such file.
