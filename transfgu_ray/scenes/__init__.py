@@ -1,8 +1,8 @@
 """Rendered photographs with exact labels: 12 kinds of things and 4 of stuff, no third-party art.
 
-Shape and surface tell the class; every hue is drawn at random, and only how light a part is follows from what it is.
-One scale holds throughout: a scene is 256 units a side and an object image shows a window of half that side. Names are
-loaded when first asked for, so that the table of classes can be read without NumPy and Pillow.
+Shape and surface identify the class: every hue is drawn at random, and only the lightness of a part depends on what it
+is. One scale holds throughout: a scene is 256 units per side and an object image shows a window of half that side.
+Names are loaded on first use, so that the table of classes can be read without NumPy and Pillow.
 """
 
 from importlib import import_module

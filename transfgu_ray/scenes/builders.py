@@ -1,4 +1,4 @@
-"""The parts of each thing, painted in order; proportions vary with the generator, kinds of parts do not."""
+"""The parts of each thing in painting order; proportions vary with the generator, kinds of parts do not."""
 
 from collections.abc import Callable
 
@@ -216,7 +216,7 @@ def _mushroom(rng: np.random.Generator) -> list[Part]:
 
 
 Builder = Callable[[np.random.Generator], list[Part]]
-# In the order of the classes: the parts, the typical surface, and where its middle lies.
+# In the order of the classes: builder of the parts, typical surface, and the middle of that surface.
 BUILDERS: tuple[tuple[Builder, str, tuple[float, float]], ...] = (
     (_zebra, "stripes", (0, 0)),
     (_turtle, "cells", (0.2, 0)),

@@ -1,4 +1,4 @@
-"""The names of what scenes are made of; nothing heavy is imported here."""
+"""The classes of scenes; importing them needs nothing heavy."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +10,8 @@ class SceneClass:
 
     Attributes:
         name: unique.
-        super_name: the coarser class it belongs to.
-        kind: an object with a shape of its own ('thing') or a surface without ('stuff').
+        super_name: the coarser class to which it belongs.
+        kind: an object with its own shape ('thing') or a surface without one ('stuff').
     """
 
     name: str
@@ -19,7 +19,7 @@ class SceneClass:
     kind: Literal["thing", "stuff"]
 
 
-# A class's id is its place here; things come first.
+# A class's id is its index here; things come first.
 CLASSES = (
     SceneClass("zebra", "animal", "thing"),
     SceneClass("turtle", "animal", "thing"),
@@ -39,7 +39,7 @@ CLASSES = (
     SceneClass("planks", "wall", "stuff"),
 )
 SUPER_NAMES = ("animal", "vehicle", "furniture", "plant", "ground", "wall")
-# The super-category's id of each class id.
+# The id of each class's super-category.
 SUPER_IDS = tuple(SUPER_NAMES.index(each.super_name) for each in CLASSES)
 THING_IDS = tuple(i for i, each in enumerate(CLASSES) if each.kind == "thing")
 STUFF_IDS = tuple(i for i, each in enumerate(CLASSES) if each.kind == "stuff")

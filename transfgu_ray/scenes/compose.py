@@ -1,4 +1,4 @@
-"""Pictures: a window around one object, or a scene of several, with exact masks."""
+"""Pictures of one object or of a scene with several, with exact masks."""
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -12,20 +12,20 @@ SCENE_UNITS = 256
 OBJECT_UNITS = 128
 _MAX_HIDDEN = 0.25
 _MIN_VISIBLE = 0.7
-# Share of an object image that shows the object.
+# The object's least share of an object image.
 _MIN_FILLED = 0.25
 
 
 def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """A window of half a scene's side around one object.
+    """Render a window of half a scene's side around one object.
 
     Args:
-        rng: source of all that is random.
+        rng: the only source of randomness.
         class_id: 0-11.
         size_px: side of the picture.
 
     Returns:
-        The picture, uint8 (size, size, 3), and where the object is seen, uint8 (size, size) of 0 and 1.
+        The picture, uint8 (size, size, 3), and where the object is visible, uint8 (size, size) of 0 and 1.
     """
     scale = size_px / OBJECT_UNITS
     plain = rng.random() < 0.7
@@ -43,10 +43,10 @@ def render_object(rng: np.random.Generator, class_id: int, size_px: int = 96) ->
 
 
 def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[np.ndarray, np.ndarray]:
-    """A scene of two or three objects of different classes on one to three surfaces.
+    """Render a scene of two or three objects of different classes on one to three surfaces.
 
     Args:
-        rng: source of all that is random.
+        rng: the only source of randomness.
         size_px: side of the picture.
 
     Returns:
@@ -62,14 +62,14 @@ def render_scene(rng: np.random.Generator, size_px: int = SCENE_UNITS) -> tuple[
 
 
 def lay(canvas: np.ndarray, label: np.ndarray, *, layer: Layer, value: int, shadow: float) -> None:
-    """Lays a layer and its soft shadow over a picture, and its value over the label where it covers half a pixel.
+    """Lay a layer and its soft shadow over a picture, and its value over the label where it covers half a pixel.
 
     Args:
         canvas: (h, w, 3) float32, changed in place.
         label: (h, w) uint8, changed in place.
-        layer: what is laid.
+        layer: the layer to lay.
         value: written to the label.
-        shadow: how dark the shadow is, in [0, 1).
+        shadow: darkness of the shadow, in [0, 1).
     """
     height, width = label.shape
     if shadow > 0:
@@ -83,7 +83,7 @@ def lay(canvas: np.ndarray, label: np.ndarray, *, layer: Layer, value: int, shad
 
 
 def _overlap(layer: Layer, width: int, height: int) -> tuple[slice, slice, tuple[slice, slice]]:
-    """Rows and columns of the picture that the layer meets, and the same window inside the layer."""
+    """Return the rows and columns of the picture that the layer overlaps, and the same window inside the layer."""
     h, w = layer.cover.shape
     x0, y0 = max(layer.left, 0), max(layer.top, 0)
     x1, y1 = max(min(layer.left + w, width), x0), max(min(layer.top + h, height), y0)
@@ -92,7 +92,7 @@ def _overlap(layer: Layer, width: int, height: int) -> tuple[slice, slice, tuple
 
 
 def _soft_shadow(layer: Layer, width: int, height: int) -> np.ndarray:
-    """The layer's blurred shape below it, (height, width) float32 in [0, 1]."""
+    """Return the layer's blurred shape, shifted down, (height, width) float32 in [0, 1]."""
     h, w = layer.cover.shape
     reach = max(1, round(0.04 * max(h, w)))
     shape = Image.fromarray((layer.cover * 255).astype(np.uint8))
@@ -102,7 +102,7 @@ def _soft_shadow(layer: Layer, width: int, height: int) -> np.ndarray:
 
 
 def _on_picture(layer: Layer, size_px: int) -> np.ndarray:
-    """Where the layer covers at least half a pixel, (size, size) bool."""
+    """Return where the layer covers at least half a pixel, (size, size) bool."""
     seen = np.zeros((size_px, size_px), dtype=bool)
     rows, columns, inside = _overlap(layer, size_px, size_px)
     seen[rows, columns] = layer.cover[inside] >= 0.5
@@ -110,7 +110,7 @@ def _on_picture(layer: Layer, size_px: int) -> np.ndarray:
 
 
 def _main_thing(rng: np.random.Generator, class_id: int, size_px: int) -> Layer:
-    """The object that the picture is about, drawn again where it would fill too little of it."""
+    """Draw the object of the picture, again and again until it fills enough of it."""
     while True:
         x, y = size_px * (0.5 + rng.uniform(-0.07, 0.07, 2))
         thing = draw_thing(rng, class_id, side_px=size_px * rng.uniform(0.75, 1.15), centre_px=(float(x), float(y)))
@@ -119,7 +119,7 @@ def _main_thing(rng: np.random.Generator, class_id: int, size_px: int) -> Layer:
 
 
 def _neighbour(rng: np.random.Generator, thing: Layer, *, size_px: int, class_id: int) -> Layer:
-    """Another object at the rim, pushed out until it hides no more than a quarter of the thing, nor too much."""
+    """Draw another object at the rim; push it out until it hides at most a quarter of the thing and enough is left."""
     other = int(rng.choice([i for i in THING_IDS if i != class_id]))
     direction = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)][int(rng.integers(8))])
     side = size_px * rng.uniform(0.7, 1.0)
@@ -134,7 +134,7 @@ def _neighbour(rng: np.random.Generator, thing: Layer, *, size_px: int, class_id
 
 
 def _place(rng: np.random.Generator, class_ids: list[int], size_px: int) -> list[Layer]:
-    """Objects mostly inside the picture, each of them seen to at least 70 %, the first one at the back."""
+    """Place objects mostly inside the picture, each at least 70 % visible, the first one at the back."""
     while True:
         layers: list[Layer] = []
         for class_id in class_ids:
@@ -159,14 +159,14 @@ def _all_visible(layers: list[Layer], size_px: int) -> bool:
 def _regions(
     rng: np.random.Generator, size_px: int, *, scale: float, odds: tuple[float, ...]
 ) -> tuple[np.ndarray, list[int]]:
-    """Which surface each pixel shows, (size, size) uint8, and the class id of each surface."""
+    """Draw which surface each pixel shows, (size, size) uint8, and the class id of each surface."""
     count = 1 + int(rng.choice(len(odds), p=odds))
     kinds = sorted(rng.permutation(STUFF_IDS)[:count].tolist(), reverse=True)
     frame = Frame(size_px, size_px, 1 / scale, 0, 0, 0, 1 / scale, 0)
     region = np.zeros((size_px, size_px), dtype=np.uint8)
     _, v = frame.turned(rng.uniform(-8, 8)).coordinates()
     border = v / np.float32(size_px / scale) + (frame.noise(rng, 45, 45) - 0.5) * rng.uniform(0.05, 0.16)
-    # Walls have the higher ids, so they come first and the ground lies below.
+    # Walls have the higher ids, so they come first, above the ground.
     for i, level in enumerate(np.sort(rng.uniform(0.25, 0.75, count - 1))):
         region[border > level] = i + 1
     return region, kinds
@@ -175,7 +175,7 @@ def _regions(
 def _stuff_ground(
     rng: np.random.Generator, size_px: int, *, scale: float, odds: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One to three surfaces with wavy borders: (size, size, 3) float32, and class ids (size, size) uint8."""
+    """Paint one to three surfaces with wavy borders: (size, size, 3) float32, and class ids (size, size) uint8."""
     region, kinds = _regions(rng, size_px, scale=scale, odds=odds)
     canvas = np.empty((size_px, size_px, 3), dtype=np.float32)
     label = np.empty((size_px, size_px), dtype=np.uint8)
@@ -190,13 +190,13 @@ def _stuff_ground(
 
 
 def _quiet_pair(rng: np.random.Generator) -> np.ndarray:
-    """Colours of a ground: less contrast than on objects, as behind most things that people photograph."""
+    """Draw the colours of a ground, with less contrast than on objects, as in most photographs."""
     middle = rng.uniform(0.28, 0.62)
     return random_pair(rng, (middle - 0.1, middle - 0.04), (middle + 0.04, middle + 0.1))
 
 
 def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarray:
-    """5 to 11 cells, each of stuff or clutter; (size, size, 3) float32."""
+    """Paint 5 to 11 cells, each with stuff or clutter; (size, size, 3) float32."""
     count = int(rng.integers(5, 12))
     seeds = rng.uniform(0, size_px, (count, 2)).astype(np.float32)
     x = np.arange(size_px, dtype=np.float32)
@@ -222,10 +222,10 @@ def _patchwork(rng: np.random.Generator, size_px: int, scale: float) -> np.ndarr
 
 
 def _photograph(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Exposure, contrast curve and sensor noise; (h, w, 3) uint8."""
+    """Apply exposure, contrast curve and sensor noise; (h, w, 3) uint8."""
     gain, bend, noise = rng.uniform(0.8, 1.15), rng.uniform(-0.35, 0.35), rng.uniform(0, 0.03)
     light = np.clip(canvas * np.float32(gain), 0, 1)
-    # A parabola through 0 and 1 stands in for gamma; powers are not the same on every processor.
+    # A parabola through 0 and 1 replaces gamma, since powers differ between processors.
     light += np.float32(bend) * light * (1 - light)
     light += np.float32(noise) * rng.standard_normal(light.shape, dtype=np.float32)
     return (np.clip(light, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Where a texture lies: pixel grids, waves and noise that give the same bits on every machine."""
+"""The coordinates of textures: pixel grids, waves and noise, with the same bits on every machine."""
 
 import math
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from PIL import Image
 
 Grid = npt.NDArray[np.floating[Any]]
 _STEPS = 1024
-# A table, since vectorised sines differ between processors in the last bit.
+# A table, since vectorised sines differ in the last bit between processors.
 _SINE = np.array([round(math.sin(2 * math.pi * i / _STEPS), 6) for i in range(_STEPS)], dtype=np.float32)
 
 
 def turn(degrees: float) -> tuple[float, float]:
-    """Cosine and sine, rounded so that they are the same everywhere."""
+    """Return cosine and sine, rounded so that they are the same everywhere."""
     return round(math.cos(math.radians(degrees)), 9), round(math.sin(math.radians(degrees)), 9)
 
 
 def wave(turns: Grid) -> Grid:
-    """Sine of 2 pi `turns`, in [-1, 1]."""
+    """Return the sine of 2 pi `turns`, in [-1, 1]."""
     rows: npt.NDArray[np.int32] = np.floor(turns * np.float32(_STEPS)).astype(np.int32) & (_STEPS - 1)
     return _SINE[rows]
 
 
 def saw(turns: Grid) -> Grid:
-    """The fraction of `turns`, in [0, 1)."""
+    """Return the fractional part of `turns`, in [0, 1)."""
     return turns - np.floor(turns)
 
 
 def soft(value: Grid, gain: float) -> Grid:
-    """A step at 0 from 0 to 1, `1 / gain` wide."""
+    """Return a ramp from 0 to 1 around 0, `1 / gain` wide."""
     return (value * np.float32(gain) + np.float32(0.5)).clip(0, 1)
 
 
@@ -49,13 +49,13 @@ class Frame:
     f: float
 
     def coordinates(self) -> tuple[Grid, Grid]:
-        """Texture units (u, v) of each pixel, each (height, width) float32."""
+        """Return the texture units (u, v) of each pixel, each (height, width) float32."""
         x = np.arange(self.width, dtype=np.float32) + np.float32(0.5)
         y = (np.arange(self.height, dtype=np.float32) + np.float32(0.5))[:, None]
         return x * self.a + y * self.b + self.c, x * self.d + y * self.e + self.f
 
     def turned(self, degrees: float, scale: float = 1.0, u: float = 0.0, v: float = 0.0) -> "Frame":
-        """The same pixels in units turned, `scale` times larger and shifted by (u, v)."""
+        """Return the same pixels in rotated units, `scale` times larger and shifted by (u, v)."""
         cos, sin = turn(degrees)
         cos, sin = cos / scale, sin / scale
         return Frame(
@@ -65,11 +65,11 @@ class Frame:
         )  # fmt: skip
 
     def noise(self, rng: np.random.Generator, cell_u: float, cell_v: float) -> Grid:
-        """Smooth noise, (height, width) float32 mostly in [0, 1], with bumps of the given size in units."""
+        """Return smooth noise, (height, width) float32 mostly in [0, 1], with bumps of the given size in units."""
         corners = [(x, y) for x in (0, self.width) for y in (0, self.height)]
         us = [self.a * x + self.b * y + self.c for x, y in corners]
         vs = [self.d * x + self.e * y + self.f for x, y in corners]
-        # Two cells more on each side, which the bicubic filter reads.
+        # The bicubic filter reads two cells more on each side.
         shape = (math.ceil((max(vs) - min(vs)) / cell_v) + 5, math.ceil((max(us) - min(us)) / cell_u) + 5)
         grid = Image.fromarray(rng.random(shape, dtype=np.float32))
         to_grid = (

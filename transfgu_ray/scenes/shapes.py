@@ -1,4 +1,4 @@
-"""Outlines that things are built of: points (N, 2), x to the right and y down, in units of half the thing's side."""
+"""Outlines from which things are built: points (N, 2), x right and y down, in units of half the thing's side."""
 
 from enum import IntEnum
 
@@ -12,7 +12,7 @@ _ARC = np.array([turn(90 * i / 5) for i in range(6)])
 
 
 class Material(IntEnum):
-    """What a part is made of; each has a colour of its own in each thing.
+    """The material of a part; each has one colour per thing.
 
     HOLE cuts through to the background. BODY carries the surface pattern.
     """
@@ -32,14 +32,14 @@ Part = tuple[Material, Outline]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0) -> Outline:
-    """An ellipse around (x, y), turned clockwise."""
+    """Return an ellipse around (x, y), turned clockwise."""
     cos, sin = turn(degrees)
     px, py = _CIRCLE[:, 0] * rx, _CIRCLE[:, 1] * ry
     return np.stack([x + cos * px - sin * py, y + sin * px + cos * py], 1)
 
 
 def box(x0: float, y0: float, x1: float, y1: float, corner: float = 0) -> Outline:
-    """A rectangle with rounded corners."""
+    """Return a rectangle with rounded corners."""
     r = min(corner, (x1 - x0) / 2, (y1 - y0) / 2)
     if r <= 0:
         return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
@@ -50,12 +50,12 @@ def box(x0: float, y0: float, x1: float, y1: float, corner: float = 0) -> Outlin
 
 
 def polygon(*points: tuple[float, float]) -> Outline:
-    """Straight edges between the points."""
+    """Return straight edges between the points."""
     return np.array(points)
 
 
 def blob(*points: tuple[float, float]) -> Outline:
-    """A smooth closed curve drawn along the points (Chaikin's corner cutting)."""
+    """Return a smooth closed curve along the points (Chaikin's corner cutting)."""
     outline = np.array(points)
     for _ in range(3):
         following = np.roll(outline, -1, axis=0)
@@ -64,6 +64,6 @@ def blob(*points: tuple[float, float]) -> Outline:
 
 
 def dome(x: float, y: float, rx: float, ry: float) -> Outline:
-    """The upper half of an ellipse, standing on the level y."""
+    """Return the upper half of an ellipse that stands on the level y."""
     upper = _CIRCLE[16:]
     return np.concatenate([np.stack([x + upper[:, 0] * rx, y + upper[:, 1] * ry], 1), [(x + rx, y)]])

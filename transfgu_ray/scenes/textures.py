@@ -1,7 +1,7 @@
 """Surfaces as luminance patterns: 12 for objects, 4 for stuff, 3 for clutter.
 
-Each takes a generator and a frame and returns (height, width) float32 in [0, 1], to be laid between two colours.
-Object patterns are in units of half the object's side, the others in scene pixels.
+Each takes a generator and a frame and returns (height, width) float32 in [0, 1], which blends two colours. Object
+patterns are in units of half the object's side, the others in scene pixels.
 """
 
 import colorsys
@@ -16,14 +16,14 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def stripes(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Upright stripes that bend."""
+    """Draw upright stripes that bend."""
     u, _ = frame.coordinates()
     bend = frame.noise(rng, 0.55, 0.55) * rng.uniform(0.5, 0.9)
     return soft(wave(u / rng.uniform(0.3, 0.42) + bend), 2.5)
 
 
 def cells(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Blotches with gaps of even width between."""
+    """Draw blotches separated by gaps of even width."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.42, 0.56)
     far = np.float32(99)
@@ -38,42 +38,42 @@ def cells(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def scales(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Overlapping scales, each darker towards its rim."""
+    """Draw overlapping scales, each darker towards its rim."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.3, 0.4)
     rows = v / (0.5 * pitch)
     row = np.floor(rows)
     here = np.square(saw(u / pitch + 0.5 * (row % 2)) - 0.5) + np.square(0.5 * (rows - row))
     above = np.square(saw(u / pitch + 0.5 * ((row + 1) % 2)) - 0.5) + np.square(0.5 * (rows - row + 1))
-    # A scale of the row above covers this one where it reaches.
+    # A scale of the row above covers this one where they overlap.
     distance = np.sqrt(np.where(above < 0.36, above, here + 0.12))
     shade: Grid = np.clip(1.15 - 1.9 * np.square(distance) - soft(distance - 0.53, 16), 0, 1)
     return shade
 
 
 def checks(rng: np.random.Generator, frame: Frame) -> Grid:
-    """A checkerboard."""
+    """Draw a checkerboard."""
     u, v = frame.coordinates()
     period = rng.uniform(0.42, 0.56)
     return soft(wave(u / period + rng.uniform()) * wave(v / period + rng.uniform()), 4)
 
 
 def bands(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Level bands, a wide one and a thin one in turn."""
+    """Draw level bands, alternately wide and thin."""
     _, v = frame.coordinates()
     phase = saw(v / rng.uniform(0.44, 0.6) + rng.uniform())
     return np.maximum(soft(0.23 - abs(phase - 0.28), 12), soft(0.07 - abs(phase - 0.75), 12))
 
 
 def zigzag(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Level bands that go up and down in sharp turns."""
+    """Draw level bands that zigzag sharply."""
     u, v = frame.coordinates()
     tooth = abs(saw(u / rng.uniform(0.44, 0.6)) - 0.5)
     return soft(wave(v / rng.uniform(0.34, 0.44) + 1.4 * tooth), 2.5)
 
 
 def diamonds(rng: np.random.Generator, frame: Frame) -> Grid:
-    """A slanted lattice of lines with a button where they cross."""
+    """Draw a slanted lattice of lines with a button where they cross."""
     u, v = frame.coordinates()
     period = rng.uniform(0.4, 0.52)
     one, other = abs(saw((u + v) / period) - 0.5), abs(saw((u - v) / period) - 0.5)
@@ -82,7 +82,7 @@ def diamonds(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def panels(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Tall frames around recessed boards."""
+    """Draw tall frames around recessed boards."""
     u, v = frame.coordinates()
     width = rng.uniform(0.55, 0.75)
     rim = np.maximum(abs(saw(u / width) - 0.5), abs(saw(v / (width * rng.uniform(1.1, 1.4)) + rng.uniform()) - 0.5))
@@ -90,13 +90,13 @@ def panels(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def rings(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Circles around the middle."""
+    """Draw circles around the middle."""
     u, v = frame.coordinates()
     return soft(wave(np.sqrt(u * u + v * v) / rng.uniform(0.3, 0.4) + rng.uniform()), 2.5)
 
 
 def ribs(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Narrow upright ridges, each with a row of spines."""
+    """Draw narrow upright ridges, each with a row of spines."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.22, 0.28)
     across = saw(u / pitch + 0.5) - 0.5
@@ -107,18 +107,18 @@ def ribs(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def rays(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Spokes from the middle."""
+    """Draw spokes from the middle."""
     u, v = frame.coordinates()
     radius = np.sqrt(u * u + v * v) + np.float32(1e-3)
     step = cos, sin = u / radius, v / radius
-    # Angle sums instead of an arc tangent keep the bits the same everywhere.
+    # Angle sums instead of an arctangent keep the bits the same everywhere.
     for _ in range(int(rng.integers(7, 12))):
         cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
     return soft(cos, 1.8)
 
 
 def dots(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Round dots in staggered rows."""
+    """Draw round dots in staggered rows."""
     u, v = frame.coordinates()
     pitch = rng.uniform(0.4, 0.54)
     rows = v / (0.8 * pitch) + rng.uniform()
@@ -134,14 +134,14 @@ SURFACES: dict[str, Texture] = {
 
 
 def grass(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Blades that lean two ways."""
+    """Draw blades that lean two ways."""
     lean = rng.uniform(8, 20)
     left, right = frame.turned(lean).noise(rng, 3.4, 17), frame.turned(-lean).noise(rng, 3.4, 17)
     return soft(np.maximum(left, right) - 0.6, 1.9)
 
 
 def water(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Level ripples that run into one another."""
+    """Draw level ripples that run into one another."""
     _, v = frame.coordinates()
     swell = frame.noise(rng, 46, 15) * rng.uniform(1.3, 1.9)
     crest = wave(v / rng.uniform(13, 18) + swell)
@@ -150,7 +150,7 @@ def water(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def brick(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Courses of bricks, each of its own shade, in bright mortar."""
+    """Draw courses of bricks, each with its own shade, in bright mortar."""
     u, v = frame.coordinates()
     rows = v / rng.uniform(13, 17)
     row = np.floor(rows)
@@ -164,7 +164,7 @@ def brick(rng: np.random.Generator, frame: Frame) -> Grid:
 
 
 def planks(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Upright boards with grain, dark gaps and a joint here and there."""
+    """Draw upright boards with grain, dark gaps and an occasional joint."""
     u, v = frame.coordinates()
     boards = u / rng.uniform(17, 24)
     board = np.floor(boards)
@@ -182,18 +182,18 @@ STUFF: tuple[Texture, ...] = (grass, water, brick, planks)
 
 
 def blobs(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Round patches of random size."""
+    """Draw round patches of random size."""
     cell = rng.uniform(8, 26)
     return soft(frame.noise(rng, cell, cell) - 0.5, rng.uniform(2, 9))
 
 
 def speckle(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Fine grain."""
+    """Draw fine grain."""
     return np.clip(frame.noise(rng, *rng.uniform(1.5, 6, 2)), 0, 1)
 
 
 def waves(rng: np.random.Generator, frame: Frame) -> Grid:
-    """Plain stripes, sharp or soft, at any width."""
+    """Draw plain stripes of any width, sharp or soft."""
     u, _ = frame.coordinates()
     return soft(wave(u / rng.uniform(6, 40)), rng.uniform(0.5, 4))
 
@@ -202,30 +202,30 @@ CLUTTER: tuple[Texture, ...] = (blobs, speckle, waves)
 
 
 def random_colour(rng: np.random.Generator, low: float, high: float) -> Grid:
-    """Any hue and saturation at a luminance in [low, high]; (3,) in [0, 1].
+    """Draw a colour of any hue and saturation with a luminance in [low, high]; (3,) in [0, 1].
 
-    Brightness says what is light and what is dark, as paint does on real things; hue and saturation say nothing.
+    Luminance separates light from dark materials, as paint does on real things; hue and saturation carry no meaning.
     """
     hue, saturation = rng.random(2)
     colour = np.array(colorsys.hsv_to_rgb(hue, saturation**0.7, 1.0), dtype=np.float32)
     wanted, own = rng.uniform(low, high), luminance(colour)
     if wanted <= own:
         return colour * np.float32(wanted / own)
-    # A bright blue is a pale one: mixed with white up to the luminance.
+    # A saturated blue cannot be bright, so it is mixed with white up to the luminance.
     return colour + (1 - colour) * np.float32((wanted - own) / max(1 - own, 1e-6))
 
 
 def luminance(colour: Grid) -> float:
-    """Perceived brightness in [0, 1]."""
+    """Return the perceived brightness in [0, 1]."""
     return float((colour * _LUMA).sum())
 
 
 def random_pair(rng: np.random.Generator, dark: tuple[float, float], bright: tuple[float, float]) -> Grid:
-    """A dark and a bright colour, each of any hue, with luminances in the given ranges; (2, 3) float32."""
+    """Draw a dark and a bright colour, each of any hue, with luminances in the given ranges; (2, 3) float32."""
     return np.stack([random_colour(rng, *dark), random_colour(rng, *bright)])
 
 
 def paint(pattern: Grid, pair: Grid) -> Grid:
-    """Lays a pattern (...) between two colours (2, 3); (..., 3) float32."""
+    """Blend two colours (2, 3) by a pattern (...); (..., 3) float32."""
     painted: Grid = pair[0] + pattern[..., None] * (pair[1] - pair[0])
     return painted

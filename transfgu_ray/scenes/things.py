@@ -1,4 +1,4 @@
-"""One thing as a layer: coloured pixels with the share of each pixel that it covers."""
+"""One thing as a layer: coloured pixels and the share of each pixel that the thing covers."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from transfgu_ray.scenes.frame import Frame, turn
 from transfgu_ray.scenes.shapes import Material, Part
 from transfgu_ray.scenes.textures import SURFACES, paint, random_colour, random_pair
 
-# Silhouettes are drawn this many times larger and reduced.
+# Silhouettes are drawn larger by this factor, then reduced.
 _SUPERSAMPLE = 2
-# How light each material is, whatever its hue.
+# The range of each material's luminance, whatever its hue.
 _LUMINANCES = {
     Material.SECOND: (0.35, 0.6),
     Material.TRIM: (0.2, 0.45),
@@ -25,11 +25,11 @@ _LUMINANCES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A window of pixels to be laid over a picture.
+    """A window of pixels to lay over a picture.
 
     Attributes:
-        left: first column, may be negative.
-        top: first row, may be negative.
+        left: first column; may be negative.
+        top: first row; may be negative.
         colour: (h, w, 3) float32, already multiplied by the cover.
         cover: (h, w) float32 in [0, 1].
     """
@@ -40,23 +40,23 @@ class Layer:
     cover: np.ndarray
 
     def moved(self, right: int, down: int) -> "Layer":
-        """The same window elsewhere."""
+        """Return the same window, moved."""
         return Layer(self.left + right, self.top + down, self.colour, self.cover)
 
 
 def draw_thing(rng: np.random.Generator, class_id: int, *, side_px: float, centre_px: tuple[float, float]) -> Layer:
-    """Draws one thing with random proportions, pose, colours and light.
+    """Draw one thing with random proportions, pose, colours and light.
 
     Args:
-        rng: source of all that is random.
+        rng: the only source of randomness.
         class_id: 0-11.
-        side_px: the longer side of its bounding box.
-        centre_px: (x, y), the middle of that box.
+        side_px: longer side of the bounding box.
+        centre_px: (x, y) of the middle of that box.
     """
     builder, typical, middle = BUILDERS[class_id]
     parts = builder(rng)
     a, b, c, d = _pose(rng)
-    # Products written out: those of a linear algebra library differ between processors in the last bit.
+    # Products are written out, since those of a linear algebra library differ in the last bit between processors.
     outlines = [np.stack([a * x + b * y, c * x + d * y], 1) for x, y in (points.T for _, points in parts)]
     low = np.min([points.min(0) for points in outlines], 0)
     high = np.max([points.max(0) for points in outlines], 0)
@@ -86,12 +86,12 @@ def draw_thing(rng: np.random.Generator, class_id: int, *, side_px: float, centr
 
 
 def _materials(parts: list[Part], width: int, *, height: int, side_px: float) -> Image.Image:
-    """Parts in pixels, painted over one another with an outline each; a palette image, enlarged."""
+    """Paint parts over one another, each with an outline; return an enlarged palette image."""
     thickness = max(1, round(_SUPERSAMPLE * side_px / 75))
     index = Image.new("P", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
     draw = ImageDraw.Draw(index)
     for material, points in parts:
-        # Pillow counts from the middle of the first pixel, the parts from its corner.
+        # Pillow's origin is the middle of the first pixel, that of the parts its corner.
         path = (points * _SUPERSAMPLE - 0.5).ravel().tolist()
         draw.polygon(path, fill=int(material))
         if material != Material.HOLE:
@@ -100,7 +100,7 @@ def _materials(parts: list[Part], width: int, *, height: int, side_px: float) ->
 
 
 def _pose(rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Rows of a 2 x 2 matrix: flip, aspect and shear of up to 10 %, then a turn of up to 12 degrees."""
+    """Draw the rows of a 2 x 2 matrix: flip, aspect and shear of up to 10 %, then a turn of up to 12 degrees."""
     cos, sin = turn(rng.uniform(-12, 12))
     aspect, shear = rng.uniform(0.9, 1.11), rng.uniform(-0.1, 0.1)
     aspect *= 1 if rng.random() < 0.5 else -1
@@ -108,7 +108,7 @@ def _pose(rng: np.random.Generator) -> tuple[float, float, float, float]:
 
 
 def _palette(rng: np.random.Generator) -> list[int]:
-    """RGB of each material; body and hole stay black, since the one is painted later and the other is nothing."""
+    """Draw the RGB of each material; body and hole stay black: one is painted later and the other is empty."""
     colours = np.zeros((len(Material), 3), dtype=np.float32)
     for material, (low, high) in _LUMINANCES.items():
         colours[material] = random_colour(rng, low, high)
@@ -116,7 +116,7 @@ def _palette(rng: np.random.Generator) -> list[int]:
 
 
 def _share(large: np.ndarray) -> np.ndarray:
-    """The share of each pixel that is set, (h, w) float32, from (h s, w s) bool."""
+    """Return the share of each pixel that is set, (h, w) float32, from (h s, w s) bool."""
     s = _SUPERSAMPLE
     counts = [large[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s)]
     share: np.ndarray = sum(counts[1:], start=counts[0]) / np.float32(s * s)
@@ -124,7 +124,7 @@ def _share(large: np.ndarray) -> np.ndarray:
 
 
 def _light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Brighter towards one side; (height, width) float32 around 0.95."""
+    """Return light that increases towards one side; (height, width) float32 around 0.95."""
     cos, sin = turn(rng.uniform(0, 360))
     strength = rng.uniform(0.1, 0.3)
     x = np.linspace(-1, 1, width, dtype=np.float32)

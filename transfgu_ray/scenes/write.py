@@ -1,4 +1,4 @@
-"""Rendered pictures as files; an interrupted call is finished by the next one with the same arguments."""
+"""Writing of rendered pictures; a call with the same arguments finishes an interrupted one."""
 
 import io
 import json
@@ -21,11 +21,11 @@ from transfgu_ray.scenes.compose import SCENE_UNITS, render_object, render_scene
 from transfgu_ray.storage import Folder
 
 _IMAGES_PER_SHARD = 4000
-# Pictures that a process renders at a time.
+# Pictures per task of a process.
 _CHUNK = 50
-# Raised whenever the same arguments give other pixels.
+# Raised whenever the same arguments give different pixels.
 _RENDERER_VERSION = 6
-# No two of them draw from the same stream.
+# Each draws from its own random stream.
 _STREAMS = {("objects", "train"): 0, ("objects", "val"): 1, ("scenes", "train"): 2, ("scenes", "val"): 3}
 OBJECT_SCHEMA = pa.schema(
     [
@@ -41,21 +41,21 @@ OBJECT_SCHEMA = pa.schema(
 def write_objects(
     folder: str, count: int, *, seed: int, split: str, size_px: int = 96, num_processes: int | None = None
 ) -> None:
-    """Writes object images as Parquet shards `{split}-00000-of-0000N.parquet` of about 4,000.
+    """Write object images as Parquet shards `{split}-00000-of-0000N.parquet` of about 4,000 images each.
 
     The classes take turns. Columns: path (`zebra/000123.png`), bytes (PNG), label (class id 0-11), name, and mask (PNG,
-    255 where the object is seen).
+    255 where the object is visible).
 
     Args:
         folder: path or URI.
-        count: how many images.
+        count: number of images.
         seed: pictures differ between seeds.
-        split: 'train' or 'val'; each draws from a stream of its own.
+        split: 'train' or 'val'; each has its own random stream.
         size_px: side of the pictures.
-        num_processes: 1 renders in this process, None takes one per core; the files are the same.
+        num_processes: 1 renders in this process, None uses one per core; the files are the same.
 
     Raises:
-        DataError: an argument is out of range, or the folder holds images that were rendered with others.
+        DataError: an argument is out of range, or the folder holds images rendered with other arguments.
     """
     if count < 1 or ("objects", split) not in _STREAMS:
         raise DataError(f"count={count} must be >= 1 and split={split!r} must be 'train' or 'val'")
@@ -90,21 +90,21 @@ def write_scenes(
     size_px: int = SCENE_UNITS,
     num_processes: int | None = None,
 ) -> None:
-    """Writes scenes with their labels.
+    """Write scenes with their labels.
 
-    `images/{train,val}/scene_00000.png`, `masks/fine/{train,val}/scene_00000.png` (class ids),
-    `masks/super/{train,val}/scene_00000.png` (super-category ids) and `classes.json`, for people.
+    The files are `images/{train,val}/scene_00000.png`, `masks/fine/{train,val}/scene_00000.png` (class ids),
+    `masks/super/{train,val}/scene_00000.png` (super-category ids) and `classes.json` for human readers.
 
     Args:
         folder: path or URI.
         num_train: scenes in the train split.
-        num_val: scenes in the val split; none of them is in the train split.
+        num_val: scenes in the val split, none of which is in the train split.
         seed: scenes differ between seeds.
         size_px: side of the pictures.
-        num_processes: 1 renders in this process, None takes one per core; the files are the same.
+        num_processes: 1 renders in this process, None uses one per core; the files are the same.
 
     Raises:
-        DataError: the folder holds scenes that were rendered with other arguments.
+        DataError: the folder holds scenes rendered with other arguments.
     """
     target = Folder(folder)
     arguments = {"num_train": num_train, "num_val": num_val, "seed": seed, "size_px": size_px}
@@ -116,18 +116,18 @@ def write_scenes(
     chunks = [missing[n : n + _CHUNK] for n in range(0, len(missing), _CHUNK)]
     for _ in _spread(partial(_write_some_scenes, folder=folder, seed=seed, size_px=size_px), chunks, num_processes):
         pass
-    people = {
+    classes = {
         "classes": [{"id": i, "super_id": SUPER_IDS[i], **asdict(each)} for i, each in enumerate(CLASSES)],
         "supers": [{"id": i, "name": name} for i, name in enumerate(SUPER_NAMES)],
     }
-    target.write_json("classes.json", people)
+    target.write_json("classes.json", classes)
     _finish(target, "render.json", arguments)
 
 
 def _begin(target: Folder, record: str, arguments: dict[str, int]) -> bool:
-    """Notes what is being rendered, and says whether it is there already.
+    """Record what is being rendered, and return whether it is complete already.
 
-    The arguments are written first, so that a torn render is not continued with others.
+    The arguments are written first, so that an interrupted call is not continued with others.
     """
     if not target.exists(record):
         target.write_bytes(record, _record(arguments, complete=False))
@@ -153,12 +153,12 @@ def _record(arguments: dict[str, int], complete: bool) -> bytes:
 
 
 def _spread(work: Callable[[Any], Any], items: list[Any], num_processes: int | None) -> Iterator[Any]:
-    """What the work gives for each item, in order; done in this process or spread over several."""
+    """Yield the result of the work for each item, in order, from this process or several."""
     processes = min(num_processes or os.cpu_count() or 1, len(items))
     if processes <= 1:
         yield from map(work, items)
         return
-    # Threads of a parent that has loaded torch or Ray do not survive a fork.
+    # Spawned, since threads of a parent that has loaded torch or Ray do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(work, items)
 
@@ -191,6 +191,6 @@ def _write_some_scenes(scenes: list[tuple[str, int]], *, folder: str, seed: int,
 
 def _png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # Noise does not compress any better at a higher level.
+    # Noise compresses no better at a higher level.
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
