@@ -21,7 +21,7 @@ RED, BLUE = (230, 20, 20), (20, 20, 230)
 
 
 def _photo(size=(64, 48)):
-    """Red on the left, blue on the right, white in the upper left corner: every turn and mirror looks different."""
+    """Red on the left, blue on the right, white in the upper left corner: each turn and mirroring looks different."""
     image = Image.new("RGB", size, RED)
     image.paste(BLUE, (size[0] // 2, 0, *size))
     image.paste("white", (0, 0, 16, 16))
@@ -208,7 +208,7 @@ def test_cut_crops__windows_of_the_image_resized():
     boxes = np.array([[0, 0, 16, 16], [32, 16, 64, 48], [0, 24, 24, 48]], dtype=np.int32)
     crops = cut_crops(working, boxes, 16)
     assert crops.shape == (3, 3, 16, 16)
-    # The first keeps its size, so its pixels too; the others are of one colour, but for what the filter blends in.
+    # The first keeps its size and so its pixels; the others have one colour, except where the filter blends.
     assert np.array_equal(crops[0], working[:, :16, :16])
     assert (crops[1, :, 2:-2, 2:-2].transpose(1, 2, 0) == BLUE).all()
     assert (crops[2, :, 2:-2, 2:-2].transpose(1, 2, 0) == RED).all()

@@ -195,14 +195,14 @@ def test_object_store__passing_faults_are_not_noticed(store, on_store):
     assert store.count_faults() - before > 5
 
 
-def test_object_store__reads_shorter_than_the_words_of_a_refusal_are_asked_for_again(store, on_store):
-    # pyarrow itself gives up on them at once.
+def test_object_store__reads_shorter_than_the_message_of_a_refusal_are_retried(store, on_store):
+    # pyarrow itself does not retry them.
     on_store.write_bytes("a", b"ten bytes.")
     store.set_faults(share=0.25, seed=1)
     assert [on_store.read_bytes("a") for _ in range(10)] == [b"ten bytes."] * 10
 
 
-def test_object_store__a_stalled_answer_is_asked_for_again(store, on_store):
+def test_object_store__a_stalled_answer_is_retried(store, on_store):
     on_store.write_bytes("a", b"1")
     # The seed makes the first request wait.
     store.set_faults(share=0.5, seed=4, stall_s=20)

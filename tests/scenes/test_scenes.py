@@ -87,7 +87,7 @@ def test_builders__fat_shapes_with_several_parts(class_id):
         materials = {material for material, _ in parts} - {Material.HOLE}
         assert Material.BODY in materials
         assert len(materials) >= 4
-    # Fat: the pose is random, so the mean over poses is asked for.
+    # Solid: on average over poses, which are random, a thing fills half of its box.
     fills = []
     for number in range(16):
         cover = compose.draw_thing(_rng(number), class_id, side_px=60, centre_px=(40, 40)).cover >= 0.5
@@ -108,7 +108,7 @@ def test_render_object__mask_is_where_the_picture_differs_without_the_object(mon
         )
         without, _ = render_object(_rng(number), class_id, 64)
         differs = (image != without).any(-1)
-        # The pixels at the rim are mixed.
+        # Pixels at the rim are mixed.
         assert not differs[~binary_dilation(mask, np.ones((3, 3)))].any()
         assert differs[binary_erosion(mask, np.ones((3, 3)))].mean() > 0.97
 
@@ -178,7 +178,7 @@ def test_render_object__colour_does_not_tell_the_class():
     for number, label in enumerate(labels):
         image, mask = render_object(_rng(number), int(label), 32)
         colours.append(image[mask == 1].mean(0))
-    # How light a class is on the whole follows from its parts; what is tested is hue and saturation.
+    # The overall luminance of a class follows from its parts; hue and saturation are tested here.
     colours = np.stack(colours)
     colours = colours - (colours @ (0.299, 0.587, 0.114))[:, None]
     centroids = np.stack([colours[:300][labels[:300] == i].mean(0) for i in range(12)])

@@ -25,7 +25,7 @@ def test_mutual_information__by_hand():
     )
     always_one = torch.tensor([[0.0, 1.0]]).expand(7, 2)
     assert mutual_information(always_one, always_one).item() == pytest.approx(0, abs=1e-6)
-    # Undecided everywhere: nothing is told, however often.
+    # Undecided everywhere, which carries no information.
     assert mutual_information(torch.full((4, 3), 1 / 3), torch.full((4, 3), 1 / 3)).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_fit_iic__finds_what_two_views_share(monkeypatch):
     head = fit_iic(*views, num_clusters=3, seed=0, device="cpu")
     maps = linear_maps(torch.from_numpy(tokens)[None], torch.from_numpy(head), (10, 12))
     assert matched_share(maps[0].flatten(1).argmax(0).numpy(), truth) > 0.9
-    # The largest variation of the features is what the views do not share.
+    # The largest variation of the features differs between the views.
     centroids = fit_centroids(tokens, 3, how=KMeans(seed=0, num_iterations=20, num_redos=2), name="patch_tokens")
     nearest = ((tokens[:, None] - centroids) ** 2).sum(2).argmin(1)
     assert matched_share(nearest, truth) < 0.7

@@ -30,10 +30,10 @@ def test_fit_masks__and_maps_by_hand():
     points, photos = np.array(FEATURES, dtype=np.float32).reshape(6, 3), np.repeat([0, 1], 3)
     centroids, masks = fit_masks(points, photos, num_foreground=2, num_background=1, how=LLOYD)
     assert masks == (2, 2)
-    # Each mask counts once, however many patches it has; the background is that of both.
+    # Each mask counts once, however many patches it has; both backgrounds form one cluster.
     assert sorted(map(tuple, centroids[:2].tolist())) == [(1, pytest.approx(HALF), pytest.approx(HALF)), (1, 1, 0)]
     assert centroids[2].tolist() == [0, 0, 1]
-    # A new mask is nearer to the background than to any object, and yet an object as a whole.
+    # A new mask is nearer to the background than to any object, and still becomes an object as a whole.
     new = mask_features(torch.tensor([[[0.0, 1.0], [0.2, 0.9], [1.0, 0.0]]]), torch.tensor([[True, True, False]]))
     maps = mask_maps(new, torch.from_numpy(centroids), (1, 3))
     diagonal = int(np.argmax(centroids[:2, 2]))
@@ -43,7 +43,7 @@ def test_fit_masks__and_maps_by_hand():
     assert torch.equal(maps, want)
 
 
-def test_fit_masks__one_embedding_a_photograph_whatever_is_drawn_of_it():
+def test_fit_masks__one_embedding_per_photograph_however_many_patches_are_drawn():
     rng = np.random.default_rng(0)
     masks = np.insert(rng.normal(size=(12, 4)), 0, np.tile([1, 0], 6), axis=1).astype(np.float32)
     photos = np.repeat(np.arange(6), 2)

@@ -45,18 +45,18 @@ def test_fit_concepts__same_seed_same_bits():
 
 
 def test_fit_concepts__uses_every_point():
-    # FAISS draws 256 points a centroid by itself; the mean of all shows whether it did.
+    # FAISS by default draws 256 points per centroid; the mean of all shows whether it did.
     points = np.random.default_rng(0).normal(size=(2000, 3))
     got = _fit(points, 1)
     assert (got.points_used, got.points_total) == (2000, 2000)
     np.testing.assert_allclose(got.centroids[0], points.mean(0), atol=1e-5)
 
 
-def test_fit_concepts__cap_is_kept_and_told():
+def test_fit_concepts__cap_is_kept_and_reported():
     points = np.random.default_rng(0).normal(size=(500, 3))
     got = _fit(points, 4, max_points=100)
     assert (got.points_used, got.points_total) == (100, 500)
-    # Crops are counted over all points all the same.
+    # Crops are nevertheless counted over all points.
     assert got.num_crops.sum() == 500
 
 
@@ -77,7 +77,7 @@ def test_fit_concepts__starved_concepts_are_seeded_anew():
 
 
 def test_fit_concepts__refuses_concepts_that_stay_starved():
-    # So far out that it always ends up alone.
+    # So far away that it always ends up alone.
     points = np.concatenate([_blobs(num=(20, 20)), [[1e6, 0.0, 0.0, 0.0]]])
     with pytest.raises(DataError, match=r"1 of 3 foreground concepts have fewer than concepts\.min_crops=2"):
         _fit(points, 3, min_crops=2)
@@ -95,7 +95,7 @@ def test_fit_concepts__refuses_more_concepts_than_points():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_fit_concepts__refuses_points_that_are_no_numbers(bad):
+def test_fit_concepts__refuses_points_that_are_not_finite(bad):
     points = _blobs()
     points[3, 1] = bad
     with pytest.raises(DataError, match=r"NaN or infinity; check encoder\.weights"):

@@ -7,7 +7,7 @@ from transfgu_ray.errors import DataError
 
 
 class InMemory(lloyd.ShardedPoints):
-    """Shards of an array, cut at multiples of the block as those of the pipeline."""
+    """Shards of an array, cut at multiples of the block as in the pipeline."""
 
     def __init__(self, points: np.ndarray, num_shards: int = 1) -> None:
         self._points = points.astype(np.float16)
@@ -54,7 +54,7 @@ def _cloud(num_points=1000, dim=6, seed=0):
 
 
 def _plain_lloyd(points, centroids, num_iterations):
-    """Textbook iterations in float64, as often as asked or until the centroids stand still."""
+    """Textbook iterations in float64, the given number or until the centroids rest."""
     points, centroids = points.astype(np.float64), centroids.astype(np.float64)
     objectives = []
     for _ in range(num_iterations):
@@ -76,7 +76,7 @@ def test_sum_nearest__worked_by_hand():
 
 
 def test_sum_nearest__exact_for_the_largest_and_the_smallest_float16_together():
-    # In float32 the smallest would vanish beside the largest, and in another order it would not.
+    # In float32 the smallest would vanish next to the largest, but not in another order.
     points = np.full((lloyd.BLOCK_ROWS, 2), 65504, np.float16)
     points[1::2] = 2.0**-24
     points[5, 1] = -(2.0**-24)
@@ -131,7 +131,7 @@ def test_fit_sharded_concepts__equal_to_plain_lloyd_from_the_drawn_start(blocks_
     got = _fit(points, 5, num_shards=3, num_iterations=8)
     expected, _ = _plain_lloyd(points, start, 8)
     np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
-    # Eight that move the centroids, and one that counts.
+    # Eight passes that move the centroids, and one that counts.
     assert (got.points_used, got.points_total, got.num_passes) == (1000, 1000, 9)
     assert np.array_equal(got.num_crops, np.bincount(nearest(points.astype(np.float32), got.centroids)[1]))
 
@@ -158,7 +158,7 @@ def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
 
 
 def test_fit_sharded_concepts__same_bits_for_any_number_of_shards(blocks_of_64):
-    # On a coarse grid many points are as near to two centroids, and many sums are ties of rounding.
+    # On a coarse grid many points are equally near to two centroids, and many sums are rounding ties.
     points = np.round(_cloud(701))
     first, *others = (_fit(points, 9, num_shards=n, min_crops=20) for n in (1, 2, 3, 11))
     for other in others:
@@ -238,7 +238,7 @@ def test_fit_sharded_concepts__refuses_more_concepts_than_points():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_fit_sharded_concepts__refuses_points_that_are_no_numbers(bad, blocks_of_64):
+def test_fit_sharded_concepts__refuses_points_that_are_not_finite(bad, blocks_of_64):
     points = _cloud()
     points[700, 1] = bad
     with pytest.raises(DataError, match=r"NaN or infinity; check encoder\.weights"):

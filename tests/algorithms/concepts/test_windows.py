@@ -71,7 +71,7 @@ def test_foreground_fracs__equal_to_counting_pixels():
     ],
 )
 def test_classify_windows__bounds_of_the_paper(region_mode, want):
-    # "More than 50 %" leaves 0.5 out; "at least 80 %" takes 0.2 in.
+    # "More than 50 %" excludes 0.5; "at least 80 %" includes 0.2.
     fracs = np.array([0.0, 0.2, 0.21, 0.5, 0.51, 1.0])
     assert classify_windows(fracs, region_mode, foreground_min_frac=0.5, background_min_frac=0.8) == want
 
@@ -96,7 +96,7 @@ def test_region_boxes__worked_by_hand():
     classes[0, 0] = 7
     classes[5, 3:9] = 255
     boxes, class_ids, num_small = region_boxes(classes)
-    # The lone pixel is less than 1/400 of 600 px; void is no region.
+    # The lone pixel is less than 1/400 of 600 px; void is not a region.
     assert boxes.tolist() == [[0, 0, 30, 20], [3, 2, 9, 5], [20, 10, 22, 14]]
     assert (class_ids.tolist(), num_small) == ([2, 7, 7], 1)
 

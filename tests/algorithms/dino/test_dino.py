@@ -1,4 +1,4 @@
-"""DINO and iBOT against plain rewrites, their schedules by hand, and what a step may touch."""
+"""DINO and iBOT against plain rewrites, their schedules by hand, and what a step may change."""
 
 import copy
 import io
@@ -210,7 +210,7 @@ def test_step__what_it_returns():
     assert 0 < terms["teacher_entropy"] <= terms["usage_entropy"] <= math.log(16)
 
 
-def test_step__no_local_views_and_never_no_masked_image():
+def test_step__without_local_views_still_masks_an_image():
     crops = replace(CROPS, num_local=0)
     trained = Dino(network(), replace(RECIPE, mask_prob=0.0), crops=crops, total_steps=STEPS, seed=0)
     terms = trained.step(images(), 0)
@@ -277,7 +277,7 @@ def test_sinkhorn__like_loops_and_alike_use():
             want[row] /= want[row].sum()
     torch.testing.assert_close(sinkhorn(logits), want.float())
     torch.testing.assert_close(sinkhorn(logits, 200).sum(0), torch.full((4,), 6 / 4))
-    # A constant that all images share, as in a collapse, changes nothing.
+    # A constant shared by all images, as in a collapse, changes nothing.
     torch.testing.assert_close(sinkhorn(logits + torch.tensor([9.0, 0, 0, 0])), sinkhorn(logits), atol=0.2, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""The batch-wide augmentation against one image at a time, torchvision's own operations, and by hand."""
+"""The augmentation of a batch against one image at a time, torchvision's operations, and by hand."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tests.builders import random_images
 from transfgu_ray.algorithms.dino import multicrop
 from transfgu_ray.algorithms.dino.multicrop import MultiCrop, multi_crop, random_boxes
 
-# Nothing but the crop.
+# The crop alone.
 PLAIN = MultiCrop(
     global_size=16,
     local_size=8,
@@ -34,7 +34,7 @@ COLOURFUL = replace(
 
 
 class Fixed(np.random.Generator):
-    """A generator whose uniform draws are given, in order; `random` is below every probability but 0."""
+    """Generator with given uniform draws, in order; `random` is below every probability but 0."""
 
     def __init__(self, *uniform: float) -> None:
         super().__init__(np.random.PCG64(0))
@@ -85,7 +85,7 @@ def test_multi_crop__box_is_cut_and_resized(monkeypatch):
 
 
 def same_but_turned(view: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether the view is flipped; it must be the wanted one either way."""
+    """Return whether the view is flipped; flipped back, it must equal the wanted one."""
     turned = not torch.allclose(view, want, atol=1e-6)
     torch.testing.assert_close(view.flip(-1) if turned else view, want, atol=1e-6, rtol=0)
     return turned
@@ -120,10 +120,10 @@ def test_random_boxes__longer_than_a_side_is_cut_to_it():
     ids=["brightness", "contrast", "saturation", "brightness then contrast"],
 )
 def test_recolour__equals_torchvision(draws, expected):
-    # Between 0.25 and 0.75 nothing is clipped on the way; torchvision clips after every operation.
+    # Between 0.25 and 0.75 nothing is clipped; torchvision clips after every operation.
     view = 0.25 + pixels() / 2
     got = multicrop._recolour(view, replace(PLAIN, jitter_prob=1.0), Fixed(*draws))
-    # Its luma weights have four digits, ours three.
+    # torchvision's luma weights have four digits, ours three.
     torch.testing.assert_close(got, expected(view), atol=5e-4, rtol=0)
 
 
@@ -145,7 +145,7 @@ def test_recolour__hue_keeps_luma_and_comes_round():
 
 def test_blur__equals_torchvisions_kernel():
     view = pixels(2, 40)
-    # Sigma in px at 224, so 40 px take 40/224 of it; two sigmas each side, as the kernel is cut.
+    # Sigma is in px at 224, so at 40 px it is 40/224 of that; the kernel is cut at two sigmas on each side.
     sigma = 1.9
     got = multicrop._blur(view, np.array([True, False]), Fixed(sigma * 224 / 40))
     reach = int(np.ceil(2 * sigma))

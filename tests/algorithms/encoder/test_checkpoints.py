@@ -56,7 +56,7 @@ def test_random_vit__fixed_by_the_seed_and_leaves_the_global_state():
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "teacher", "student"])
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 def test_load_vit__checkpoint_layouts(vit, tmp_path, key, prefix):
-    # DINO's checkpoints carry a projection head beside the backbone.
+    # DINO's checkpoints hold a projection head besides the backbone.
     state = _prefixed(vit.state_dict(), prefix) | {"module.head.mlp.0.weight": torch.zeros(3, 3)}
     content = state if key is None else {key: state, "epoch": 100}
     assert _equal(vit, _load(_saved(content, tmp_path)))
@@ -139,7 +139,7 @@ def test_load_vit__refuses_truncated_safetensors(vit):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_load_vit__refuses_what_is_no_number(vit, bad):
+def test_load_vit__refuses_nan_and_infinity(vit, bad):
     state = {name: value.clone() for name, value in vit.state_dict().items()}
     state["blocks.1.mlp.fc1.weight"][3, 4] = bad
     with pytest.raises(WeightsError, match=r"values in blocks\.1\.mlp\.fc1\.weight \(1 tensors in all\)"):

@@ -1,4 +1,4 @@
-"""Checkpoints as their authors lay them out, made from small models whose tokens they must give."""
+"""Checkpoints in their authors' layouts, made from small models whose tokens they must reproduce."""
 
 import io
 
@@ -81,7 +81,7 @@ def _dinov3(state):
         state = _renamed(state, ("mlp.fc2", "mlp.w3"))
     for i in range(2):
         query, values = (state.pop(f"blocks.{i}.attn.{part}_bias", torch.zeros(48)) for part in "qv")
-        # The keys' bias is masked, whatever it is.
+        # The keys' bias is masked, whatever its value.
         state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([query, _noise(48), values])
         state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([torch.ones(48), torch.zeros(48), torch.ones(48)])
     beside = {"rope_embed.periods": _noise(4), "mask_token": _noise(1, 48), "local_cls_norm.weight": _noise(48)}
@@ -138,7 +138,7 @@ def test_load_vit__original_layouts_give_the_tokens_of_their_model(layout):
 def test_load_vit__timms_own_names_and_ours(layout):
     name, _ = LAYOUTS[layout]
     source = _source(name)
-    # As on timm's hub; a classifier may lie beside.
+    # As on timm's hub, where a classifier may come along.
     state = source.state_dict() | {"head.weight": _noise(10, 48), "head.bias": _noise(10)}
     _assert_same_tokens(_load(safetensors.torch.save(state), name), source)
     ours = dump_encoder(source, name, overrides=SMALL)

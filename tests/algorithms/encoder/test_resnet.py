@@ -24,7 +24,7 @@ GRID = (4, 6)
 
 @pytest.fixture(scope="module")
 def backbone():
-    # Statistics of their own, which a batch's would replace if they were not frozen.
+    # Distinct statistics, which those of a batch would replace if they were not frozen.
     resnet, rng = random_resnet(seed=0), torch.Generator().manual_seed(1)
     for module in resnet.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -40,7 +40,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def stages(backbone, images):
-    """Output of each stage as torchvision's own forward makes it."""
+    """Outputs of the stages in torchvision's own forward pass."""
     seen = []
     layers = [getattr(backbone.resnet, f"layer{i}") for i in (1, 2, 3, 4)]
     hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output)) for layer in layers]
@@ -62,7 +62,7 @@ def test_read__stages_side_by_side_at_each_patch(backbone, images, stages):
     assert got.shape == (2, 24, 3840)
     for part, maps in zip(got.split(STAGE_CHANNELS, dim=-1), stages, strict=True):
         torch.testing.assert_close(part, _resized(maps).flatten(2).transpose(1, 2))
-    # Stride 8 is the grid's own; of stride 4 a patch takes the mean of its four.
+    # Stride 8 is the grid itself; of stride 4 a patch takes the mean of its four.
     torch.testing.assert_close(got[0, 7, 256:768], stages[1][0, :, 1, 1])
     torch.testing.assert_close(got[0, 7, :256], stages[0][0, :, 2:4, 2:4].mean((1, 2)))
 
@@ -77,7 +77,7 @@ def test_read__statistics_and_weights_are_frozen(backbone, images):
 
 
 class _Echo(torch.nn.Module):
-    """A decoder that gives back the tokens it is handed."""
+    """A decoder that returns its tokens."""
 
     def forward(self, tokens, grid_hw):
         return tokens.transpose(1, 2).unflatten(-1, grid_hw), tokens
@@ -158,7 +158,7 @@ def test_load_resnet__dino_layouts(small):
     assert _equal(small, _load(_saved(state | head)))
     teacher = {f"backbone.{name}": value for name, value in state.items()} | {"head.mlp.0.weight": torch.zeros(3, 3)}
     student = {f"module.backbone.{name}": value + 1 for name, value in state.items()}
-    # The noisier student is passed over.
+    # The noisier student is ignored.
     assert _equal(small, _load(_saved({"student": student, "teacher": teacher, "epoch": 800})))
     assert _equal(small, _load(_saved({"teacher": {f"module.{name}": value for name, value in teacher.items()}})))
 

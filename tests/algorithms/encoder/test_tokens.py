@@ -8,7 +8,7 @@ from transfgu_ray.algorithms.encoder.tokens import read_tokens, token_dim
 
 
 def _plain(encoder, images, window):
-    """Each patch's windows one at a time, by the definition."""
+    """The definition: each patch's windows one at a time."""
     patch = encoder.patch_size
     height, width = encoder.grid_hw((images.shape[2], images.shape[3]))
     found = torch.zeros(len(images), height, width, 2 * encoder.embed_dim)
@@ -58,7 +58,7 @@ def test_read_tokens__what_lies_beyond_its_windows_does_not_change_a_patch():
     assert not torch.allclose(one[:, :, 3], two[:, :, 3])
 
 
-def test_read_tokens__do_not_depend_on_how_many_windows_share_a_forward(monkeypatch):
+def test_read_tokens__do_not_depend_on_the_number_of_windows_per_forward(monkeypatch):
     encoder, images = tiny_encoder(), random_images(3, 32, 32)
     together = read_tokens(encoder, images, window=16)
     monkeypatch.setattr("transfgu_ray.algorithms.encoder.tokens._WINDOWS_PER_FORWARD", 5)
@@ -72,7 +72,7 @@ def test_read_tokens__of_a_backbone_are_on_the_patch_grid_of_the_encoder(monkeyp
     tokens = read_tokens(encoder, images, window=None, backbone=backbone)
     assert torch.equal(tokens, backbone.read(images, (4, 6)))
     assert tokens.shape == (2, 24, token_dim(24, None, "resnet50_fpn"))
-    assert seen == [], "the encoder is not run beside it"
+    assert seen == [], "the encoder is not run as well"
 
 
 def test_token_dim__doubles_with_windows():

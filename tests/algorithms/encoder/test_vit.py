@@ -68,7 +68,7 @@ def test_class_row__attention_is_the_row_that_timm_computes(kind):
     _timm_tokens(encoder, images)
     hook.remove()
     torch.testing.assert_close(row.attention, seen[0][:, :, 0], rtol=0, atol=1e-6)
-    # Registers and the class token itself are no patches.
+    # Registers and the class token itself are not patches.
     want = seen[0][:, :, 0, -16:].mean(1).view(2, 2, 8)
     torch.testing.assert_close(encoder.patch_attention(row, (2, 8)), want, rtol=0, atol=1e-6)
 
@@ -142,7 +142,7 @@ def test_encoder__refuses_blocks_of_another_kind():
 
 
 def _plain_dino_positions(pos_embed, native, height, width, num_prefix):
-    """DINO's definition: bicubic by a scale factor, a tenth of a patch too much."""
+    """DINO's definition: bicubic by a scale factor that is a tenth of a patch too large."""
     patches = pos_embed[:, num_prefix:].reshape(1, native, native, -1).permute(0, 3, 1, 2)
     scale = ((height + 0.1) / native, (width + 0.1) / native)
     patches = torch.nn.functional.interpolate(
@@ -166,7 +166,7 @@ def test_dino_positions__equal_the_definition(grid, num_prefix):
 def test_dino_positions__stay_on_their_own_grid():
     pos_embed = torch.randn(1, 1 + 16, 6)
     assert dino_positions(pos_embed, (4, 4), grid_hw=(4, 4), num_prefix=1) is pos_embed
-    # As many patches in another shape are another grid.
+    # The same number of patches in another shape is another grid.
     assert not torch.equal(dino_positions(pos_embed, (4, 4), grid_hw=(2, 8), num_prefix=1), pos_embed)
 
 
@@ -178,7 +178,7 @@ def test_encoder__interpolates_positions_as_dino(name, patch):
     overrides = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": patch}
     vit = shake(random_vit(name, overrides, seed=0))
     encoder, images = Encoder(vit, pos_embed_interpolation="dino"), random_images(2, 3 * patch, 5 * patch)
-    # timm's own model of that size, with the positions put in.
+    # timm's own model of that size, with these positions.
     small = random_vit(name, overrides | {"img_size": (3 * patch, 5 * patch)}, seed=0).eval()
     native, num_prefix = vit.patch_embed.grid_size[0], 0 if vit.no_embed_class else 1
     positions = _plain_dino_positions(vit.pos_embed, native, 3, 5, num_prefix)

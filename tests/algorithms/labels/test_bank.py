@@ -78,7 +78,7 @@ def test_encode_scores__error_within_a_step_of_the_patch():
 def test_encode_scores__constructed_ties():
     step = 2.0**-24
     columns = [
-        [0.3, 0.3 + step, 0.3 + 2 * step],  # the last wins by less than float16 tells
+        [0.3, 0.3 + step, 0.3 + 2 * step],  # the last wins by less than float16 resolves
         [0.3 + 2 * step, 0.3 + step, 0.3],  # the first wins
         [0.4, 0.4, 0.4],  # a true tie goes to the first
         [0.0, 1e-9, 0.0],  # vanishes in float16
@@ -97,14 +97,14 @@ def test_encode_scores__excluded_concepts_stay_at_zero():
     scores = exclude(_close_maps(), torch.rand(2, 40, 40) > 0.5, torch.arange(171) % 2 == 0)
     stored = _round_trip(scores)
     assert torch.equal(stored == 0, scores == 0)
-    # The floor is that of the concepts that are not excluded: their step is as fine as without exclusion.
+    # The floor is that of the remaining concepts: their step is as fine as without exclusion.
     kept = torch.where(scores > 0, scores, torch.inf)
     span = (scores.amax(1) - kept.amin(1)).unsqueeze(1)
     assert ((stored - scores).abs() / span).max() <= 62**-0.5 + 0.02
 
 
 def test_encode_scores__targets_after_a_trained_teacher_hardly_change():
-    # A trained teacher has learned the bank: its logits follow the scores, with errors of their own.
+    # A trained teacher has learned the bank: its logits follow the scores, with some errors.
     scores = _close_maps()
     logits = 3 * (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
     teacher = (logits + 2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))).softmax(1)

@@ -26,7 +26,7 @@ def _mixed_rope_encoder() -> Encoder:
 
 
 def _shared_keys_encoder() -> Encoder:
-    # Four queries a key, queries and keys normalised, three projections.
+    # Four queries per key, normalised queries and keys, three projections.
     grouped = {"attn_type": "rope", "num_kv_heads": 1, "qkv_fused": False, "qk_norm": True, "scale_attn_inner": True}
     return _rope_encoder(num_heads=4, **grouped)
 
@@ -58,14 +58,14 @@ def _row(encoder: Encoder, images: torch.Tensor) -> ClassRow:
     ids=lambda value: getattr(value, "__name__", str(value)).strip("_"),
 )
 def test_attention_gradients__equal_k_backward_passes_through_the_network(build, size, num_concepts):
-    # Another size than the default, and no square.
+    # Not the default size, and not square.
     encoder = build()
     images = random_images(2, size, size + encoder.patch_size)
     centroids = torch.randn(num_concepts, encoder.embed_dim, generator=torch.Generator().manual_seed(1))
     got = attention_gradients(_row(encoder, images), centroids)
     want = plain_gradients(encoder, images, centroids)
     assert got.shape == want.shape
-    # A map at a time: a small one must not hide behind a large one.
+    # Map by map, so that a small one does not hide behind a large one.
     assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).max() <= 1e-5
 
 
@@ -117,13 +117,13 @@ def test_response_maps__keep_mass_drops_only_cam(centroids):
     dropped = kept < full
     assert dropped.any()
     assert torch.equal(kept[~dropped], full[~dropped])
-    # What is left where the CAM was dropped is the attention, which is shared by all concepts.
+    # Where the CAM was dropped, only the attention is left, which all concepts share.
     shared = full.amin(1, keepdim=True).expand_as(full)
     assert (kept[dropped] <= shared[dropped]).all()
 
 
 def test_keep_top_mass__equal_to_a_loop():
-    # Whole numbers: sums are exact, so that both agree on the bound itself.
+    # Whole numbers, so that sums are exact and both agree on the bound itself.
     maps = torch.randint(0, 9, (3, 4, 12), generator=torch.Generator().manual_seed(0)).float()
     maps[0, 0] = 0
     got = keep_top_mass(maps, 0.5)

@@ -94,7 +94,7 @@ def test_step__a_variant_changes_its_own_term_and_rounds_with_a_teacher_alone(ch
 
 def test_step__foreground_is_where_a_concept_of_the_bank_scores():
     tokens, scores = _batch()
-    # All patches but those of one image, whatever the background class says of them.
+    # All patches except those of one image, whatever their background score.
     scores = scores.clamp(min=0.2)
     scores[1, :-1] = 0.05
     bootstrap, epoch = _bootstrap(foreground_above=0.1), Epoch(1, 1, True, 0.05)
@@ -107,7 +107,7 @@ def test_step__foreground_is_where_a_concept_of_the_bank_scores():
 
 
 def test_step__updates_equal_a_plain_rewrite():
-    # Several steps: Adam's first one hides any factor on the gradient, and so the clamp.
+    # Several steps, since Adam's first hides any factor on the gradient, including the clamp.
     bootstrap = _bootstrap(gradient_clamp=1e-3, weight_decay=0.05)
     plain = copy.deepcopy(bootstrap.student)
     bootstrap.begin_epoch(FIRST, rank=0)
@@ -152,7 +152,7 @@ def test_step__nan_raises_before_the_update():
     bootstrap.step(*_batch(), epoch=FIRST, step=0)
     before = _weights(bootstrap.student)
     real = bootstrap._parallel
-    # Only the output is spoilt, so that the weights would be if the update were made.
+    # Only the output is NaN, so that the weights would become NaN if the update were made.
     bootstrap._parallel = lambda *args: tuple(output * torch.nan for output in real(*args))
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 0, step 7"):
         bootstrap.step(*_batch(), epoch=FIRST, step=7)
@@ -172,7 +172,7 @@ def test_begin_epoch__round_turn_copies_the_student_and_starts_it_again():
     assert _equal(initial, bootstrap.student.state_dict())
     assert not bootstrap.teacher.training
     assert bootstrap.student.training
-    # Adam's moments belong to the student that was left.
+    # Adam's moments belong to the previous student.
     assert bootstrap.state_dict()["optimiser"]["state"] == {}
 
 
@@ -181,7 +181,7 @@ def test_begin_epoch__teacher_is_a_frozen_copy_and_round_0_is_remembered():
     _train(bootstrap, EPOCHS[:2])
     round_0 = _weights(bootstrap.student)
     _train(bootstrap, EPOCHS[2:3])
-    # Training the student leaves its teacher as it was.
+    # Training the student does not change its teacher.
     assert _equal(round_0, bootstrap.teacher.state_dict())
     round_1 = _weights(bootstrap.student)
     bootstrap.begin_epoch(EPOCHS[3], rank=0)
@@ -201,7 +201,7 @@ def test_step__trains_all_of_another_decoder_and_none_of_its_teacher(student, wi
     bootstrap.begin_epoch(later, rank=0)
     assert _equal(initial, bootstrap.student.state_dict())
     bootstrap.step(tokens, scores, epoch=later, step=0)
-    # The teacher of a pyramid is a copy with its own.
+    # The teacher of a pyramid is a copy with its own pyramid.
     assert _equal(trained, bootstrap.teacher.state_dict())
     for weights in (trained, bootstrap.student.state_dict()):
         assert not [name for name in initial if torch.equal(initial[name], weights[name])]

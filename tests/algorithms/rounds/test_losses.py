@@ -74,12 +74,12 @@ def test_diversity_loss__upper_triangle_equals_a_loop_over_pairs():
     cosines = [image[i] @ image[j] for image in classes for i in range(5) for j in range(i + 1, 5)]
     want = 1 + sum(cosines) / len(cosines)
     torch.testing.assert_close(diversity_loss(classes, "upper_triangle"), want)
-    # With each class's cosine of 1 with itself and both halves, it is that of all pairs.
+    # Adding each class's cosine of 1 with itself, and both halves, gives the loss over all pairs.
     torch.testing.assert_close(diversity_loss(classes), 1 + (5 + 2 * 10 * (want - 1)) / 25)
 
 
 def test_foreground_patches__some_concept_above_the_threshold():
-    # Two concepts and the background of Eq. 8, which counts for none.
+    # Two concepts and the background of Eq. 8, which is not one.
     scores = torch.tensor([[[[0.0, 0.2, 0.1]], [[0.3, 0.0, 0.1]], [[0.9, 0.9, 0.9]]]])
     assert foreground_patches(scores, 0.1).tolist() == [[[True, True, False]]]
 
@@ -134,7 +134,7 @@ def _total_and_gradients(alpha=0.1, omega_1=2.0, omega_2=0.3):
 def test_total_loss__a_weight_of_zero_takes_its_term_out_of_total_and_gradient(off):
     full, _, _, _ = _total_and_gradients()
     terms, logits, classes, targets = _total_and_gradients(**{off: 0.0})
-    # Still told, but for the peer term, whose other half is the cross-entropy.
+    # Still reported, except for the peer term, whose other half is the cross-entropy.
     kept = [name for name in full if name not in ("total", "peer" if off == "alpha" else "")]
     assert {name: terms[name] for name in kept} == {name: full[name] for name in kept}
     taken = {
@@ -144,7 +144,7 @@ def test_total_loss__a_weight_of_zero_takes_its_term_out_of_total_and_gradient(o
     }
     assert terms["total"] == pytest.approx(full["total"] - taken[off], abs=1e-6)
     assert terms["peer"] == (terms["cross_entropy"] if off == "alpha" else full["peer"])
-    # What is left has the gradient of the other terms, computed apart.
+    # The rest has the gradient of the other terms, computed separately.
     assert (classes.grad is None) == (off == "omega_1")
     alpha, omega_2 = 0.1 * (off != "alpha"), 0.3 * (off != "omega_2")
     plain = logits.detach().requires_grad_()

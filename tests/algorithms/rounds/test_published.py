@@ -1,4 +1,4 @@
-"""Published decoders, from state dicts made here in their layout, against a plain rewrite of the published code."""
+"""Published decoders: state dicts made here in their layout, against a plain rewrite of the published code."""
 
 import io
 import math
@@ -75,7 +75,7 @@ def _tokens():
 @pytest.mark.parametrize("biased", [False, True], ids=["published", "with_biases"])
 def test_read_released_decoder__masks_are_those_of_the_published_code(biased):
     state = published_state()
-    # Embeddings so small that the norm's epsilon counts.
+    # Embeddings so small that the norm's epsilon matters.
     state["cls_emb"] *= 0.01
     if biased:
         state |= {f"blocks.{i}.attn.qkv.bias": torch.randn(3 * D) for i in range(LAYERS)}

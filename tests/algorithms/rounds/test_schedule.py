@@ -21,7 +21,7 @@ def test_schedule__one_epoch_keeps_the_first_alpha():
 def test_schedule__restart_begins_each_round_anew_and_steps_by_a_hundredth():
     epochs = schedule((2, 4, 1, 2), (0.03, 0.05), "restart")
     assert [e.alpha for e in epochs] == pytest.approx([0.03, 0.04, 0.03, 0.04, 0.05, 0.05, 0.03, 0.03, 0.04])
-    # Nothing but alpha differs.
+    # Only alpha differs.
     linear = schedule((2, 4, 1, 2), (0.03, 0.05))
     assert [replace(e, alpha=0.0) for e in epochs] == [replace(e, alpha=0.0) for e in linear]
 
@@ -37,7 +37,7 @@ def test_schedule__no_peer_weight_at_all(how):
         (10, 4, 1, (3, 4)),
         (10, 4, 2, (3, 2)),
         (8, 4, 2, (2, 2)),
-        (10, 5, 2, (3, 2)),  # the batch is rounded down to whole images a worker
+        (10, 5, 2, (3, 2)),  # the batch is rounded down to whole images per worker
         (5, 256, 1, (1, 5)),  # fewer images than a batch
         (3, 2, 4, (1, 1)),  # more workers than images
     ],

@@ -73,6 +73,6 @@ def test_classifier__is_a_1x1_convolution():
     maps = tokens.transpose(1, 2).reshape(2, 24, 3, 4)
     want = torch.nn.functional.conv2d(maps, classifier.head.weight[:, :, None, None], classifier.head.bias)
     torch.testing.assert_close(logits, want)
-    # No sequence of patches, no embeddings of classes: only its weights tell one class from another.
+    # Neither a sequence of patches nor embeddings of classes: only its weights distinguish classes.
     for image in classes:
         torch.testing.assert_close(image, torch.stack([row / row.norm() for row in classifier.head.weight]))

@@ -37,7 +37,7 @@ def test_encode_tokens__come_back_as_maps_within_a_float16_step():
 
 
 def test_augment_tokens__whole_image_is_left_as_it_is():
-    # A share of 1 fits as the whole square, or not at all, which leaves the whole too.
+    # A share of 1 fits as the whole square or not at all, which gives the whole as well.
     tokens, scores = _ramps(3), _ramps(2)
     for seed in range(20):
         got, cropped = _augment(tokens, scores, seed, scale=(1.0, 1.0))

@@ -7,7 +7,7 @@ CENTROIDS = np.array([[0, 0], [10, 0], [0, 10]], dtype=np.float32)
 ANY = np.ones(3, dtype=bool)
 
 
-def test_nearest_crops__one_a_photograph_of_those_that_belong_to_the_concept():
+def test_nearest_crops__one_per_photograph_of_those_that_belong_to_the_concept():
     tokens = np.array([[1, 0], [3, 0], [2, 0], [10, 1], [9, 0]], dtype=np.float32)
     best = nearest_crops(
         tokens, np.array([0, 0, 1, 1, 2]), may_be=np.tile(ANY, (5, 1)), centroids=CENTROIDS, part=7, num_kept=2
@@ -28,7 +28,7 @@ def test_nearest_crops__belong_to_a_concept_of_their_kind():
 
 def test_best__does_not_depend_on_how_the_parts_are_split():
     rng = np.random.default_rng(0)
-    # Coarse values, so that some are equal.
+    # Coarse values, so that there are ties.
     found = [
         Best(rng.integers(0, 4, (2, 5)).astype(np.float32), np.full((2, 5), part), rng.integers(0, 9, (2, 5)))
         for part in range(6)

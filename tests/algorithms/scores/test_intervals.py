@@ -24,7 +24,7 @@ def sparse(confusions):
 
 
 def draw(photos, seed=0):
-    """Photographs of mostly right pixels, each of a few classes."""
+    """Photographs with mostly correct pixels, each with a few classes."""
     rng = np.random.default_rng(seed)
     right = np.eye(CLASSES, CONCEPTS, dtype=np.int64) * rng.integers(0, 200, (photos, CLASSES, 1))
     return right + rng.integers(0, 60, (photos, CLASSES, CONCEPTS)) * rng.integers(0, 2, (photos, CLASSES, CONCEPTS))
@@ -36,7 +36,7 @@ def score_of(cells):
 
 def test_photo_counts__sums_are_exact_integers():
     confusions = draw(9)
-    # Odd, and too large for a float64 to tell from its neighbours.
+    # Odd, and too large for float64 to distinguish it from its neighbours.
     confusions[0, 0, 0] = 2**53 + 1
     counts = stack_counts([sparse(confusions[:4]), sparse(confusions[4:])])
     assert counts.shape == (9, 12)
@@ -46,7 +46,7 @@ def test_photo_counts__sums_are_exact_integers():
 
 
 def test_resampled_counts__equals_a_plain_loop_over_photographs(monkeypatch):
-    # One more than fit into a batch.
+    # One more than fits into a batch.
     monkeypatch.setattr(intervals, "RESAMPLES", 33)
     confusions = draw(7)
     confusions[2, 1, 1] = 2**53 + 1

@@ -6,7 +6,7 @@ from scipy.spatial.distance import cdist
 from transfgu_ray.algorithms.scores.label_free import LabelFreeMeasure, agreement, kappa, score, silhouette, usage
 
 ONE = np.array([0, 0, 0, 0, 1, 1, 2, 2])
-# The same but for one patch.
+# The same except for one patch.
 CLOSE = np.array([0, 0, 0, 1, 1, 1, 2, 2])
 
 
@@ -48,7 +48,7 @@ def test_silhouette__against_plain_loops():
             own, nearest = row[k], min(row[j] for j in range(3) if j != k)
             values.append((nearest - own) / max(nearest, own))
         of_label.append(np.mean(values))
-    # A number that no token has, so that names are not taken for positions.
+    # A label that no token has, so that labels are not mistaken for positions.
     labels[labels == 2] = 7
     found = silhouette(torch.from_numpy(tokens).float(), torch.from_numpy(labels))
     assert found == pytest.approx(np.mean(of_label), abs=1e-5)
@@ -78,7 +78,7 @@ def _read(images):
 
 def test_probe__sees_a_decoder_that_reads_patches_alone_as_consistent():
     images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
-    # Left of the middle, so that a look that is not turned back shows.
+    # Left of the middle, so that a view that is not flipped back shows.
     images[:, :, :, 8:24] = 255
     measure = LabelFreeMeasure(images, _read, (8, 8))
     found = measure.components(_decode, 2)

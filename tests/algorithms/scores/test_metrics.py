@@ -35,7 +35,7 @@ def test_confusion_matrix__void_never_scores():
 
 
 def test_confusion_matrix__ids_beyond_a_byte():
-    # 200 classes by 300 concepts overflows the labels' own type.
+    # 200 classes by 300 concepts overflow the type of the labels.
     target, pred = np.array([199], dtype=np.uint8), np.array([299], dtype=np.uint16)
     confusion = confusion_matrix(target, pred, num_classes=200, num_concepts=300)
     assert confusion.shape == (200, 300)
@@ -83,7 +83,7 @@ def test_score__left_over_concepts_leave_the_score():
     assert got.coverage == 16 / 22
 
 
-# The same prediction as above, under the other policies: concept 2 has no class of its own.
+# The same prediction as above under the other policies: concept 2 has no class.
 LEFT_OVER = np.array([[8, 0, 2], [2, 6, 4]])
 
 
@@ -127,7 +127,7 @@ def test_score__many_to_one_is_never_less_accurate_than_one_to_one():
         assert score(confusion, "many_to_one").pixel_accuracy >= score(confusion, "count").pixel_accuracy
 
 
-# Class 1 is absent, and concept 1 can only go to it.
+# Class 1 is absent, and concept 1 can only be matched to it.
 ABSENT = np.array([[4, 1, 0], [0, 0, 0], [0, 2, 3]])
 
 
@@ -151,7 +151,7 @@ def test_score__stego_makes_one_more_class_of_the_left_over_clusters():
     got = score(confusion, "count", protocol="stego")
     assert got.miou == pytest.approx(want * 2 / 3)
     assert got.pixel_accuracy == 14 / 23
-    # Without a pixel in them, that class is not there; nor is it where their pixels are not errors.
+    # Without a pixel in left-over clusters, or if their pixels are not errors, that class does not exist.
     empty = np.array([[8, 0, 0], [2, 6, 0]])
     assert score(empty, "count", protocol="stego").miou == score(empty).miou
     for unmatched in ("discard", "many_to_one"):
@@ -179,7 +179,7 @@ def test_score__equals_the_published_codes_histograms(num_clusters):
         confusion = rng.integers(1, 50, (3, num_clusters))
         confusion[:absent] = 0
         miou, accuracy = published_histogram_scores(confusion)
-        # Over-clustering is STEGO's alone.
+        # Only STEGO over-clusters.
         for protocol in ("stego", "picie")[: 2 if num_clusters == 3 else 1]:
             got = score(confusion, "count", protocol=protocol)
             if absent < 2:
@@ -232,7 +232,7 @@ def test_score__refuses_a_split_without_labels():
         score(np.zeros((3, 3), dtype=np.int64))
 
 
-# Classes 0 and 1 are of the coarser class 0, class 2 of class 1; concept 3 is left over.
+# Classes 0 and 1 belong to the coarser class 0, class 2 to class 1; concept 3 is left over.
 MERGING = np.array([[5, 2, 1, 1], [3, 6, 0, 0], [0, 2, 7, 3]])
 
 
@@ -240,7 +240,7 @@ def test_score_merged__worked_by_hand():
     fine = score(MERGING)
     assert fine.class_of_concept.tolist() == [0, 1, 2, -1]
     got = score_merged(MERGING, fine.class_of_concept, super_of=np.array([0, 0, 1]))
-    # Of the 17 scored pixels of class 0, 16 are right and 1 is taken for class 1; of the 9 of class 1, 7 and 2.
+    # Of the 17 scored pixels of class 0, 16 are correct and 1 is predicted as class 1; of the 9 of class 1, 7 and 2.
     assert got.class_iou.tolist() == [16 / 19, 7 / 10]
     assert got.miou == pytest.approx((16 / 19 + 7 / 10) / 2, abs=1e-15)
     assert got.pixel_accuracy == 23 / 26
@@ -263,7 +263,7 @@ def test_score_merged__classes_that_stay_apart_change_nothing():
 
 def test_foreground_iou__worked_by_hand():
     is_thing, is_background = np.array([True, True, False]), np.array([False, False, True, True])
-    # 18 pixels of things, 16 of them found, and 2 of the background taken for things.
+    # 18 pixels of things, 16 of them found, and 2 of the background predicted as things.
     assert foreground_iou(MERGING, is_thing, is_background) == 16 / 20
     assert foreground_iou(MERGING[:, [1, 0, 3, 2]], is_thing, is_background) == 16 / 20
 

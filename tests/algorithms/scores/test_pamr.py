@@ -45,7 +45,7 @@ def test_refine__probabilities_stay_probabilities():
 
 
 def test_refined_argmax__moves_a_boundary_to_the_edge_of_colour():
-    # The object is 13 px wide, the patch grid of 8 px can only say 8 or 16.
+    # The object is 13 px wide; the patch grid of 8 px can only give 8 or 16.
     image = torch.full((3, 32, 32), 40, dtype=torch.uint8)
     image[:, :, :13] = 200
     maps = torch.zeros(2, 4, 4)

@@ -34,7 +34,7 @@ def test_upsample_probabilities__softmax_of_the_upsampled_logits():
 
 
 def _colour_means(windows):
-    """Class maps that depend on nothing but the patch: the mean of each colour over its 4 x 4 px."""
+    """Class maps that depend on the patch alone: the mean of each colour over its 4 x 4 px."""
     return torch.nn.functional.avg_pool2d(windows.float(), 4)
 
 
@@ -53,7 +53,7 @@ def test_slide__covers_every_patch_of_any_size(size):
 
 
 def test_slide__a_patch_has_the_mean_of_the_windows_over_it():
-    # Three windows, 8 px apart, each saying its own number: 1, 2 and 3.
+    # Three windows, 8 px apart, whose maps are their numbers: 1, 2 and 3.
     numbers = iter((1.0, 2.0, 3.0))
     maps = slide(
         lambda windows: torch.stack([torch.full((1, 4, 4), next(numbers)) for _ in windows]),
