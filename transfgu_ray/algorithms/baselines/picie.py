@@ -1,5 +1,6 @@
 """PiCIE: alternate clustering and training of a projection until a place has the same cluster in two views."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,15 @@ def cluster_loss(
         centroids: means of such features.
     """
     return functional.cross_entropy(features @ centroids.T / _TEMPERATURE, labels)
+
+
+def _loss_of_views(features: Iterable[Tensor], clusterings: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+    """Return the mean `cluster_loss` of both views' features under both views' centroids and labels."""
+    loss = torch.zeros((), device=clusterings[0][0].device)
+    for of_view in features:
+        for centroids, labels in clusterings:
+            loss = loss + cluster_loss(of_view, labels[rows], centroids) / 4
+    return loss
 
 
 def fit_picie(
@@ -87,10 +97,7 @@ def fit_picie(
         clusterings = [cluster(view, short) for view in views]
         for _ in range(_STEPS_PER_EPOCH):
             rows = torch.randperm(views.shape[1], generator=rng)[:_BATCH]
-            loss = torch.zeros((), device=device)
-            for features in (project(view[rows]) for view in views):
-                for centroids, labels in clusterings:
-                    loss = loss + cluster_loss(features, labels[rows], centroids) / 4
+            loss = _loss_of_views((project(view[rows]) for view in views), clusterings, rows)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
