@@ -7,6 +7,7 @@ import torch
 from tests.builders import TINY_OVERRIDES, TINY_VIT, random_images
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, random_vit
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.algorithms.labels.cam import GradientResponse
 from transfgu_ray.algorithms.labels.labeller import Labeller
 from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap, BootstrapSettings
 from transfgu_ray.algorithms.rounds.schedule import schedule
@@ -29,7 +30,9 @@ def test_labeller__cuda_equals_cpu() -> None:
     images, centroids = random_images(3, 64, 64), torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     scores = {}
     for device in ("cpu", "cuda"):
-        labeller = Labeller(encoder_on(device), centroids.to(device), None, "attention", 1.0, None)
+        encoder = encoder_on(device)
+        response = GradientResponse(encoder=encoder, centroids=centroids.to(device))
+        labeller = Labeller(encoder, response, None, "attention")
         scores[device] = labeller(images.to(device))[0].cpu()
     torch.testing.assert_close(scores["cuda"], scores["cpu"], atol=1e-4, rtol=0)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transfgu_ray.algorithms.concepts.windows import enumerate_windows
 from transfgu_ray.algorithms.encoder.checkpoints import random_vit
 from transfgu_ray.algorithms.encoder.vit import Encoder
+from transfgu_ray.algorithms.labels.cam import GradientResponse
 from transfgu_ray.algorithms.labels.labeller import Labeller
 from transfgu_ray.images import cut_crops, to_working
 
@@ -56,4 +57,4 @@ def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
 
 def build_labeller(encoder: Encoder, concepts: Float[Tensor, "k d"]) -> Labeller:
     """The paper's labels: gradient maps, attention as foreground prior, no exclusion."""
-    return Labeller(encoder, concepts, None, "attention", gradient_scale=1.0, keep_mass=None)
+    return Labeller(encoder, GradientResponse(encoder=encoder, centroids=concepts), None, "attention")

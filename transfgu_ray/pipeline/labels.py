@@ -1,13 +1,17 @@
 """images + concepts -> labels: the pseudo-label bank, one row an image."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.labels.bank import encode_scores
-from transfgu_ray.algorithms.labels.labeller import Labeller
+from transfgu_ray.algorithms.labels.cam import GradientResponse
+from transfgu_ray.algorithms.labels.labeller import Labeller, Response
+from transfgu_ray.algorithms.labels.window_votes import WindowVotes
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.halving import halved
 from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_photos, require_finite, require_some
@@ -27,23 +31,50 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     return table_content(job, result) | {"weights_sha256": job.run.require("extract")["weights_sha256"]}
 
 
+def _gradient(
+    config: RunConfig, encoder: Encoder, *, centroids: torch.Tensor, is_background: torch.Tensor | None
+) -> Response:
+    cam = config.cam
+    return GradientResponse(
+        encoder=encoder, centroids=centroids, gradient_scale=cam.gradient_scale, keep_mass=cam.keep_mass
+    )
+
+
+def _windows(
+    config: RunConfig, encoder: Encoder, *, centroids: torch.Tensor, is_background: torch.Tensor | None
+) -> Response:
+    return WindowVotes(
+        encoder=encoder,
+        centroids=centroids,
+        is_background=is_background,
+        window_fracs=config.extract.window_fracs,
+        crop_size=config.extract_crop_size,
+    )
+
+
+# By the values of `cam.response`.
+RESPONSES: dict[str, Callable[..., Response]] = {
+    "gradient": _gradient,
+    "windows": _windows,
+}
+
+
 def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
     """The labeller of a run that has its encoder and concepts."""
     encoder = load_run_encoder(run, config.encoder.precision, device)
     kinds, centroids = read_concepts(run)
     voting = config.cam.response == "windows"
+    on_device = torch.from_numpy(centroids).to(device)
     # Some concept wins the votes everywhere, so that Eq. 8 needs the foreground to leave it any background.
     excluding = config.cam.exclusion and (
         config.region_mode == "things_and_stuff" or (voting and config.has_background)
     )
+    is_background = torch.tensor([k == "background" for k in kinds], device=device) if excluding else None
     return Labeller(
         encoder=encoder,
-        centroids=torch.from_numpy(centroids).to(device),
-        is_background=torch.tensor([k == "background" for k in kinds], device=device) if excluding else None,
+        response=RESPONSES[config.cam.response](config, encoder, centroids=on_device, is_background=is_background),
+        is_background=is_background,
         foreground_prior="all" if config.region_mode == "all_foreground" else config.extract.foreground_prior,
-        gradient_scale=config.cam.gradient_scale,
-        keep_mass=config.cam.keep_mass,
-        windows=(config.extract.window_fracs, config.extract_crop_size) if voting else None,
     )
 
 

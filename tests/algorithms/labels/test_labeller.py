@@ -5,14 +5,25 @@ import torch
 from tests.builders import random_images, tiny_encoder
 from transfgu_ray.algorithms.concepts.windows import enumerate_windows, window_shares
 from transfgu_ray.algorithms.encoder.vit import above_mean
+from transfgu_ray.algorithms.labels.cam import GradientResponse
 from transfgu_ray.algorithms.labels.labeller import Labeller
+from transfgu_ray.algorithms.labels.window_votes import WindowVotes
 
 CENTROIDS = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
 IS_BACKGROUND = torch.tensor([False, False, True, False, True])
 
 
 def _label(images, centroids=CENTROIDS, is_background=None, prior="attention"):
-    return Labeller(tiny_encoder(), centroids, is_background, prior, gradient_scale=1.0, keep_mass=None)(images)
+    encoder = tiny_encoder()
+    response = GradientResponse(encoder=encoder, centroids=centroids)
+    return Labeller(encoder, response, is_background, prior)(images)
+
+
+def _voting(encoder, is_background):
+    response = WindowVotes(
+        encoder=encoder, centroids=CENTROIDS, is_background=is_background, window_fracs=(0.5,), crop_size=16
+    )
+    return Labeller(encoder, response, is_background, "all")
 
 
 def test_labeller__scores_span_0_to_1_in_each_image():
@@ -62,7 +73,7 @@ def test_labeller__padding_a_batch_keeps_its_rows():
 
 def test_labeller__windows_vote_for_the_nearest_concept_of_each_group():
     encoder, image = tiny_encoder(), random_images(1, 32, 32)
-    voting = Labeller(encoder, CENTROIDS, IS_BACKGROUND, "all", 1.0, None, windows=((0.5,), 16))
+    voting = _voting(encoder, IS_BACKGROUND)
     boxes, _ = enumerate_windows(32, 32, (0.5,))
     tokens = encoder.cls_tokens(torch.stack([image[0, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()]))
     foreground = [i for i, other in enumerate(IS_BACKGROUND.tolist()) if not other]
@@ -78,7 +89,7 @@ def test_labeller__windows_vote_for_the_nearest_concept_of_each_group():
 def test_labeller__windows_of_things_alone_vote_as_without_exclusion():
     encoder, image = tiny_encoder(), random_images(1, 32, 32)
     none = torch.zeros(5, dtype=torch.bool)
-    free, things = (Labeller(encoder, CENTROIDS, b, "all", 1.0, None, windows=((0.5,), 16)) for b in (None, none))
+    free, things = (_voting(encoder, is_background) for is_background in (None, none))
     assert torch.equal(things(image)[0], free(image)[0])
 
 

@@ -7,8 +7,10 @@ matrix product with the values. Nothing before the last block is differentiated.
 Letters: b images, k concepts, d embedding, n tokens, (h, w) patch grid.
 """
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from transfgu_ray.algorithms.encoder.vit import ClassRow, Encoder
@@ -45,6 +47,36 @@ def attention_gradients(row: ClassRow, centroids: Float[Tensor, "k d"]) -> Float
         # side sums over heads.
         gradients.append(torch.einsum("kbd,bnd->bkn", at_context, row.values) / num_heads)
     return torch.cat(gradients, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientResponse:
+    """Response maps by the gradient of each concept's loss (Eq. 4-7).
+
+    Attributes:
+        encoder: whose class row is read.
+        centroids: one row per concept, on the encoder's device.
+        gradient_scale: see `response_maps`.
+        keep_mass: see `response_maps`.
+    """
+
+    encoder: Encoder
+    centroids: Float[Tensor, "k d"]
+    gradient_scale: float = 1.0
+    keep_mass: float | None = None
+
+    def __call__(
+        self, images: UInt8[Tensor, "b 3 y x"], row: ClassRow, grid_hw: tuple[int, int]
+    ) -> Float[Tensor, "b k h w"]:
+        """Return the maps of some images; see `labeller.Response`."""
+        return response_maps(
+            self.encoder,
+            row,
+            centroids=self.centroids,
+            grid_hw=grid_hw,
+            gradient_scale=self.gradient_scale,
+            keep_mass=self.keep_mass,
+        )
 
 
 @torch.no_grad()
