@@ -6,11 +6,10 @@ import shutil
 from typing import Any
 
 import pyarrow.fs as pafs
-import yaml
 
-from transfgu_ray.config.base import difference, dump_yaml, parse_config
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pretraining.config import PretrainConfig
+from transfgu_ray.runs.configured import ConfiguredFolder
 from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.storage import Folder
 
@@ -41,42 +40,16 @@ class PretrainFolder:
         Raises:
             ArtifactError: there is no pretraining, it was made with another configuration, or it cannot be written.
         """
-        folder, stored = Folder(uri), cls.stored_config(uri)
-        if config is None:
-            if stored is None:
-                raise ArtifactError(f"{uri} holds no pretraining (it has no {CONFIG}); start one with --data DIR")
-            return cls(folder, stored)
-        changes = [] if stored is None else difference(identity(stored), identity(config))
-        if changes and not overwrite and cls._has_results(folder):
-            raise ArtifactError(
-                f"{uri} was made with another configuration ({'; '.join(changes)}); use another folder, or --overwrite "
-                "to train anew"
-            )
-        if stored != config:
-            folder.write_bytes(CONFIG, dump_yaml(config).encode())
-        return cls(folder, config)
-
-    @staticmethod
-    def _has_results(folder: Folder) -> bool:
-        # A call that was refused before it computed anything leaves the configuration only.
-        return folder.exists(MANIFEST) or any(True for _ in folder.files("train", recursive=True))
+        return cls(*_KIND.open(uri, config, overwrite=overwrite))
 
     @staticmethod
     def stored_config(uri: str) -> PretrainConfig | None:
-        """The configuration of a folder; None where there is none.
+        """Return the configuration of a folder; None where there is none.
 
         Raises:
             ArtifactError: the folder cannot be opened or its configuration is damaged.
         """
-        folder = Folder(uri)
-        try:
-            if not folder.exists(CONFIG):
-                return None
-            return parse_config(yaml.safe_load(folder.read_bytes(CONFIG)), PretrainConfig)
-        except OSError as error:
-            raise ArtifactError(f"cannot open the folder {uri}: {error.strerror or error}") from None
-        except yaml.YAMLError:
-            raise ArtifactError(f"{uri}/{CONFIG} is damaged; use another folder") from None
+        return _KIND.stored(uri)
 
     def fingerprint(self, images: str) -> str:
         """Hash of every setting and of the images' own fingerprint."""
@@ -136,3 +109,18 @@ def identity(config: PretrainConfig) -> dict[str, Any]:
     # Where the images lie does not matter; their fingerprint says which they are.
     del values["data"]["root"], values["data"]["val_root"]
     return values
+
+
+def _has_results(folder: Folder) -> bool:
+    return folder.exists(MANIFEST) or any(True for _ in folder.files("train", recursive=True))
+
+
+_KIND = ConfiguredFolder(
+    file=CONFIG,
+    kind=PretrainConfig,
+    noun="folder",
+    missing=f"{{uri}} holds no pretraining (it has no {CONFIG}); start one with --data DIR",
+    again="train anew",
+    identity=identity,
+    has_results=_has_results,
+)

@@ -6,9 +6,6 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from transfgu_ray.config.base import difference, dump_yaml, parse_config
 from transfgu_ray.config.run import NOT_IDENTITY, RunConfig
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.checksums import (
@@ -20,6 +17,7 @@ from transfgu_ray.runs.checksums import (
     record_name,
     write_mending,
 )
+from transfgu_ray.runs.configured import ConfiguredFolder
 from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.runs.stages import NAMES, STAGES
 from transfgu_ray.storage import Folder
@@ -44,48 +42,16 @@ class Run:
         Raises:
             ArtifactError: there is no run, it was made with another configuration, or it cannot be written.
         """
-        folder, stored = Folder(uri), cls.stored_config(uri)
-        if config is None:
-            if stored is None:
-                raise ArtifactError(
-                    f"{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`"
-                )
-            return cls(folder, stored)
-        changes = [] if stored is None else difference(_identity(stored), _identity(config))
-        if changes and not overwrite and cls._has_results(folder):
-            raise ArtifactError(
-                f"{uri} was made with another configuration ({'; '.join(changes)}); use another run folder, or "
-                "--overwrite to compute again what this changes"
-            )
-        if stored != config:
-            folder.write_bytes("config.yaml", dump_yaml(config).encode())
-        return cls(folder, config)
-
-    @staticmethod
-    def _has_results(folder: Folder) -> bool:
-        # A call that was refused before it computed anything leaves the configuration only.
-        return any(folder.exists(f"{stage}.json") for stage in STAGES.names) or any(
-            True for _ in folder.files("features")
-        )
+        return cls(*_KIND.open(uri, config, overwrite=overwrite))
 
     @staticmethod
     def stored_config(uri: str) -> RunConfig | None:
-        """The configuration of a run folder; None where there is no run.
+        """Return the configuration of a run folder; None where there is no run.
 
         Raises:
             ArtifactError: the folder cannot be opened or its configuration is damaged.
         """
-        folder = Folder(uri)
-        try:
-            return (
-                parse_config(yaml.safe_load(folder.read_bytes("config.yaml")), RunConfig)
-                if folder.exists("config.yaml")
-                else None
-            )
-        except OSError as error:
-            raise ArtifactError(f"cannot open the run folder {uri}: {error.strerror or error}") from None
-        except yaml.YAMLError:
-            raise ArtifactError(f"{uri}/config.yaml is damaged; use another run folder") from None
+        return _KIND.stored(uri)
 
     def fingerprint(self, stage: str, inputs: str) -> str:
         """Hash of every setting and input that the stage's output depends on."""
@@ -245,3 +211,18 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     # Where the photographs lie does not matter; the input fingerprint says which they are.
     del values["data"]["root"]
     return values
+
+
+def _has_results(folder: Folder) -> bool:
+    return any(folder.exists(f"{stage}.json") for stage in STAGES.names) or any(True for _ in folder.files("features"))
+
+
+_KIND = ConfiguredFolder(
+    file="config.yaml",
+    kind=RunConfig,
+    noun="run folder",
+    missing="{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`",
+    again="compute again what this changes",
+    identity=_identity,
+    has_results=_has_results,
+)
