@@ -8,6 +8,7 @@ import optuna
 from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from transfgu_ray.studies.spaces import Range, Space, expand
 from transfgu_ray.studies.trials import POINT
@@ -60,11 +61,10 @@ class Ended(Callback):
         self._on_end(json.loads(trial.config[POINT]), "failed")
 
 
-class OptunaSearch(Searcher):
-    """Points suggested by Optuna's sampler, a tree-structured Parzen estimator (Bergstra et al. 2011).
+class NewPoints(OptunaSearch):
+    """Ray's adaptor of Optuna, with points as trials take them, none of them twice.
 
-    Departures from Ray's adaptor of the same name: no point is suggested twice, and what an earlier call of the sweep
-    has found is known from the start.
+    The sampler is Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
 
     Args:
         space: what varies.
@@ -85,55 +85,44 @@ class OptunaSearch(Searcher):
         taken: Sequence[Mapping[str, Any]],
         first: Sequence[Mapping[str, Any]],
     ) -> None:
-        super().__init__(metric=metric, mode="max")
-        self._space = space
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            key: _distribution(values) for key, values in space.items()
-        }
-        self._seen = {to_text(point) for point in (*(point for point, _ in known), *taken)}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-        for point, value in known:
-            parameters = self._parameters(point)
-            trial = optuna.trial.create_trial(params=parameters, distributions=self._distributions, value=value)
-            self._study.add_trial(trial)
+        self._values = space
+        self._seen = {to_text(point) for point in (*(point for point, _ in known), *taken)}
+        super().__init__(
+            {key: _distribution(values) for key, values in space.items()},
+            metric=metric,
+            mode="max",
+            seed=seed,
+            points_to_evaluate=[self._parameters(point) for point, _ in known],
+            evaluated_rewards=[value for _, value in known],
+        )
+        # Ray's adaptor takes either points with results or points without.
         for point in first:
-            self._study.enqueue_trial(self._parameters(point))
-        self._asked: dict[str, optuna.Trial] = {}
+            self._ot_study.enqueue_trial(self._parameters(point))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """A point that was not suggested before, as text; FINISHED where there seems to be none left."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray omits FINISHED
+        """Return a point that was not suggested before, as text; FINISHED where there seems to be none left."""
         for _ in range(_MAX_KNOWN):
-            trial = self._study.ask(self._distributions)
+            parameters = super().suggest(trial_id)
             choice = {
-                key: trial.params[key] if isinstance(values, Range) else values[trial.params[key]]
-                for key, values in self._space.items()
+                key: parameters[key] if isinstance(values, Range) else values[parameters[key]]
+                for key, values in self._values.items()
             }
             text = to_text(expand(choice))
             if text not in self._seen:
                 self._seen.add(text)
-                self._asked[trial_id] = trial
                 return {POINT: text}
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            # Ray's adaptor gives the same point again for as long as it knows the trial.
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
         return Searcher.FINISHED
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells Optuna what a trial reached; a trial without a result counts as failed."""
-        trial = self._asked.pop(trial_id)
-        if error or not result or self.metric not in result:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, result[self.metric])
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the sweep's folder says what was found."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, see `save`."""
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Ignore an epoch's score: Optuna prunes nothing here, and warns when a restarted trial repeats an epoch."""
 
     def _parameters(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        # Lists cannot be Optuna's categories, so it chooses among their positions.
         parameters = {}
-        for key, values in self._space.items():
+        for key, values in self._values.items():
             if isinstance(values, Range):
                 parameters[key] = point[key]
             else:

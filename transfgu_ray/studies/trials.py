@@ -146,7 +146,7 @@ class Trials:
         }
 
     def for_search(self, objective: str) -> dict[str, list[Any]]:
-        """Return what `OptunaSearch` is told: `known` points, `taken` ones, and those to go on with `first`."""
+        """Return what `NewPoints` takes: `known` points, `taken` ones, and those to go on with `first`."""
         trials = self.describe()
         known = [(trial["point"], trial[objective]) for trial in trials if trial["status"] == "finished"]
         taken = [trial["point"] for trial in trials if trial["status"] == "stopped"]

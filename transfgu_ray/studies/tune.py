@@ -192,7 +192,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune as ray_tune
 
-    from transfgu_ray.studies.search import Ended, OptunaSearch, new_scheduler, to_text
+    from transfgu_ray.studies.search import Ended, NewPoints, new_scheduler, to_text
 
     # Of a trial that fails it shows tracebacks; the trial has noted the reason in words.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -211,7 +211,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
     }
     epochs = sum(base.train.round_epochs)
     if points is None:
-        search = OptunaSearch(plan.space, base.seed, metric=plan.objective, **trials.for_search(plan.objective))
+        search = NewPoints(plan.space, base.seed, metric=plan.objective, **trials.for_search(plan.objective))
         space, num_samples = {}, num_trials
     else:
         search, num_samples = None, 1
