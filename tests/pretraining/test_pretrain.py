@@ -28,7 +28,7 @@ from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.pretraining.config import PretrainConfig
 from transfgu_ray.pretraining.copies import Copies, build_index
 from transfgu_ray.pretraining.folder import PretrainFolder
-from transfgu_ray.pretraining.loop import Stretch, _epoch_row, _rows, build_network, stretches
+from transfgu_ray.pretraining.loop import Share, Stretch, _epoch_row, build_network, stretches
 from transfgu_ray.pretraining.presets import get_pretrain_preset
 from transfgu_ray.pretraining.pretrain import _Watcher, check_early, open_sources, pretrain
 
@@ -66,25 +66,29 @@ def make_copies(num_images: int) -> Copies:
     return Copies(index, rows[3:], rows[:3], np.zeros(num_images, dtype=np.int64))
 
 
+def rows(copies: Copies, settings: PretrainConfig, steps: range, *, rank: int, world_size: int) -> np.ndarray:
+    return Share(copies=copies, config=settings, rank=rank, world_size=world_size).rows(steps)
+
+
 def test_rows__workers_share_each_batch_of_a_permutation() -> None:
     copies, settings = make_copies(33), config("schedule.batch_size=8")
-    ranks = [_rows(copies, settings, steps=(0, 6), rank=rank, world_size=2).reshape(6, 4) for rank in (0, 1)]
+    ranks = [rows(copies, settings, range(6), rank=rank, world_size=2).reshape(6, 4) for rank in (0, 1)]
     batches = np.concatenate(ranks, 1)
     for epoch in (batches[:3], batches[3:]):
         assert len(set(epoch.flatten())) == 24, "no image twice"
         assert epoch.min() >= 3
     assert not np.array_equal(batches[:3], batches[3:])
-    alone = _rows(copies, settings, steps=(0, 6), rank=0, world_size=1).reshape(6, 8)
+    alone = rows(copies, settings, range(6), rank=0, world_size=1).reshape(6, 8)
     np.testing.assert_array_equal(np.sort(alone), np.sort(batches))
 
 
 @pytest.mark.parametrize("first", range(6))
 def test_rows__are_the_same_from_any_step_on(first: int) -> None:
     copies, settings = make_copies(33), config("schedule.batch_size=8")
-    whole = _rows(copies, settings, steps=(0, 6), rank=1, world_size=2).reshape(6, 4)
+    whole = rows(copies, settings, range(6), rank=1, world_size=2).reshape(6, 4)
     for last in range(first + 1, 7):
         np.testing.assert_array_equal(
-            _rows(copies, settings, steps=(first, last), rank=1, world_size=2).reshape(-1, 4), whole[first:last]
+            rows(copies, settings, range(first, last), rank=1, world_size=2).reshape(-1, 4), whole[first:last]
         )
 
 
@@ -132,7 +136,7 @@ def test_watcher__tells_epochs_once_and_what_alarms() -> None:
         ("schedule.batch_size=41", r"schedule\.batch_size=41 is more than the 40 images to train on"),
     ],
 )
-def testcheck_early__refuses(setting: str, message: str) -> None:
+def test_check_early__refuses(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_early(config(setting), 40)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -25,44 +26,57 @@ _MAX_BLOCKS = 1000
 _FILE_BYTES = 16 * 2**20
 
 
-def copy_images(
-    out: Folder,
-    sources: Sequence[Source],
-    *,
-    config: PretrainDataConfig,
-    fingerprint: str,
-    resources: Resources,
-    progress: Progress,
-) -> PartStats:
-    """Makes the working copies that are missing and their index, and says what was refused.
+@dataclass(frozen=True)
+class Copying:
+    """What the working copies of a pretraining are made by.
+
+    Attributes:
+        uri: folder of the pretraining.
+        config: how images are decoded.
+        fingerprint: of images and settings; copies made with another are made again.
+    """
+
+    uri: str
+    config: PretrainDataConfig
+    fingerprint: str
+
+    def stats(self, name: str) -> PartStats | None:
+        """Return what an index says became of its images; None where it is missing or made by other settings."""
+        footer = read_footer(Folder(self.uri), name, self.fingerprint)
+        return None if footer is None else footer[0]
+
+    def write_index(self, name: str, index: pa.Table, stats: PartStats) -> None:
+        """Write an index, which marks the copies that it names as complete."""
+        metadata = {"fingerprint": self.fingerprint, "stats": json.dumps(vars(stats))}
+        Folder(self.uri).write_bytes(name, to_parquet(index, metadata))
+
+
+def copy_images(copying: Copying, sources: Sequence[Source], *, resources: Resources, progress: Progress) -> PartStats:
+    """Make the working copies that are missing and their index; return how many images there are and which are refused.
 
     Args:
-        out: folder of the pretraining.
+        copying: where and how.
         sources: where the images are.
-        config: how they are decoded.
-        fingerprint: of images and settings; copies made with another are made again.
         resources: workers.
         progress: takes images done.
     """
     units = [(source.root.uri, unit) for source in sources for unit in source.units]
-    if (footer := read_footer(out, INDEX, fingerprint)) is not None:
+    if (known := copying.stats(INDEX)) is not None:
         progress(sum(unit.num_images for _, unit in units))
-        return footer[0]
-    missing = [i for i in range(len(units)) if read_footer(out, _unit_file(i), fingerprint) is None]
+        return known
+    missing = [i for i in range(len(units)) if copying.stats(_unit_file(i)) is None]
     progress(sum(unit.num_images for _, unit in units) - sum(units[i][1].num_images for i in missing))
-    for number in _stream(
-        {i: units[i] for i in missing}, out, config=config, fingerprint=fingerprint, resources=resources
-    ):
+    for number in _stream(copying, {i: units[i] for i in missing}, resources.num_cores):
         progress(units[number][1].num_images)
-    total, tables = PartStats(refused=[refusal for source in sources for refusal in source.refused]), []
-    for number in range(len(units)):
-        footer = read_footer(out, _unit_file(number), fingerprint)
-        if footer is None:
-            raise RuntimeError(f"{out.uri_of(_unit_file(number))} was not written")
-        total.add(footer[0])
-        with out.fs.open_input_file(out.join(_unit_file(number))) as file:
+    out, tables = Folder(copying.uri), []
+    total = PartStats(refused=[refusal for source in sources for refusal in source.refused])
+    for name in map(_unit_file, range(len(units))):
+        if (stats := copying.stats(name)) is None:
+            raise RuntimeError(f"{out.uri_of(name)} was not written")
+        total.add(stats)
+        with out.fs.open_input_file(out.join(name)) as file:
             tables.append(pq.read_table(file).replace_schema_metadata())
-    _write_index(out, INDEX, index=pa.concat_tables(tables), fingerprint=fingerprint, stats=total)
+    copying.write_index(INDEX, pa.concat_tables(tables), total)
     return total
 
 
@@ -70,15 +84,8 @@ def _unit_file(number: int) -> str:
     return f"{COPIES}/unit-{number:06d}.parquet"
 
 
-def _stream(
-    units: dict[int, tuple[str, Unit]],
-    out: Folder,
-    *,
-    config: PretrainDataConfig,
-    fingerprint: str,
-    resources: Resources,
-) -> Iterator[int]:
-    """Copies the units in Ray tasks and yields each one's number as it is done."""
+def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int) -> Iterator[int]:
+    """Copy the units in Ray tasks and yield the number of each as it is done."""
     if not units:
         return
     import ray.data
@@ -92,13 +99,12 @@ def _stream(
     )
     blocks = min(_MAX_BLOCKS, len(table))
     shares = [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(table), blocks)]
-    dataset = ray.data.from_arrow(shares)
-    dataset = dataset.map_batches(
+    dataset = ray.data.from_arrow(shares).map_batches(
         _copy_unit,
-        fn_kwargs={"out_uri": out.uri, "config": config, "fingerprint": fingerprint},
+        fn_kwargs={"copying": copying},
         batch_format="pyarrow",
         batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=resources.num_cores),
+        compute=ray.data.TaskPoolStrategy(size=num_cores),
         num_cpus=1,
     )
     with unwrapped_errors():
@@ -106,12 +112,13 @@ def _stream(
             yield from batch["unit"].to_pylist()
 
 
-def _copy_unit(table: pa.Table, out_uri: str, *, config: PretrainDataConfig, fingerprint: str) -> pa.Table:
-    """Writes the working copies of one unit, then its part of the index, which marks it as complete."""
+def _copy_unit(table: pa.Table, copying: Copying) -> pa.Table:
+    """Write the working copies of one unit, then its part of the index."""
     (number,), (what,) = table["unit"].to_pylist(), table["what"].to_pylist()
-    root_uri, unit = json.loads(what)
-    out, stats = Folder(out_uri), PartStats()
-    unit, rows, squares = Unit(**unit), [], []
+    root_uri, fields = json.loads(what)
+    unit, out, config, stats = Unit(**fields), Folder(copying.uri), copying.config, PartStats()
+    rows: list[dict[str, object]] = []
+    squares: list[np.ndarray] = []
     most = max(1, _FILE_BYTES // (3 * config.source_size**2))
     files = 0
 
@@ -143,14 +150,9 @@ def _copy_unit(table: pa.Table, out_uri: str, *, config: PretrainDataConfig, fin
         if len(squares) == most:
             flush()
     flush()
-    _write_index(out, _unit_file(number), index=build_index(rows), fingerprint=fingerprint, stats=stats)
+    copying.write_index(_unit_file(number), build_index(rows), stats)
     return pa.table({"unit": pa.array([number], pa.int64())})
 
 
 def _square(image: Image.Image, size_px: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(to_square(image, size_px)).transpose(2, 0, 1))
-
-
-def _write_index(out: Folder, name: str, *, index: pa.Table, fingerprint: str, stats: PartStats) -> None:
-    metadata = {"fingerprint": fingerprint, "stats": json.dumps(vars(stats))}
-    out.write_bytes(name, to_parquet(index, metadata))

@@ -60,6 +60,66 @@ def stretches(epochs: int, epoch_steps: int, *, checkpoint_steps: int | None, st
                 yield Stretch(epoch, first, last, last == end)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The images that one of several workers trains on.
+
+    Attributes:
+        copies: all images.
+        config: of the pretraining.
+        rank: of the worker.
+        world_size: how many workers there are.
+    """
+
+    copies: Copies
+    config: PretrainConfig
+    rank: int
+    world_size: int
+
+    def batches(self, out: Folder, steps: range, *, num_readers: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield this worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix.
+
+        Args:
+            out: folder of the working copies.
+            steps: of the training.
+            num_readers: tasks that read ahead.
+            device: where the images go.
+        """
+        per_worker = self.config.schedule.batch_size // self.world_size
+        # Each task reads whole batches.
+        stride = max(1, _TASK_BYTES // (3 * self.config.data.source_size**2 * per_worker))
+        calls = (
+            {"uri": out.uri, "places": self.copies.places(self.rows(steps[first : first + stride]))}
+            for first in range(0, len(steps), stride)
+        )
+        for images in read_ahead(fetch_copies, calls, num_readers):
+            for first in range(0, len(images), per_worker):
+                yield to_device([images[first : first + per_worker]], device)
+
+    def rows(self, steps: range) -> np.ndarray:
+        """Return the rows of the index of this worker's images, step after step.
+
+        What is left of an epoch's images after its last whole batch is not used.
+        """
+        batch_size, num_images = self.config.schedule.batch_size, len(self.copies.train)
+        epoch_steps = num_images // batch_size
+        order = []
+        for epoch in range(steps.start // epoch_steps, -(-steps.stop // epoch_steps)):
+            start = epoch * epoch_steps
+            whole = _epoch_order(
+                self.config.seed,
+                epoch,
+                num_images=num_images,
+                repeats=1,
+                steps=epoch_steps,
+                per_worker=batch_size // self.world_size,
+                world_size=self.world_size,
+            )[self.rank]
+            order.append(whole[max(0, steps.start - start) : steps.stop - start])
+        rows: np.ndarray = self.copies.train[np.concatenate(order).reshape(-1)]
+        return rows
+
+
 def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     """Trains from the last checkpoint on; returns why it stopped, if it had to."""
     import ray.train
@@ -89,16 +149,8 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
     pulse = Pulse(out)
-    images = _batches(
-        copies,
-        config,
-        out=out,
-        steps=(start, total_steps),
-        rank=rank,
-        world_size=world_size,
-        num_readers=settings["num_readers"],
-        device=device,
-    )
+    share = Share(copies=copies, config=config, rank=rank, world_size=world_size)
+    images = share.batches(out, range(start, total_steps), num_readers=settings["num_readers"], device=device)
     began = time.perf_counter()
     for stretch in stretches(
         config.schedule.epochs, epoch_steps, checkpoint_steps=config.schedule.checkpoint_steps, start=start
@@ -157,56 +209,6 @@ def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str,
     return dump_encoder(
         vit, config.encoder.name, overrides=dict(config.encoder.overrides), dtype=torch.float16, facts=facts
     )
-
-
-def _batches(
-    copies: Copies,
-    config: PretrainConfig,
-    *,
-    out: Folder,
-    steps: tuple[int, int],
-    rank: int,
-    world_size: int,
-    num_readers: int,
-    device: torch.device,
-) -> Iterator[torch.Tensor]:
-    """This worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix."""
-    per_worker = config.schedule.batch_size // world_size
-    # Whole batches a task.
-    stride = max(1, _TASK_BYTES // (3 * config.data.source_size**2 * per_worker))
-    calls = (
-        {
-            "uri": out.uri,
-            "places": copies.places(
-                _rows(copies, config, steps=(first, min(first + stride, steps[1])), rank=rank, world_size=world_size)
-            ),
-        }
-        for first in range(*steps, stride)
-    )
-    for images in read_ahead(fetch_copies, calls, num_readers):
-        for first in range(0, len(images), per_worker):
-            yield to_device([images[first : first + per_worker]], device)
-
-
-def _rows(copies: Copies, config: PretrainConfig, *, steps: tuple[int, int], rank: int, world_size: int) -> np.ndarray:
-    """Rows of the index of this worker's images, step after step; an epoch's last part of a batch is left out."""
-    first, last = steps
-    batch_size = config.schedule.batch_size
-    epoch_steps, per_worker = len(copies.train) // batch_size, batch_size // world_size
-    order = []
-    for epoch in range(first // epoch_steps, -(-last // epoch_steps)):
-        start = epoch * epoch_steps
-        whole = _epoch_order(
-            config.seed,
-            epoch,
-            num_images=len(copies.train),
-            repeats=1,
-            steps=epoch_steps,
-            per_worker=per_worker,
-            world_size=world_size,
-        )[rank]
-        order.append(whole[max(0, first - start) : last - start])
-    return copies.train[np.concatenate(order).reshape(-1)]
 
 
 def _mean_over_workers(terms: list[dict[str, float]], world_size: int, device: torch.device) -> dict[str, float]:

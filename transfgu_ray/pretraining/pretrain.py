@@ -5,12 +5,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from transfgu_ray.algorithms.encoder.checkpoints import random_vit, read_safetensors
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.engine.parts import PartStats, refusals
+from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.engine.trainer import PULSE, drop_torn, new_trainer, read_state, watched_json
@@ -18,21 +19,52 @@ from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.pretraining.config import PretrainConfig
 from transfgu_ray.pretraining.copies import COPIES, open_copies
-from transfgu_ray.pretraining.copying import copy_images
+from transfgu_ray.pretraining.copying import Copying, copy_images
 from transfgu_ray.pretraining.folder import HISTORY, LATEST, RESULT, PretrainFolder, training_name
 from transfgu_ray.pretraining.loop import build_network, encoder_bytes, pretrain_loop
 from transfgu_ray.pretraining.sources import Source, open_source
 from transfgu_ray.storage import Folder
 
 
-class Reporter(Protocol):
-    """What a pretraining tells whoever started it."""
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One pretraining while it runs.
 
-    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager[Callable[..., None]]:
-        """Progress of one stage: the context gives a function that takes items done, and words beside them."""
+    Attributes:
+        opened: its folder and configuration.
+        images: fingerprint of the images.
+        fingerprint: of images and settings.
+        sources: where the images are.
+        resources: workers and devices.
+        reporter: shows progress.
+        started: `time.perf_counter()` at the start.
+    """
 
-    def note(self, text: str) -> None:
-        """One line."""
+    opened: PretrainFolder
+    images: str
+    fingerprint: str
+    sources: list[Source]
+    resources: Resources
+    reporter: Reporter
+    started: float
+
+    @property
+    def config(self) -> PretrainConfig:
+        return self.opened.config
+
+    @property
+    def out(self) -> Folder:
+        return self.opened.folder
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """What became of the images: counts and refusals, how many are trained on and how many are not, seconds so far."""
+
+    stats: PartStats
+    num_train: int
+    num_val: int
+    seconds: float
 
 
 def pretrain(
@@ -56,32 +88,18 @@ def pretrain(
     opened.require_space(0 if out.exists(COPIES) else found * 3 * config.data.source_size**2)
     with ray_session(address, config.runtime) as resources:
         check_workers(config, resources)
-        with (
-            reporter.stage("images", found, "images") as show,
-            unless_stalled("the copying of images", config.runtime.stall_minutes, show) as progress,
-        ):
-            stats = copy_images(
-                out,
-                sources,
-                config=config.data,
-                fingerprint=_copies_key(config, images),
-                resources=resources,
-                progress=progress,
-            )
-        num_train, num_val = _require_enough(out, config, stats)
-        copied = time.perf_counter()
-        state = _train(opened, fingerprint, resources=resources, reporter=reporter, num_train=num_train)
-    return _finish(
-        opened,
-        fingerprint,
-        images=images,
-        sources=sources,
-        stats=stats,
-        state=state,
-        counts=(num_train, num_val),
-        resources=resources,
-        copy_seconds=copied - started,
-    )
+        work = _Work(
+            opened=opened,
+            images=images,
+            fingerprint=fingerprint,
+            sources=sources,
+            resources=resources,
+            reporter=reporter,
+            started=started,
+        )
+        copied = _copy(work, found)
+        state = _train(work, copied.num_train)
+    return _finish(work, copied, state)
 
 
 def open_sources(config: PretrainConfig) -> list[Source]:
@@ -140,10 +158,23 @@ def check_workers(config: PretrainConfig, resources: Resources) -> None:
         )
 
 
-def _copies_key(config: PretrainConfig, images: str) -> str:
-    data = config.data
+def _copy(work: _Work, num_images: int) -> _Copied:
+    """Make the working copies.
+
+    Raises:
+        ConfigError: fewer images than a batch are left to train on.
+        DataError: fewer than two images can be used.
+    """
+    data = work.config.data
     settings = [data.source_size, data.min_side_px, data.max_pixels]
-    return hashlib.sha256(json.dumps([settings, images]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([settings, work.images]).encode()).hexdigest()
+    with (
+        work.reporter.stage("images", num_images, "images") as show,
+        unless_stalled("the copying of images", work.config.runtime.stall_minutes, show) as progress,
+    ):
+        stats = copy_images(Copying(work.out.uri, data, key), work.sources, resources=work.resources, progress=progress)
+    num_train, num_val = _require_enough(work.out, work.config, stats)
+    return _Copied(stats, num_train, num_val, time.perf_counter() - work.started)
 
 
 def _require_enough(out: Folder, config: PretrainConfig, stats: PartStats) -> tuple[int, int]:
@@ -160,12 +191,14 @@ def _require_enough(out: Folder, config: PretrainConfig, stats: PartStats) -> tu
     return len(copies.train), len(copies.val)
 
 
-def _train(
-    opened: PretrainFolder, fingerprint: str, *, resources: Resources, reporter: Reporter, num_train: int
-) -> dict[str, Any]:
-    """Runs Ray Train and returns the last checkpoint's state."""
-    config, out = opened.config, opened.folder
-    name = training_name(fingerprint)
+def _train(work: _Work, num_train: int) -> dict[str, Any]:
+    """Run Ray Train and return the state of the last checkpoint.
+
+    Raises:
+        ConfigError: the training diverged.
+    """
+    config, out, resources = work.config, work.out, work.resources
+    name = training_name(work.fingerprint)
     drop_torn(out, f"train/{name}")
     if not out.exists(f"train/{name}"):
         out.delete(HISTORY)
@@ -178,11 +211,11 @@ def _train(
     trainer = new_trainer(pretrain_loop, settings, storage=Folder(out.uri_of("train")), name=name, resources=resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with (
-        reporter.stage("train", total_steps, "steps") as show,
+        work.reporter.stage("train", total_steps, "steps") as show,
         unless_stalled("the training", config.runtime.stall_minutes, show) as progress,
     ):
         known = out.read_json(HISTORY) or {"epochs": []}
-        watcher = _Watcher(config, total_steps, epochs=len(known["epochs"]), progress=progress, note=reporter.note)
+        watcher = _Watcher(config, total_steps, epochs=len(known["epochs"]), progress=progress, note=work.reporter.note)
         with (
             unwrapped_errors(),
             watched_json(out, PULSE, watcher.on_progress),
@@ -207,7 +240,7 @@ class _Watcher:
         total_steps: int,
         *,
         epochs: int,
-        progress: Callable[..., None],
+        progress: Progress,
         note: Callable[[str], None],
     ) -> None:
         self._config, self._total_steps, self._progress, self._note = config, total_steps, progress, note
@@ -249,52 +282,41 @@ def quality(row: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _finish(
-    opened: PretrainFolder,
-    fingerprint: str,
-    *,
-    images: str,
-    sources: list[Source],
-    stats: PartStats,
-    state: dict[str, Any],
-    counts: tuple[int, int],
-    resources: Resources,
-    copy_seconds: float,
-) -> dict[str, Any]:
-    """Writes the encoder, drops the working copies, and writes the manifest."""
-    config, out = opened.config, opened.folder
+def _finish(work: _Work, copied: _Copied, state: dict[str, Any]) -> dict[str, Any]:
+    """Write the encoder, drop the working copies, and write the manifest."""
+    config, out, stats = work.config, work.out, copied.stats
     network = build_network(config)
     network.load_state_dict(state["dino"]["teacher"])
     last = state["history"]["epochs"][-1]
     images_seen = state["step"] * config.schedule.batch_size
     probed = {name: last[name] for name in ("knn_top1", "knn_chance", "rank_me") if name in last}
-    facts = {"images_seen": images_seen, **probed, "data_fingerprint": images}
+    facts = {"images_seen": images_seen, **probed, "data_fingerprint": work.images}
     data = encoder_bytes(network.vit, config, {name: str(value) for name, value in facts.items()})
     out.write_bytes(RESULT, data)
     out.write_json(HISTORY, state["history"])
     out.delete(COPIES)
-    return opened.write_manifest(
-        fingerprint,
+    return work.opened.write_manifest(
+        work.fingerprint,
         {
             **refusals(stats),
             "rows_out": stats.images,
-            "images_train": counts[0],
-            "images_val": counts[1],
-            "other_files_passed_over": sum(source.num_other_files for source in sources),
+            "images_train": copied.num_train,
+            "images_val": copied.num_val,
+            "other_files_passed_over": sum(source.num_other_files for source in work.sources),
             "epochs": len(state["history"]["epochs"]),
             "steps": state["step"],
             "images_seen": images_seen,
-            "seconds": round(state["seconds"] + copy_seconds, 3),
+            "seconds": round(state["seconds"] + copied.seconds, 3),
             "images_per_second": round(images_seen / state["seconds"], 3),
             "resumed_at_step": state["resumed_at_step"],
             "peak_memory_mb": state["peak_memory_mb"],
-            "train_workers": resources.train_workers,
-            "device": resources.device,
+            "train_workers": work.resources.train_workers,
+            "device": work.resources.device,
             **{name: last[name] for name in ("loss", "teacher_entropy", "usage_entropy")},
             **probed,
             "alarms": last["alarms"],
             "epochs_with_alarms": sum(bool(row["alarms"]) for row in state["history"]["epochs"]),
             "weights_sha256": read_safetensors(data, RESULT)[1]["weights_sha256"],
-            "input_fingerprint": images,
+            "input_fingerprint": work.images,
         },
     )

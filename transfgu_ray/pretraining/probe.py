@@ -9,7 +9,7 @@ from PIL import Image
 
 from transfgu_ray.algorithms.dino.probe import knn_accuracy, mask_iou, rank_me
 from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
-from transfgu_ray.algorithms.encoder.vit import Encoder, above_mean
+from transfgu_ray.algorithms.encoder.vit import above_mean
 from transfgu_ray.config.run import EncoderConfig
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_square
@@ -100,8 +100,8 @@ class Probe:
         """
         seen = {"bank": _Seen(), "queries": _Seen()}
         refused: list[dict[str, str]] = []
-        for role, pictures in _batches(self._source, self._roles, size=self._size, refused=refused, progress=progress):
-            _look(self._encoder, self._size, pictures=pictures, seen=seen[role])
+        for role, pictures in self._batches(refused, progress):
+            self._measure(pictures, seen[role])
         queries, bank = seen["queries"], seen["bank"]
         if not queries.labels:
             first = f"; the first, {refused[0]['image_id']}: {refused[0]['reason']}" if refused else ""
@@ -109,11 +109,12 @@ class Probe:
         tokens = torch.cat(queries.tokens)
         result = ProbeResult(self._size, 0, len(tokens), rank_me(tokens), refused=refused)
         names = sorted({label for label in bank.labels + queries.labels if label is not None})
+        numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
         labelled = [i for i, label in enumerate(queries.labels) if label is not None]
         voters = [i for i, label in enumerate(bank.labels) if label is not None]
         if labelled and voters:
-            truth = torch.tensor([names.index(queries.labels[i]) for i in labelled])
-            votes = torch.tensor([names.index(bank.labels[i]) for i in voters])
+            truth = torch.tensor([numbers[queries.labels[i]] for i in labelled])
+            votes = torch.tensor([numbers[bank.labels[i]] for i in voters])
             result.num_bank = len(voters)
             result.knn_top1 = knn_accuracy(
                 torch.cat(bank.tokens)[voters], votes, queries=tokens[labelled], query_labels=truth
@@ -122,6 +123,48 @@ class Probe:
         if queries.ious:
             result.object_iou = dict(zip(PRIORS, torch.cat(queries.ious).mean(0).tolist(), strict=True))
         return result
+
+    def _batches(
+        self, refused: list[dict[str, str]], progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, list[_Picture]]]:
+        """Yield decoded images with their role, a batch of one role at a time."""
+        waiting: dict[str, list[_Picture]] = {"bank": [], "queries": []}
+        position = -1
+        for unit in self._source.units:
+            for image in read_unit(self._source.root, unit):
+                position += 1
+                role = self._roles.get(position)
+                if role is None:
+                    continue
+                progress(1)
+                try:
+                    waiting[role].append(_decode(image, self._size))
+                except ImageRefused as refusal:
+                    refused.append({"image_id": image.image_id, "reason": str(refusal)})
+                if len(waiting[role]) == _BATCH:
+                    yield role, waiting[role]
+                    waiting[role] = []
+        yield from ((role, images) for role, images in waiting.items() if images)
+
+    def _measure(self, pictures: list[_Picture], seen: _Seen) -> None:
+        """Keep the class tokens of a batch, and how well each prior finds the object."""
+        encoder = self._encoder
+        tokens = encoder.prefix(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(encoder.device))
+        grid_hw = encoder.grid_hw((self._size, self._size))
+        row = encoder.class_row(tokens, grid_hw)
+        seen.labels += [picture.label for picture in pictures]
+        seen.tokens.append(row.tail(row.context).cpu())
+        objects = [picture.is_object for picture in pictures]
+        masked = [i for i, is_object in enumerate(objects) if is_object is not None]
+        if not masked:
+            return
+        truth = torch.from_numpy(np.stack([is_object for is_object in objects if is_object is not None]))
+        ious = []
+        for prior in PRIORS:
+            found = above_mean(encoder.saliency(tokens, row, grid_hw=grid_hw, prior=prior)).cpu()[masked]
+            found = found.repeat_interleave(encoder.patch_size, 1).repeat_interleave(encoder.patch_size, 2)
+            ious.append(mask_iou(found, truth))
+        seen.ious.append(torch.stack(ious, 1))
 
 
 def _choose(source: Source) -> dict[int, str]:
@@ -135,34 +178,6 @@ def _choose(source: Source) -> dict[int, str]:
     return dict.fromkeys(bank.tolist(), "bank") | dict.fromkeys(queries.tolist(), "queries")
 
 
-def _batches(
-    source: Source,
-    roles: dict[int, str],
-    *,
-    size: int,
-    refused: list[dict[str, str]],
-    progress: Callable[[int], None],
-) -> Iterator[tuple[str, list[_Picture]]]:
-    """Decoded images with their role, a batch of one role at a time."""
-    waiting: dict[str, list[_Picture]] = {"bank": [], "queries": []}
-    position = -1
-    for unit in source.units:
-        for image in read_unit(source.root, unit):
-            position += 1
-            role = roles.get(position)
-            if role is None:
-                continue
-            progress(1)
-            try:
-                waiting[role].append(_decode(image, size))
-            except ImageRefused as refusal:
-                refused.append({"image_id": image.image_id, "reason": str(refusal)})
-            if len(waiting[role]) == _BATCH:
-                yield role, waiting[role]
-                waiting[role] = []
-    yield from ((role, images) for role, images in waiting.items() if images)
-
-
 def _decode(image: EncodedImage, size: int) -> _Picture:
     limits = PretrainDataConfig()
     if image.data is None:
@@ -173,22 +188,3 @@ def _decode(image: EncodedImage, size: int) -> _Picture:
         mask = Image.fromarray(decode_label(image.mask))
         is_object = np.asarray(to_square(mask, size, Image.Resampling.NEAREST)) > 127
     return _Picture(image.label, np.asarray(square).transpose(2, 0, 1), is_object)
-
-
-def _look(encoder: Encoder, size: int, *, pictures: list[_Picture], seen: _Seen) -> None:
-    """Class tokens of a batch, and how well each prior finds the object."""
-    tokens = encoder.prefix(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(encoder.device))
-    grid_hw = encoder.grid_hw((size, size))
-    row = encoder.class_row(tokens, grid_hw)
-    seen.labels += [picture.label for picture in pictures]
-    seen.tokens.append(row.tail(row.context).cpu())
-    masked = [i for i, picture in enumerate(pictures) if picture.is_object is not None]
-    if not masked:
-        return
-    truth = torch.from_numpy(np.stack([pictures[i].is_object for i in masked]))
-    ious = []
-    for prior in PRIORS:
-        found = above_mean(encoder.saliency(tokens, row, grid_hw=grid_hw, prior=prior)).cpu()[masked]
-        found = found.repeat_interleave(encoder.patch_size, 1).repeat_interleave(encoder.patch_size, 2)
-        ious.append(mask_iou(found, truth))
-    seen.ious.append(torch.stack(ious, 1))
