@@ -224,6 +224,6 @@ def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
 
 def free_port() -> int:
     """A port of loopback that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

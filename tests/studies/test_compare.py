@@ -57,7 +57,7 @@ def test_compare__scores_are_those_of_evaluate(registry: Registry, finished: Run
         promote=True,
         force=True,
     )
-    # 3 photographs probed, then scored, by 2 versions.
+    # 2 versions measure 3 photographs each, then score them.
     assert reporter.done == {"compare": 12}
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
     bootstrapped, trained = got["versions"]

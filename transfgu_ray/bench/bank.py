@@ -31,8 +31,8 @@ def measure(device: str) -> Measurements:
     stored = decode_scores(*encoded)
     teacher = _teacher(tokens, scores)
     changed = (stored + teacher).argmax(1) != (scores + teacher).argmax(1)
-    scores, encoded = scores.cpu(), tuple(part.cpu() for part in encoded)
-    packed = [_pack(*(part[i] for part in encoded)) for i in range(_IMAGES)]
+    scores, parts = scores.cpu(), [part.cpu() for part in encoded]
+    packed = [_pack(*(part[i] for part in parts)) for i in range(_IMAGES)]
 
     def rate(action: Callable[[], object]) -> float:
         # By a core's own time, which a busy machine does not lengthen.
@@ -86,7 +86,7 @@ def _teacher(tokens: Tensor, scores: Tensor) -> Tensor:
         logits, _ = decoder(tokens[one], (40, 40))
         loss = torch.nn.functional.cross_entropy(logits, scores[one].argmax(1))
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
     with torch.no_grad():
         return torch.cat([decoder.eval()(one[None], (40, 40))[0].softmax(1) for one in tokens])

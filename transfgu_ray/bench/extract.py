@@ -29,7 +29,7 @@ def measure(device: str) -> Measurements:
     encoder = build_encoder(device)
     boxes, _ = enumerate_windows(SIDE, SIDE, _FRACS)
     crops = np.concatenate([cut_crops(image.numpy(), boxes, SIDE // 2) for image in working_images(_PHOTOGRAPHS)])
-    batches = torch.from_numpy(crops).to(device).split(_BATCH)
+    batches = torch.split(torch.from_numpy(crops).to(device), _BATCH)
     photos = [Photo(f"{i}.jpg", data, None, None) for i, data in enumerate(jpeg_photographs(_PHOTOGRAPHS))]
     config = RunConfig(
         data=DataConfig(image_size=(SIDE, SIDE), region_mode="no_prior"),

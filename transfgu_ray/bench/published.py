@@ -1,5 +1,7 @@
 """A plain rewrite of how the published code computes, to measure against and to check results with."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -17,23 +19,31 @@ def plain_gradients(
 
     The graph is kept between passes and reaches down to the pixels, as where no weight or image is left out of it.
     """
-    attn = encoder.vit.blocks[-1].attn
+    attn: Any = encoder.vit.blocks[-1].attn
     fused, attn.fused_attn = attn.fused_attn, False
     kept: list[Tensor] = []
-    hook = attn.attn_drop.register_forward_pre_hook(lambda module, args: args[0].retain_grad() or kept.append(args[0]))
+
+    def keep(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        inputs[0].retain_grad()
+        kept.append(inputs[0])
+
+    hook = attn.attn_drop.register_forward_pre_hook(keep)
     try:
         pixels = ((images.float() / 255 - encoder.mean) / encoder.std).requires_grad_(True)
         cls = encoder.vit.forward_features(pixels)[:, 0]
     finally:
         hook.remove()
         attn.fused_attn = fused
-    gradients = []
+    gradients: list[Tensor] = []
     for centroid in centroids:
         kept[0].grad = pixels.grad = None
         loss = 1 - torch.nn.functional.cosine_similarity(cls, centroid[None])
-        loss.sum().backward(retain_graph=True)
-        assert pixels.grad.abs().max() > 0, "the graph ended before the pixels"
-        gradients.append(kept[0].grad[:, :, 0].mean(1))
+        torch.autograd.backward(loss.sum(), retain_graph=True)
+        reached, gradient = pixels.grad, kept[0].grad
+        assert reached is not None
+        assert gradient is not None
+        assert reached.abs().max() > 0, "the graph ended before the pixels"
+        gradients.append(gradient[:, :, 0].mean(1))
     return torch.stack(gradients, dim=1)
 
 
@@ -47,15 +57,17 @@ def plain_step(
 ) -> None:
     """Losses and gradients of a training step in which teacher and student each run the encoder."""
     grid_hw = (scores.shape[2], scores.shape[3])
+    assert bootstrap.teacher is not None
     with torch.no_grad():
         guidance = bootstrap.teacher(encoder.patch_tokens(images), grid_hw)[0]
         targets = bootstrap_targets(scores, guidance)
     logits, classes = bootstrap.student(encoder.patch_tokens(images), grid_hw)
     shuffle = torch.randperm(scores.shape[1])
-    total_loss(
+    losses = total_loss(
         logits,
         classes,
         targets=targets,
         shuffle=shuffle,
         weights=LossWeights(alpha=epoch.alpha, omega_1=1.0, omega_2=0.3),
-    )["total"].backward()
+    )
+    torch.autograd.backward(losses["total"])

@@ -117,14 +117,16 @@ def _store_mb(raylet: str) -> int:
 def measure_ray(device: str) -> Measurements:
     """Extract under Ray against the same units in one plain loop, and by two workers against one."""
     config = build_config(get_preset("tiny_cpu"), None, ["extract.window_fracs=[0.5, 0.4, 0.3]"])
-    loop, one, two = [], [], []
+    loop: list[float] = []
+    one: list[float] = []
+    two: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         photos, run = Path(folder) / "photos", Folder(f"{folder}/run")
         _write_photographs(photos, _UNITS * config.extract.images_per_part)
         run.write_bytes(ENCODER, resolve_encoder(config))
         names = sorted(path.name for path in photos.iterdir())
         units = split_units([ImageRef(name, None, -1) for name in names], config.extract.images_per_part)
-        with ray_session(None, RuntimeConfig(device=device)) as resources:
+        with ray_session(None, RuntimeConfig.model_validate({"device": device})) as resources:
             parts = []
             for _ in range(_ROUNDS):
                 loop.append(_plain_loop(run, photos, config=config, units=units, resources=resources))
@@ -158,7 +160,7 @@ def measure_concepts(device: str) -> Measurements:
         for part in range(parts):
             run.write_bytes(part_name("features", part), _features_part(part, rows // parts))
         start = time.perf_counter()
-        with ray_session(None, RuntimeConfig(device=device)) as resources:
+        with ray_session(None, RuntimeConfig.model_validate({"device": device})) as resources:
             job = Job(folder=run, config=config, root=run, resources=resources, fingerprint="")
             groups, peak_mb = cluster(job, rows)
     return Measurements(

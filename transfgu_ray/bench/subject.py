@@ -49,7 +49,7 @@ def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
     """Concepts that lie among the class tokens of windows."""
     boxes, _ = enumerate_windows(SIDE, SIDE, (0.5, 0.4))
     crops = torch.from_numpy(np.concatenate([cut_crops(image.numpy(), boxes, 64) for image in working_images(4)]))
-    tokens = torch.cat([encoder.cls_tokens(part.to(encoder.device)) for part in crops.split(32)]).cpu()
+    tokens = torch.cat([encoder.cls_tokens(part.to(encoder.device)) for part in torch.split(crops, 32)]).cpu()
     generator = torch.Generator().manual_seed(0)
     picked = tokens[torch.randint(len(tokens), (count,), generator=generator)]
     return (picked + 0.5 * tokens.std(0) * torch.randn(picked.shape, generator=generator)).to(encoder.device)

@@ -92,7 +92,7 @@ def fetch_copies(uri: str, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
 def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
     """RGB 0-255 of the images at some places, in their order; each file is opened once."""
     files, rows = places["file"].to_pylist(), places["row"].to_pylist()
-    squares: list[np.ndarray | None] = [None] * len(files)
+    squares: dict[int, np.ndarray] = {}
     wanted: dict[str, list[int]] = {}
     for position, name in enumerate(files):
         wanted.setdefault(name, []).append(position)
@@ -101,4 +101,4 @@ def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"
             reader = pa.ipc.open_file(stream)
             for position in positions:
                 squares[position] = reader.get_batch(rows[position]).column(0).to_numpy_ndarray()[0]
-    return np.stack(squares)
+    return np.stack([squares[position] for position in range(len(files))])

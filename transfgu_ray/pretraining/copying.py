@@ -100,7 +100,7 @@ def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int
     blocks = min(_MAX_BLOCKS, len(table))
     shares = [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(table), blocks)]
     dataset = ray.data.from_arrow(shares).map_batches(
-        _copy_unit,
+        _copy_unit,  # type: ignore[arg-type]  # Ray's annotation has no room for fn_kwargs
         fn_kwargs={"copying": copying},
         batch_format="pyarrow",
         batch_size=1,
@@ -109,6 +109,7 @@ def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int
     )
     with unwrapped_errors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            assert isinstance(batch, pa.Table)
             yield from batch["unit"].to_pylist()
 
 

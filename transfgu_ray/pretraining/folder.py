@@ -62,7 +62,7 @@ class PretrainFolder:
             ArtifactError: the folder's results come from other images and may not be overwritten.
         """
         begun = {name.split("/")[1] for name, _ in self.folder.files("train", recursive=True) if name.count("/") > 1}
-        manifest = self.folder.read_json(MANIFEST)
+        manifest: dict[str, Any] | None = self.folder.read_json(MANIFEST)
         if manifest is not None and manifest["fingerprint"] == fingerprint:
             return manifest
         if manifest is None and begun <= {training_name(fingerprint)}:

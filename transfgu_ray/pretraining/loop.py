@@ -186,15 +186,17 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
 
 def build_network(config: PretrainConfig) -> DinoNetwork:
     """Backbone and head with weights from the seed."""
-    vit = random_vit(config.encoder.name, dict(config.encoder.overrides), config.seed)
+    vit = random_vit(config.encoder.name, dict(config.encoder.overrides.items()), config.seed)
+    class_token = vit.cls_token
+    assert isinstance(class_token, torch.Tensor), "check_early refuses encoders without a class token"
     recipe = config.dino
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         scale_linear_weights(vit)
         # DINO's deviation; with timm's 1e-6 small trainings without positions stayed or became collapsed.
-        torch.nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        torch.nn.init.trunc_normal_(class_token, std=0.02)
         head = DinoHead(
-            vit.embed_dim,
+            class_token.shape[-1],
             recipe.head_hidden_dim,
             bottleneck_dim=recipe.head_bottleneck_dim,
             num_prototypes=recipe.num_prototypes,
@@ -207,7 +209,7 @@ def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str,
     """The backbone as float16 safetensors that say what they were trained by."""
     facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
     return dump_encoder(
-        vit, config.encoder.name, overrides=dict(config.encoder.overrides), dtype=torch.float16, facts=facts
+        vit, config.encoder.name, overrides=dict(config.encoder.overrides.items()), dtype=torch.float16, facts=facts
     )
 
 

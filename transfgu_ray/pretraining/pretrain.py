@@ -128,7 +128,7 @@ def check_early(config: PretrainConfig, num_images: int) -> None:
         ConfigError: sizes do not fit together, or a batch is more than all images.
         WeightsError: the encoder is unknown or not a plain vision transformer.
     """
-    vit = random_vit(config.encoder.name, dict(config.encoder.overrides), config.seed)
+    vit = random_vit(config.encoder.name, dict(config.encoder.overrides.items()), config.seed)
     patch = Encoder(vit).patch_size
     sizes = {"crops.global_size": config.crops.global_size}
     if config.crops.num_local:
@@ -221,7 +221,8 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
             watched_json(out, PULSE, watcher.on_progress),
             watched_json(out, HISTORY, watcher.on_history),
         ):
-            result = trainer.fit()
+            # Ray's annotation names the Result of another trainer.
+            result: Any = trainer.fit()
         if result.return_value is not None:
             raise ConfigError(
                 f"the training diverged: {result.return_value['diverged']}; lower dino.learning_rate or raise "

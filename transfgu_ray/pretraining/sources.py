@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,7 +135,7 @@ def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
         raise _damaged(root, unit.table, error) from None
 
 
-def _from_row(row: dict[str, object], name: str) -> EncodedImage:
+def _from_row(row: dict[str, Any], name: str) -> EncodedImage:
     label, data = row.get("label"), row["bytes"]
     return EncodedImage(
         image_id=str(row.get("path") or name),
@@ -157,16 +158,14 @@ def _photographs(uri: str) -> Source:
 
 
 def _tables(root: Folder, sizes: dict[str, int], num_other_files: int) -> Source:
-    splits = {name: _split(name) for name in sizes}
-    if "train" in splits.values():
-        named = {name for name, split in splits.items() if split}
-        num_other_files += len(sizes) - len(named)
-    else:
-        splits, named = dict.fromkeys(sizes, "train"), set(sizes)
-    units = [unit for name in sizes if name in named for unit in _table_units(root, name, splits[name])]
+    splits = {name: split for name in sizes if (split := _split(name)) is not None}
+    if "train" not in splits.values():
+        splits = dict.fromkeys(sizes, "train")
+    num_other_files += len(sizes) - len(splits)
+    units = [unit for name, split in splits.items() for unit in _table_units(root, name, split)]
     if not any(unit.split == "train" for unit in units):
         raise DataError(f"the tables in {root.uri} have no rows; give Parquet with encoded images in column `bytes`")
-    text = "\n".join(f"{name}\t{sizes[name]}" for name in sorted(named))
+    text = "\n".join(f"{name}\t{sizes[name]}" for name in sorted(splits))
     return Source(root, tuple(units), hashlib.sha256(text.encode()).hexdigest(), num_other_files)
 
 
@@ -202,7 +201,7 @@ def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _damaged(root: Folder, name: str, error: Exception) -> DataError:

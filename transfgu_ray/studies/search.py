@@ -30,7 +30,7 @@ def new_scheduler(name: str, num_epochs: int) -> TrialScheduler:
         return ASHAScheduler(time_attr="epoch", grace_period=grace, max_t=num_epochs + 1, reduction_factor=2)
     if name == "median":
         return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
-    return FIFOScheduler()
+    return FIFOScheduler()  # type: ignore[no-untyped-call]  # Ray annotates no return
 
 
 class Ended(Callback):
@@ -48,15 +48,17 @@ class Ended(Callback):
         """Nothing: what Tune pickles to restore a sweep with is never used, and a terminal's lock cannot be pickled."""
         return {}
 
-    def on_trial_result(self, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[Any, Any], **info: Any
+    ) -> None:
         """Of a trial that reports."""
         self._on_epoch()
 
-    def on_trial_complete(self, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Of a trial that came to its end, or was stopped."""
         self._on_end(json.loads(trial.config[POINT]), "stopped")
 
-    def on_trial_error(self, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Of a trial that raised."""
         self._on_end(json.loads(trial.config[POINT]), "failed")
 
@@ -98,12 +100,13 @@ class NewPoints(OptunaSearch):
         )
         # Ray's adaptor takes either points with results or points without.
         for point in first:
-            self._ot_study.enqueue_trial(self._parameters(point))
+            self._study.enqueue_trial(self._parameters(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray omits FINISHED
         """Return a point that was not suggested before, as text; FINISHED where there seems to be none left."""
         for _ in range(_MAX_KNOWN):
             parameters = super().suggest(trial_id)
+            assert parameters is not None
             choice = {
                 key: parameters[key] if isinstance(values, Range) else values[parameters[key]]
                 for key, values in self._values.items()
@@ -113,11 +116,16 @@ class NewPoints(OptunaSearch):
                 self._seen.add(text)
                 return {POINT: text}
             # Ray's adaptor gives the same point again for as long as it knows the trial.
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+            self._study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Ignore an epoch's score: Optuna prunes nothing here, and warns when a restarted trial repeats an epoch."""
+
+    @property
+    def _study(self) -> Any:
+        # Ray annotates only the value that it has before the study is made.
+        return self._ot_study
 
     def _parameters(self, point: Mapping[str, Any]) -> dict[str, Any]:
         # Lists cannot be Optuna's categories, so it chooses among their positions.

@@ -83,7 +83,7 @@ class SharedStages:
 
     def _place(self, stage: str, config: RunConfig) -> Run:
         """The shared run of a stage; of the settings after it, it has those of the base."""
-        changed = {"extract": config.extract}
+        changed: dict[str, Any] = {"extract": config.extract}
         if stage == "labels":
             changed |= {"seed": config.seed, "concepts": config.concepts, "cam": config.cam}
         run = Run(self._folder, self._base.model_copy(update=changed))

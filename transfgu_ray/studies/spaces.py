@@ -163,12 +163,14 @@ def grid_points(space: Space) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a key has a range.
     """
+    lists = []
     for key, values in space.items():
         if isinstance(values, Range):
             raise ConfigError(
                 f"{key} is a range, which a grid cannot run through; give a list, or use --sampler random"
             )
-    return [expand(dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
+        lists.append(values)
+    return [expand(dict(zip(space, choice, strict=True))) for choice in itertools.product(*lists)]
 
 
 def random_points(space: Space, num_points: int, seed: int) -> list[dict[str, Any]]:

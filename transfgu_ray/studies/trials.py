@@ -41,7 +41,7 @@ def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
     import ray
 
     with ray_session(None, base.runtime) as resources:
-        total = ray.cluster_resources()
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray annotates no return
     train_workers = resources.train_workers
     cores = resources.num_cores // resources.threads
     if resources.device == "cuda":

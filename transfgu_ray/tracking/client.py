@@ -49,8 +49,8 @@ def mlflow_at(uri: str) -> Iterator[None]:
         try:
             yield
         finally:
-            mlflow.set_tracking_uri(None)
-            mlflow.set_registry_uri(None)
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # None, which resets it, is not annotated
+            mlflow.set_registry_uri(None)  # type: ignore[arg-type]  # likewise
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def has_run(client: Any, run_id: str) -> bool:
     import mlflow
 
     try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except mlflow.exceptions.MlflowException:
         return False
 

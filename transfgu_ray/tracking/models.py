@@ -82,7 +82,7 @@ def register(
         tags[_NAMED] = named
     if metrics["stages"]:
         tags["miou"] = f"{metrics['stages']['bootstrapped']['miou']:.6f}"
-    for key, value in (tags | more_tags).items():
+    for key, value in {**tags, **more_tags}.items():
         client.set_model_version_tag(name, version, key, value)
     client.set_terminated(tracked.run_id, status="FINISHED")
     return {"model_name": name, "model_version": int(version), "tracking_uri": uri, "mlflow_run_id": tracked.run_id}

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-class TransfguModel(mlflow.pyfunc.PythonModel):
+class TransfguModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow imports pyfunc late, without types
     """A Segmenter behind MLflow's pyfunc interface."""
 
     def load_context(self, context: Any) -> None:

@@ -111,7 +111,7 @@ class Registry:
         """
         client = self._client
         experiment_id = client.get_run(run_id).info.experiment_id
-        own_id = client.create_run(experiment_id, run_name=f"compare {self.name}").info.run_id
+        own_id: str = client.create_run(experiment_id, run_name=f"compare {self.name}").info.run_id
         try:
             numbers = [row["version"] for row in comparison["versions"]]
             params = {key: value for key, value in comparison.items() if not isinstance(value, list | dict)}
