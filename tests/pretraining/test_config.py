@@ -21,7 +21,7 @@ def test_get_pretrain_preset__is_valid_and_knows_its_name(name):
     config = get_pretrain_preset(name)
     assert parse_config(config.model_dump(mode="json"), PretrainConfig) == config
     assert config.preset == name
-    assert name not in PRESETS, "`transfgu presets NAME` would show another's"
+    assert name not in PRESETS, "`transfgu presets NAME` would show the other preset"
 
 
 def test_get_pretrain_preset__refuses_an_unknown_name():

@@ -1,4 +1,4 @@
-"""Working copies come back as they went in, in any order, and who is held out is fixed by the seed."""
+"""Working copies are read back unchanged in any order, and the seed decides which are held out."""
 
 import numpy as np
 import pyarrow as pa

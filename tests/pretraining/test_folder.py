@@ -1,4 +1,4 @@
-"""What may be continued in the folder of a pretraining, and what is refused."""
+"""What is continued in the folder of a pretraining, and what is refused."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_open__writes_the_configuration_first(tmp_path):
     first = opened(tmp_path / "out", "seed=3")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pretrain.yaml"]
     assert PretrainFolder.open(str(tmp_path / "out"), None, False).config == first.config
-    # Nothing was computed yet: a first try is corrected in place.
+    # Nothing was computed yet, so the settings may still change.
     assert opened(tmp_path / "out", "seed=4").config.seed == 4
 
 
@@ -29,7 +29,7 @@ def test_open__refuses_other_settings_once_something_was_computed(tmp_path):
     folder.write_bytes("train/dino-1/checkpoint", b"")
     with pytest.raises(ArtifactError, match=r"seed: 0 -> 1; dino\.clip_norm: 3\.0 -> 1\.0\); .*--overwrite"):
         opened(tmp_path, "seed=1", "dino.clip_norm=1.0")
-    # Where it runs and where the images lie is no part of what it is.
+    # Where it runs and where the images lie do not count as settings.
     opened(tmp_path, "data.root=/b", "runtime.train_workers=2")
     assert opened(tmp_path, "seed=1", overwrite=True).config.seed == 1
 
@@ -59,7 +59,7 @@ def test_finished__only_with_the_same_settings_and_images(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pretrain.yaml"]
 
 
-def test_require_space__refuses_what_no_disk_holds(tmp_path):
+def test_require_space__refuses_more_than_the_disk_holds(tmp_path):
     out = opened(tmp_path)
     out.require_space(1000)
     with pytest.raises(ArtifactError, match=r"needs 1000000000\.0 GB .*lower data\.source_size"):

@@ -1,4 +1,4 @@
-"""Pretraining: the order and the records of its workers by hand, and a killed one against a bare loop."""
+"""Order and records of the workers of a pretraining by hand, and a killed pretraining against a bare loop."""
 
 import io
 import json
@@ -104,7 +104,7 @@ def test_epoch_row__weighs_stretches_by_their_length() -> None:
     assert row["alarms"] == ["all images have nearly the same embedding (RankMe 1.5)"]
 
 
-def test_watcher__tells_epochs_once_and_what_alarms() -> None:
+def test_watcher__reports_each_epoch_once_with_its_alarms() -> None:
     notes: list[str] = []
     done: list[int] = []
     watcher = _Watcher(config(), 9, epochs=1, progress=lambda more, words="": done.append(more), note=notes.append)
@@ -116,7 +116,7 @@ def test_watcher__tells_epochs_once_and_what_alarms() -> None:
     watcher.on_history({"epochs": rows[:1]})
     watcher.on_progress({"step": 6, "loss": 1.5, "steps_per_second": 1 / 1100})
     watcher.on_history({"epochs": rows})
-    # A worker died and starts again at an older checkpoint.
+    # A worker died and continues from an older checkpoint.
     watcher.on_progress({"step": 4, "loss": 1.6, "steps_per_second": 1 / 1100})
     watcher.on_history({"epochs": rows[:1]})
     watcher.on_history({"epochs": rows})

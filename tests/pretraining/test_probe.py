@@ -1,4 +1,4 @@
-"""`transfgu probe` against the same measures taken by hand."""
+"""`transfgu probe` against the same measures computed by hand."""
 
 import io
 
@@ -62,7 +62,7 @@ def picture(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_probe__class_folders_are_held_out_by_the_tenth(tmp_path, weights):
+def test_probe__holds_out_a_tenth_of_class_folders(tmp_path, weights):
     for name in ("a", "b"):
         make_folder(tmp_path / name, num_images=10, size=(70, 50), seed=ord(name))
     (tmp_path / "a" / "broken.jpg").write_bytes(b"no picture")
@@ -73,7 +73,7 @@ def test_probe__class_folders_are_held_out_by_the_tenth(tmp_path, weights):
     assert result.object_iou == {}
 
 
-def test_probe__without_labels_there_is_rank_alone(tmp_path, weights):
+def test_probe__without_labels_measures_rank_alone(tmp_path, weights):
     make_folder(tmp_path, num_images=12)
     result = Probe(weights, str(tmp_path)).run()
     assert (result.knn_top1, result.knn_chance, result.num_bank) == (None, None, 0)

@@ -1,4 +1,4 @@
-"""What counts as an image to learn from, in folders and in tables."""
+"""Images to train on, listed and read from folders and tables."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_open_source__folder_of_photographs(tmp_path, monkeypatch):
     images = everything(tmp_path)
     assert [image.image_id for image in images] == sorted(image.image_id for image in images)
     assert images[0].data == (tmp_path / images[0].image_id).read_bytes()
-    assert {image.label for image in images} == {None}, "photographs at several depths are in no classes"
+    assert {image.label for image in images} == {None}, "photographs at several depths have no classes"
 
 
 def test_open_source__class_folders(tmp_path):

@@ -1,1 +1,1 @@
-"""An encoder of one's own: DINO on unlabelled photographs."""
+"""Pretraining of an encoder by DINO on unlabelled images."""

@@ -1,6 +1,6 @@
-"""Working copies: every readable image decoded and squared once, in files that give out any row alone.
+"""Working copies: every readable image decoded and squared once, in files whose rows can be read one by one.
 
-A photograph is then never decoded again, whatever its size and wherever it lies, and a table can be read in any order.
+No photograph is then decoded again, and the rows of a table can be read in any order.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from transfgu_ray.storage import Folder
 COPIES = "images"
 INDEX = f"{COPIES}/index.parquet"
 NO_LABEL = -1
-# Rows of the index: which file and row of it holds an image.
+# A row of the index says which row of which file holds an image.
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -33,10 +33,10 @@ class Copies:
     """The images of a pretraining, as rows of the index.
 
     Attributes:
-        index: one row a readable image, see `INDEX_SCHEMA`.
-        train: rows that are trained on.
-        val: rows that never are.
-        classes: class of every row of the index, from 0; `NO_LABEL` without one.
+        index: one row per readable image, see `INDEX_SCHEMA`.
+        train: rows to train on.
+        val: rows held out for validation.
+        classes: class of each row of the index, numbered from 0; `NO_LABEL` where there is none.
     """
 
     index: pa.Table
@@ -45,17 +45,17 @@ class Copies:
     classes: Int64[np.ndarray, " all"]
 
     def places(self, rows: Int64[np.ndarray, " n"]) -> pa.Table:
-        """File and row of some images."""
+        """Return file and row of the given images."""
         return self.index.select(["file", "row"]).take(pa.array(rows))
 
 
 def open_copies(folder: Folder, seed: int, num_val: int) -> Copies:
-    """The finished working copies; without images of the split val, `num_val` of the others are held out by the seed.
+    """Open finished working copies; where no image is of the split val, hold out `num_val` by the seed.
 
-    At most a tenth is held out, but one image at least.
+    At most a tenth of the images is held out, and at least one.
     """
     with folder.fs.open_input_file(folder.join(INDEX)) as file:
-        # In one piece, from which rows are taken fast.
+        # Taking rows is fast only from a single chunk.
         index = pq.read_table(file).combine_chunks()
     is_val = index["split"].to_numpy() == "val"
     if not is_val.any():
@@ -68,12 +68,12 @@ def open_copies(folder: Folder, seed: int, num_val: int) -> Copies:
 
 
 def build_index(rows: list[dict[str, object]]) -> pa.Table:
-    """A table of `INDEX_SCHEMA` from its rows."""
+    """Build a table of `INDEX_SCHEMA` from its rows."""
     return build_table({name: [row[name] for row in rows] for name in INDEX_SCHEMA.names}, INDEX_SCHEMA)
 
 
 def pack(squares: list[UInt8[np.ndarray, "3 s s"]]) -> pa.Buffer:
-    """Arrow IPC bytes with one record batch an image, so that a reader fetches those it wants."""
+    """Return Arrow IPC bytes with one record batch per image, so that each can be read alone."""
     kind = pa.fixed_shape_tensor(pa.uint8(), squares[0].shape)
     schema = pa.schema([pa.field("pixels", kind, nullable=False)])
     sink = pa.BufferOutputStream()
@@ -85,12 +85,12 @@ def pack(squares: list[UInt8[np.ndarray, "3 s s"]]) -> pa.Buffer:
 
 
 def fetch_copies(uri: str, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
-    """`read_copies` for a task; here, where nothing imports torch, its process stays small."""
+    """Run `read_copies` in a Ray task; this module does not import torch, which keeps the process small."""
     return read_copies(Folder(uri), places)
 
 
 def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"]:
-    """RGB 0-255 of the images at some places, in their order; each file is opened once."""
+    """Return RGB 0-255 of the images at the given places, in order; each file is opened once."""
     files, rows = places["file"].to_pylist(), places["row"].to_pylist()
     squares: dict[int, np.ndarray] = {}
     wanted: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Encoded images -> working copies: each is read, decoded and squared once, and those that cannot be are counted."""
+"""Making of working copies: each image is read, decoded and squared once; unusable ones are recorded as refused."""
 
 import dataclasses
 import json
@@ -22,18 +22,18 @@ from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
 _MAX_BLOCKS = 1000
-# Bytes of one file of working copies, and so of a task's memory.
+# Size of a file of working copies, all of which a task holds in memory.
 _FILE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Copying:
-    """What the working copies of a pretraining are made by.
+    """Target and settings of the working copies of a pretraining.
 
     Attributes:
         uri: folder of the pretraining.
         config: how images are decoded.
-        fingerprint: of images and settings; copies made with another are made again.
+        fingerprint: of images and settings; copies with another fingerprint are made again.
     """
 
     uri: str
@@ -41,24 +41,24 @@ class Copying:
     fingerprint: str
 
     def stats(self, name: str) -> PartStats | None:
-        """Return what an index says became of its images; None where it is missing or made by other settings."""
+        """Return the counts and refusals stored with an index; None where it is missing or out of date."""
         footer = read_footer(Folder(self.uri), name, self.fingerprint)
         return None if footer is None else footer[0]
 
     def write_index(self, name: str, index: pa.Table, stats: PartStats) -> None:
-        """Write an index, which marks the copies that it names as complete."""
+        """Write an index, which marks the copies it lists as complete."""
         metadata = {"fingerprint": self.fingerprint, "stats": json.dumps(vars(stats))}
         Folder(self.uri).write_bytes(name, to_parquet(index, metadata))
 
 
 def copy_images(copying: Copying, sources: Sequence[Source], *, resources: Resources, progress: Progress) -> PartStats:
-    """Make the working copies that are missing and their index; return how many images there are and which are refused.
+    """Make the missing working copies and their index; return the number of images and the refused ones.
 
     Args:
-        copying: where and how.
-        sources: where the images are.
+        copying: target and settings.
+        sources: of the images.
         resources: workers.
-        progress: takes images done.
+        progress: takes the number of images done.
     """
     units = [(source.root.uri, unit) for source in sources for unit in source.units]
     if (known := copying.stats(INDEX)) is not None:
@@ -85,7 +85,7 @@ def _unit_file(number: int) -> str:
 
 
 def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int) -> Iterator[int]:
-    """Copy the units in Ray tasks and yield the number of each as it is done."""
+    """Copy the units in Ray tasks and yield the number of each when it is done."""
     if not units:
         return
     import ray.data

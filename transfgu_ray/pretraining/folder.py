@@ -1,4 +1,4 @@
-"""The folder of a pretraining: configuration first, manifest last, and what may be continued in it."""
+"""The folder of a pretraining: configuration written first, manifest last, and what may be continued."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from transfgu_ray.storage import Folder
 CONFIG = "pretrain.yaml"
 MANIFEST = "pretrain.json"
 HISTORY = "history.json"
-# The teacher's backbone: the result, and the same as of the last checkpoint.
+# The backbone of the teacher: the final one, and that of the last checkpoint.
 RESULT = "encoder.safetensors"
 LATEST = "train/encoder.safetensors"
 
@@ -30,12 +30,12 @@ class PretrainFolder:
 
     @classmethod
     def open(cls, uri: str, config: PretrainConfig | None, overwrite: bool) -> "PretrainFolder":
-        """Opens a folder, or makes one; its configuration is written before anything else.
+        """Open or make a folder; its configuration is written before anything else.
 
         Args:
             uri: local path or URI.
-            config: the configuration asked for; None to take the folder's own.
-            overwrite: accept another configuration and begin anew.
+            config: the configuration asked for; None for the stored one.
+            overwrite: accept another configuration and start over.
 
         Raises:
             ArtifactError: there is no pretraining, it was made with another configuration, or it cannot be written.
@@ -52,11 +52,11 @@ class PretrainFolder:
         return _KIND.stored(uri)
 
     def fingerprint(self, images: str) -> str:
-        """Hash of every setting and of the images' own fingerprint."""
+        """Return a hash of every setting that the result depends on and of the fingerprint of the images."""
         return hashlib.sha256(json.dumps([identity(self.config), images], sort_keys=True).encode()).hexdigest()
 
     def finished(self, fingerprint: str, overwrite: bool) -> dict[str, Any] | None:
-        """The manifest of a finished pretraining; None where there is something to do.
+        """Return the manifest of a finished pretraining; None where there is work left.
 
         Raises:
             ArtifactError: the folder's results come from other images and may not be overwritten.
@@ -77,7 +77,7 @@ class PretrainFolder:
         return None
 
     def require_space(self, num_bytes: int) -> None:
-        """Refuses before anything is computed what a local disk cannot hold.
+        """Refuse a local disk with less free space than `num_bytes`.
 
         Raises:
             ArtifactError: there is too little space.
@@ -92,19 +92,19 @@ class PretrainFolder:
             )
 
     def write_manifest(self, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Marks the pretraining as complete; call it last."""
+        """Write and return the manifest, which marks the pretraining as complete; call it last."""
         manifest = {"stage": "pretrain", "fingerprint": fingerprint, **content, "versions": library_versions()}
         self.folder.write_json(MANIFEST, manifest)
         return manifest
 
 
 def training_name(fingerprint: str) -> str:
-    """Ray Train's name of a training: it continues whatever it finds under a name, so the name says what is trained."""
+    """Return Ray Train's name of a training; it continues what has the same name, so the name depends on all inputs."""
     return f"dino-{fingerprint[:16]}"
 
 
 def identity(config: PretrainConfig) -> dict[str, Any]:
-    """Every setting that the result depends on, as plain values."""
+    """Return every setting that the result depends on, as plain values."""
     values = config.model_dump(mode="json", exclude={"preset", "runtime"})
     # Where the images lie does not matter; their fingerprint says which they are.
     del values["data"]["root"], values["data"]["val_root"]

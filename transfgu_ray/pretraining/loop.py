@@ -1,4 +1,4 @@
-"""What each Ray Train worker of a pretraining runs."""
+"""The training loop that each Ray Train worker of a pretraining runs."""
 
 import functools
 import json
@@ -25,11 +25,11 @@ from transfgu_ray.pretraining.copies import NO_LABEL, Copies, fetch_copies, open
 from transfgu_ray.pretraining.folder import HISTORY, LATEST, identity
 from transfgu_ray.storage import Folder
 
-# Bytes that a reading task gives, one batch at least.
+# Bytes read by one task; at least one batch.
 _TASK_BYTES = 8 * 2**20
-# Images that k-NN and RankMe look at.
+# Images that k-NN and RankMe use.
 _MAX_BANK, _MAX_QUERIES, _PROBE_BATCH = 5000, 5000, 64
-# Asked for every few steps of an epoch.
+# Needed again every few steps of an epoch.
 _epoch_order = functools.lru_cache(maxsize=2)(sample_order)
 
 
@@ -38,10 +38,10 @@ class Stretch:
     """Steps between two checkpoints.
 
     Attributes:
-        epoch: they belong to.
-        first: their first step.
-        last: the step after them.
-        ends_epoch: whether the epoch is then over.
+        epoch: of the steps.
+        first: first step.
+        last: one past the last step.
+        ends_epoch: whether the epoch ends with it.
     """
 
     epoch: int
@@ -51,7 +51,7 @@ class Stretch:
 
 
 def stretches(epochs: int, epoch_steps: int, *, checkpoint_steps: int | None, start: int) -> Iterator[Stretch]:
-    """All stretches from a checkpoint on."""
+    """Yield all stretches from the step `start` on."""
     for epoch in range(epochs):
         end = (epoch + 1) * epoch_steps
         for first in range(epoch * epoch_steps, end, checkpoint_steps or epoch_steps):
@@ -62,13 +62,13 @@ def stretches(epochs: int, epoch_steps: int, *, checkpoint_steps: int | None, st
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The images that one of several workers trains on.
+    """The images that one worker trains on.
 
     Attributes:
         copies: all images.
         config: of the pretraining.
         rank: of the worker.
-        world_size: how many workers there are.
+        world_size: number of workers.
     """
 
     copies: Copies
@@ -77,13 +77,13 @@ class Share:
     world_size: int
 
     def batches(self, out: Folder, steps: range, *, num_readers: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield this worker's images of every step, uint8 (b, 3, s, s), in the order that seed and epoch fix.
+        """Yield this worker's images for each step, uint8 (b, 3, s, s), in the order given by seed and epoch.
 
         Args:
             out: folder of the working copies.
             steps: of the training.
-            num_readers: tasks that read ahead.
-            device: where the images go.
+            num_readers: number of tasks that read ahead.
+            device: receives the images.
         """
         per_worker = self.config.schedule.batch_size // self.world_size
         # Each task reads whole batches.
@@ -97,9 +97,9 @@ class Share:
                 yield to_device([images[first : first + per_worker]], device)
 
     def rows(self, steps: range) -> np.ndarray:
-        """Return the rows of the index of this worker's images, step after step.
+        """Return the index rows of this worker's images, step after step.
 
-        What is left of an epoch's images after its last whole batch is not used.
+        The images left over after the last whole batch of an epoch are not used.
         """
         batch_size, num_images = self.config.schedule.batch_size, len(self.copies.train)
         epoch_steps = num_images // batch_size
@@ -121,7 +121,7 @@ class Share:
 
 
 def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
-    """Trains from the last checkpoint on; returns why it stopped, if it had to."""
+    """Train from the last checkpoint on; return the reason under `diverged` if the training diverged, else None."""
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
@@ -185,7 +185,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
 
 
 def build_network(config: PretrainConfig) -> DinoNetwork:
-    """Backbone and head with weights from the seed."""
+    """Build backbone and head with weights from the seed."""
     vit = random_vit(config.encoder.name, dict(config.encoder.overrides.items()), config.seed)
     class_token = vit.cls_token
     assert isinstance(class_token, torch.Tensor), "check_early refuses encoders without a class token"
@@ -193,7 +193,7 @@ def build_network(config: PretrainConfig) -> DinoNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         scale_linear_weights(vit)
-        # DINO's deviation; with timm's 1e-6 small trainings without positions stayed or became collapsed.
+        # DINO's deviation; with timm's 1e-6, small trainings without position embedding collapsed.
         torch.nn.init.trunc_normal_(class_token, std=0.02)
         head = DinoHead(
             class_token.shape[-1],
@@ -206,7 +206,7 @@ def build_network(config: PretrainConfig) -> DinoNetwork:
 
 
 def encoder_bytes(vit: torch.nn.Module, config: PretrainConfig, facts: dict[str, str]) -> bytes:
-    """The backbone as float16 safetensors that say what they were trained by."""
+    """Return the backbone as float16 safetensors with the recipe and `facts` in their metadata."""
     facts = {"trained_by": "transfgu pretrain", "recipe": json.dumps(identity(config)), **facts}
     return dump_encoder(
         vit, config.encoder.name, overrides=dict(config.encoder.overrides.items()), dtype=torch.float16, facts=facts
@@ -223,7 +223,7 @@ def _mean_over_workers(terms: list[dict[str, float]], world_size: int, device: t
 
 
 def _epoch_row(history: dict[str, Any], config: PretrainConfig, probed: dict[str, float]) -> dict[str, Any]:
-    """Means over the stretches of the epoch that has just ended, each by its length, and what was found out."""
+    """Return the means over the stretches of the last epoch, weighted by their lengths, and what the probe found."""
     epoch = len(history["epochs"])
     ends = [row["step"] for row in history["checkpoints"]]
     rows = [row for row in history["checkpoints"] if row["epoch"] == epoch]
@@ -245,7 +245,7 @@ def _is_probed(epoch: int, config: PretrainConfig) -> bool:
 
 
 def _probe(dino: Dino, copies: Copies, *, out: Folder, config: PretrainConfig) -> dict[str, float]:
-    """RankMe of images that are not trained on, and where there are labels how well neighbours tell their classes."""
+    """Return RankMe of the validation images and, where there are labels, their k-NN accuracy and chance."""
     rng = np.random.default_rng([config.seed, 2])
     val = np.sort(rng.permutation(copies.val)[:_MAX_QUERIES])
     tokens = _tokens(dino, copies, out=out, rows=val)

@@ -1,4 +1,4 @@
-"""Named recipes of `transfgu pretrain`, like those of a run in `presets`."""
+"""Named recipes of `transfgu pretrain`."""
 
 from collections.abc import Callable
 
@@ -19,16 +19,16 @@ def photos() -> PretrainConfig:
 
 
 def rendered_prior() -> PretrainConfig:
-    """The prior that the package carries: 0.4 million weights, 48 px, from rendered objects; 44 minutes on a CPU core.
+    """The prior shipped with the package: 0.4 million weights, 48 px, rendered objects; 44 minutes on one CPU core.
 
-    Colour is mostly dropped, so that images are told apart by form; Sinkhorn assignments and KoLeo, since with
-    centring alone so short a training stays collapsed.
+    Colour is mostly dropped, so that shape tells images apart. Sinkhorn assignments and KoLeo are needed: with
+    centring alone, so short a training stays collapsed.
     """
     return PretrainConfig(
         preset="rendered_prior",
         data=PretrainDataConfig(source_size=72),
-        # 2 blocks of width 128 on 8 px patches. Without positions scenes of any size are read alike, and two blocks
-        # learn more in an hour than four, while the class token still takes what it says from the last one (Eq. 5).
+        # 2 blocks of width 128 on 8 px patches. Without position embedding, scenes of any size are encoded alike. Two
+        # blocks learn more in an hour than four, and Eq. 5 needs only that the class token attends in the last one.
         encoder=PretrainEncoderConfig(
             name="vit_tiny_patch16_224",
             overrides={
@@ -45,7 +45,7 @@ def rendered_prior() -> PretrainConfig:
             local_size=24,
             num_local=4,
             global_scale=(0.5, 1.0),
-            # As near as the global views, so that a few patches must tell what they belong to.
+            # At the scale of the global views, so that a few patches must reveal which object they are part of.
             local_scale=(0.11, 0.35),
             saturation=0.4,
             hue=0.5,
@@ -72,7 +72,7 @@ def rendered_prior() -> PretrainConfig:
 
 
 def small_photos() -> PretrainConfig:
-    """Photographs of 64 px on a CPU: the net of `rendered_prior`, with DINO's colours and scales."""
+    """Photographs of 64 px on a CPU: the network of `rendered_prior` with DINO's colours and scales."""
     base = rendered_prior()
     crops = {
         "global_scale": (0.4, 1.0),
@@ -87,7 +87,7 @@ def small_photos() -> PretrainConfig:
             "preset": "small_photos",
             "data": base.data.model_copy(update={"source_size": 64}),
             "crops": base.crops.model_copy(update=crops),
-            # Photographs are of many more kinds than 12.
+            # Photographs show many more kinds of objects than the 12 rendered ones.
             "dino": base.dino.model_copy(update={"num_prototypes": 512}),
         }
     )
@@ -101,7 +101,7 @@ PRETRAIN_PRESETS: dict[str, Callable[[], PretrainConfig]] = {
 
 
 def get_pretrain_preset(name: str) -> PretrainConfig:
-    """The configuration of a named recipe.
+    """Return the configuration of a named recipe.
 
     Raises:
         ConfigError: no such preset.

@@ -1,4 +1,4 @@
-"""Images without labels -> an encoder: DINO under Ray Train, continued where it stopped."""
+"""Training of an encoder on unlabelled images by DINO under Ray Train, continued where it stopped."""
 
 import dataclasses
 import hashlib
@@ -28,13 +28,13 @@ from transfgu_ray.storage import Folder
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """One pretraining while it runs.
+    """One pretraining in progress.
 
     Attributes:
         opened: its folder and configuration.
         images: fingerprint of the images.
         fingerprint: of images and settings.
-        sources: where the images are.
+        sources: of the images.
         resources: workers and devices.
         reporter: shows progress.
         started: `time.perf_counter()` at the start.
@@ -59,7 +59,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Copied:
-    """What became of the images: counts and refusals, how many are trained on and how many are not, seconds so far."""
+    """The finished working copies: counts and refusals, sizes of the two splits, seconds so far."""
 
     stats: PartStats
     num_train: int
@@ -70,7 +70,7 @@ class _Copied:
 def pretrain(
     opened: PretrainFolder, address: str | None, *, reporter: Reporter, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Trains an encoder, or continues, or leaves a finished one alone; returns its manifest.
+    """Train an encoder, continuing where an earlier call stopped; return its manifest.
 
     Raises:
         TransfguError: settings, images or folder are unusable, or the training diverged.
@@ -103,7 +103,7 @@ def pretrain(
 
 
 def open_sources(config: PretrainConfig) -> list[Source]:
-    """The images to train on, and those of `data.val_root`, all of which are then the split val.
+    """Open the images to train on and those of `data.val_root`, which then are the split val.
 
     Raises:
         DataError: there are none.
@@ -122,10 +122,10 @@ def _only(source: Source, split: str, renamed: str) -> Source:
 
 
 def check_early(config: PretrainConfig, num_images: int) -> None:
-    """Refuses what cannot succeed before anything is computed.
+    """Refuse, before anything is computed, settings that cannot succeed.
 
     Raises:
-        ConfigError: sizes do not fit together, or a batch is more than all images.
+        ConfigError: a view is not a multiple of the patch, or a batch is larger than the training set.
         WeightsError: the encoder is unknown or not a plain vision transformer.
     """
     vit = random_vit(config.encoder.name, dict(config.encoder.overrides.items()), config.seed)
@@ -146,7 +146,7 @@ def check_early(config: PretrainConfig, num_images: int) -> None:
 
 
 def check_workers(config: PretrainConfig, resources: Resources) -> None:
-    """Refuses a batch that the workers cannot share evenly.
+    """Refuse a batch that the workers cannot share evenly.
 
     Raises:
         ConfigError: it leaves a remainder.
@@ -162,7 +162,7 @@ def _copy(work: _Work, num_images: int) -> _Copied:
     """Make the working copies.
 
     Raises:
-        ConfigError: fewer images than a batch are left to train on.
+        ConfigError: fewer images than one batch are left to train on.
         DataError: fewer than two images can be used.
     """
     data = work.config.data
@@ -178,7 +178,7 @@ def _copy(work: _Work, num_images: int) -> _Copied:
 
 
 def _require_enough(out: Folder, config: PretrainConfig, stats: PartStats) -> tuple[int, int]:
-    """How many images are trained on, and how many are not."""
+    """Return how many images are trained on and how many are held out."""
     if stats.images < 2:
         reason = f"; the first, {stats.refused[0]['image_id']}: {stats.refused[0]['reason']}" if stats.refused else ""
         raise DataError(f"only {stats.images} of {stats.images + len(stats.refused)} images can be used{reason}")
@@ -233,7 +233,7 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
 
 
 class _Watcher:
-    """Tells what the workers leave in their files."""
+    """Reports the progress and the history that workers write to files."""
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class _Watcher:
 
 
 def quality(row: dict[str, Any]) -> str:
-    """K-NN and RankMe in words."""
+    """Return k-NN accuracy and RankMe of an epoch as text."""
     words = [f"RankMe {row['rank_me']:.1f}"]
     if "knn_top1" in row:
         words.insert(0, f"k-NN {100 * row['knn_top1']:.2f} % (chance {100 * row['knn_chance']:.2f} %)")

@@ -1,4 +1,4 @@
-"""How good an encoder is, on images with classes or object masks, without training anything: `transfgu probe`."""
+"""`transfgu probe`: the quality of an encoder on images with classes or object masks, without any training."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,17 +24,17 @@ _SEED = 0
 
 @dataclass
 class ProbeResult:
-    """What was measured.
+    """The measured quality of an encoder.
 
     Attributes:
-        image_size: side in px that the images were looked at.
+        image_size: side in px at which the images were encoded.
         num_bank: labelled images that vote.
-        num_queries: images that are asked; RankMe and IoU are theirs.
+        num_queries: images that are classified; RankMe and IoU are measured on them.
         rank_me: effective rank of their class tokens.
-        knn_top1: share of them whose class the neighbours tell; None without labels.
+        knn_top1: share of them that the vote classifies correctly; None without labels.
         knn_chance: share of the largest class; None without labels.
-        object_iou: foreground prior -> mean IoU with the object; empty without masks.
-        refused: images that cannot be used, each with its reason.
+        object_iou: mean IoU with the object by foreground prior; empty without masks.
+        refused: unusable images, each with its reason.
     """
 
     image_size: int
@@ -49,7 +49,7 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A decoded image: RGB (3, s, s), and where its object is, (s, s)."""
+    """A decoded image: RGB (3, s, s), and the mask of its object, (s, s)."""
 
     label: str | None
     pixels: np.ndarray
@@ -58,7 +58,7 @@ class _Picture:
 
 @dataclass
 class _Seen:
-    """What is kept of the bank, or of the queries."""
+    """What is kept of the images of one role, bank or queries."""
 
     labels: list[str | None] = field(default_factory=list)
     tokens: list[torch.Tensor] = field(default_factory=list)
@@ -66,15 +66,15 @@ class _Seen:
 
 
 class Probe:
-    """An encoder, and the images of the splits train (bank) and val (queries) of tables, else a tenth held out.
+    """An encoder, a bank of labelled images and queries: the splits train and val, or a tenth held out as queries.
 
     Args:
-        weights: checkpoint file, or a word that `encoder.weights` knows.
+        weights: checkpoint file, or another value of `encoder.weights`.
         data: folder of images or Parquet tables, or one table.
-        image_size: side in px of the images; None takes what the encoder was trained at.
+        image_size: side in px of the images; None for the size that the encoder was trained at.
 
     Raises:
-        TransfguError: weights or images cannot be used, or the size is no multiple of the patch.
+        TransfguError: weights or images cannot be used, or the size is not a multiple of the patch.
     """
 
     def __init__(self, weights: str, data: str, image_size: int | None = None) -> None:
@@ -89,11 +89,11 @@ class Probe:
 
     @property
     def num_images(self) -> int:
-        """How many images are looked at, refused ones included."""
+        """Number of images to encode, refused ones included."""
         return len(self._roles)
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> ProbeResult:
-        """Measures; `progress` takes images done.
+        """Measure and return the quality; `progress` takes the number of images done.
 
         Raises:
             DataError: no image can be used.
@@ -127,7 +127,7 @@ class Probe:
     def _batches(
         self, refused: list[dict[str, str]], progress: Callable[[int], None]
     ) -> Iterator[tuple[str, list[_Picture]]]:
-        """Yield decoded images with their role, a batch of one role at a time."""
+        """Yield decoded images in batches, each of one role."""
         waiting: dict[str, list[_Picture]] = {"bank": [], "queries": []}
         position = -1
         for unit in self._source.units:
@@ -147,7 +147,7 @@ class Probe:
         yield from ((role, images) for role, images in waiting.items() if images)
 
     def _measure(self, pictures: list[_Picture], seen: _Seen) -> None:
-        """Keep the class tokens of a batch, and how well each prior finds the object."""
+        """Add the class tokens of a batch, and the IoU of each prior with the objects, to `seen`."""
         encoder = self._encoder
         tokens = encoder.prefix(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(encoder.device))
         grid_hw = encoder.grid_hw((self._size, self._size))
@@ -168,7 +168,7 @@ class Probe:
 
 
 def _choose(source: Source) -> dict[int, str]:
-    """Position of an image, in the order of the units -> bank or queries."""
+    """Return the role, bank or queries, by position of an image in the order of the units."""
     is_val = np.concatenate([np.full(unit.num_images, unit.split == "val") for unit in source.units])
     rng = np.random.default_rng(_SEED)
     if not is_val.any():

@@ -1,4 +1,4 @@
-"""Encoded images to learn from: photographs in a folder, or rows of Parquet tables."""
+"""Encoded images to train on: photographs in a folder, or rows of Parquet tables."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from transfgu_ray.datasets.listing import list_images
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.storage import Folder
 
-# What a table may hold; only `bytes` must be there.
+# Of a table; only `bytes` is required.
 _COLUMNS = ("bytes", "path", "label", "mask")
 _IMAGES_PER_UNIT = 256
 _ROWS_AT_ONCE = 64
@@ -25,12 +25,12 @@ class Unit:
 
     Attributes:
         split: "train" or "val".
-        num_images: how many, readable or not.
-        table: Parquet file that holds them; "" where they are files.
+        num_images: number of images, readable or not.
+        table: Parquet file that holds them; "" where each is a file.
         row_groups: of that table.
-        first_row: number of the first image in the table.
-        names: the files, where there is no table.
-        labels: their classes; empty without classes.
+        first_row: row of the first image in the table.
+        names: of the files, where there is no table.
+        labels: classes of the files; empty where there are none.
     """
 
     split: str
@@ -48,10 +48,10 @@ class EncodedImage:
 
     Attributes:
         image_id: path of the file, or the row's `path`; stable on every machine.
-        label: its class; None without one.
+        label: its class; None where there is none.
         data: encoded bytes; None if it could not be read.
         error: why it could not be read.
-        mask: encoded mask, 255 = object; None without one.
+        mask: encoded mask, 255 = object; None where there is none.
     """
 
     image_id: str
@@ -63,14 +63,14 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Source:
-    """What is found at a path or URI.
+    """The images at a path or URI.
 
     Attributes:
         root: the folder.
         units: all images, in order.
         fingerprint: hash of names and sizes of the files.
-        num_other_files: files that were passed over.
-        refused: names that cannot be used, each with its reason.
+        num_other_files: number of files that are not read.
+        refused: unusable names, each with its reason.
     """
 
     root: Folder
@@ -80,17 +80,17 @@ class Source:
     refused: tuple[dict[str, str], ...] = ()
 
     def num_images(self, split: str) -> int:
-        """How many images a split has, readable or not."""
+        """Return the number of images of a split, readable or not."""
         return sum(unit.num_images for unit in self.units if unit.split == split)
 
 
 def open_source(uri: str, setting: str, option: str) -> Source:
-    """Lists images; a table named `val-*` is the split val, as `train-*` is train, and others are then left out.
+    """List images; tables named `train-*` and `val-*` are the splits, and where there are such, no other table is read.
 
     Args:
         uri: folder of photographs (in class folders or not), folder of Parquet tables, or one table.
-        setting: where the path comes from, for messages.
-        option: how it is given, for messages.
+        setting: name of the setting that holds the path, for messages.
+        option: its command-line option, for messages.
 
     Raises:
         DataError: there is nothing, a table is damaged, or a table has no column `bytes`.
@@ -113,7 +113,7 @@ def open_source(uri: str, setting: str, option: str) -> Source:
 
 
 def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
-    """The images of a unit, in order.
+    """Yield the images of a unit, in order.
 
     Raises:
         DataError: a table is damaged.
@@ -149,7 +149,7 @@ def _from_row(row: dict[str, Any], name: str) -> EncodedImage:
 def _photographs(uri: str) -> Source:
     listing = list_images(uri, FOLDER, split="")
     names = [image.image_id for image in listing.images]
-    # Class folders: every photograph in exactly one level of folders, of which there are several.
+    # Folders are classes if there are several and every photograph is one level deep.
     labels = [name.split("/")[0] for name in names] if all(name.count("/") == 1 for name in names) else []
     labels = labels if len(set(labels)) > 1 else []
     slices = [slice(start, start + _IMAGES_PER_UNIT) for start in range(0, len(names), _IMAGES_PER_UNIT)]
@@ -170,7 +170,7 @@ def _tables(root: Folder, sizes: dict[str, int], num_other_files: int) -> Source
 
 
 def _split(name: str) -> str | None:
-    """The split that a table's name says it belongs to (`train-00000-of-00004.parquet`); None for another or none."""
+    """Return the split named by a table such as `train-00000-of-00004.parquet`; None for any other name."""
     start = name.removesuffix(".parquet").split("-")[0]
     return {"train": "train", "val": "val", "validation": "val"}.get(start)
 
@@ -193,7 +193,7 @@ def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
     for group, rows in enumerate(counts):
         groups.append(group)
         count += rows
-        # Small row groups are read together; a large one streams.
+        # Small row groups are read together.
         if count >= _IMAGES_PER_UNIT or group == len(counts) - 1:
             if count:
                 yield Unit(split, count, name, tuple(groups), first)
