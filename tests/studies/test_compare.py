@@ -1,4 +1,4 @@
-"""Registered versions side by side: the scores that `transfgu evaluate` gave, and what is left behind."""
+"""Comparison of registered versions: scores equal to those of `transfgu evaluate`, and the files that remain."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory, finished: Run) -> Registry:
-    """Two versions: the finished model, and the same run's model as it was after the first round."""
+    """Two versions: the finished model, and the model of the same run after the first round."""
     uri = finished.require("register")["tracking_uri"]
     config = build_config(finished.config, None, [f"tracking.uri={uri}", "tracking.model_name=compared"])
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
@@ -96,7 +96,7 @@ def in_process(
     arguments: dict[str, Any],
     resources: Resources,
 ) -> Iterator[UnitResult]:
-    """What `stream_units` does, without starting an actor."""
+    """Do what `stream_units` does, without starting an actor."""
     one = worker(**arguments, device="cpu", threads=1)
     for unit, images in units.items():
         photos = [Photo(image.image_id, root.read_bytes(image.image_id), None, None) for image in images]

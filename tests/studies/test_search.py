@@ -14,7 +14,7 @@ def suggestions(search: NewPoints, count: int) -> list[dict]:
     return [json.loads(search.suggest(f"trial{i}")[POINT]) for i in range(count)]
 
 
-def test_suggest__never_says_a_point_twice_and_ends():
+def test_suggest__repeats_no_point_and_ends():
     search = NewPoints(SPACE, 0, metric="score", known=[], taken=[], first=[])
     found = suggestions(search, 6)
     assert len({json.dumps(point) for point in found}) == 6
@@ -29,7 +29,7 @@ def test_suggest__knows_what_an_earlier_call_tried():
     assert {point["a.k"] for point in suggestions(search, 3)} == {6}
 
 
-def test_suggest__goes_on_with_what_was_interrupted():
+def test_suggest__begins_with_interrupted_points():
     point = {"train.omega_1": 3.0, "a.k": 6, "a.b": 2}
     assert suggestions(NewPoints(SPACE, 0, metric="score", known=[], taken=[], first=[point]), 1) == [point]
 
@@ -42,12 +42,12 @@ def test_suggest__learns_from_results():
         found.append(value)
         search.on_trial_complete(f"trial{i}", {"score": -abs(value - 0.8)})
     near = [abs(value - 0.8) < 0.2 for value in found]
-    # Drawn evenly, two fifths would be.
+    # Even draws would give two fifths.
     assert sum(near[20:]) >= 14
 
 
 @pytest.mark.parametrize("result", [None, {}, {"loss": 1}])
-def test_on_trial_complete__without_a_result_is_no_result(result):
+def test_on_trial_complete__without_a_result__is_not_learnt_from(result):
     search = NewPoints(SPACE, 0, metric="score", known=[], taken=[], first=[])
     search.suggest("one")
     search.on_trial_complete("one", result, error=result is None)

@@ -31,7 +31,7 @@ def test_paper__varies_alpha_both_weights_and_both_ks():
     assert {p["train.alpha"][1] for p in points} == {0.05, 0.1, 0.3}
 
 
-def test_paper__of_a_folder__varies_k_around_its_own():
+def test_paper__of_a_folder__varies_k_around_the_configured():
     config = configure("tiny_cpu", None, ["concepts.num_concepts=10"])
     assert {p["concepts.num_concepts"] for p in grid_points(read_space("paper", config))} == {5, 10, 20}
 
@@ -41,7 +41,7 @@ def test_paper__of_things_only__varies_k_alone():
     assert {p["concepts.num_concepts"] for p in grid_points(read_space("paper", config))} == {10, 20, 40}
 
 
-def test_read_space__takes_lists_ranges_and_settings_that_go_together(tmp_path):
+def test_read_space__takes_lists_ranges_and_joint_settings(tmp_path):
     space = read(
         tmp_path,
         "train.omega_1: {low: 0.1, high: 10, log: true}\n"
@@ -79,7 +79,7 @@ def test_read_space__without_a_file__says_so():
         read_space("nowhere.yaml", DEMO)
 
 
-def test_random_points__are_distinct_and_more_begin_with_the_same():
+def test_random_points__are_distinct_and_a_prefix_of_more():
     space = read_space("paper", DEMO)
     points = random_points(space, 20, seed=3)
     assert len({json.dumps(point) for point in points}) == 20
@@ -88,19 +88,19 @@ def test_random_points__are_distinct_and_more_begin_with_the_same():
     assert len(random_points(space, 1000, seed=3)) == 54
 
 
-def test_random_points__of_a_range__fill_it_and_begin_with_the_same():
+def test_random_points__of_a_range__fill_it_and_are_a_prefix_of_more():
     space = {"train.omega_1": Range(0.01, 1, True), "concepts.num_concepts": Range(4, 7)}
     points = random_points(space, 200, seed=0)
     assert random_points(space, 10, seed=0) == points[:10]
     values = [point["train.omega_1"] for point in points]
     assert all(0.01 <= value <= 1 for value in values)
-    # Half of the logarithms, not of the values, are below the middle.
+    # Half of the values lie below the middle of the logarithms.
     assert 70 < sum(value < 0.1 for value in values) < 130
     assert {point["concepts.num_concepts"] for point in points} == {4, 5, 6, 7}
 
 
 def test_grid_points__of_a_range__is_refused():
-    with pytest.raises(ConfigError, match="which a grid cannot run through"):
+    with pytest.raises(ConfigError, match="which a grid cannot cover"):
         grid_points({"train.omega_1": Range(0, 1)})
 
 

@@ -1,4 +1,4 @@
-"""A sweep over real trials: what is shared, what is measured, what MLflow keeps, and what a second call does."""
+"""Sweeps over real trials: shared stages, measures, MLflow, and a second call."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def tiny_base(data: Path, weights: str) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunConfig, tmp_path: Path) -> None:
+def test_tune__shares_stages_measures_trials_and_repeats_nothing(base: RunConfig, tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "sweep"))
     sweep = tune(folder, base, plan=PLAN, address=None, reporter=Silent())
     assert sweep == json.loads(folder.read_bytes("sweep.json"))
@@ -54,7 +54,7 @@ def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunCon
     assert all(
         set(trial["components"]) == {"agreement", "consistency", "silhouette", "usage"} for trial in sweep["trials"]
     )
-    # Two trials and their siblings: features once, a bank a seed.
+    # Two trials and their siblings: features once, one bank per seed.
     assert [(entry["stage"], entry["used_by"]) for entry in sweep["shared"]] == [
         ("extract", 4), ("concepts", 2), ("concepts", 2), ("labels", 2), ("labels", 2),
     ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_tune__shares_stages_measures_trials_and_does_nothing_twice(base: RunCon
     assert client.get_run(stopped[0]["mlflow_run_id"]).info.status == "KILLED"
 
 
-# A Ray of its own: the shared one has no dashboard, without which Ray does not free what a stopped training holds.
+# Needs its own Ray: without a dashboard, which the shared one lacks, Ray does not free a stopped training.
 STOPPED = """
 import json, sys, time
 from ray.util.placement_group import placement_group_table
@@ -129,12 +129,12 @@ print(json.dumps({"left": left, "free": free, "sweep": sweep["trials"]}))
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path) -> None:
+def test_tune__a_scheduler_that_stops_trials_frees_everything(tmp_path: Path) -> None:
     folder, weights = tmp_path / "sweep", tmp_path / "encoder.safetensors"
     overrides = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
     name = get_preset("tiny_cpu").encoder.name
     weights.write_bytes(dump_encoder(random_vit(name, overrides, 0), name, overrides=overrides))
-    # Of so many epochs that the large rate collapses, and is stopped before they are done.
+    # Enough epochs for the trial with the large rate to collapse and be stopped before the last one.
     base = build_config(tiny_base(tmp_path / "data", str(weights)), None, ["train.round_epochs=[4, 8]"])
     command = [sys.executable, "-c", STOPPED, str(folder), base.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -147,7 +147,7 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
     statuses = [trial["status"] for trial in trials.values()]
     assert set(statuses) == {"finished", "stopped"}, trials
     assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
-    # So small a training may also have ended before it is stopped; it is not scored then.
+    # So small a training may also have ended before it is stopped; then it is not scored.
     assert min(trial["epochs"] for trial in trials.values() if trial["status"] == "stopped") < 12
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
@@ -156,10 +156,10 @@ def test_tune__a_scheduler_that_stops_trials_leaves_nothing_held(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_tune__of_which_all_trials_fail_says_why_and_fails(base: RunConfig, tmp_path: Path) -> None:
+def test_tune__fails_with_the_reason_where_all_trials_fail(base: RunConfig, tmp_path: Path) -> None:
     config, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
     config.write_text(yaml.safe_dump(base.model_dump(mode="json")))
-    # Its first step leads to numbers that are none.
+    # Its first step makes the loss NaN.
     space.write_text("train.learning_rate: [1.0e+30]")
     sweep = tmp_path / "sweep"
     process = transfgu(
@@ -169,7 +169,7 @@ def test_tune__of_which_all_trials_fail_says_why_and_fails(base: RunConfig, tmp_
     assert process.returncode == 2, out
     assert "Traceback" not in out
     words = r"the loss is nan in epoch 0, step 1, on images/deep/1\.jpg, .*, and again after a restart"
-    # Once among the sweep's results, once as the command's error.
+    # Once among the results of the sweep, once as the error of the command.
     for before in (r"trial \w{8} failed:", "all trials of the sweep failed, the first of 1 since"):
         assert re.search(f"{before} {words}", " ".join(out.split())), out
     (trial,) = json.loads((sweep / "sweep.json").read_bytes())["trials"]
@@ -231,6 +231,6 @@ def test_sibling_of__differs_in_the_seed_alone(base: RunConfig) -> None:
     sibling = sibling_of(base)
     assert sibling.seed != base.seed
     assert sibling.model_copy(update={"seed": base.seed}) == base
-    # What is read of photographs does not depend on it.
+    # Extraction does not depend on the seed.
     keys = [Run(Folder("unused"), config).settings_key("extract") for config in (base, sibling)]
     assert keys[0] == keys[1]

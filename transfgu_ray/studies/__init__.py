@@ -1,1 +1,1 @@
-"""Many runs: sweeps, ablations and the comparison of registered versions."""
+"""Studies of several runs: sweeps, ablations and comparisons of registered versions."""

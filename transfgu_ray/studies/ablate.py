@@ -1,4 +1,4 @@
-"""The ablation grid: one run a variant and seed, in one Ray, what variants share computed once a seed."""
+"""The ablation grid: one run per variant and seed in a single Ray session; shared stages run once per seed."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SHARED
 
-# Variants differ in training alone.
+# Variants differ only in training.
 _STAGES = (*SHARED, "train", "evaluate")
 
 
@@ -27,18 +27,18 @@ def ablate(
     address: str | None,
     reporter: Reporter,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs `FOLDER/seed_N/VARIANT` for every variant and seed; variant -> metrics.json of each seed.
+    """Run `FOLDER/seed_N/VARIANT` for every variant and seed; return the metrics.json of each seed by variant.
 
-    Finished runs are left alone, so that an interrupted call goes on where it stopped.
+    Finished runs are kept, so that an interrupted call continues where it stopped.
 
     Args:
-        folder: where the runs go.
-        config: what the variants change.
+        folder: of all runs.
+        config: that the variants change.
         variants: names of `ablations.VARIANTS`.
-        seeds: one run of each variant a seed.
+        seeds: each variant is run once per seed.
         resnet: `train.backbone_weights` of the variants with a ResNet-50.
         address: Ray to use.
-        reporter: progress of the stages.
+        reporter: shows the progress of the stages.
 
     Raises:
         TransfguError: settings, data, weights or a run folder are unusable.
@@ -60,7 +60,7 @@ def ablate(
 
 
 def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:
-    """Gives a run the stages that it shares with another one, each manifest last."""
+    """Copy the shared stages from one run to another, computing them first where they are missing."""
     if target.manifest(SHARED[-1]) is not None:
         return
     run_stages(source, SHARED, address=None, reporter=reporter)

@@ -1,4 +1,4 @@
-"""Registered versions -> comparison.json and a picture: the same photographs, by the same protocol, on Ray."""
+"""Comparison of registered versions on the same photographs by the same protocol, on Ray."""
 
 import json
 import time
@@ -40,14 +40,14 @@ from transfgu_ray.tracking.registry import Registry
 
 _METHOD = STAGE_NAMES[-1]
 _NUM_SHOWN = 6
-# A version is timed for at least so long.
+# A version is timed for at least this long.
 _TIMED_SECONDS = 1.0
-# One for all versions: which photographs are measured and shown.
+# Decides, alike for all versions, which photographs are measured and shown.
 _SEED = 0
 
 
 class VersionScorer(Scorer):
-    """Scores the finished model alone."""
+    """A scorer of the finished model alone."""
 
     shown = (_METHOD,)
 
@@ -56,7 +56,7 @@ class VersionScorer(Scorer):
         self._model = load_model(Folder(self.run.uri_of("model")), self.device)
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
-        """Mask of each image at the scored size."""
+        """Return the mask of each image at the scored size."""
         maps: list[torch.Tensor] = []
         for tokens in token_batches(self._model, images, self.config.evaluate.batch_size):
             maps += self._model.decode(tokens, self._model.config.image_size)
@@ -64,7 +64,7 @@ class VersionScorer(Scorer):
 
 
 class VersionMeasurer(UnitWorker):
-    """The measured photographs, one unit a version -> its label-free score and its speed."""
+    """Measures the label-free score and the speed of one version per unit, on the measured photographs."""
 
     def __init__(
         self, uris: list[str], configs: list[RunConfig], *, has_labels: bool, device: str, threads: int
@@ -75,7 +75,7 @@ class VersionMeasurer(UnitWorker):
         self._has_labels = has_labels
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Returns score, components, seconds and what became of the photographs, as JSON."""
+        """Return score, components, speed, and counts and refusals of the photographs, as JSON."""
         config, stats = self._configs[unit], PartStats()
         limits, table = config.data, config.label_table if self._has_labels else None
         decoded = decode_labelled(photos, stats, limits=limits, table=table)
@@ -92,7 +92,7 @@ class VersionMeasurer(UnitWorker):
         components = measure.components(
             lambda tokens, grid_hw: model.decoder(tokens, grid_hw)[0], len(model.config.kinds)
         )
-        # The model has run by now, so that no first call is timed; few photographs are segmented again and again.
+        # The model has run before, so no first call is timed. Few photographs are segmented repeatedly.
         started, seconds, done = time.perf_counter(), 0.0, 0
         while seconds < _TIMED_SECONDS:
             for start in range(0, len(images), batch_size):
@@ -107,12 +107,12 @@ class VersionMeasurer(UnitWorker):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Which versions of a registered model are compared, and on what.
+    """The versions of a registered model to compare, and the photographs.
 
     Attributes:
         name: of the model.
-        numbers: versions, to which the champion is added; none for all.
-        dataset: layout of the photographs; None for that which the versions were made on.
+        numbers: of the versions, to which the champion is added; empty for all.
+        dataset: layout of the photographs; None for the dataset that the versions were made on.
         data: folder or URI of the photographs.
         tracking_uri: of the registry; None for the default.
     """
@@ -133,23 +133,23 @@ def compare(
     promote: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Scores versions of a registered model; leaves comparison.json, .md and .png, and an MLflow run that has them.
+    """Score versions of a registered model; write comparison.json, .md and .png and log them to MLflow.
 
-    An interrupted call goes on where it stopped: until the end, versions/ in `out` keeps what is done.
+    An interrupted call continues where it stopped: until the end, versions/ in `out` keeps finished work.
 
     Args:
-        wanted: which versions, on which photographs.
-        out: where the results go.
+        wanted: versions and photographs.
+        out: receives the results.
         address: Ray to use.
-        reporter: progress.
-        promote: move the alias `champion` to the best version where `decide` says so.
+        reporter: shows progress.
+        promote: move the alias `champion` to the best version if `decide` says so.
         force: see `decide`.
 
     Returns:
         Content of comparison.json.
 
     Raises:
-        TransfguError: no such model or version, versions that cannot be compared, or unusable photographs.
+        TransfguError: the model or a version does not exist, versions cannot be compared, or photographs are unusable.
     """
     registry = Registry(wanted.name, wanted.tracking_uri)
     versions = registry.versions(wanted.numbers)
@@ -195,7 +195,7 @@ def _choose(images: Sequence[ImageRef], count: int) -> list[ImageRef]:
 def _measure(
     entries: Sequence[Entry], measured: list[ImageRef], *, has_labels: bool, resources: Resources, progress: Progress
 ) -> tuple[list[dict[str, Any]], PartStats]:
-    """Label-free score and speed of each version, and what became of the photographs.
+    """Return label-free score and speed of each version, and counts and refusals of the photographs.
 
     Raises:
         DataError: none can be read.
@@ -224,7 +224,9 @@ def _count(
     resources: Resources,
     progress: Progress,
 ) -> tuple[dict[int, csr_array], PartStats]:
-    """Confusion matrices of each version, none without labels, and what became of the photographs; makes samples.
+    """Write samples; return each version's confusion matrices and the counts and refusals of the photographs.
+
+    Without labels there are no confusion matrices.
 
     Raises:
         DataError: none can be scored.
@@ -289,7 +291,7 @@ def _content(
 
 
 def _write(registry: Registry, entries: Sequence[Entry], *, comparison: dict[str, Any], out: Folder) -> None:
-    """Writes the results and logs them; then the work is no longer needed."""
+    """Write and log the results, then delete the intermediate work."""
     folders = {entry.number: entry.folder for entry in entries}
     models = {entry.number: load_model_config(entry.model) for entry in entries}
     files = {

@@ -13,20 +13,20 @@ from ray.tune.search.optuna import OptunaSearch
 from transfgu_ray.studies.spaces import Range, Space, expand
 from transfgu_ray.studies.trials import POINT
 
-# After so many known suggestions in a row there is nothing new that is worth trying.
+# After this many known suggestions in a row, no new point is expected.
 _MAX_KNOWN = 100
 
 
 def new_scheduler(name: str, num_epochs: int) -> TrialScheduler:
-    """What stops trials by the score of their epochs.
+    """Return the scheduler that stops trials by the scores of their epochs.
 
     Args:
         name: `none`, `asha` (Li et al. 2020) or `median` (Golovin et al. 2017).
-        num_epochs: of a trial that is not stopped.
+        num_epochs: of a complete trial.
     """
     grace = max(1, num_epochs // 4)
     if name == "asha":
-        # One more than there are: what reaches its end is finished, not stopped.
+        # One more than there are, so that a complete trial counts as finished, not as stopped.
         return ASHAScheduler(time_attr="epoch", grace_period=grace, max_t=num_epochs + 1, reduction_factor=2)
     if name == "median":
         return MedianStoppingRule(time_attr="epoch", grace_period=grace, min_samples_required=3)
@@ -34,37 +34,37 @@ def new_scheduler(name: str, num_epochs: int) -> TrialScheduler:
 
 
 class Ended(Callback):
-    """Tells of each trial as soon as it has ended.
+    """Reports each trial as soon as it has ended.
 
     Args:
-        on_end: takes its point, and what it is unless its last stage is done: `stopped` or `failed`.
-        on_epoch: called whenever a trial has done one.
+        on_end: takes its point, and its status unless its last stage is done: `stopped` or `failed`.
+        on_epoch: called whenever a trial has finished an epoch.
     """
 
     def __init__(self, on_end: Callable[[dict[str, Any], str], None], on_epoch: Callable[[], None]) -> None:
         self._on_end, self._on_epoch = on_end, on_epoch
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: what Tune pickles to restore a sweep with is never used, and a terminal's lock cannot be pickled."""
+        """Return nothing to pickle: Tune never restores a sweep here, and a terminal's lock cannot be pickled."""
         return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[Any, Any], **info: Any
     ) -> None:
-        """Of a trial that reports."""
+        """Report an epoch."""
         self._on_epoch()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of a trial that came to its end, or was stopped."""
+        """Report a trial that was completed or stopped."""
         self._on_end(json.loads(trial.config[POINT]), "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of a trial that raised."""
+        """Report a trial that raised an exception."""
         self._on_end(json.loads(trial.config[POINT]), "failed")
 
 
 class NewPoints(OptunaSearch):
-    """Ray's adaptor of Optuna, with points as trials take them, none of them twice.
+    """Ray's adaptor of Optuna, which here suggests no point twice and gives points as text.
 
     The sampler is Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
 
@@ -74,7 +74,7 @@ class NewPoints(OptunaSearch):
         metric: what is maximised.
         known: point and result of each finished trial.
         taken: points of trials that were stopped.
-        first: points to go on with before new ones are suggested.
+        first: points to suggest before new ones.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class NewPoints(OptunaSearch):
             self._study.enqueue_trial(self._parameters(point))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # Ray omits FINISHED
-        """Return a point that was not suggested before, as text; FINISHED where there seems to be none left."""
+        """Return a new point as text; FINISHED where none seems to be left."""
         for _ in range(_MAX_KNOWN):
             parameters = super().suggest(trial_id)
             assert parameters is not None
@@ -115,7 +115,7 @@ class NewPoints(OptunaSearch):
             if text not in self._seen:
                 self._seen.add(text)
                 return {POINT: text}
-            # Ray's adaptor gives the same point again for as long as it knows the trial.
+            # Ray's adaptor repeats its suggestion for a trial that it knows.
             self._study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
         return Searcher.FINISHED
 
@@ -149,5 +149,5 @@ def _distribution(values: Sequence[Any] | Range) -> optuna.distributions.BaseDis
 
 
 def to_text(point: Mapping[str, Any]) -> str:
-    """A point as a trial is handed it."""
+    """Return a point in the form in which a trial takes it."""
     return json.dumps(point)

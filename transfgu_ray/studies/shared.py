@@ -1,4 +1,4 @@
-"""What trials have in common, made once: runs below SWEEP/shared, named by the settings that they depend on."""
+"""The stages that trials share, run once each below SWEEP/shared and named by the settings they depend on."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ class SharedStages:
         self._base = base
 
     def bank(self, config: RunConfig) -> Run:
-        """The run that holds features, concepts, bank and cached tokens of a trial."""
+        """Open the run that holds features, concepts, bank and cached tokens of a trial."""
         return self._open("labels", config)
 
     def make(self, configs: Iterable[RunConfig], reporter: Reporter) -> None:
-        """Makes what the trials need and is not there: features, banks, then tokens, each distinct one once.
+        """Make the features, banks and tokens that the trials need and that are missing, each distinct one once.
 
         Raises:
             TransfguError: settings, data or weights are unusable.
@@ -48,7 +48,7 @@ class SharedStages:
             run_stages(run, (*SHARED, "tokens"), address=None, reporter=reporter)
 
     def give(self, target: Run) -> None:
-        """Gives a trial what it shares, unless it is trained."""
+        """Copy the shared stages to a trial, unless it is trained already."""
         if target.manifest("train") is not None:
             return
         source = self.bank(target.config)
@@ -57,12 +57,12 @@ class SharedStages:
                 target.copy_stage(source, stage)
 
     def drop_tokens(self, configs: Iterable[RunConfig]) -> None:
-        """Removes the cached tokens, which are large and of no use once every trial has ended."""
+        """Delete the cached tokens, which are large and not needed once every trial has ended."""
         for place, _ in self._banks(configs):
             place.clear("tokens")
 
     def describe(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
-        """Each stage of the shared runs: its fingerprint, its seconds, and how many of these trials use it."""
+        """Return stage, fingerprint, seconds and number of these trials for each stage of the shared runs."""
         stages: dict[str, dict[str, Any]] = {}
         for run, uses in self._banks(configs):
             for manifest in filter(None, map(run.manifest, SHARED)):
@@ -72,7 +72,7 @@ class SharedStages:
         return sorted(stages.values(), key=lambda entry: SHARED.index(entry["stage"]))
 
     def _banks(self, configs: Iterable[RunConfig]) -> list[tuple[Run, int]]:
-        """The distinct runs that hold the banks of trials, and how many of these use each."""
+        """Return the distinct runs that hold the banks of trials, each with the number of trials that use it."""
         places = [self._place("labels", config) for config in configs]
         used_by = Counter(place.folder.uri for place in places)
         return [(place, used_by[uri]) for uri, place in {place.folder.uri: place for place in places}.items()]
@@ -82,7 +82,7 @@ class SharedStages:
         return Run.open(place.folder.uri, place.config)
 
     def _place(self, stage: str, config: RunConfig) -> Run:
-        """The shared run of a stage; of the settings after it, it has those of the base."""
+        """Return the shared run of a stage, which for later stages has the settings of the base."""
         changed: dict[str, Any] = {"extract": config.extract}
         if stage == "labels":
             changed |= {"seed": config.seed, "concepts": config.concepts, "cam": config.cam}

@@ -1,4 +1,4 @@
-"""What a sweep varies: settings and their values, read from YAML or made for a configuration, and drawn from."""
+"""The space of a sweep: settings and their values, read from YAML or made for a configuration, and points in it."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ConfigError
 
 PAPER = "paper"
-# Trials are compared on the same photographs, prior, tokens and protocol.
+# Trials are comparable only on the same photographs, prior, tokens and protocol.
 _FIXED = (
     "preset", "data", "encoder", "evaluate", "tracking", "runtime", "concepts.granularity", "train.features",
     "train.token_window", "train.crop_size", "train.inference_size", "train.backbone", "train.backbone_weights",
@@ -26,12 +26,12 @@ _SEPARATOR = ", "
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from low to high, both included; whole numbers where both ends are.
+    """All numbers from low to high, both included; whole numbers if both ends are whole.
 
     Attributes:
         low: smallest.
         high: largest.
-        log: whether ratios, not differences, are drawn evenly.
+        log: whether the logarithm, not the value, is drawn evenly.
     """
 
     low: float
@@ -39,7 +39,7 @@ class Range:
     log: bool = False
 
     def value(self, share: float) -> float:
-        """The value at a share in [0, 1] of the way."""
+        """Return the value at a share in [0, 1] of the range."""
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = low + (high - low) * share
         value = min(max(math.exp(value) if self.log else value, self.low), self.high)
@@ -47,7 +47,7 @@ class Range:
 
     @property
     def is_whole(self) -> bool:
-        """Whether only whole numbers are meant."""
+        """Whether the range holds only whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
@@ -55,10 +55,10 @@ Space = Mapping[str, tuple[Any, ...] | Range]
 
 
 def read_space(source: str, config: RunConfig) -> Space:
-    """The space `paper` for a configuration, or that of a YAML file.
+    """Return the space `paper` for a configuration, or read a space from a YAML file.
 
     A file maps each setting to a list of values or to `{low: 0.1, high: 3, log: true}`. Settings that change together
-    stand in one key: `concepts.num_concepts, concepts.num_background: [[16, 4], [6, 2]]`.
+    share a key: `concepts.num_concepts, concepts.num_background: [[16, 4], [6, 2]]`.
 
     Raises:
         ConfigError: the file is missing or malformed, or names a setting or value that cannot be varied.
@@ -79,9 +79,9 @@ def read_space(source: str, config: RunConfig) -> Space:
 
 
 def _paper(config: RunConfig) -> Space:
-    """Around the values of the supplement: the last alpha, both weights, and K = the classes, fine or super.
+    """Return a space around the values of the supplement: last alpha, both weights, and K = number of classes.
 
-    Where there are no super-categories, K is half and twice as many, too.
+    K is that of fine classes and of super-categories; where there are none, also half and twice the classes.
     """
     space: dict[str, tuple[Any, ...]] = {
         "train.alpha": ([0.03, 0.05], [0.03, 0.1], [0.03, 0.3]),
@@ -135,10 +135,10 @@ def _check(space: Space, config: RunConfig, where: str) -> None:
 
 
 def expand(choice: Mapping[str, Any], where: str = "the space") -> dict[str, Any]:
-    """A value of each key as a value of each setting.
+    """Return a value per setting from a value per key.
 
     Raises:
-        ConfigError: a key of several settings has not as many values.
+        ConfigError: a key of several settings has a different number of values.
     """
     point: dict[str, Any] = {}
     for key, value in choice.items():
@@ -153,28 +153,26 @@ def expand(choice: Mapping[str, Any], where: str = "the space") -> dict[str, Any
 
 
 def assignments(point: Mapping[str, Any]) -> list[str]:
-    """A point as `--set` would be told it."""
+    """Return a point as values of `--set`."""
     return [f"{name}={json.dumps(value)}" for name, value in point.items()]
 
 
 def grid_points(space: Space) -> list[dict[str, Any]]:
-    """Every combination, the last key changing fastest.
+    """Return every combination, the last key changing fastest.
 
     Raises:
-        ConfigError: a key has a range.
+        ConfigError: the space holds a range.
     """
     lists = []
     for key, values in space.items():
         if isinstance(values, Range):
-            raise ConfigError(
-                f"{key} is a range, which a grid cannot run through; give a list, or use --sampler random"
-            )
+            raise ConfigError(f"{key} is a range, which a grid cannot cover; give a list, or use --sampler random")
         lists.append(values)
     return [expand(dict(zip(space, choice, strict=True))) for choice in itertools.product(*lists)]
 
 
 def random_points(space: Space, num_points: int, seed: int) -> list[dict[str, Any]]:
-    """Points drawn evenly, none twice; fewer where there are no more. More points begin with the same ones."""
+    """Draw points evenly, none twice, all where there are fewer; a larger number begins with the same points."""
     if not any(isinstance(values, Range) for values in space.values()):
         points = grid_points(space)
         return [points[i] for i in np.random.default_rng(seed).permutation(len(points))[:num_points]]
@@ -194,12 +192,12 @@ def _at(values: Sequence[Any] | Range, share: float) -> Any:
 
 
 def plain_space(space: Space) -> dict[str, Any]:
-    """The space as JSON or YAML holds it."""
+    """Return the space as plain values for JSON or YAML."""
     return {key: asdict(values) if isinstance(values, Range) else list(values) for key, values in space.items()}
 
 
 def plain_settings(space: Space) -> dict[str, Any]:
-    """Each setting by itself with its values, or its range, as JSON holds them."""
+    """Return each setting separately with its values or range, as plain values for JSON."""
     settings: dict[str, Any] = {}
     for key, values in plain_space(space).items():
         if _SEPARATOR not in key:

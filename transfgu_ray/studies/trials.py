@@ -1,4 +1,4 @@
-"""Trials of a sweep: run folders named by their settings, and what became of each."""
+"""Trials of a sweep: run folders named by their settings, and the status of each."""
 
 import json
 from collections.abc import Mapping
@@ -18,25 +18,25 @@ from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import assignments
 from transfgu_ray.tracking.runs import RECORD
 
-# What a trial's own process takes of Ray's CPUs: it waits for others.
+# CPUs of a trial's own process, which only waits for others.
 DRIVER_CPUS = 0.1
 TRIAL_STAGES = ("train", "evaluate", "report", "register")
-# A point is handed to trials as text, so that Tune does not look for searches inside its lists.
+# Trials take a point as text, since Tune would search its lists for values to vary.
 POINT = "point"
-# Apart from the seeds that people give.
+# Far from the seeds that users choose.
 _SIBLING_SEED = 1_000_000
 
 
 def sibling_of(config: RunConfig) -> RunConfig:
-    """The same settings with another seed: other concepts, another bank, another student."""
+    """Return the same settings with another seed, and so other concepts, another bank and another student."""
     return config.model_copy(update={"seed": config.seed + _SIBLING_SEED})
 
 
 def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
-    """The configuration with as many workers as one trial may have, and how many trials run at a time.
+    """Return the configuration with the workers of a single trial, and how many trials run at a time.
 
-    Each trial's driver, its workers and one reading task fit into Ray's CPUs (and GPUs) at once, so that no trial waits
-    for another one that waits for it.
+    The drivers and workers of all these trials and a reading task of each fit into Ray's CPUs and GPUs at once, since
+    trials that wait for each other would never end.
     """
     import ray
 
@@ -68,42 +68,42 @@ class Trials:
 
     @cached_property
     def _notes(self) -> dict[str, dict[str, Any]]:
-        """What became of each trial by its id, in the order of ids."""
+        """The note on each trial by its id, in the order of ids."""
         names = [name for name, _ in self._folder.files("trials") if name.endswith(".json")]
         return {name.removeprefix("trials/").removesuffix(".json"): self._folder.read_json(name) for name in names}
 
     @property
     def ended(self) -> set[str]:
-        """Ids of the trials that finished or were stopped; those that failed are tried again."""
+        """Ids of the trials that finished or were stopped; failed ones are run again."""
         return {name for name, note in self._notes.items() if note["status"] in ("finished", "stopped")}
 
     def config(self, point: Mapping[str, Any]) -> RunConfig:
-        """The configuration of a trial."""
+        """Return the configuration of a trial."""
         return build_config(self._base, None, assignments(point))
 
     def id_of(self, point: Mapping[str, Any]) -> str:
-        """Sixteen hex digits that name a trial by its settings."""
+        """Return sixteen hex digits that name a trial by its settings."""
         return Run(self._folder, self.config(point)).settings_key("evaluate")
 
     def folder_of(self, name: str) -> Folder:
-        """The run folder of a trial."""
+        """Return the run folder of a trial."""
         return Folder(self._folder.uri_of(f"trials/{name}"))
 
     def begin(self, point: Mapping[str, Any]) -> Run:
-        """Opens the run folder of a trial."""
+        """Open the run folder of a trial and note that it runs."""
         name = self.id_of(point)
         run = Run.open(self.folder_of(name).uri, self.config(point))
         self._write_note(name, {"point": dict(point), "status": "running", "error": None})
         return run
 
     def fail(self, point: Mapping[str, Any], error: str) -> None:
-        """Notes why a trial failed."""
+        """Note why a trial failed."""
         self._write_note(self.id_of(point), {"point": dict(point), "status": "failed", "error": error})
 
     def end(self, point: Mapping[str, Any], otherwise: str) -> None:
-        """Notes what became of a trial: finished where its last stage is, else what Tune says."""
+        """Note the status of an ended trial: finished if its last stage is, else what Tune reports."""
         name = self.id_of(point)
-        # The trial itself has noted its error.
+        # The trial has noted its error itself.
         note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "error": None}
         finished = self.folder_of(name).exists(f"{TRIAL_STAGES[-1]}.json")
         self._notes[name] = note | {"status": "finished" if finished else otherwise}
@@ -114,7 +114,7 @@ class Trials:
         self._folder.write_json(_note_name(name), note)
 
     def describe(self) -> list[dict[str, Any]]:
-        """The trials that have ended as sweep.json tells them, in the order of their ids."""
+        """Return the entries of sweep.json for ended trials, in the order of their ids."""
         ended = {name: note for name, note in sorted(self._notes.items()) if note["status"] != "running"}
         for name in ended.keys() - self._described.keys():
             self._described[name] = self._describe(name, ended[name])
@@ -146,7 +146,7 @@ class Trials:
         }
 
     def for_search(self, objective: str) -> dict[str, list[Any]]:
-        """Return what `NewPoints` takes: `known` points, `taken` ones, and those to go on with `first`."""
+        """Return arguments of `NewPoints`: `known` points, `taken` ones, and those to suggest `first`."""
         trials = self.describe()
         known = [(trial["point"], trial[objective]) for trial in trials if trial["status"] == "finished"]
         taken = [trial["point"] for trial in trials if trial["status"] == "stopped"]
@@ -155,7 +155,7 @@ class Trials:
 
 
 def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
-    """What Tune runs: the stages of one trial, its epochs' scores reported as they come.
+    """Run the stages of one trial under Tune, reporting the score of each epoch.
 
     Args:
         values: the point, as text.
@@ -167,7 +167,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     trials, shared = Trials(folder, base), SharedStages(folder, base)
     point, objective = json.loads(values[POINT]), settings["objective"]
     run = trials.begin(point)
-    # The last epoch is told at the end of all: a scheduler would stop a trained trial before it is scored.
+    # The last epoch is reported after scoring, or a scheduler would stop a trained trial before it is scored.
     epochs, reported = sum(run.config.train.round_epochs) - 1, 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:

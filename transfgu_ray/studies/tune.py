@@ -1,4 +1,4 @@
-"""A sweep: what trials share is made once, then Ray Tune runs one ordinary run folder a point."""
+"""A sweep: shared stages are run once, then Ray Tune makes one ordinary run folder per point."""
 
 import json
 import logging
@@ -35,20 +35,20 @@ from transfgu_ray.tracking.sweeps import begin_sweep, end_sweep, settle_trials
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
 _IDENTITY = "sweep_config.json"
-# Settings that change what trials share.
+# Settings that the shared stages depend on.
 _SHARED_SECTIONS = ("seed", "extract", "concepts", "cam")
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How a sweep is made.
+    """The plan of a sweep.
 
     Attributes:
         space: what varies.
-        num_trials: how many points are tried; None = all of a grid.
+        num_trials: number of points to try; None = all of a grid.
         sampler: `grid`, `random` or `optuna`.
         scheduler: `none`, `asha` or `median`.
-        objective: `score`, which needs no labels, or `miou` of the validation photographs.
+        objective: `score`, which needs no labels, or `miou` on the validation photographs.
     """
 
     space: Space
@@ -60,7 +60,7 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """A sweep's folder, the configuration that its trials change, how they are drawn, and its MLflow run."""
+    """A sweep: its folder, the configuration its trials change, its plan, its trials and its MLflow run."""
 
     folder: Folder
     base: RunConfig
@@ -77,7 +77,7 @@ def tune(
     Args:
         folder: of the sweep.
         base: configuration that the trials change.
-        plan: which trials, and what they are measured by.
+        plan: of the sweep.
         address: Ray to use.
         reporter: shows progress.
 
@@ -100,25 +100,25 @@ def tune(
 def _check(base: RunConfig, plan: SweepPlan) -> None:
     if plan.objective == "score" and base.encoder.weights == "random":
         raise ConfigError(
-            "objective score measures all trials in one frozen prior, but encoder.weights=random makes another for "
+            "objective score measures all trials with one frozen prior, but encoder.weights=random makes another for "
             "each seed; give --weights, or use --objective miou"
         )
     if plan.objective == "miou" and not base.class_names:
-        raise ConfigError(f"objective miou needs labels, which dataset {base.data.dataset} has not; use score")
+        raise ConfigError(f"objective miou needs labels, but dataset {base.data.dataset} has none; use score")
     if plan.objective == "miou" and plan.scheduler != "none":
         raise ConfigError(
-            f"scheduler {plan.scheduler} stops trials by what their epochs reach, but objective miou is measured once, "
-            "at the end; use --objective score or --scheduler none"
+            f"scheduler {plan.scheduler} stops trials by the scores of their epochs, but objective miou is measured "
+            "once, at the end; use --objective score or --scheduler none"
         )
     if plan.sampler != "grid" and plan.num_trials is None:
-        raise ConfigError(f"sampler {plan.sampler} needs --num-trials; a grid alone knows how many there are")
+        raise ConfigError(f"sampler {plan.sampler} needs --num-trials; only a grid ends by itself")
     if plan.sampler == "grid" and plan.num_trials is not None:
         raise ConfigError("sampler grid tries every point; leave out --num-trials, or use --sampler random")
     ranges = [key for key in _shared_part(plan.space) if isinstance(plan.space[key], Range)]
     if plan.sampler == "optuna" and ranges:
         raise ConfigError(
-            f"{ranges[0]} is a range, and sampler optuna would make a bank of its own for each trial; give a list, or "
-            "use --sampler random"
+            f"{ranges[0]} is a range, for which sampler optuna would make a bank of its own for each trial; give a "
+            "list, or use --sampler random"
         )
 
 
@@ -127,7 +127,7 @@ def _shared_part(space: Space) -> Space:
 
 
 def _write_identity(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[str, Any]:
-    """Writes what the sweep is made of, first of all.
+    """Write and return what defines the sweep, before anything else.
 
     Raises:
         ArtifactError: the folder holds another sweep.
@@ -144,8 +144,8 @@ def _write_identity(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[st
         changes = difference(json.loads(folder.read_bytes(_IDENTITY)), json.loads(data))
         if changes:
             raise ArtifactError(
-                f"{folder.uri} holds another sweep ({'; '.join(changes)}); use another folder (more trials of the same "
-                "sweep need none: raise --num-trials)"
+                f"{folder.uri} holds another sweep ({'; '.join(changes)}); use another folder (for more trials of "
+                "the same sweep, raise --num-trials)"
             )
     folder.write_bytes(_IDENTITY, data)
     return identity
@@ -179,14 +179,14 @@ def _run_missing(sweep: _Sweep, reporter: Reporter) -> None:
 
 
 def _with_siblings(configs: list[RunConfig], plan: SweepPlan) -> list[RunConfig]:
-    """The trials, and the runs of another seed that the score compares them with."""
+    """Return the trials and, for objective score, the runs of another seed that it compares them with."""
     return [*configs, *(map(sibling_of, configs) if plan.objective == "score" else ())]
 
 
 def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int, progress: Progress) -> None:
     """Run Ray Tune over the points, or over what Optuna suggests where they are None."""
     folder, base, plan, trials = sweep.folder, sweep.base, sweep.plan, sweep.trials
-    # Tune must neither log nor print, and Ctrl-C must end the whole sweep.
+    # Tune must not log or print, and Ctrl-C must end the whole sweep.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -194,7 +194,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
 
     from transfgu_ray.studies.search import Ended, NewPoints, new_scheduler, to_text
 
-    # Of a trial that fails it shows tracebacks; the trial has noted the reason in words.
+    # It would show the tracebacks of failed trials, which have noted the reason.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     def on_end(point: dict[str, Any], otherwise: str) -> None:
@@ -227,7 +227,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
             scheduler=new_scheduler(plan.scheduler, epochs),
             num_samples=num_samples,
             max_concurrent_trials=concurrent,
-            # Saves each trial the start of a process; one that is stopped must end, to leave the CPUs of its training.
+            # Saves starting a process per trial; a stopped trial's process must end, to free the CPUs of its training.
             reuse_actors=plan.scheduler == "none",
         ),
         run_config=ray_tune.RunConfig(
@@ -239,7 +239,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
             failure_config=ray_tune.FailureConfig(max_failures=MAX_RESTARTS),
         ),
     ).fit()
-    # The trials' own folders say all of it.
+    # The folders of the trials hold everything that is needed.
     folder.delete("tune")
 
 

@@ -1,4 +1,4 @@
-"""Which registered versions can be compared on which photographs, and with what configuration."""
+"""Checks of which registered versions can be compared on which photographs, and their configurations."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from transfgu_ray.pipeline.inputs import list_scored, list_training
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.registry import Registry, Version
 
-# Settings in which versions must agree, or their scores are of different things.
+# Settings in which versions must agree, or their scores measure different things.
 _PROTOCOL = (
     "data.min_side_px", "data.max_pixels", "concepts.granularity", "evaluate.split", "evaluate.protocol",
     "evaluate.unmatched",
@@ -23,13 +23,13 @@ _PROTOCOL = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A version that is compared.
+    """A version to compare.
 
     Attributes:
         version: as registered.
-        config: its configuration, with the photographs that it is compared on.
-        folder: where its work is done; its name is the fingerprint's.
-        fingerprint: of what its work depends on.
+        config: its configuration, with the photographs of the comparison.
+        folder: of its work; named by the fingerprint.
+        fingerprint: of everything that its work depends on.
     """
 
     version: Version
@@ -39,26 +39,26 @@ class Entry:
 
     @property
     def number(self) -> int:
-        """Of the version."""
+        """Number of the version."""
         return self.version.number
 
     @property
     def model(self) -> Folder:
-        """The version's model, where workers reach it."""
+        """Folder of the model that workers can read."""
         return Folder(self.folder.uri_of("model"))
 
 
 def enter(
     registry: Registry, versions: Sequence[Version], *, dataset: str | None, data: str, out: Folder
 ) -> tuple[list[Entry], Listing, bool]:
-    """The versions with the photographs that they are compared on, these photographs, and whether they have labels.
+    """Return the versions on these photographs, the photographs, and whether they have labels.
 
     Args:
         registry: of the versions.
         versions: at least one.
-        dataset: layout of the photographs; None for that which the versions were made on.
+        dataset: layout of the photographs; None for the dataset that the versions were made on.
         data: folder or URI of the photographs.
-        out: where the work is done.
+        out: folder of the work.
 
     Raises:
         ConfigError: the versions cannot be scored on this dataset, or are scored in different ways.
@@ -79,11 +79,13 @@ def enter(
 
 
 def _configs_on(versions: Sequence[Version], dataset: str | None, data: str) -> list[RunConfig]:
-    """The configuration of each version, with these photographs in place of those it was made on."""
+    """Return the configuration of each version with these photographs in place of its own."""
     own = {version.config.data.dataset: version.number for version in versions}
     if dataset is None and len(own) > 1:
         made = ", ".join(f"{number} on {name}" for name, number in own.items())
-        raise ConfigError(f"the versions were made on several datasets ({made}); say which --data is with --dataset")
+        raise ConfigError(
+            f"the versions were made on several datasets ({made}); name the dataset of --data with --dataset"
+        )
     configs = []
     for version in versions:
         config, name = version.config, dataset or version.config.data.dataset
@@ -91,7 +93,7 @@ def _configs_on(versions: Sequence[Version], dataset: str | None, data: str) -> 
             "data.dataset": name,
             "data.root": data,
             "data.names": [],
-            # What the model was made with; the dataset's own default may be another.
+            # As the model was made; the default of the dataset may differ.
             "data.region_mode": config.region_mode,
             "concepts.num_concepts": config.num_concepts,
         }
