@@ -38,7 +38,7 @@ def test_take_turns__one_unmeasured_round_then_in_turn():
 
 
 def test_ratio__median_of_ratios_within_a_round():
-    # A slow second round slows both; 2 and not the ratio of the medians, 2.5.
+    # The slow second round slows both, so the ratio is 2, not the 2.5 of the medians.
     assert ratio({"a": [2.0, 20.0, 5.0], "b": [1.0, 10.0, 2.0]}, "a", "b") == 2.0
 
 
@@ -59,12 +59,12 @@ def test_plain_step__gives_the_losses_gradient_to_the_student():
     assert all(weight.grad is not None for weight in student.parameters())
 
 
-def test_pack__unpack_gives_the_same_back():
+def test_unpack__inverts_pack():
     encoded = [part[0] for part in encode_scores(torch.rand(1, 171, 40, 40))]
     assert all(torch.equal(a, b) for a, b in zip(encoded, _unpack(_pack(*encoded)), strict=True))
 
 
-def test_differing__counts_parts_that_are_not_the_same_in_every_round():
+def test_differing__counts_parts_that_change_between_rounds():
     assert _differing([[b"a", b"b"], [b"a", b"c"], [b"a", b"b"]]) == 1
 
 
@@ -74,7 +74,7 @@ def test_run_parts__unknown_part():
 
 
 def test_run_parts__one_part(monkeypatch):
-    # The parts themselves take minutes on the paper's encoder.
+    # The real parts take minutes.
     monkeypatch.setitem(
         PARTS, "bank", lambda device: type("F", (), {"targets": [Target("x", "<=", 2, 1.5)], "details": {"s": 1}})
     )

@@ -7,17 +7,17 @@ from tests.builders import make_folder
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import build_config
 from transfgu_ray.errors import DataError
-from transfgu_ray.planning.calibrate import seconds_an_item
+from transfgu_ray.planning.calibrate import seconds_per_item
 from transfgu_ray.planning.plan import plan
 
 
-def test_seconds_an_item__is_of_one_item() -> None:
-    assert seconds_an_item(lambda count: time.sleep(0.02 * count), most=4) == pytest.approx(0.02, rel=0.5)
+def test_seconds_per_item__of_one_item() -> None:
+    assert seconds_per_item(lambda count: time.sleep(0.02 * count), most=4) == pytest.approx(0.02, rel=0.5)
 
 
-def test_seconds_an_item__slow_actions_stay_small() -> None:
+def test_seconds_per_item__slow_actions_stay_small() -> None:
     counts = []
-    seconds_an_item(lambda count: (counts.append(count), time.sleep(0.3 * count)), most=64)
+    seconds_per_item(lambda count: (counts.append(count), time.sleep(0.3 * count)), most=64)
     assert max(counts) == 1
 
 
@@ -33,7 +33,7 @@ def test_plan__counts_photographs_and_windows(tmp_path: Path, local_ray: None) -
     stages = {stage["stage"]: stage for stage in planned["stages"]}
     assert list(stages) == ["extract", "concepts", "labels", "train", "evaluate"]
     assert (planned["photographs"], planned["scored"]) == (5, 5)
-    # 142 windows a photograph (paper: four sizes), no foreground prior in a plain folder.
+    # 142 windows per photograph (paper: four sizes), no foreground prior in a plain folder.
     assert stages["extract"]["forwards"] == 5 * 142
     assert stages["labels"]["forwards"] == 5
     assert all(stage["seconds"] > 0 for stage in stages.values())

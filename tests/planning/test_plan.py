@@ -27,14 +27,14 @@ def plan(*settings, cluster=TWO, num_images=100, num_scored=10, **pieces):
 
 def test_plan_stages__by_hand():
     stages = plan()
-    # 800 crops and 100 photographs, 50 and 400 a worker: 10 + 50 * (0.01 + 0.04) + 400 * 0.01.
+    # 800 crops and 100 photographs, 50 photographs and 400 crops per worker: 10 + 50 * (0.01 + 0.04) + 400 * 0.01.
     assert (stages["extract"].forwards, stages["extract"].seconds) == (900, pytest.approx(16.5))
     assert stages["extract"].num_bytes == 800 * (2 * 96 + 60)
     # 8 concepts, 50 iterations, 3 restarts, 800 points of width 96.
     assert stages["concepts"].seconds == pytest.approx(1e-9 * 8 * 150 * 800 * 96)
     assert (stages["labels"].forwards, stages["labels"].num_bytes) == (100, 100_000)
     assert stages["labels"].seconds == pytest.approx(15)
-    # 3 epochs of 5 steps of 10 images a worker; a mean step image takes 0.5, reading 0.2, feeding 0.02.
+    # 3 epochs of 5 steps of 10 images per worker; on average 0.5 per image for the step, 0.2 to read, 0.02 to feed.
     assert stages["train"].forwards == 300
     assert stages["train"].seconds == pytest.approx(20 + 150 * 0.72)
     # Decode, label, tokens and three masks of ten photographs on two workers.
@@ -75,7 +75,7 @@ def test_plan_stages__baselines_read_the_training_photographs_too():
     assert more.forwards - plain.forwards == 220
 
 
-def test_plan_stages__wider_tokens_of_the_decoder_take_longer_to_cluster():
+def test_plan_stages__wider_decoder_tokens_take_longer_to_cluster():
     plain, more = (plan("evaluate.baselines=[decoder_tokens]", *wide)["evaluate"] for wide in ((), RESNET))
     # 3840 channels instead of 96.
     assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 150 * 50_000 * 96)
@@ -90,7 +90,7 @@ def test_plan_stages__two_views_of_the_training_photographs_for_heads_that_share
     assert more.forwards - plain.forwards == 200
 
 
-def test_plan_stages__twice_the_workers_halve_what_is_not_start():
+def test_plan_stages__twice_the_workers_halve_all_but_the_start():
     cluster = Cluster(num_workers=4, train_workers=2, num_cores=2, shares_cores=True)
     for stage in ("extract", "labels", "evaluate"):
         assert plan(cluster=cluster)[stage].seconds - 10 == pytest.approx((plan()[stage].seconds - 10) / 2)

@@ -104,7 +104,7 @@ STOPPED = """
 import json, sys, time
 from ray.util.placement_group import placement_group_table
 from tests.fixtures import Silent
-from transfgu_ray.config import RunConfig
+from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.studies.tune import SweepPlan, tune
 from transfgu_ray.storage import Folder

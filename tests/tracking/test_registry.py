@@ -1,4 +1,4 @@
-"""Versions in a real registry of MLflow, and which of them can be compared. No Ray."""
+"""Versions in a real MLflow registry, and which of them can be compared. No Ray."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ from transfgu_ray.tracking.registry import Registry, Version
 
 
 def registered(folder: Path, *settings: str) -> Run:
-    """A run with nothing but a model, registered beside itself."""
+    """A run that has only a model, registered in a store beside it."""
     run = Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*TINY, "data.root=unread", *settings]))
     model = Folder(run.folder.uri_of("model"))
     model.write_bytes("encoder.safetensors", dump_encoder(tiny_encoder().vit, TINY_VIT, overrides=TINY_OVERRIDES))
@@ -37,7 +37,7 @@ def registered(folder: Path, *settings: str) -> Run:
     return run
 
 
-def test_registry__versions_carry_what_scores_them_and_the_alias_moves(tmp_path: Path) -> None:
+def test_registry__versions_can_be_scored_again_and_the_alias_moves(tmp_path: Path) -> None:
     runs = [registered(tmp_path / name, setting) for name, setting in (("one", "seed=0"), ("other", "seed=1"))]
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     registry = Registry("transfgu", uri)
@@ -52,7 +52,7 @@ def test_registry__versions_carry_what_scores_them_and_the_alias_moves(tmp_path:
         assert version.tags.items() >= want.items()
 
     left = {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & set(os.environ)
-    assert not left, "the next run of this process would take it for the user's"
+    assert not left, "the next run of this process would take it for the user's choice"
     assert registry.champion is None
     for number in (1, 2):
         registry.promote(number)
@@ -80,7 +80,7 @@ def test_registry__versions_carry_what_scores_them_and_the_alias_moves(tmp_path:
 def entered(
     out: Path, settings: list[tuple[str, ...]], data: Path, dataset: str | None = None
 ) -> tuple[list[Entry], int, bool]:
-    """Versions 1, 2, ... with these settings, entered; the photographs are counted."""
+    """Enter versions 1, 2, ...; return them, the number of photographs, and whether these have labels."""
     base = build_config(RunConfig(), None, ["data.dataset=voc", "data.root=elsewhere"])
     configs = [build_config(base, None, each) for each in settings]
     versions = [Version(i, (), {}, "", config, Folder(str(out))) for i, config in enumerate(configs, start=1)]
@@ -90,13 +90,13 @@ def entered(
     return entries, len(listing.images), has_labels
 
 
-def test_enter__only_where_the_photographs_lie_changes(voc: Path, tmp_path: Path) -> None:
+def test_enter__changes_only_the_root_of_the_photographs(voc: Path, tmp_path: Path) -> None:
     (one, other), num_images, has_labels = entered(tmp_path, [("seed=1",), ("train.omega_1=2",)], voc)
     assert (num_images, has_labels) == (3, True)
     assert one.config.data.root == str(voc)
     for entry in (one, other):
         values, own = (config.model_dump(exclude={"data"}) for config in (entry.config, entry.version.config))
-        # K in numbers, for datasets of other classes.
+        # K is stored as a number, for datasets with other classes.
         assert values == own
         assert entry.config.evaluate_image_size == entry.version.config.evaluate_image_size
     assert one.folder.uri != other.folder.uri
@@ -104,7 +104,7 @@ def test_enter__only_where_the_photographs_lie_changes(voc: Path, tmp_path: Path
     assert same.fingerprint == one.fingerprint != changed.fingerprint
 
 
-def test_enter__another_dataset_keeps_what_the_model_was_made_with(tmp_path: Path) -> None:
+def test_enter__another_dataset_keeps_the_settings_of_the_model(tmp_path: Path) -> None:
     settings = [("concepts.num_concepts=null", "evaluate.split=train")]
     scenes = make_scenes(tmp_path / "scenes", num_train=1, num_val=2, size=(40, 40))
     ((entry,), num_images, has_labels) = entered(tmp_path, settings, scenes, "scenes")
@@ -126,14 +126,14 @@ def test_enter__another_dataset_keeps_what_the_model_was_made_with(tmp_path: Pat
         ((), "scene", "version 1 cannot be scored on dataset scene: .*unknown dataset"),
     ],
 )
-def test_enter__what_cannot_be_compared_is_refused(
+def test_enter__refuses_versions_that_cannot_be_compared(
     voc: Path, tmp_path: Path, settings: tuple[str, ...], dataset: str | None, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         entered(tmp_path, [(), settings], voc, dataset)
 
 
-def test_enter__without_labels_no_protocol_matters(tmp_path: Path) -> None:
+def test_enter__without_labels_any_protocols_are_compared(tmp_path: Path) -> None:
     data = make_folder(tmp_path / "folder", num_images=1)
     entries, _, has_labels = entered(tmp_path, [(), ("evaluate.unmatched=count",)], data, "folder")
     assert (len(entries), has_labels) == (2, False)

@@ -7,7 +7,7 @@ from transfgu_ray.tracking.requirements import requirements_of
 ROOM = Path(transfgu_ray.tracking.__file__).parent
 
 
-def test_requirements_of__what_the_logged_model_needs_and_no_more():
+def test_requirements_of__exactly_the_needs_of_the_logged_model():
     found = dict(line.split("==") for line in requirements_of(ROOM / "pyfunc.py"))
     assert {"mlflow", "numpy", "pillow", "pyarrow", "safetensors", "timm", "torch", "torchvision"} <= {*found}
     assert not {"ray", "typer", "optuna", "faiss-cpu", "matplotlib"} & {*found}, "nothing of training or of pages"
@@ -17,4 +17,6 @@ def test_requirements_of__what_the_logged_model_needs_and_no_more():
 def test_requirements_of__follows_imports_inside_functions():
     # `transfgu_ray.tracking.registry` reaches pydantic only through the configuration.
     assert any(line.startswith("pydantic==") for line in requirements_of(ROOM / "registry.py"))
-    assert "networkx" not in str(requirements_of(ROOM / "registry.py")), "torch brings it, the package does not name it"
+    assert "networkx" not in str(requirements_of(ROOM / "registry.py")), (
+        "torch depends on it, the package does not declare it"
+    )

@@ -1,1 +1,1 @@
-"""`transfgu bench`: how near each stage comes to the bare encoder, against the targets of the design."""
+"""`transfgu bench`: the speed of each stage relative to the bare encoder, against the targets of the design."""

@@ -16,12 +16,12 @@ from transfgu_ray.bench.timing import Measurements, Target
 _CONCEPTS = 171
 _IMAGES = 4
 _ROUNDS = 15
-# Steps that the teacher learns the bank for; a longer training makes it surer and the changes fewer.
+# Training steps of the teacher; more steps make it surer and the changed targets fewer.
 _TEACHER_STEPS = 12
 
 
 def measure(device: str) -> Measurements:
-    """Bytes after zstd, argmax, targets that the rounding changes, images a second; maps of `labels` on every core."""
+    """Measure bytes after zstd, patches and targets changed by rounding, and images per second on one core."""
     encoder = build_encoder(device)
     images = working_images(_IMAGES).to(device)
     label = build_labeller(encoder, window_concepts(encoder, _CONCEPTS))
@@ -35,7 +35,7 @@ def measure(device: str) -> Measurements:
     packed = [_pack(*(part[i] for part in parts)) for i in range(_IMAGES)]
 
     def rate(action: Callable[[], object]) -> float:
-        # By a core's own time, which a busy machine does not lengthen.
+        # CPU time, which a busy machine does not lengthen.
         seconds = []
         for _ in range(_ROUNDS):
             start = time.process_time()
@@ -57,12 +57,12 @@ def measure(device: str) -> Measurements:
 
 
 def encode_one(scores: Tensor) -> list[Tensor]:
-    """The stored form of a batch of one."""
+    """Return the stored form of a batch of one."""
     return [part[0] for part in encode_scores(scores)]
 
 
 def _pack(codes: Tensor, low: Tensor, high: Tensor) -> list[bytes]:
-    # What Parquet does with a row group of one image.
+    # As Parquet compresses a row group of one image.
     return [pa.compress(part.numpy().tobytes(), "zstd", asbytes=True) for part in (codes, low, high)]
 
 
@@ -77,7 +77,7 @@ def _unpack(packed: list[bytes]) -> list[Tensor]:
 
 
 def _teacher(tokens: Tensor, scores: Tensor) -> Tensor:
-    """Probabilities of a decoder that has begun to learn the bank (Eq. 9)."""
+    """Return the probabilities of a decoder that has begun to learn the bank (Eq. 9)."""
     torch.manual_seed(0)
     decoder = MaskTransformer(_CONCEPTS, tokens.shape[-1]).to(tokens.device)
     optimiser = torch.optim.Adam(decoder.parameters(), 1e-3)

@@ -1,4 +1,4 @@
-"""Extract: from JPEG bytes to a part of the features table, by the bare encoder on ready crops."""
+"""Extract: from JPEG bytes to a part of the features table, relative to the bare encoder on ready crops."""
 
 import tempfile
 from functools import partial
@@ -25,7 +25,7 @@ _BATCH = 12
 
 
 def measure(device: str) -> Measurements:
-    """Crops a second by the bare encoder's at the same batch; without a foreground prior, so that crops are all."""
+    """Measure crops per second relative to the bare encoder at the same batch, without foreground prior."""
     encoder = build_encoder(device)
     boxes, _ = enumerate_windows(SIDE, SIDE, _FRACS)
     crops = np.concatenate([cut_crops(image.numpy(), boxes, SIDE // 2) for image in working_images(_PHOTOGRAPHS)])

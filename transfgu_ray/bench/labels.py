@@ -1,4 +1,4 @@
-"""Labels: from images on the device to the bank's stored form on the host."""
+"""Labels: from images on the device to the stored form of the bank on the host."""
 
 from functools import partial
 from statistics import median
@@ -15,12 +15,12 @@ from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
 _BATCH = 2
 _ROUNDS = 5
 _CONCEPTS = (27, 171, 1000)
-# Backward passes that are timed; the others take as long.
+# Backward passes to time; all take equally long.
 _PASSES = 2
 
 
 def measure(device: str) -> Measurements:
-    """Time an image by that of a bare forward, and of K backward passes by ours; gradients against autograd's."""
+    """Measure our time relative to a bare forward, that of K backward passes relative to ours, and gradient errors."""
     encoder = build_encoder(device)
     images = working_images(_BATCH).to(device)
     concepts = window_concepts(encoder, max(_CONCEPTS))
@@ -40,8 +40,8 @@ def measure(device: str) -> Measurements:
         },
         num_rounds=2,
     )
-    a_pass = median(b - a for a, b in zip(slow["one pass"], slow["more passes"], strict=True)) / _PASSES
-    published = {k: median(slow["one pass"]) + (k - 1) * a_pass for k in (27, 171)}
+    per_pass = median(b - a for a, b in zip(slow["one pass"], slow["more passes"], strict=True)) / _PASSES
+    published = {k: median(slow["one pass"]) + (k - 1) * per_pass for k in (27, 171)}
     error = gradient_error(encoder, images[:1], concepts[:_PASSES])
     bare = [Target(f"labels / bare forward, K = {k}", "<=", 1.0, ratio(seconds, f"K={k}", "bare")) for k in _CONCEPTS]
     passes = [
@@ -54,7 +54,7 @@ def measure(device: str) -> Measurements:
         details={
             "encoder": f"{VIT}, {SIDE} px, batch {_BATCH}",
             "seconds": {name: median(values) for name, values in seconds.items()},
-            "seconds_a_backward_pass": a_pass,
+            "seconds_a_backward_pass": per_pass,
             "backward_passes_timed": _PASSES,
             "bfloat16": bfloat16_difference(device, images, concepts[:171]),
         },
@@ -62,7 +62,7 @@ def measure(device: str) -> Measurements:
 
 
 def gradient_error(encoder: Encoder, images: Tensor, concepts: Tensor) -> float:
-    """Largest difference from K backward passes, by the largest gradient."""
+    """Return the largest difference from the gradients of K backward passes, relative to the largest gradient."""
     plain = plain_gradients(encoder, images, concepts)
     row = encoder.class_row(encoder.prefix(images), encoder.grid_hw((images.shape[2], images.shape[3])))
     ours = attention_gradients(row, concepts)
@@ -70,7 +70,7 @@ def gradient_error(encoder: Encoder, images: Tensor, concepts: Tensor) -> float:
 
 
 def bfloat16_difference(device: str, images: Tensor, concepts: Tensor) -> dict[str, float]:
-    """What bfloat16 forwards change: share of patches with another winner, and the largest change of a score."""
+    """Return what bfloat16 forwards change: the share of patches with another winner, and the largest score change."""
     exact, rounded = (
         build_labeller(build_encoder(device, precision), concepts)(images)[0] for precision in ("float32", "bfloat16")
     )

@@ -1,4 +1,4 @@
-"""A plain rewrite of how the published code computes, to measure against and to check results with."""
+"""A plain rewrite of the published code's computations, as a reference for speed and results."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from transfgu_ray.algorithms.rounds.schedule import Epoch
 def plain_gradients(
     encoder: Encoder, images: UInt8[Tensor, "b 3 y x"], centroids: Float[Tensor, "k d"]
 ) -> Float[Tensor, "b k n"]:
-    """Head-mean of d loss_k / d attention of the class token (Eq. 5) by K backward passes through the whole network.
+    """Return the head-mean of d loss_k / d attention of the class token (Eq. 5) by K backward passes.
 
-    The graph is kept between passes and reaches down to the pixels, as where no weight or image is left out of it.
+    The graph is kept between passes and reaches through the whole network down to the pixels.
     """
     attn: Any = encoder.vit.blocks[-1].attn
     fused, attn.fused_attn = attn.fused_attn, False
@@ -55,7 +55,7 @@ def plain_step(
     scores: Float[Tensor, "b k h w"],
     epoch: Epoch,
 ) -> None:
-    """Losses and gradients of a training step in which teacher and student each run the encoder."""
+    """Compute losses and gradients of a training step in which teacher and student each run the encoder."""
     grid_hw = (scores.shape[2], scores.shape[3])
     assert bootstrap.teacher is not None
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The pipeline as a whole: memory over many photographs, Ray's share of the time, one worker against two."""
+"""The whole pipeline: memory for many photographs, the overhead of Ray, one worker against two."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
 _SIZES = (1_000, 10_000)
-# A tiny encoder on small photographs: what is looked for is what grows with their number.
+# A tiny encoder on small photographs, since only growth with their number matters.
 _SMALL = (
     "encoder.overrides={embed_dim: 48, depth: 2, num_heads: 3, patch_size: 8}",
     "data.image_size=[64, 64]",
@@ -50,7 +50,7 @@ _ROUNDS = 3
 
 
 def measure_memory(device: str) -> Measurements:
-    """Peak memory of every stage's processes and of the object store, 10,000 photographs against 1,000."""
+    """Measure peak memory of all stages and of the object store with 10,000 photographs relative to 1,000."""
     peaks: dict[int, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for size in _SIZES:
@@ -72,7 +72,7 @@ def _write_photographs(folder: Path, count: int) -> None:
 
 
 def _run_and_watch(folder: Path, size: int, device: str) -> dict[str, int]:
-    """Runs the stages in processes of their own; peak MB of each stage (driver and workers) and of the object store."""
+    """Run each stage in a new process; return peak MB of each (driver and workers) and of the object store."""
     run, known, store = folder / f"run-{size}", set(_raylets()), 0
     settings = [word for text in (*_SMALL, f"runtime.device={device}") for word in ("--set", text)]
     for stage in _STAGES:
@@ -103,7 +103,7 @@ def _raylets() -> list[str]:
 
 
 def _store_mb(raylet: str) -> int:
-    """MB of the object store that were ever used; its file is deleted, but the raylet holds it open."""
+    """Return the MB of the object store ever used; its file is deleted, but the raylet holds it open."""
     largest = 0
     for descriptor in Path(f"/proc/{raylet}/fd").glob("*"):
         try:
@@ -115,7 +115,7 @@ def _store_mb(raylet: str) -> int:
 
 
 def measure_ray(device: str) -> Measurements:
-    """Extract under Ray against the same units in one plain loop, and by two workers against one."""
+    """Measure extract under Ray relative to a plain loop over the same units, and two workers relative to one."""
     config = build_config(get_preset("tiny_cpu"), None, ["extract.window_fracs=[0.5, 0.4, 0.3]"])
     loop: list[float] = []
     one: list[float] = []
@@ -152,7 +152,7 @@ def measure_ray(device: str) -> Measurements:
 
 
 def measure_concepts(device: str) -> Measurements:
-    """Peak memory of the workers that cluster more class tokens than one of them may hold."""
+    """Measure the peak memory of workers that cluster more class tokens than one of them may hold."""
     rows, parts = 5_000_000, 500
     config = build_config(get_preset("paper"), None, ["data.region_mode=no_prior", "concepts.num_iterations=3"])
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,7 @@ def measure_concepts(device: str) -> Measurements:
 
 
 def _features_part(number: int, rows: int) -> pa.Buffer:
-    """Class tokens of width 384 around 64 centres."""
+    """Build a part of the features table with class tokens of width 384 around 64 centres."""
     rng = np.random.default_rng(number)
     centres = np.random.default_rng(0).standard_normal((64, _WIDTH), dtype=np.float32)
     tokens = centres[rng.integers(64, size=rows)] + rng.standard_normal((rows, _WIDTH), dtype=np.float32)
@@ -198,7 +198,7 @@ def _arguments(run: Folder, config: RunConfig) -> dict[str, Any]:
 def _plain_loop(
     run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
-    """Seconds a unit, reading included."""
+    """Return seconds per unit, reading included."""
     extractor = FeatureExtractor(**_arguments(run, config), device=resources.device, threads=resources.threads)
     start = time.perf_counter()
     for unit, refs in enumerate(units):
@@ -210,7 +210,7 @@ def _plain_loop(
 def _under_ray(
     run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
-    """Seconds a unit from the first finished one to the last, so that starting processes does not count."""
+    """Return seconds per unit from the first finished one to the last, so that starting processes does not count."""
     numbered = dict(enumerate(units))
     times = [
         time.perf_counter()
@@ -222,7 +222,7 @@ def _under_ray(
             resources=resources,
         )
     ]
-    # Each worker's first unit ends near the start of the clock.
+    # The first unit of each worker ends near the start of the clock.
     return (times[-1] - times[0]) / (len(times) - resources.num_workers)
 
 

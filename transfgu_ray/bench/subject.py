@@ -1,4 +1,4 @@
-"""What is measured: the paper's encoder with random weights, which take as long, and pictures like photographs."""
+"""Inputs of the benchmark: the encoder of the paper with random weights, which are equally fast, and test images."""
 
 import io
 
@@ -21,12 +21,12 @@ SIDE = 320
 
 
 def build_encoder(device: str, precision: str = "float32") -> Encoder:
-    """ViT-S/8, initialised from seed 0."""
+    """Return a ViT-S/8 initialised from seed 0."""
     return Encoder(random_vit(VIT, {}, seed=0), precision=precision).to(device)
 
 
 def jpeg_photographs(count: int, size: tuple[int, int] = (500, 375)) -> list[bytes]:
-    """JPEG files of (width, height) px: smooth random colours under noise."""
+    """Return JPEG files of (width, height) px: smooth random colours under noise."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(count):
@@ -40,13 +40,13 @@ def jpeg_photographs(count: int, size: tuple[int, int] = (500, 375)) -> list[byt
 
 
 def working_images(count: int) -> UInt8[Tensor, "b 3 y x"]:
-    """Photographs squashed to a square of `SIDE` px."""
+    """Return photographs squashed to squares of `SIDE` px."""
     images = [to_working(Image.open(io.BytesIO(data)), (SIDE, SIDE)) for data in jpeg_photographs(count)]
     return torch.from_numpy(np.stack(images))
 
 
 def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
-    """Concepts that lie among the class tokens of windows."""
+    """Return concepts near the class tokens of windows."""
     boxes, _ = enumerate_windows(SIDE, SIDE, (0.5, 0.4))
     crops = torch.from_numpy(np.concatenate([cut_crops(image.numpy(), boxes, 64) for image in working_images(4)]))
     tokens = torch.cat([encoder.cls_tokens(part.to(encoder.device)) for part in torch.split(crops, 32)]).cpu()
@@ -56,5 +56,5 @@ def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
 
 
 def build_labeller(encoder: Encoder, concepts: Float[Tensor, "k d"]) -> Labeller:
-    """The paper's labels: gradient maps, attention as foreground prior, no exclusion."""
+    """Return a labeller as in the paper: gradient maps, attention as foreground prior, no exclusion."""
     return Labeller(encoder, GradientResponse(encoder=encoder, centroids=concepts), None, "attention")

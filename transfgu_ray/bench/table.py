@@ -1,4 +1,4 @@
-"""The benchmark's parts, run in order, and what is printed and written of them."""
+"""The parts of the benchmark, run in order, and their printed and written results."""
 
 import os
 import platform
@@ -24,15 +24,15 @@ PARTS: dict[str, Callable[[str], Measurements]] = {
 
 
 def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Runs the named parts (none = all) and gives, after each, what `--json` writes of all so far.
+    """Run the named parts (none = all) and yield, after each, the content of `--json` so far.
 
     Args:
         names: of `PARTS`.
         threads: torch threads of this process.
-        on_part: told each part before it starts.
+        on_part: called with the name of each part before it starts.
 
     Raises:
-        ConfigError: no such part.
+        ConfigError: a part does not exist.
     """
     unknown = [name for name in names if name not in PARTS]
     if unknown:
@@ -59,7 +59,7 @@ def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]
 
 
 def table_rows(targets: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Name, target, value and whether it was reached, as printed."""
+    """Return name, target, value and whether the target was reached, as printed."""
     words = {True: "yes", False: "NO", None: "-"}
     return [[t["name"], f"{t['sense']} {t['target']:g}", f"{t['value']:.3g}", words[t["reached"]]] for t in targets]
 

@@ -1,4 +1,4 @@
-"""Timing by ratios: the things compared take turns in one process, so that a busy machine slows all of them alike."""
+"""Timing by ratios: compared actions take turns in one process, so that a busy machine slows all of them alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table: a number that matters, and whether it was reached.
+    """One row of the table: a value and its target.
 
     Attributes:
-        name: what was measured.
+        name: of the measure.
         sense: whether the value must be at most or at least the target.
-        target: the number asked for; None where the value is given for information.
+        target: the wanted value; None where the value is only informative.
         value: as measured; None = not run.
     """
 
@@ -33,13 +33,13 @@ class Target:
         return self.value <= self.target if self.sense == "<=" else self.value >= self.target
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the fields and whether the target was reached, as plain values."""
         return asdict(self) | {"reached": self.reached}
 
 
 @dataclass
 class Measurements:
-    """What one part of the benchmark found.
+    """The results of one part of the benchmark.
 
     Attributes:
         targets: rows of the table.
@@ -51,7 +51,7 @@ class Measurements:
 
 
 def take_turns(actions: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action in each round; all run once before, unmeasured."""
+    """Return the seconds of each action in each round; a first round is not measured."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(num_rounds + 1):
         for name, action in actions.items():
@@ -65,7 +65,7 @@ def take_turns(actions: Mapping[str, Callable[[], object]], num_rounds: int) -> 
 
 
 def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """Median over the rounds of one action's seconds by another's in the same round."""
+    """Return the median over the rounds of the seconds of one action relative to another's in the same round."""
     return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 

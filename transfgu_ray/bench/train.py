@@ -1,4 +1,4 @@
-"""A training step of a bootstrapped round, by what it cannot do without."""
+"""A training step of a bootstrapped round, relative to its indispensable parts."""
 
 from statistics import median
 
@@ -18,7 +18,7 @@ _EPOCH = Epoch(index=1, round=1, starts_round=True, alpha=0.03)
 
 
 def measure(device: str) -> Measurements:
-    """A whole step by one encoder forward and the decoder's forward and backward; cached tokens by the whole step."""
+    """Measure a step relative to one encoder forward and decoder forward and backward, and to one on cached tokens."""
     encoder = build_encoder(device)
     images = working_images(_BATCH).to(device)
     grid_hw = encoder.grid_hw((SIDE, SIDE))
@@ -28,7 +28,7 @@ def measure(device: str) -> Measurements:
         student,
         BootstrapSettings(learning_rate=1e-4, weight_decay=5e-4, gradient_clamp=1.0, omega_1=1.0, omega_2=0.3, seed=0),
     )
-    # Makes the teacher, with whom a step takes longest.
+    # Makes the teacher, with which a step takes longest.
     bootstrap.begin_epoch(_EPOCH, rank=0)
     kept = encoder.patch_tokens(images)
 

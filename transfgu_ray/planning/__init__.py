@@ -1,1 +1,1 @@
-"""What a run will cost, predicted before it starts."""
+"""Prediction of the cost of a run."""

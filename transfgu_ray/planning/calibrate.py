@@ -1,4 +1,4 @@
-"""How long the pieces of a run take on the machines at hand: each worker times them on a few of the photographs."""
+"""Timing of the pieces of a run on the machines at hand: each worker times them on a few photographs."""
 
 import json
 import math
@@ -36,28 +36,28 @@ from transfgu_ray.pipeline.train_loop import bootstrap_settings, model_config
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
 from transfgu_ray.storage import Folder
 
-_PHOTOS_A_WORKER = 4
-# A piece is repeated until it has taken this long.
-_SECONDS_A_PIECE = 1.0
+_PHOTOS_PER_WORKER = 4
+# Each piece is repeated for this long.
+_SECONDS_PER_PIECE = 1.0
 _KMEANS_POINTS = 4096
 _KMEANS_ITERATIONS = 5
 
 
-def seconds_an_item(action: Callable[[int], object], most: int) -> float:
-    """Seconds an item of `action(count)`, at the largest count up to `most` that is not slow; the median of some calls.
+def seconds_per_item(action: Callable[[int], object], most: int) -> float:
+    """Return the median seconds per item of `action(count)` at the largest count up to `most` that is not slow.
 
-    The first call is not counted, since it also loads and allocates.
+    The first call does not count, since it also loads and allocates.
     """
     count = 1
     action(count)
     while count < most:
         start = time.perf_counter()
         action(count)
-        if time.perf_counter() - start > _SECONDS_A_PIECE / 4:
+        if time.perf_counter() - start > _SECONDS_PER_PIECE / 4:
             break
         count = min(2 * count, most)
     taken: list[float] = []
-    while not taken or sum(taken) < _SECONDS_A_PIECE:
+    while not taken or sum(taken) < _SECONDS_PER_PIECE:
         start = time.perf_counter()
         action(count)
         taken.append(time.perf_counter() - start)
@@ -65,7 +65,7 @@ def seconds_an_item(action: Callable[[int], object], most: int) -> float:
 
 
 class Calibrator(UnitWorker):
-    """A few photographs -> seconds an item of each piece of the pipeline, with stand-in concepts and decoder."""
+    """Times each piece of the pipeline on a few photographs, with stand-ins for concepts and decoder."""
 
     def __init__(self, config: RunConfig, run_uri: str, *, device: str, threads: int) -> None:
         super().__init__(device, threads)
@@ -76,7 +76,7 @@ class Calibrator(UnitWorker):
         )
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """JSON of seconds an item, and sizes, by name."""
+        """Return seconds per item, and sizes, by name, as JSON."""
         started = time.perf_counter()
         config, stats = self._config, PartStats()
         images = [image for _, image in decode_photos(photos, stats, limits=config.data)]
@@ -84,7 +84,7 @@ class Calibrator(UnitWorker):
             return json.dumps({"refused": stats.refused}).encode()
         found = {"decode": self._time_decoding(photos)}
         working = np.stack([to_working(image, config.data.image_size) for image in images])
-        found |= self._extractor.time_pieces(working, seconds_an_item)
+        found |= self._extractor.time_pieces(working, seconds_per_item)
         found |= self._time_labels(images) | self._time_training(images[0]) | self._time_kmeans()
         found["inside"] = time.perf_counter() - started
         return json.dumps(found).encode()
@@ -94,7 +94,7 @@ class Calibrator(UnitWorker):
             for _, image in decode_photos(photos[:count], PartStats(), limits=self._config.data):
                 to_working(image, self._config.data.image_size)
 
-        return seconds_an_item(decode, len(photos))
+        return seconds_per_item(decode, len(photos))
 
     def _batch(self, images: Sequence[Any], size: tuple[int, int], most: int) -> torch.Tensor:
         working = np.stack([to_working(image, size) for image in images])
@@ -110,7 +110,7 @@ class Calibrator(UnitWorker):
 
         stored = [part[0].numpy().tobytes() for part in label(1)]
         found = {
-            "label": seconds_an_item(label, len(batch)),
+            "label": seconds_per_item(label, len(batch)),
             "bank_bytes": sum(len(pa.compress(part, "zstd", asbytes=True)) for part in stored),
             "baselines": 0.0,
             "views": 0.0,
@@ -118,10 +118,10 @@ class Calibrator(UnitWorker):
         if config.evaluate.baselines:
             features = PatchFeatures(self._run, config, self.device)
             whole = list(self._batch(images, config.data.image_size, config.cam.batch_size).cpu().numpy())
-            found["baselines"] = seconds_an_item(lambda count: list(features(whole[:count])), len(whole))
+            found["baselines"] = seconds_per_item(lambda count: list(features(whole[:count])), len(whole))
             rngs = [np.random.default_rng(0)] * len(whole)
             if features.has_views:
-                found["views"] = seconds_an_item(lambda count: list(features.views(whole[:count], rngs)), len(whole))
+                found["views"] = seconds_per_item(lambda count: list(features.views(whole[:count], rngs)), len(whole))
         return found
 
     def _time_training(self, image: Any) -> dict[str, float]:
@@ -156,19 +156,19 @@ class Calibrator(UnitWorker):
             for _ in range(count):
                 augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng)
 
-        found = {"read_tokens": seconds_an_item(read, len(crops)), "sample": seconds_an_item(sample, 8)}
-        found["first_round_step"] = seconds_an_item(step, len(crops))
-        found["mask"] = seconds_an_item(decode, config.evaluate.batch_size)
+        found = {"read_tokens": seconds_per_item(read, len(crops)), "sample": seconds_per_item(sample, 8)}
+        found["first_round_step"] = seconds_per_item(step, len(crops))
+        found["mask"] = seconds_per_item(decode, config.evaluate.batch_size)
         if len(train.round_epochs) > 1:
-            # From the second round on there is a teacher.
+            # There is a teacher from the second round on.
             bootstrap.begin_epoch(next(epoch for epoch in epochs if epoch.starts_round), rank=0)
         reads = 1
         if window is not None:
             reads = math.prod((side - window) // encoder.patch_size + 1 for side in config.train_crop_size)
-        return found | {"step": seconds_an_item(step, len(crops)), "token_forwards": reads}
+        return found | {"step": seconds_per_item(step, len(crops)), "token_forwards": reads}
 
     def _time_kmeans(self) -> dict[str, float]:
-        """Seconds a point, centroid, dimension and iteration."""
+        """Return seconds per point, centroid, dimension and iteration."""
         width = self._extractor.embed_dim
         points = np.random.default_rng(0).standard_normal((_KMEANS_POINTS, width)).astype(np.float32)
         count = min(self._config.num_concepts, _KMEANS_POINTS)
@@ -187,21 +187,21 @@ def calibrate(
     images: Sequence[ImageRef],
     resources: Resources,
 ) -> dict[str, Any]:
-    """Median over the workers of each piece's seconds, all workers timing at once as they work in a run.
+    """Return the median over the workers of the seconds of each piece; all workers time at once, as in a run.
 
     Args:
         config: of the run.
-        encoder: what `resolve_encoder` gives.
-        backbone: what `resolve_backbone` gives.
-        root: the dataset.
-        images: its photographs.
+        encoder: result of `resolve_encoder`.
+        backbone: result of `resolve_backbone`.
+        root: of the dataset.
+        images: of the dataset.
         resources: workers and devices.
 
     Returns:
         Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin.
     """
     at_once = min(resources.num_workers, resources.num_cores)
-    spread = np.linspace(0, len(images) - 1, at_once * _PHOTOS_A_WORKER).astype(int).reshape(at_once, -1)
+    spread = np.linspace(0, len(images) - 1, at_once * _PHOTOS_PER_WORKER).astype(int).reshape(at_once, -1)
     units = {unit: [images[i] for i in dict.fromkeys(row.tolist())] for unit, row in enumerate(spread)}
     with tempfile.TemporaryDirectory() as folder:
         run = Folder(folder)
@@ -242,7 +242,7 @@ def _write_stand_in_concepts(run: Folder, config: RunConfig) -> None:
 
 
 def _idle_loop(settings: dict[str, Any]) -> None:
-    """What every training has to wait for before its first step."""
+    """Do what every training must before its first step: import its loop and find its device."""
     import ray.train
     import ray.train.torch
 

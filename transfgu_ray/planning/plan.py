@@ -1,4 +1,4 @@
-"""What a run will take, before anything starts."""
+"""Prediction of forwards, bytes and seconds of a run before it starts."""
 
 import time
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS, OF_TWO_VIEWS, feature_of
 from transfgu_ray.pipeline.inputs import list_scored
 
-# A features row beside its class token, bytes (schemas.features_schema).
+# Bytes of a row of features without its class token (`tables.features_schema`).
 _ROW_BYTES = 60
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will take.
+    """The predicted cost of a stage.
 
     Attributes:
         stage: its name.
-        forwards: images or crops through the encoder.
-        num_bytes: written to the run folder and kept.
+        forwards: number of images or crops through the encoder.
+        num_bytes: bytes kept in the run folder.
         seconds: from the stage's start to its manifest.
     """
 
@@ -37,13 +37,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the run will be.
+    """The workers and cores of a run.
 
     Attributes:
-        num_workers: actors of a stage.
+        num_workers: actors per stage.
         train_workers: Ray Train workers.
         num_cores: cores that read and augment while the workers compute.
-        shares_cores: whether the workers compute on those very cores.
+        shares_cores: whether the workers compute on the same cores.
     """
 
     num_workers: int
@@ -55,21 +55,21 @@ class Cluster:
 def plan_stages(
     config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
 ) -> list[StagePlan]:
-    """Each stage that computes, in order.
+    """Return the predicted cost of each computing stage, in order.
 
     Args:
         config: of the run.
-        pieces: what `pipeline.calibrate.calibrate` gives.
-        num_images: photographs to learn from.
-        num_scored: photographs that are scored or shown.
+        pieces: result of `planning.calibrate.calibrate`.
+        num_images: number of photographs to train on.
+        num_scored: number of photographs to score or show.
         embed_dim: width d of a class token.
-        cluster: where it will run.
+        cluster: workers and cores.
     """
     workers, start = cluster.num_workers, pieces["start_stage"]
     crops = round(num_images * pieces["kept_windows"])
     with_foreground = config.region_mode not in ("all_foreground", "no_prior")
-    a_photo = pieces["decode"] + (pieces["foreground"] if with_foreground else 0.0)
-    extract = start + (num_images * a_photo + crops * (pieces["cut"] + pieces["crop"])) / workers
+    per_photo = pieces["decode"] + (pieces["foreground"] if with_foreground else 0.0)
+    extract = start + (num_images * per_photo + crops * (pieces["cut"] + pieces["crop"])) / workers
     passes = config.concepts.num_iterations * config.concepts.num_redos
     points = min(crops, config.concepts.max_points or crops)
     kmeans = pieces["kmeans"] * config.num_concepts * passes
@@ -102,12 +102,12 @@ def _plan_training(config: RunConfig, pieces: dict[str, Any], *, num_images: int
     epochs = sum(train.round_epochs)
     cached = train.features == "cached"
     first = train.round_epochs[0] * pieces["first_round_step"] + (epochs - train.round_epochs[0]) * pieces["step"]
-    an_image = first / epochs + (0.0 if cached else pieces["read_tokens"])
+    per_image = first / epochs + (0.0 if cached else pieces["read_tokens"])
     feeding = pieces["sample"] + (0.0 if cached else pieces["decode"])
     free = cluster.num_cores - ranks if cluster.shares_cores else cluster.num_cores
-    # Where the workers leave no core to those who feed them, the two take turns.
-    a_worker = max(an_image, feeding * ranks / free) if free > 0 else an_image + feeding
-    seconds = pieces["start_training"] + epochs * steps * per_worker * a_worker
+    # Where the workers leave no core free for reading and augmenting, computing and feeding take turns.
+    per_step_image = max(per_image, feeding * ranks / free) if free > 0 else per_image + feeding
+    seconds = pieces["start_training"] + epochs * steps * per_worker * per_step_image
     forwards = (num_images if cached else epochs * steps * per_worker * ranks) * int(pieces["token_forwards"])
     if cached:
         read = (pieces["decode"] + pieces["read_tokens"]) / cluster.num_workers
@@ -119,10 +119,10 @@ def _plan_evaluation(
     config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
 ) -> StagePlan:
     workers, baselines = cluster.num_workers, len(config.evaluate.baselines)
-    a_photo = pieces["decode"] + pieces["label"] + pieces["read_tokens"] + 3 * pieces["mask"]
+    per_photo = pieces["decode"] + pieces["label"] + pieces["read_tokens"] + 3 * pieces["mask"]
     if baselines:
-        a_photo += pieces["baselines"]
-    seconds = pieces["start_stage"] + num_scored * a_photo / workers
+        per_photo += pieces["baselines"]
+    seconds = pieces["start_stage"] + num_scored * per_photo / workers
     forwards = num_scored * (1 + int(pieces["token_forwards"]))
     if baselines:
         drawn = min(num_images, MAX_PHOTOS)
@@ -132,7 +132,7 @@ def _plan_evaluation(
         seconds += pieces["start_stage"] + drawn * of_drawn / workers
         of_decoder = "decoder_tokens" in config.evaluate.baselines
         wider = token_dim(embed_dim, config.train.token_window, config.train.backbone) / embed_dim - 1
-        # The colours have three dimensions; heads take longer than k-means.
+        # An estimate: raw colours have only three dimensions, and heads take longer than k-means.
         seconds += kmeans * (baselines + of_decoder * wider)
         features = len({feature_of(name) for name in config.evaluate.baselines})
         forwards += (drawn + num_scored) * (features + of_decoder * (int(pieces["token_forwards"]) - 1))
@@ -141,10 +141,10 @@ def _plan_evaluation(
 
 
 def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
-    """Forwards, bytes and seconds of each stage, from a calibration on the machines that would do the work.
+    """Predict forwards, bytes and seconds of each stage, from a calibration on the machines of the run.
 
     Returns:
-        "stages": rows of `planning.StagePlan`; "start_ray": seconds; "photographs"; "scored"; "workers";
+        "stages": fields of each `StagePlan`; "start_ray": seconds; "photographs"; "scored"; "workers";
         "train_workers"; "device"; "calibration_seconds"; "pieces": what was timed.
 
     Raises:
@@ -164,7 +164,7 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
         pieces = calibrate(config, encoder, backbone=backbone, root=root, images=images, resources=resources)
     if "refused" in pieces:
         first = pieces["refused"][0]
-        raise DataError(f"none of the photographs tried can be used; the first, {first['image_id']}: {first['reason']}")
+        raise DataError(f"none of the photographs tried is usable; the first, {first['image_id']}: {first['reason']}")
     on_gpu = resources.device == "cuda"
     cluster = Cluster(resources.num_workers, resources.train_workers, resources.num_cores, shares_cores=not on_gpu)
     embed_dim = load_encoder(encoder, config.encoder.weights).embed_dim

@@ -1,1 +1,1 @@
-"""The only room with MLflow: runs, sweeps and the model registry."""
+"""MLflow, used only here: runs, sweeps and the model registry."""

@@ -19,7 +19,7 @@ _SERVER = "MLFLOW_TRACKING_URI"
 
 
 def tracking_uri(run: Folder, config: RunConfig) -> str:
-    """The configured URI, else $MLFLOW_TRACKING_URI, else a sqlite store beside a local run folder.
+    """Return the configured URI, else $MLFLOW_TRACKING_URI, else that of a sqlite store beside a local run folder.
 
     Raises:
         ConfigError: the run folder is remote and no URI is given, or the URI holds a password.
@@ -37,9 +37,9 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
 
 @contextlib.contextmanager
 def mlflow_at(uri: str) -> Iterator[None]:
-    """MLflow's functions that take no client, at a server and its registry.
+    """Set server and registry for MLflow's functions that take no client.
 
-    MLflow enters the server into the environment, where the next run of this process would take it for the user's.
+    The environment is restored: MLflow writes the server to it, and the next run would take it for the user's choice.
     """
     import mlflow
 
@@ -55,18 +55,18 @@ def mlflow_at(uri: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """Tells in a sentence of a tracking server or store that fails."""
+    """Raise an ArtifactError of one sentence where a tracking server or store fails."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command goes on from here") from None
+        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command continues from here") from None
 
 
 def registry_uri(uri: str | None) -> str:
-    """The given URI, else $MLFLOW_TRACKING_URI, else a sqlite store in the working directory.
+    """Return the given URI, else $MLFLOW_TRACKING_URI, else that of a sqlite store in the working directory.
 
     Raises:
         ConfigError: it holds a password.
@@ -77,7 +77,7 @@ def registry_uri(uri: str | None) -> str:
 
 
 def has_run(client: Any, run_id: str) -> bool:
-    """Return whether the server has this run, not deleted."""
+    """Return whether the server has this run and it is not deleted."""
     import mlflow
 
     try:
@@ -87,7 +87,7 @@ def has_run(client: Any, run_id: str) -> bool:
 
 
 def connect(uri: str) -> tuple[Any, str]:
-    """A client of a tracking server and registry, and the URI.
+    """Return a client of a tracking server and registry, and the URI.
 
     Raises:
         ConfigError: it cannot be used.
@@ -108,7 +108,7 @@ def connect(uri: str) -> tuple[Any, str]:
 
 
 def _make_store(file: Path) -> None:
-    """Makes a sqlite store that is not there yet, whole or not at all: MLflow can never use one that is half made."""
+    """Make a missing sqlite store in one step, since MLflow cannot use one that is half made."""
     import mlflow
 
     if file.exists():
@@ -117,11 +117,11 @@ def _make_store(file: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         made = f"{SQLITE}{folder}/{file.name}"
         mlflow.MlflowClient(tracking_uri=made, registry_uri=made).search_experiments()
-        # Of several that make one at the same time, the first has it.
+        # Where several processes make one at the same time, the first one's is kept.
         try:
             os.link(f"{folder}/{file.name}", file)
         except FileExistsError:
             pass
         except OSError:
-            # File systems without second names.
+            # The file system has no hard links.
             os.replace(f"{folder}/{file.name}", file)

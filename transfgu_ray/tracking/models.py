@@ -1,4 +1,4 @@
-"""Finished models in MLflow's registry: logged, registered, fetched."""
+"""Logging, registration and download of finished models in MLflow's registry."""
 
 import contextlib
 import hashlib
@@ -41,19 +41,19 @@ def register(
         run: run folder and configuration.
         metrics: content of metrics.json.
         artifacts: names in the run folder to keep with the MLflow run.
-        more_tags: of the model beside those that follow from the run.
+        more_tags: of the model, beside those that follow from the run.
     """
     import mlflow
 
     folder, config = run.folder, run.config
     client, uri = connect(tracked.uri)
     for name, value in flatten(scores_by_method(metrics)).items():
-        # An interval is a list, which MLflow has no metric for; metrics.json, kept below, holds it.
+        # Intervals are lists, which cannot be MLflow metrics; metrics.json, logged below, holds them.
         if isinstance(value, float):
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
     log_files(client, tracked.run_id, ((name, folder.read_bytes(name)) for name in artifacts))
     name = config.tracking.model_name
-    # The same weights under other names are another model to whoever uses it.
+    # The same weights under other concept names are another model to its users.
     named = hashlib.sha256(folder.read_bytes(NAMES)).hexdigest() if folder.exists(NAMES) else None
     versions = [
         v
@@ -89,10 +89,10 @@ def register(
 
 
 def fetch_model(model_uri: str, uri: str | None) -> str:
-    """Local folder with the files of a registered model, e.g. `models:/transfgu@champion`.
+    """Return a local folder with the files of a registered model, e.g. `models:/transfgu@champion`.
 
     Raises:
-        ArtifactError: there is no such model.
+        ArtifactError: the model does not exist.
     """
     import mlflow
 
@@ -130,6 +130,6 @@ def _log_model(run: Folder, folder: Path, *, name: str, run_id: str) -> str:
     )
     client = mlflow.MlflowClient()
     with contextlib.suppress(mlflow.exceptions.MlflowException):
-        # Raised where the name is known already.
+        # Raised if the name exists already.
         client.create_registered_model(name)
     return str(client.create_model_version(name, info.model_uri, run_id=run_id, model_id=info.model_id).version)

@@ -1,4 +1,4 @@
-"""MLflow's registry: versions of a model with all that scores them again, the alias `champion`, and comparisons."""
+"""MLflow's registry: versions of a model that can be scored again, the alias `champion`, and comparisons."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Version:
 
     Attributes:
         number: of the version.
-        aliases: that point to it.
+        aliases: of the version.
         tags: of the version.
         run_id: MLflow's id of the run that made it.
         config: the configuration of that run.
@@ -42,7 +42,7 @@ class Version:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the model's files."""
+        """Size of all files of the model."""
         return sum(size for _, size in self.model.files())
 
 
@@ -51,10 +51,10 @@ class Registry:
 
     Args:
         name: of the model.
-        uri: tracking URI; None = $MLFLOW_TRACKING_URI, else sqlite in the working directory.
+        uri: tracking URI; None = $MLFLOW_TRACKING_URI, else a sqlite store in the working directory.
 
     Raises:
-        ArtifactError: there is no such model.
+        ArtifactError: the model does not exist.
     """
 
     def __init__(self, name: str, uri: str | None) -> None:
@@ -74,14 +74,14 @@ class Registry:
 
     @property
     def champion(self) -> int | None:
-        """The version that the alias points to."""
+        """Number of the version with the alias `champion`; None where there is none."""
         return self._aliases.get(CHAMPION)
 
     def versions(self, numbers: Sequence[int]) -> list[Version]:
-        """The named versions and always the champion, by number; all where none is named.
+        """Return the named versions and the champion, ordered by number; all where none is named.
 
         Raises:
-            ArtifactError: a version is not there, or was not registered by a run of this package.
+            ArtifactError: a version does not exist, or was not registered by a run of this package.
         """
         found = {int(each.version): each for each in self._client.search_model_versions(f"name='{self.name}'")}
         unknown = [str(number) for number in numbers if number not in found]
@@ -94,18 +94,18 @@ class Registry:
         return [self._version(number, found[number]) for number in sorted(wanted)]
 
     def promote(self, number: int) -> None:
-        """Points `champion` to a version, and `previous-champion` to the one that was."""
+        """Move `champion` to a version, and `previous-champion` to the one that had it."""
         if self.champion is not None:
-            # First, so that a kill between the two loses neither.
+            # First, so that a kill in between loses neither.
             self._client.set_registered_model_alias(self.name, _PREVIOUS, str(self.champion))
         self._client.set_registered_model_alias(self.name, CHAMPION, str(number))
         self._aliases[CHAMPION] = number
 
     def log_comparison(self, run_id: str, comparison: dict[str, Any], files: Mapping[str, bytes]) -> str:
-        """Logs a comparison as a run of its own, in the experiment of another run; returns its id.
+        """Log a comparison as a new run in the experiment of another run; return its id.
 
         Args:
-            run_id: of that run.
+            run_id: of that other run.
             comparison: content of comparison.json.
             files: artifacts, by name.
         """
@@ -147,5 +147,5 @@ class Registry:
         except (mlflow.exceptions.MlflowException, OSError, yaml.YAMLError, ConfigError) as error:
             raise ArtifactError(
                 f"version {number} of {self.name} cannot be scored again: its MLflow run has no config.yaml that this "
-                f"package reads ({str(error).splitlines()[0]}); name others with --versions"
+                f"package can read ({str(error).splitlines()[0]}); name other versions with --versions"
             ) from None

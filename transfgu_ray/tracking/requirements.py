@@ -1,4 +1,4 @@
-"""Which distributions a module of this package needs, found by following its imports."""
+"""The distributions that a module of this package needs, found by following its imports."""
 
 import ast
 import importlib.metadata
@@ -9,10 +9,10 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def requirements_of(module: Path) -> list[str]:
-    """Return the declared dependencies of this package that a module needs, with their versions, in order of name.
+    """Return the declared dependencies that a module of this package needs, with versions, sorted by name.
 
-    Imports inside functions count too. What the modules import is matched with what the package declares, so that the
-    standard library and what dependencies bring along themselves stay out.
+    Imports inside functions count too. The standard library and indirect dependencies are not declared and so not
+    listed.
 
     Args:
         module: file of a module of this package.
@@ -40,7 +40,7 @@ def requirements_of(module: Path) -> list[str]:
 
 
 def _imports(file: Path) -> list[str]:
-    """Dotted names of everything that a file imports; of `from a import b` both a and a.b, as b may be a module."""
+    """Return the dotted names that a file imports; for `from a import b` both a and a.b, since b may be a module."""
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def _imports(file: Path) -> list[str]:
 
 
 def _files(name: str) -> list[Path]:
-    """The files that importing a dotted name below the package runs, where it is a module."""
+    """Return the files that run when a dotted name below the package is imported, as far as it is a module."""
     parts = name.split(".") if name else []
     folders = [_PACKAGE.joinpath(*parts[:length]) / "__init__.py" for length in range(len(parts) + 1)]
     return [file for file in (*folders, _PACKAGE.joinpath(*parts).with_suffix(".py")) if file.is_file()]

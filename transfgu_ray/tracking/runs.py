@@ -1,4 +1,4 @@
-"""MLflow: one run per `transfgu run`, its losses, scores and pictures, and a registered model."""
+"""MLflow runs: one per run folder, with its parameters, losses and files."""
 
 import contextlib
 import tempfile
@@ -15,9 +15,9 @@ from transfgu_ray.tracking.client import SQLITE, answering, connect, has_run, tr
 
 RECORD = "mlflow.json"
 _NOT_TERMS = ("epoch",)
-# MLflow takes no more at a time.
-_PARAMS_A_CALL = 100
-# The tag that MLflow's own page nests runs by.
+# MLflow's limit.
+_PARAMS_PER_CALL = 100
+# The tag by which MLflow's pages nest runs.
 PARENT = "mlflow.parentRunId"
 
 
@@ -35,12 +35,12 @@ class Tracked:
 
 
 def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Tracked:
-    """The MLflow run of a run folder: the one it had, or a new one when the configuration changed.
+    """Continue the MLflow run of a run folder, or begin a new one if the configuration changed.
 
     Args:
         run: the run folder.
         config: its configuration.
-        parent: of a trial.
+        parent: run of the sweep, for a trial.
     """
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
     with answering(tracking_uri(run, config)):
@@ -48,12 +48,12 @@ def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Trac
 
 
 def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
-    """The MLflow run of a folder: the one it had, or a new one when what it is made of changed.
+    """Continue the MLflow run of a folder, or begin a new one if its identity changed.
 
     Args:
-        folder: keeps the id.
-        config: says where it is tracked.
-        identity: what the folder is made of; its parameters.
+        folder: stores the id of the run.
+        config: holds the tracking settings.
+        identity: everything that defines the folder, logged as parameters.
         tags: of a new run.
     """
     client, uri = connect(tracking_uri(folder, config))
@@ -74,7 +74,7 @@ def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tag
         experiment_id = experiment.experiment_id
     name = folder.uri.rstrip("/").rpartition("/")[2]
     run_id = client.create_run(experiment_id, run_name=name, tags={"run_folder": folder.uri, **tags}).info.run_id
-    # At once, so that a kill leaves no run that its folder does not know.
+    # At once, so that a kill leaves no run unknown to its folder.
     record = {"uri": uri, "run_id": run_id, "config": identity}
     folder.write_json(RECORD, record)
     log_params(client, run_id, identity)
@@ -82,17 +82,17 @@ def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tag
 
 
 def log_params(client: Any, run_id: str, values: dict[str, Any]) -> None:
-    """Logs parameters of a run; those that it has are left as they are."""
+    """Log parameters of a run; those that it has already are unchanged."""
     from mlflow.entities import Param
 
-    # MLflow takes no commas in names.
+    # MLflow allows no commas in names.
     params = [Param(key.replace(", ", " and "), str(value)) for key, value in flatten(values).items()]
-    for start in range(0, len(params), _PARAMS_A_CALL):
-        client.log_batch(run_id, params=params[start : start + _PARAMS_A_CALL])
+    for start in range(0, len(params), _PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
 
 
 def log_files(client: Any, run_id: str, files: Iterable[tuple[str, bytes]]) -> None:
-    """Keeps files with a run, by their names, which may hold folders."""
+    """Log files with a run by their names, which may contain folders."""
     with tempfile.TemporaryDirectory() as directory:
         for name, data in files:
             copy = Path(directory, name)
@@ -102,7 +102,7 @@ def log_files(client: Any, run_id: str, files: Iterable[tuple[str, bytes]]) -> N
 
 
 def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
-    """Logs the losses of the epochs that the run does not have yet, so that a resumed epoch is there once."""
+    """Log the losses of the epochs that the run does not have yet, so that each appears once after a restart."""
     client, _ = connect(tracked.uri)
     known = {metric.step for metric in client.get_metric_history(tracked.run_id, "train/loss")}
     for epoch in history:
@@ -114,7 +114,7 @@ def log_epochs(tracked: Tracked, history: list[dict[str, float]]) -> None:
 
 @contextlib.contextmanager
 def ended_on_error(tracked: Tracked) -> Iterator[None]:
-    """Closes the MLflow run as FAILED, or as KILLED by Ctrl-C or SIGTERM, when what follows raises.
+    """Close the MLflow run if the body raises: as KILLED after Ctrl-C or SIGTERM, else as FAILED.
 
     Raises:
         ArtifactError: MLflow itself failed.
@@ -126,7 +126,7 @@ def ended_on_error(tracked: Tracked) -> Iterator[None]:
             yield
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        # What the error is about may be what MLflow needs too: a full disk, a network.
+        # The cause, such as a full disk or a lost network, may affect MLflow too.
         with contextlib.suppress(MlflowException, ConfigError):
             connect(tracked.uri)[0].set_terminated(tracked.run_id, status=status)
         raise

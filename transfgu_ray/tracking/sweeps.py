@@ -1,4 +1,4 @@
-"""MLflow's side of a sweep: one parent run, a child a trial, and statuses that say what became of each."""
+"""MLflow runs of a sweep: one parent, and one child per trial with its status."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,25 +8,25 @@ from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.client import connect
 from transfgu_ray.tracking.runs import PARENT, Tracked, log_files, open_run
 
-# MLflow has no word for a trial that its scheduler stopped.
+# MLflow has no status for a trial that its scheduler stopped.
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 def begin_sweep(folder: Folder, config: RunConfig, identity: dict[str, Any]) -> Tracked:
-    """The parent run of a sweep: the one it had, or a new one.
+    """Continue the parent run of a sweep, or begin a new one.
 
     Args:
         folder: of the sweep.
-        config: that the trials change; says where they are tracked.
-        identity: what is varied and how; its parameters.
+        config: that the trials change; holds the tracking settings.
+        identity: what is varied and how, logged as parameters.
     """
     return open_run(folder, config, identity=identity, tags={"kind": "sweep"})
 
 
 def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
-    """Gives each child the status of its trial, and removes children that no trial knows; returns how many it removed.
+    """Set the status of each child to that of its trial, and delete unknown children; return how many were deleted.
 
-    A child is unknown when its trial was killed before it had noted the id.
+    A child is unknown if its trial was killed before it noted the id.
 
     Args:
         parent: of the sweep.
@@ -51,7 +51,7 @@ def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
 
 
 def end_sweep(parent: Tracked, folder: Folder, *, sweep: Mapping[str, Any], artifacts: Sequence[str]) -> None:
-    """Logs what the sweep found, keeps its files, and closes the parent run.
+    """Log the results and files of the sweep and close the parent run.
 
     Args:
         parent: of the sweep.
