@@ -17,27 +17,25 @@ from tests.faults.network import in_own_network
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the outcomes go.")] = None,
-    only: Annotated[str, typer.Option(help="Only faults whose names hold this regular expression.")] = "",
-    tries: Annotated[int, typer.Option(min=1, help="How often each fault is done.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the moments at which faults happen.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the outcomes.")] = None,
+    only: Annotated[str, typer.Option(help="Only faults whose names match this regular expression.")] = "",
+    tries: Annotated[int, typer.Option(min=1, help="Tries per fault.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the moments at which faults happen.")] = 0,
 ) -> None:
-    """Does every fault to small runs on a cluster of three nodes (jobs: of one), and tells what was lost."""
+    """Inject every fault into small runs on a cluster of three nodes (jobs: of one) and report what was lost."""
     from tests.faults import campaign
     from tests.faults.cluster import cluster
 
-    # So that nothing of the cluster outlives this.
+    # So that the cluster ends with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = [fault for fault in campaign.FAULTS if re.search(only, fault.name)]
     if not chosen:
-        raise typer.BadParameter(
-            f"no fault is called {only!r}; there are: {', '.join(f.name for f in campaign.FAULTS)}"
-        )
+        raise typer.BadParameter(f"no fault matches {only!r}; there are: {', '.join(f.name for f in campaign.FAULTS)}")
     folder, outcomes, errors = Path(tempfile.mkdtemp(prefix="faults")), [], Console(stderr=True, highlight=False)
     try:
         with cluster(num_nodes=3) as made:
             bench = campaign.Bench(folder, made, seed)
-            errors.print("an undisturbed run is done")
+            errors.print("the undisturbed run has finished")
             for fault in chosen:
                 outcome = campaign.tries(bench, fault, tries)
                 outcomes.append(outcome)

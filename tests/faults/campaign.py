@@ -1,4 +1,4 @@
-"""What a run must survive: each fault is done to a small real run on a real cluster, and what is left is compared."""
+"""Faults that a run must survive: each disturbs a small real run on a real cluster, and the results are compared."""
 
 import json
 import os
@@ -39,22 +39,22 @@ _SETTINGS = (
 _TABLES = {"extract": ("features", ["image_id", "crop_id"]), "labels": ("labels", ["image_id"])}
 WORKERS = {"extract": "FeatureExtractor", "labels": "BankBuilder", "train": "TrainWorker"}
 _TIMEOUT_S = 600
-# Longer than Ray Train needs to start on a busy machine.
+# Longer than Ray Train takes to start on a busy machine.
 _PATIENCE_MIN = 1.5
 
 
 @dataclass
 class Outcome:
-    """What became of all tries of one fault.
+    """The outcome of all tries of one fault.
 
     Attributes:
-        fault: in words.
-        tried: how often it was done.
-        recovered: how often the result was that of an undisturbed run afterwards.
+        fault: name of the fault.
+        tried: number of tries.
+        recovered: number of tries that ended with the result of the undisturbed run.
         rows_lost: rows of the undisturbed run that were missing.
-        rows_doubled: rows that were there more than once.
-        seconds_lost: beyond what the undisturbed stage took, in the mean.
-        notes: what the user was told, or why it did not recover.
+        rows_doubled: rows that appeared more than once.
+        seconds_lost: mean seconds beyond those of the undisturbed stage.
+        notes: message to the user per try, or why it did not recover.
     """
 
     fault: str
@@ -66,7 +66,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
     def add(self, compared: "Compared", seconds_lost: float, note: str) -> None:
-        """Counts a try."""
+        """Count a try."""
         self.seconds_lost = (self.seconds_lost * self.tried + seconds_lost) / (self.tried + 1)
         self.tried += 1
         self.recovered += compared.is_equal
@@ -75,13 +75,13 @@ class Outcome:
         self.notes.append(note)
 
     def describe(self) -> dict[str, Any]:
-        """As the JSON file has it."""
+        """Return the outcome as stored in the JSON file."""
         return asdict(self) | {"seconds_lost": round(self.seconds_lost, 1)}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A disturbed stage beside the undisturbed one."""
+    """Comparison of a disturbed stage with the undisturbed one."""
 
     is_equal: bool
     rows_lost: int
@@ -89,11 +89,11 @@ class Compared:
 
 
 class Bench:
-    """A cluster, an undisturbed run on it, and copies of that run to be disturbed.
+    """A cluster, an undisturbed run on it, and copies of that run to disturb.
 
     Args:
-        folder: for runs and photographs.
-        cluster: of three nodes of one CPU or more.
+        folder: of runs and photographs.
+        cluster: of three nodes with at least one CPU each.
         seed: of the moments at which faults happen.
     """
 
@@ -107,11 +107,11 @@ class Bench:
         self._num_copies = 0
 
     def seconds(self, stage: str) -> float:
-        """How long the undisturbed stage took."""
+        """Return the seconds of the undisturbed stage."""
         return json.loads((self.quiet / f"{stage}.json").read_text())["seconds"]
 
     def copy_before(self, stage: str) -> Path:
-        """A copy of the undisturbed run as it was before a stage."""
+        """Return a copy of the undisturbed run as it was before a stage."""
         self._num_copies += 1
         copy = self.folder / f"{stage}-{self._num_copies}"
         later = STAGES.lasting[STAGES.lasting.index(stage) :]
@@ -124,15 +124,15 @@ class Bench:
         return shutil.copytree(self.quiet, copy, ignore=unwanted)
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """The real command, in a process group of its own, on the cluster."""
+        """Start the real command in its own process group, on the cluster."""
         return start(*arguments, "--ray-address", self.cluster.address, environment=self.cluster.environment)
 
     def finish(self, *arguments: str | Path) -> str:
-        """The real command to its end; what it printed."""
+        """Run the real command to its end and return its output."""
         return finish(self.start(*arguments))
 
     def wait_until(self, is_hit: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-        """Waits for the moment of a fault; False where the command ended before."""
+        """Wait for the moment of a fault; return False where the command ended before it."""
         end = time.monotonic() + _TIMEOUT_S
         while not is_hit():
             if process.poll() is not None:
@@ -144,7 +144,7 @@ class Bench:
         return True
 
     def moment(self, stage: str, run: Path) -> Callable[[], bool]:
-        """Somewhere in the middle of a stage."""
+        """Return a test for a random moment in the middle of a stage."""
         if stage == "train":
             epochs = self.rng.randint(1, 4)
             return lambda: num_epochs(run) >= epochs
@@ -154,7 +154,7 @@ class Bench:
 
 
 def start(*arguments: str | Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """The real command, in a process group of its own."""
+    """Start the real command in its own process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "transfgu_ray.cli", *map(str, arguments)],
         env=environment,
@@ -166,7 +166,7 @@ def start(*arguments: str | Path, environment: dict[str, str]) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str], expected: int = 0, timeout: float = _TIMEOUT_S) -> str:
-    """Waits for a command and returns what it printed.
+    """Wait for a command and return its output.
 
     Raises:
         RuntimeError: it ended with another exit code.
@@ -182,24 +182,24 @@ def finish(process: subprocess.Popen[str], expected: int = 0, timeout: float = _
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a command and what it started."""
+    """Kill a command and its children by SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def last_line(printed: str) -> str:
-    """What the user reads last."""
+    """Return the last line that the user reads."""
     return printed.strip().splitlines()[-1] if printed.strip() else ""
 
 
 def num_epochs(run: Path) -> int:
-    """Epochs that a training has left."""
+    """Return the number of finished epochs of a training."""
     history = run / "train/history.json"
     return len(json.loads(history.read_text())) if history.exists() else 0
 
 
 def compare(stage: str, quiet: Path, run: Path) -> Compared:
-    """What a stage left in a run, beside an undisturbed one."""
+    """Compare the results of a stage with those of the undisturbed run."""
     if stage == "train":
         epochs = [row["epoch"] for row in json.loads((run / "train/history.json").read_text())]
         wanted = num_epochs(quiet)
@@ -216,13 +216,13 @@ def compare(stage: str, quiet: Path, run: Path) -> Compared:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and how it is done.
+    """A fault and the function that injects it.
 
     Attributes:
-        name: in words.
-        stage: which is disturbed and compared.
-        do: does it to a run once; what the user was told, or None where the stage had ended before.
-        is_finished: the run that is disturbed has done the stage already.
+        name: of the fault.
+        stage: to disturb and compare.
+        do: injects the fault into a run once; returns the message to the user, or None where the stage ended too early.
+        is_finished: whether the stage is finished before the fault.
     """
 
     name: str
@@ -232,7 +232,7 @@ class Fault:
 
 
 def tries(bench: Bench, fault: Fault, times: int) -> Outcome:
-    """Does a fault so many times; a stage that ended before its moment came does not count."""
+    """Inject a fault several times; a try whose stage ended before the moment of the fault does not count."""
     outcome, missed = Outcome(fault.name), 0
     while outcome.tried < times and missed < 3:
         run = bench.copy_before(STAGES.lasting[STAGES.lasting.index(fault.stage) + fault.is_finished])
@@ -252,7 +252,7 @@ def tries(bench: Bench, fault: Fault, times: int) -> Outcome:
 
 
 def driver_killed(bench: Bench, run: Path, stage: str) -> str | None:
-    """SIGKILL to the command, which is then given again."""
+    """Kill the command by SIGKILL and repeat it."""
     process = bench.start(stage, run)
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
@@ -261,7 +261,7 @@ def driver_killed(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def worker_killed(bench: Bench, run: Path, stage: str) -> str | None:
-    """SIGKILL to an actor; Ray starts another."""
+    """Kill an actor by SIGKILL; Ray starts another."""
     process = bench.start(stage, run)
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
@@ -274,7 +274,7 @@ def worker_killed(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def node_lost(bench: Bench, run: Path, stage: str) -> str | None:
-    """SIGKILL to every process of a node that works; the others go on. A new one comes afterwards."""
+    """Kill every process of a working node by SIGKILL; the others continue. A new node replaces it afterwards."""
     process = bench.start(stage, run)
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
@@ -291,7 +291,7 @@ def node_lost(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def worker_frozen(bench: Bench, run: Path, stage: str) -> str | None:
-    """SIGSTOP to every actor: they live and do nothing. The command ends with an error and, given again, goes on."""
+    """Freeze every actor by SIGSTOP; the command ends with an error and continues when repeated."""
     process = bench.start(stage, run, "--set", f"runtime.stall_minutes={_PATIENCE_MIN}")
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
@@ -306,11 +306,11 @@ def worker_frozen(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def second_writer(bench: Bench, run: Path, stage: str) -> str | None:
-    """The same command given twice: the second refuses, the first is not disturbed."""
+    """Start the same command twice: the second is refused and does not disturb the first."""
     process = bench.start(stage, run)
     if not bench.wait_until(bench.moment(stage, run), process):
         return None
-    # So that it does not end before the second one has begun.
+    # So that the first does not end before the second begins.
     os.kill(process.pid, signal.SIGSTOP)
     said = last_line(finish(bench.start(stage, run), 2))
     os.kill(process.pid, signal.SIGCONT)
@@ -319,7 +319,7 @@ def second_writer(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def job_stopped(bench: Bench, run: Path, stage: str) -> str | None:
-    """`ray job stop`; the same job submitted again goes on."""
+    """Stop a job by `ray job stop`; the same job, submitted again, continues."""
     if len(bench.cluster.nodes) > 1:
         bench.cluster.restart_alone()
     job = f"stopped-{run.name}"
@@ -333,7 +333,7 @@ def job_stopped(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def head_lost(bench: Bench, run: Path, stage: str) -> str | None:
-    """SIGKILL to the head, and with it the job: a new cluster under the same address, and the job submitted again."""
+    """Kill the head, and so the job, by SIGKILL; submit the job again to a new cluster at the same address."""
     if len(bench.cluster.nodes) > 1:
         bench.cluster.restart_alone()
     process = submit(bench, run, stage, f"lost-{run.name}")
@@ -345,18 +345,18 @@ def head_lost(bench: Bench, run: Path, stage: str) -> str | None:
 
 
 def submit(bench: Bench, run: Path, stage: str, job: str) -> subprocess.Popen[str]:
-    """`ray job submit` of a stage."""
+    """Submit a stage by `ray job submit`."""
     root = Path(__file__).resolve().parents[2]
     return bench.cluster.submit("python", f"jobs/{stage}.py", str(run), working_dir=root, job=job)
 
 
 def part_truncated(bench: Bench, run: Path, stage: str) -> str:
-    """Half of a part of a finished table is gone: the same command makes that part again."""
+    """Cut a part of a finished table in half; the same command makes the part again."""
     return _damaged(bench, run, stage, truncate)
 
 
 def part_flipped(bench: Bench, run: Path, stage: str) -> str:
-    """A bit of a part of a finished table is another: the same command makes that part again."""
+    """Flip a bit in a part of a finished table; the same command makes the part again."""
     return _damaged(bench, run, stage, flip_byte)
 
 
@@ -367,12 +367,12 @@ def _damaged(bench: Bench, run: Path, stage: str, damage: Callable[[Path], None]
 
 
 def disk_full(bench: Bench, run: Path, stage: str) -> str:
-    """The disk of the run folder is full in the middle of a stage; later there is room again."""
+    """Fill the disk of the run folder in the middle of a stage; later there is space again."""
     return _on_small_disk(bench, run, stage, lambda disk: f"size={(disk.used_bytes() >> 10) + 150}k", "size=256m")
 
 
 def read_only(bench: Bench, run: Path, stage: str) -> str:
-    """The run folder cannot be written; later it can."""
+    """Make the run folder read-only; later it is writable again."""
     return _on_small_disk(bench, run, stage, lambda disk: "ro", "rw")
 
 
@@ -388,10 +388,10 @@ def _on_small_disk(bench: Bench, run: Path, stage: str, fault: Callable[[SmallDi
 
 
 def store_fails(bench: Bench, run: Path, stage: str) -> str:
-    """A tenth of an object store's answers is 500, 503 or late; what cannot go on is given again."""
+    """Let a tenth of an object store's answers be 500, 503 or late; repeat the command if it fails."""
     with s3_server() as store:
         environment = bench.cluster.environment | store.env
-        # On a Ray of its own, whose workers are told of the store.
+        # In a separate Ray, whose workers know the store.
         command = (stage, "s3://bucket/run", *bench.options)
         store.set_faults(share=0.1, seed=bench.rng.randrange(1000), stall_s=5)
         began = start(*command, environment=environment)
@@ -409,7 +409,7 @@ def store_fails(bench: Bench, run: Path, stage: str) -> str:
 
 
 def hostile_corpus(bench: Bench, run: Path, stage: str) -> str:
-    """One file in twenty is truncated, a bomb, a link or the like: the others give what they give alone."""
+    """Mix one hostile file into twenty, such as a bomb or a link; the others give the same results as without it."""
     data, clean = run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-good")
     good, bad = make_hostile_corpus(data, 400)
     for name in good:
@@ -426,7 +426,7 @@ def hostile_corpus(bench: Bench, run: Path, stage: str) -> str:
 
 
 def clean_of(run: Path) -> Path:
-    """The undisturbed run of a fault that needs one of its own."""
+    """Return the undisturbed run of a fault that needs a separate one."""
     return run.with_name(f"{run.name}-clean")
 
 

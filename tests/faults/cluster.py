@@ -1,4 +1,4 @@
-"""A cluster of several nodes on loopback, each a group of processes that can be killed as a lost machine is."""
+"""A cluster of several nodes on loopback; each is a process group, so that killing it simulates a lost machine."""
 
 import os
 import secrets
@@ -15,39 +15,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _START_S = 120
-# Of several nodes: not 127.0.0.1, which Ray then takes for another name of the machine's outer address.
+# With several nodes, Ray takes 127.0.0.1 for another name of the machine's external address.
 _HEAD_IP = "127.0.0.2"
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
 @dataclass
 class Node:
-    """One node.
+    """A node of a cluster.
 
     Attributes:
         process: `ray start --block`, leader of the group of all its processes.
-        ip: of the loopback network; one a node, so that a driver finds the head.
+        ip: address on the loopback network; distinct per node, so that a driver finds the head.
     """
 
     process: subprocess.Popen[bytes]
     ip: str
 
     def kill(self) -> None:
-        """Takes the node away without a word, as a spot machine is."""
+        """Kill the node without warning, as a spot machine is taken away."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 @dataclass
 class Cluster:
-    """A head that works too, and nodes beside it.
+    """A head, which also works, and further nodes.
 
     Attributes:
-        folder: sockets, logs and token.
-        cpus: of each node.
-        environment: that drivers and `ray` commands need.
-        head_ip: of the head.
-        nodes: the living ones; the first is the head.
+        folder: of sockets, logs and token.
+        cpus: per node.
+        environment: of drivers and `ray` commands.
+        head_ip: address of the head.
+        nodes: running nodes; the first is the head.
     """
 
     folder: Path
@@ -61,16 +61,16 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """For `--ray-address`."""
+        """Value of `--ray-address`."""
         return f"{self.head_ip}:{self.gcs_port}"
 
     @property
     def job_address(self) -> str:
-        """For `ray job submit --address`."""
+        """Value of `ray job submit --address`."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_head(self) -> None:
-        """Starts the head, also after it was killed; waits until it takes jobs."""
+        """Start the head, also after it was killed, and wait until it accepts jobs."""
         self.nodes.insert(0, self._start(
             self.head_ip, "--head", f"--port={self.gcs_port}", f"--dashboard-port={self.dashboard_port}",
             f"--ray-client-server-port={free_port()}",            "--dashboard-host=127.0.0.1",
@@ -78,7 +78,7 @@ class Cluster:
         self._wait(lambda: self.submit("true").wait() == 0)
 
     def add_node(self) -> Node:
-        """Starts a node and waits until the head knows it."""
+        """Start a node and wait until the head knows it."""
         before = self._num_alive()
         self._started += 1
         node = self._start(f"127.0.0.{self._started + 2}", f"--address={self.address}")
@@ -87,9 +87,9 @@ class Cluster:
         return node
 
     def restart_alone(self) -> None:
-        """A new head under the same address, with the CPUs of a cluster of three nodes and no other node.
+        """Start a new head at the same address, with the CPUs of three nodes but no other node.
 
-        For jobs: the nodes of one machine unpack a job's files into one folder, each over the other's.
+        Jobs need this: nodes on one machine unpack the files of a job into the same folder and overwrite each other's.
         """
         for node in list(self.nodes):
             self.lose(node)
@@ -97,12 +97,12 @@ class Cluster:
         self.start_head()
 
     def lose(self, node: Node) -> None:
-        """Kills a node."""
+        """Kill a node."""
         node.kill()
         self.nodes.remove(node)
 
     def submit(self, *command: str, working_dir: Path | None = None, job: str | None = None) -> subprocess.Popen[str]:
-        """`ray job submit`."""
+        """Start `ray job submit`."""
         options = [
             *(["--working-dir", str(working_dir)] if working_dir else []),
             *(["--submission-id", job] if job else []),
@@ -110,7 +110,7 @@ class Cluster:
         return self._ray("job", "submit", "--address", self.job_address, *options, "--", *command)
 
     def status(self, job: str) -> str:
-        """What the job server says of a job: `SUCCEEDED`, `FAILED`, `STOPPED`, ..."""
+        """Return the status of a job from the job server: `SUCCEEDED`, `FAILED`, `STOPPED`, ..."""
         program = (
             "import sys; from ray.job_submission import JobSubmissionClient; "
             "print(JobSubmissionClient(sys.argv[1]).get_job_status(sys.argv[2]).value)"
@@ -119,19 +119,19 @@ class Cluster:
         return subprocess.check_output(command, env=self.environment, text=True).strip()
 
     def stop_job(self, job: str) -> subprocess.Popen[str]:
-        """`ray job stop`."""
+        """Start `ray job stop`."""
         return self._ray("job", "stop", "--address", self.job_address, job)
 
     def job_logs(self, job: str) -> subprocess.Popen[str]:
-        """`ray job logs`."""
+        """Start `ray job logs`."""
         return self._ray("job", "logs", "--address", self.job_address, job)
 
     def workers(self, kind: str) -> list[int]:
-        """Processes of actors and tasks of this cluster whose names, as Ray shows them, hold `kind`."""
+        """Return the processes of actors and tasks of this cluster whose names in Ray contain `kind`."""
         mark = f"RAY_TMPDIR={self.folder}\0".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            # A process may end while it is looked at.
+            # A process may end while it is read.
             with suppress(OSError):
                 name = (folder / "cmdline").read_bytes().decode(errors="replace")
                 if name.startswith("ray::") and kind in name and mark in (folder / "environ").read_bytes():
@@ -139,20 +139,20 @@ class Cluster:
         return sorted(found)
 
     def node_of(self, pid: int) -> Node | None:
-        """The node that a process belongs to; None where it has ended."""
+        """Return the node that a process belongs to; None where the process has ended."""
         while pid > 1:
             for node in self.nodes:
                 if node.process.pid == pid:
                     return node
             try:
-                # The name before it may hold spaces and brackets.
+                # The process name before it may contain spaces and brackets.
                 pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 return None
         return None
 
     def close(self) -> None:
-        """Kills what is left of it."""
+        """Kill the remaining nodes and delete the folder."""
         for node in self.nodes:
             node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -193,8 +193,8 @@ class Cluster:
 
 @contextmanager
 def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
-    """A running cluster of so many nodes, the head among them."""
-    # Short: the paths of Ray's sockets must stay below 107 bytes.
+    """Run a cluster of `num_nodes` nodes, including the head."""
+    # Short, since the paths of Ray's sockets are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="r"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
@@ -205,7 +205,7 @@ def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's switch for clusters that may have several nodes: without it, everything listens on 127.0.0.1 alone.
+        # Without this switch for clusters of several nodes, Ray listens only on 127.0.0.1.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(num_nodes > 1)),
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "OMP_NUM_THREADS": "1",
@@ -223,7 +223,7 @@ def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody uses."""
+    """Return an unused port of loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Corpora such as the world hands over: mostly photographs, and every kind of file that is none or must not be read."""
+"""Corpora as found in practice: mostly photographs, with every kind of file that is not one or must not be read."""
 
 import functools
 import io
@@ -16,26 +16,26 @@ from tests.builders import encode_png, scene
 
 BOMB_PX = 50_000
 MANY = 10_000
-_FILES_A_FOLDER = 100
+_FILES_PER_FOLDER = 100
 _DISTINCT = 16
 
 
 def make_hostile_corpus(
     path: Path | str, num_images: int, share: float = 0.05, seed: int = 0
 ) -> tuple[set[str], dict[str, str]]:
-    """A tree of photographs of 48 x 40 px with hostile entries evenly among them, of every kind in turn.
+    """Make a tree of photographs of 48 x 40 px with hostile entries of each kind spread evenly among them.
 
-    From 10,000 entries on, one folder holds 10,000. Where links lead out of the tree, they lead to `path` + " outside".
+    From 10,000 entries on, one folder holds 10,000. Links out of the tree lead to `path` + " outside".
 
     Args:
-        path: of the tree; it must not be there yet.
-        num_images: entries in all.
-        share: of hostile ones, some of which are photographs nonetheless: with a line break in the name, or PNG called
-            JPEG.
-        seed: of the pictures.
+        path: of the tree, which must not exist yet.
+        num_images: number of all entries.
+        share: of hostile entries; some of them are valid photographs with a line break in the name, or a PNG named
+            as JPEG.
+        seed: of the photographs.
 
     Returns:
-        image_ids of the photographs; of what must be refused, image_id -> reason up to the colon.
+        The image_ids of the photographs, and the reason (up to the colon) by image_id of all that must be refused.
     """
     root, outside = Path(path), Path(f"{path} outside")
     outside.mkdir(parents=True)
@@ -45,8 +45,8 @@ def make_hostile_corpus(
     every = round(1 / share)
     good, bad, last = set(), {}, ""
     for n in range(num_images):
-        folder = root / ("many" if n < MANY <= num_images else f"album {n // _FILES_A_FOLDER}")
-        if n % (MANY if n < MANY <= num_images else _FILES_A_FOLDER) == 0:
+        folder = root / ("many" if n < MANY <= num_images else f"album {n // _FILES_PER_FOLDER}")
+        if n % (MANY if n < MANY <= num_images else _FILES_PER_FOLDER) == 0:
             folder.mkdir(parents=True)
         if n % every != every - 1:
             last = f"IMG_{n:06}.JPG"
@@ -54,7 +54,7 @@ def make_hostile_corpus(
             good.add(f"{folder.name}/{last}")
             continue
         name, make, reason = next(kinds)
-        # Sorted after its twin, so that it is the one refused.
+        # Sorted after its twin, so that this one is refused.
         name = last.lower() if name is None else name.format(n)
         make(folder / os.fsdecode(name.encode("latin-1")) if reason == _NOT_UTF8 else folder / name)
         if reason is None:
@@ -66,7 +66,7 @@ def make_hostile_corpus(
 
 
 _NOT_UTF8 = "name is not UTF-8"
-# Name with a place for a number (None: the last photograph's in small letters), maker, reason (None: it is good).
+# Name with a place for a number (None: that of the last photograph in lower case), maker, reason (None: valid).
 _Kind = tuple[str | None, Callable[[Path], object], str | None]
 
 
@@ -113,14 +113,14 @@ def _photographs(seed: int) -> list[bytes]:
 
 
 def _commented(jpeg: bytes, number: int) -> bytes:
-    """The photograph with a comment, so that no two files are the same."""
+    """Return the photograph with a comment, so that no two files are equal."""
     comment = f"{number:010}".encode()
     return jpeg[:2] + b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment + jpeg[2:]
 
 
 @functools.cache
 def _png_bomb() -> bytes:
-    """A whole PNG, black; its rows are never held together."""
+    """Return a complete black PNG, made without holding all rows in memory."""
     packer = zlib.compressobj(9)
     row = bytes(1 + BOMB_PX // 8)
     data = b"".join(packer.compress(row * 100) for _ in range(BOMB_PX // 100)) + packer.flush()
@@ -132,13 +132,13 @@ def _png_bomb() -> bytes:
 
 
 def _jpeg_bomb(jpeg: bytes) -> bytes:
-    """A photograph whose frame header claims another size."""
+    """Return a photograph whose frame header claims another size."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", BOMB_PX, BOMB_PX) + jpeg[at + 4 :]
 
 
 def _tiff_bomb() -> bytes:
-    """A greyscale TIFF of a directory alone."""
+    """Return a greyscale TIFF that consists only of a directory."""
     size = BOMB_PX * BOMB_PX
     tags = {256: BOMB_PX, 257: BOMB_PX, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: BOMB_PX, 279: size}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -146,7 +146,7 @@ def _tiff_bomb() -> bytes:
 
 
 def _webp_bomb() -> bytes:
-    """An animation with a huge canvas and a small frame."""
+    """Return an animation with a huge canvas and a small frame."""
 
     def chunk(tag: bytes, body: bytes) -> bytes:
         return tag + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)

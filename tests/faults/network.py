@@ -1,4 +1,4 @@
-"""A network of one's own for clusters of several nodes."""
+"""A separate network for clusters of several nodes."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ _INSIDE = "TRANSFGU_FAULTS_INSIDE"
 
 
 def in_own_network(module: str) -> None:
-    """Starts this program again on a loopback network of its own, where the system allows that.
+    """Restart this program on a separate loopback network, where the system allows that.
 
-    The nodes of a cluster have addresses of their own, and then Ray listens on all there are.
+    The nodes of a cluster have different addresses, and Ray then listens on every network of the machine.
 
     Args:
         module: what `python -m` runs.
@@ -18,7 +18,7 @@ def in_own_network(module: str) -> None:
     if _INSIDE in os.environ:
         return
     os.environ[_INSIDE] = "1"
-    # Mounts of its own too, for small disks.
+    # Separate mounts too, for small disks.
     spaces = ["--net", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     command = ["unshare", *spaces, "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     try:
@@ -26,6 +26,8 @@ def in_own_network(module: str) -> None:
     except OSError:
         is_allowed = False
     if not is_allowed:
-        sys.stderr.write("no network of its own here: Ray listens on all of this machine's, with a token\n")
+        sys.stderr.write(
+            "a separate network is not permitted: Ray listens on all networks of this machine, with a token\n"
+        )
     program = [*(command if is_allowed else []), sys.executable, "-m", module, *sys.argv[1:]]
     os.execvp(program[0], program)

@@ -1,4 +1,4 @@
-"""Many small photographs through extract and labels with a kill a minute: `python -m tests.faults.soak --json F`."""
+"""Many photographs through extract and labels with one kill per minute: `python -m tests.faults.soak --json F`."""
 
 import json
 import os
@@ -31,13 +31,13 @@ _TIMEOUT_S = 3600
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the outcome goes.")] = None,
-    num_photos: Annotated[int, typer.Option(min=1000, help="Photographs.")] = 20_000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the outcome.")] = None,
+    num_photos: Annotated[int, typer.Option(min=1000, help="Number of photographs.")] = 20_000,
     every: Annotated[float, typer.Option(min=1, help="Seconds between kills.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of what is killed.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of what is killed.")] = 0,
 ) -> None:
-    """Ends with 1 unless the tables of the disturbed run are those of the quiet one."""
-    # So that nothing of the cluster outlives this.
+    """Exit with 1 unless the tables of the disturbed run equal those of the quiet one."""
+    # So that the cluster ends with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="soak"))
     try:

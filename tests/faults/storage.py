@@ -1,4 +1,4 @@
-"""Storage that fails: a small disk, an object store that answers with errors or not at all, damaged files."""
+"""Failing storage: a small disk, an object store that answers late or with errors, damaged files."""
 
 import contextlib
 import json
@@ -18,20 +18,20 @@ import pyarrow.fs as pafs
 
 
 def flip_byte(path: Path | str) -> None:
-    """Turns one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(Path(path).read_bytes())
     data[len(data) // 2] ^= 1
     _replace(path, bytes(data))
 
 
 def truncate(path: Path | str) -> None:
-    """Cuts a file to its first half."""
+    """Cut a file to its first half."""
     data = Path(path).read_bytes()
     _replace(path, data[: len(data) // 2])
 
 
 def _replace(path: Path | str, data: bytes) -> None:
-    # Runs share files under second names; the fault is to be in one of them.
+    # Runs share files by hard links; only one of them must be damaged.
     Path(path).unlink()
     Path(path).write_bytes(data)
 
@@ -47,25 +47,25 @@ class SmallDisk:
     path: Path
 
     def used_bytes(self) -> int:
-        """What files take up."""
-        told = os.statvfs(self.path)
-        return (told.f_blocks - told.f_bfree) * told.f_frsize
+        """Return the bytes used by files."""
+        stats = os.statvfs(self.path)
+        return (stats.f_blocks - stats.f_bfree) * stats.f_frsize
 
     def remount(self, options: str) -> None:
-        """Changes what was given when it was mounted, e.g. `size=64m` or `ro`."""
+        """Change mount options, e.g. `size=64m` or `ro`."""
         _run("mount", "-o", f"remount,{options}", str(self.path))
 
 
 class NotPermitted(Exception):
-    """This process may not do what the fault needs; the message is the reason to skip."""
+    """This process lacks a right that the fault needs; the message is the reason to skip."""
 
 
 @contextlib.contextmanager
 def tmpfs(size: str) -> Iterator[SmallDisk]:
-    """A disk of its own of some size, e.g. `1m`.
+    """Mount a separate disk of a given size, e.g. `1m`.
 
     Raises:
-        NotPermitted: mounting wants root, and a system that lets it.
+        NotPermitted: mounting needs root on a system that permits it.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -75,7 +75,7 @@ def tmpfs(size: str) -> Iterator[SmallDisk]:
         try:
             yield SmallDisk(Path(folder))
         finally:
-            # Lazily: a process that a test has left may still have a file open.
+            # Lazily: a process left by a test may still have a file open.
             _run("umount", "-l", folder)
 
 
@@ -89,33 +89,33 @@ class FaultyStore:
 
     Attributes:
         url: of the server.
-        env: variables that let pyarrow and its children find it.
+        env: variables by which pyarrow and child processes find it.
     """
 
     url: str
     env: dict[str, str]
 
     def set_faults(self, share: float, seed: int = 0, stall_s: float = 0.0) -> None:
-        """From now on, some requests fail.
+        """Let a share of the requests fail from now on.
 
         Args:
-            share: of the requests that fail; 1 = a dead store.
-            seed: draws which, by their number.
-            stall_s: a third of the answers 500 and 503 comes only after so long.
+            share: of failing requests; 1 = a dead store.
+            seed: decides, with the number of a request, whether it fails.
+            stall_s: seconds by which a third of the answers 500 and 503 are delayed.
         """
         _post(self.url, {"share": share, "seed": seed, "stall_s": stall_s})
 
     def count_faults(self) -> int:
-        """Requests that have failed so far."""
+        """Return the number of failed requests so far."""
         with urllib.request.urlopen(f"{self.url}{_CONTROL}", timeout=30) as answer:
             return json.load(answer)["failed"]
 
     def open(self) -> pafs.S3FileSystem:
-        """The store's buckets."""
+        """Return a file system with the buckets of the store."""
         return pafs.S3FileSystem(endpoint_override=self.url, access_key="test", secret_key="test", region="us-east-1")
 
     def files(self, bucket: str) -> dict[str, bytes]:
-        """Every object of a bucket, by its name there."""
+        """Return every object of a bucket by its name."""
         fs = self.open()
         found = fs.get_file_info(pafs.FileSelector(bucket, recursive=True))
         names = [info.path for info in found if info.type == pafs.FileType.File]
@@ -132,7 +132,7 @@ def _post(url: str, values: dict[str, float]) -> None:
 
 @contextlib.contextmanager
 def s3_server(bucket: str = "bucket") -> Iterator[FaultyStore]:
-    """moto's S3 server in a process of its own, with an empty bucket; faultless until told otherwise."""
+    """Run moto's S3 server in a separate process, with an empty bucket and without faults at first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -142,7 +142,7 @@ def s3_server(bucket: str = "bucket") -> Iterator[FaultyStore]:
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        # Or it looks for the identity of a cloud machine.
+        # Otherwise it looks for the identity of a cloud machine.
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     server = subprocess.Popen([sys.executable, "-m", __name__, str(port)], env=os.environ | env)
@@ -182,8 +182,8 @@ def _serve(port: int) -> None:
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == _CONTROL:
             if environ["REQUEST_METHOD"] == "POST":
-                told = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-                faults.update(told, numbers=itertools.count())
+                values = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                faults.update(values, numbers=itertools.count())
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps({"failed": len(failed)}).encode()]
         rng = random.Random(f"{faults['seed']} {next(faults['numbers'])}")
