@@ -123,7 +123,7 @@ class Share:
 def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     """Train from the last checkpoint on; return the reason under `diverged` if the training diverged, else None."""
     import ray.train
-    from ray.train.torch import get_device, prepare_model
+    from ray.train.torch import get_device
 
     torch.set_num_threads(settings["threads"])
     out = Folder(settings["out_uri"])
@@ -133,15 +133,7 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     copies = open_copies(out, config.seed, config.data.num_val)
     epoch_steps = len(copies.train) // config.schedule.batch_size
     total_steps = config.schedule.epochs * epoch_steps
-    dino = Dino(
-        build_network(config).to(device),
-        DinoRecipe(**config.dino.model_dump()),
-        crops=MultiCrop(**config.crops.model_dump()),
-        total_steps=total_steps,
-        seed=config.seed,
-        rank=rank,
-        wrap=prepare_model,
-    )
+    dino = _build_dino(config, total_steps, rank=rank, device=device)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -182,6 +174,21 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
             out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
             out.write_json(HISTORY, history)
     return None
+
+
+def _build_dino(config: PretrainConfig, total_steps: int, *, rank: int, device: torch.device) -> Dino:
+    """Build student and teacher of a worker, ready to train under Ray Train."""
+    from ray.train.torch import prepare_model
+
+    return Dino(
+        build_network(config).to(device),
+        DinoRecipe(**config.dino.model_dump()),
+        crops=MultiCrop(**config.crops.model_dump()),
+        total_steps=total_steps,
+        seed=config.seed,
+        rank=rank,
+        wrap=prepare_model,
+    )
 
 
 def build_network(config: PretrainConfig) -> DinoNetwork:

@@ -179,12 +179,17 @@ def compare(
         "promotion": None,
     }
     if promote:
-        moves, sentence = decide(comparison, force)
-        if moves:
-            registry.promote(comparison["best"])
-        comparison["promotion"] = {"moved": moves, "sentence": sentence}
+        comparison["promotion"] = _promote(registry, comparison, force)
     _write(registry, entries, comparison=comparison, out=out)
     return comparison
+
+
+def _promote(registry: Registry, comparison: dict[str, Any], force: bool) -> dict[str, Any]:
+    """Move the alias `champion` to the best version if `decide` says so; return whether it moved, and why."""
+    moves, sentence = decide(comparison, force)
+    if moves:
+        registry.promote(comparison["best"])
+    return {"moved": moves, "sentence": sentence}
 
 
 def _choose(images: Sequence[ImageRef], count: int) -> list[ImageRef]:
