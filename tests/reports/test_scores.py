@@ -124,6 +124,12 @@ def test_metrics_json__intervals_keep_the_match_of_the_split():
     assert last["pixel_accuracy_interval"] == [0.0, 1.0]
 
 
+def test_metrics_json__backbone_is_what_the_student_reads():
+    config = _config("train.backbone=resnet50_fpn", "train.backbone_weights=random")
+    assert _metrics(_confusions(8), config)["backbone"] == "resnet50_fpn"
+    assert _metrics(_confusions(8))["backbone"] == "vit_small_patch8_224.dino"
+
+
 def test_metrics_json__refined_stands_beside_the_stages():
     plain = _metrics(_confusions(8))
     got = _metrics(_confusions(8) | {"refined": _confusions(9)["initial"]})

@@ -76,7 +76,8 @@ def metrics_json(
         content |= _scores(config, counts, names)
     return content | {
         "recipe": config.preset,
-        "backbone": config.encoder.name,
+        # What the student reads; the prior it is taught by is always the encoder.
+        "backbone": config.encoder.name if config.train.backbone == "prior" else config.train.backbone,
         "weights_sha256": weights_sha256,
         "seed": config.seed,
     }
