@@ -61,9 +61,8 @@ class Page(HTMLParser):
         ids = Counter(attrs["id"] for _, attrs in self.elements if "id" in attrs)
         assert [name for name, count in ids.items() if count > 1] == []
         for _, attrs in self.elements:
-            for name in ("href", "xlink:href"):
-                if attrs.get(name, "").startswith("#"):
-                    assert attrs[name][1:] in ids
+            if attrs.get("href", "").startswith("#"):
+                assert attrs["href"][1:] in ids
         assert self.all("html")[0]["lang"] == "en"
         assert "width=device-width" in self.source
         levels = [int(tag[1]) for tag, _ in self.elements if re.fullmatch(r"h[1-6]", tag)]

@@ -1,9 +1,12 @@
 """report.html of a run that was made without a network."""
 
+import base64
+import io
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.reports.evaluated import HOSTILE, make_evaluated
 from tests.reports.html_page import Page
@@ -40,10 +43,11 @@ def test_report__shows_scores_photographs_classes_losses_and_stages(tmp_path):
     assert "b.jpg · mIoU 21.7 %" in page.text
     images = page.all("img")
     assert [image["alt"] for image in images[:7]] == [f"{panel} of {HOSTILE}" for panel in PANELS]
-    assert len(images) == 4 * 7
-    assert {(image["width"], image["height"]) for image in images} == {("270", "180")}
-    assert [svg["role"] for svg in page.all("svg")] == ["img"] * 4
-    assert page.all("svg")[1]["aria-label"] == "loss: 3 in the first epoch, 2.7 in the last"
+    photographs, figures = images[: 4 * 7], images[4 * 7 :]
+    assert {(image["width"], image["height"]) for image in photographs} == {("270", "180")}
+    assert len(figures) == 4
+    assert figures[0]["alt"].startswith("Confusion matrix of 16 classes;")
+    assert figures[1]["alt"] == "loss: 3 in the first epoch, 2.7 in the last"
     assert "zebra turtle 46.2 60" in page.text, "the largest confusions are told in words"
     assert "all 1 6.2" in page.text, "refusals and seconds of all stages"
     assert "no <b>picture</b>" in page.text
@@ -51,11 +55,27 @@ def test_report__shows_scores_photographs_classes_losses_and_stages(tmp_path):
     assert "None of" not in page.text
 
 
+def test_report__figures_are_opaque_and_sharp_on_a_phone(tmp_path):
+    figures = [
+        image["src"]
+        for image in read_report(make_evaluated(tmp_path / "run")).all("img")
+        if "image/png" in image["src"]
+    ]
+    assert len(figures) == 4
+    for source in figures:
+        picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        # 360 px at three to a CSS pixel.
+        assert picture.width >= 1080
+        # Legible on a dark page too: nothing shines through.
+        assert picture.convert("RGBA").getextrema()[3] == (255, 255)
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_report__of_a_run_without_labels_says_that_nothing_was_scored(tmp_path):
     page = read_report(make_evaluated(tmp_path / "run", labels=False))
     assert "Nothing was scored: dataset folder has no labels." in page.text
     assert [image["alt"] for image in page.all("img")[:6]] == [f"{panel} of {HOSTILE}" for panel in PANELS[:-1]]
-    assert len(page.all("img")) == 2 * 6
+    assert len(page.all("img")) == 2 * 6 + 3, "photographs and losses"
     assert "mIoU" not in page.text
     assert "Confusion" not in page.text
     assert "concept 15" in page.text, "colours are of concepts"
@@ -65,7 +85,7 @@ def test_report__without_samples_says_so(tmp_path):
     run = make_evaluated(tmp_path / "run", num_samples=0)
     page = read_report(run)
     assert "No samples were asked for." in page.text
-    assert page.all("img") == []
+    assert len(page.all("img")) == 4, "figures alone"
     assert not run.folder.exists("atlas.html")
     assert "atlas.html" not in page.source
 
@@ -93,7 +113,7 @@ def test_report__photographs_that_would_make_it_too_large_are_left_out_and_count
     monkeypatch.setattr(report, "_PHOTO_BYTES", 350_000)
     run = make_evaluated(tmp_path / "run", num_samples=30)
     page = read_report(run)
-    shown = len(page.all("img")) // 7
+    shown = (len(page.all("img")) - 4) // 7
     assert 3 <= shown < 32
     assert f"{32 - shown} more are in the folder samples" in page.text
     assert "Best scored" in page.text, "the first of each group come before the second of any"

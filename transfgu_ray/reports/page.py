@@ -3,14 +3,10 @@
 import base64
 import io
 import itertools
-import re
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree  # nosec B405  # of our own text
 
 import jinja2
-import markupsafe
 import numpy as np
 from PIL import Image
 
@@ -24,9 +20,9 @@ if TYPE_CHECKING:
 
 _STRIP_HEIGHT_PX = 180
 _GAP_PX = 4
-# Stands for the colour of the page's text in figures; no colour of a palette.
-INK = "#010203"
-_SVG = "{http://www.w3.org/2000/svg}"
+# The narrowest figures are 3.6 inches wide: 1080 px, as many as a phone's screen has.
+_FIGURE_DPI = 300
+_MAX_LABEL_CHARS = 18
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -36,64 +32,24 @@ def render(template: str, **values: Any) -> bytes:
 
 
 def figure_png(figure: "Figure") -> str:
-    """A figure as PNG in base64."""
+    """Return a figure as PNG in base64, on white so that it reads the same on light and dark pages."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png", dpi=_FIGURE_DPI)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def figure_svg(figure: "Figure", title: str) -> markupsafe.Markup:
-    """A figure as an SVG element, whose lines and text in `INK` take the colour of the page's text, light or dark.
-
-    Args:
-        figure: drawn in `INK` where it is not in colour.
-        title: what it shows, for those who cannot see it; also keeps its ids apart from those of other figures.
-    """
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    # Text stays text, of the page's font; with a salt of its own the same figure has the same ids each time.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", transparent=True)
-    # What matplotlib has just written, with every text in it escaped.
-    root = ElementTree.fromstring(buffer.getvalue())  # nosec B314  # our own text
-    prefix = f"f{zlib.crc32(title.encode()):08x}-"
-    for parent in list(root.iter()):
-        for child in [c for c in parent if c.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
-            parent.remove(child)
-            # Styles of a figure would be the whole page's; this is theirs.
-            root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
-    for element in root.iter():
-        if "id" in element.attrib:
-            element.set("id", prefix + element.attrib["id"])
-        for name, value in element.attrib.items():
-            value = value.replace("url(#", f"url(#{prefix}").replace(INK, "currentColor")
-            element.set(name, f"#{prefix}{value[1:]}" if name.endswith("href") and value[0] == "#" else value)
-    for name in ("width", "height"):
-        del root.attrib[name]
-    root.set("role", "img")
-    root.set("aria-label", title)
-    ElementTree.register_namespace("", _SVG[1:-1])
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    text = ElementTree.tostring(root, encoding="unicode")
-    # In HTML the names are known; without them the page names no address at all.
-    return markupsafe.Markup(re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=3))  # nosec B704
-
-
-def plain_axes(axes: "Axes", grid: str) -> None:
-    """Axes in `INK` without a box, with a faint grid.
-
-    Args:
-        axes: to be changed.
-        grid: along which axis its values are: `x`, `y` or `both`.
-    """
-    axes.tick_params(labelsize=9, colors=INK)
-    axes.spines[:].set_color(INK)
+def plain_axes(axes: "Axes") -> None:
+    """Take the box off axes and draw a faint grid behind their values."""
+    axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(axis=grid, color="#808080", alpha=0.3, linewidth=0.6)
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def figure_label(text: str) -> str:
+    """Return a text cut to fit a figure, which matplotlib does not take for a formula."""
+    short = text if len(text) <= _MAX_LABEL_CHARS else f"{text[: _MAX_LABEL_CHARS - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def within_bytes(pictures: Iterable[bytes], most: int) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transfgu_ray.reports.page import INK, plain_axes
+from transfgu_ray.reports.page import figure_label, plain_axes
 from transfgu_ray.reports.palette import class_colours
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 TERMS = ("loss", "cross_entropy", "peer", "diversity", "uncertainty")
 _MARKS = "osD^vP*"
 _MAX_LABELS = 30
-_MAX_LABEL_CHARS = 18
 
 
 def loss_figure(history: Sequence[Mapping[str, float]], term: str) -> "Figure":
@@ -32,16 +31,16 @@ def loss_figure(history: Sequence[Mapping[str, float]], term: str) -> "Figure":
         epochs = list(rows)
         x, y = [row["epoch"] for row in epochs], [row[term] for row in epochs]
         if number:
-            axes.axvline(x[0] - 0.5, color=INK, linewidth=0.8, linestyle=":")
+            axes.axvline(x[0] - 0.5, color="0.4", linewidth=0.8, linestyle=":")
         style = {"color": colours[number % len(colours)], "marker": _MARKS[number % len(_MARKS)]}
         axes.plot(x, y, markersize=4, linewidth=1.8, **style)
     axes.set_xlabel("epoch", fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    plain_axes(axes, "y")
+    axes.locator_params("x", integer=True)
+    plain_axes(axes)
     return figure
 
 
-def loss_titles(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def loss_alts(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Where each term that was trained with went, for those who cannot see its figure."""
     first, last = history[0], history[-1]
     return {
@@ -81,21 +80,17 @@ def confusion_figure(by_class: np.ndarray, names: Sequence[str]) -> "Figure":
     axes.imshow(pixels, norm=norm, cmap="cividis", interpolation="nearest", aspect="auto")
     step = -(-len(names) // _MAX_LABELS)
     shown = range(0, len(names), step)
-    labels = [_short(names[i]) for i in shown]
+    labels = [figure_label(names[i]) for i in shown]
     size = 8 if len(labels) <= 20 else 6
     axes.set_xticks([*shown, len(names)], [*labels, "no class"], rotation=90, fontsize=size)
     axes.set_yticks(list(shown), labels, fontsize=size)
-    axes.axvline(len(names) - 0.5, color=INK, linewidth=0.8)
+    axes.axvline(len(names) - 0.5, color="0.4", linewidth=0.8)
     axes.set_xlabel("taken for", fontsize=9)
     axes.set_ylabel("true class", fontsize=9)
     bar = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, fraction=0.035, pad=0.02)
-    bar.set_label("pixels", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK, which="both")
+    bar.set_label("pixels", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    axes.tick_params(colors=INK)
-    axes.spines[:].set_color(INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
     return figure
 
 
@@ -112,9 +107,3 @@ def largest_confusions(by_class: np.ndarray, names: Sequence[str], most: int = 1
             share = pixels / int(by_class[truth].sum())
             rows.append({"truth": titles[truth], "taken_for": titles[taken], "pixels": pixels, "share": share})
     return rows
-
-
-def _short(text: str) -> str:
-    short = text if len(text) <= _MAX_LABEL_CHARS else f"{text[: _MAX_LABEL_CHARS - 1]}…"
-    # No formula.
-    return short.replace("$", r"\$")

@@ -19,7 +19,7 @@ from transfgu_ray.errors import ConfigError
 from transfgu_ray.models.model import ModelConfig, load_model_config
 from transfgu_ray.models.names import Names, load_names
 from transfgu_ray.reports.page import (
-    figure_svg,
+    figure_png,
     hex_colour,
     render,
     sample_labels,
@@ -34,8 +34,8 @@ from transfgu_ray.reports.run_figures import (
     class_confusion,
     confusion_figure,
     largest_confusions,
+    loss_alts,
     loss_figure,
-    loss_titles,
 )
 from transfgu_ray.reports.score_tables import score_lines, score_table
 from transfgu_ray.reports.scores import photo_mious
@@ -75,7 +75,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
     order = sorted(range(len(photos)), key=lambda i: photos[i]["rank"])
     num_shown = within_bytes((b"".join(photos[i]["bytes"]) for i in order), _PHOTO_BYTES)
     shown = [photos[i] for i in sorted(order[:num_shown])]
-    titles = loss_titles(history) if history else {}
+    alts = loss_alts(history) if history else {}
     page = render(
         "report.html",
         name=run.folder.uri.rstrip("/").rpartition("/")[2],
@@ -101,8 +101,8 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
         legend=_legend(names, metrics, colours),
         classes=_classes(names, metrics, colours["truth"]),
         losses=[
-            {"title": term.replace("_", " "), "svg": figure_svg(loss_figure(history, term), title)}
-            for term, title in titles.items()
+            {"title": term.replace("_", " "), "alt": alt, "png": figure_png(loss_figure(history, term))}
+            for term, alt in alts.items()
         ],
         **_confusion(run.config, counts, metrics=metrics, num_concepts=len(model.kinds)),
     )
@@ -217,9 +217,8 @@ def _confusion(
         class_of_concept[row["concepts"]] = class_id
     names = config.class_names
     by_class = class_confusion(total_counts(counts).reshape(len(names), -1), class_of_concept)
-    title = f"Confusion matrix of {len(names)} classes; the largest confusions are in the table below"
     return {
-        "confusion_svg": figure_svg(confusion_figure(by_class, names), title),
+        "confusion_png": figure_png(confusion_figure(by_class, names)),
         "confused": largest_confusions(by_class, names),
     }
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from transfgu_ray.reports.page import figure_label, plain_axes
 from transfgu_ray.reports.sweep_tables import best_trial, ranked, short_names, value_of, value_text, varying
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 TITLES = {"score": "score", "miou": "mIoU, %"}
 _NUM_TICKS = 4
 _MAX_LABELS = 12
-_MAX_LABEL_CHARS = 18
 # Trials of one value lie this far apart at most, of the distance between values, so that none hides another.
 _SPREAD = 0.25
 _MAX_SPREAD = 0.16
@@ -91,10 +91,10 @@ def _draw_axes(axes: "Axes", axes_of: Sequence[Axis]) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for x, axis in enumerate(axes_of):
         axes.axvline(x, 0.12 / 1.28, 1.12 / 1.28, color="0.4", linewidth=0.8, zorder=0)
-        axes.text(x, 1.09, _label(axis.title), ha="center", va="bottom", fontsize=9, fontweight="bold")
+        axes.text(x, 1.09, figure_label(axis.title), ha="center", va="bottom", fontsize=9, fontweight="bold")
         for place, label in axis.ticks:
             axes.plot([x - 0.02, x + 0.02], [place, place], color="0.4", linewidth=0.8)
-            axes.text(x + 0.04, place, _label(label), va="center", fontsize=8, bbox=box, zorder=5)
+            axes.text(x + 0.04, place, figure_label(label), va="center", fontsize=8, bbox=box, zorder=5)
 
 
 def against_settings(sweep: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
@@ -129,12 +129,12 @@ def against_settings(sweep: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
         places_of_ticks, labels = zip(*axis.ticks, strict=True)
         tilted = sum(map(len, labels)) > 28
         axes.set_xticks(
-            places_of_ticks, [_label(text) for text in labels], fontsize=8,
+            places_of_ticks, [figure_label(text) for text in labels], fontsize=8,
             rotation=25 if tilted else 0, ha="right" if tilted else "center",
         )  # fmt: skip
-        axes.set_xlabel(_label(axis.title), fontsize=9)
+        axes.set_xlabel(figure_label(axis.title), fontsize=9)
         axes.set_ylabel(TITLES[objective], fontsize=9)
-        _plain(axes)
+        plain_axes(axes)
         figures.append((axis.title, figure))
     return figures
 
@@ -158,15 +158,8 @@ def score_against_miou(sweep: Mapping[str, Any]) -> "Figure | None":
     axes.set_xlabel("score, without labels", fontsize=9)
     axes.set_ylabel(TITLES["miou"], fontsize=9)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _plain(axes)
+    plain_axes(axes)
     return figure
-
-
-def _plain(axes: "Axes") -> None:
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _colours(figure: "Figure", axes: "Axes", *, sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Any:
@@ -227,9 +220,3 @@ def _scaled(trial: Mapping[str, Any], name: str) -> float | None:
 
 def _spread(num_trials: int) -> np.ndarray:
     return np.linspace(-_SPREAD, _SPREAD, num_trials)
-
-
-def _label(text: str) -> str:
-    """A text that matplotlib takes for no formula, and that fits."""
-    short = text if len(text) <= _MAX_LABEL_CHARS else f"{text[: _MAX_LABEL_CHARS - 1]}…"
-    return short.replace("$", r"\$")
