@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfgu_ray.reports.palette import class_colours, seen_colours, spotlight
+from tests.reports.glasbey import glasbey_colours, seen_colours
+from transfgu_ray.reports.palette import class_colours, spotlight
 
 
 def smallest_difference(colours):
@@ -20,6 +21,13 @@ def test_seen_colours__are_cielab():
     assert got[0] == pytest.approx(np.array(want), abs=0.05)
     # Whoever lacks red or green cones sees grey as grey.
     assert got[:, 3, 1:] == pytest.approx(np.zeros((4, 2)), abs=0.3)
+
+
+def test_class_colours__are_those_of_the_generator_and_repeat_beyond():
+    made = glasbey_colours()
+    assert made.shape == (256, 3)
+    assert np.array_equal(class_colours(256, None), made)
+    assert np.array_equal(class_colours(1000, None), np.tile(made, (4, 1))[:1000])
 
 
 @pytest.mark.parametrize(("num_classes", "least"), [(7, 16), (16, 16), (27, 13), (80, 7), (171, 5)])

@@ -1,88 +1,48 @@
 """Colours of masks: told apart by people of every colour vision, the same in masks, pages and figures."""
 
-from functools import cache
-
 import numpy as np
 from PIL import Image
 
-# Okabe and Ito's colour-blind-safe palette, without its black, which is the background's.
-_OKABE_ITO = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
-)
-# How linear RGB is seen: as it is, and without red, green or blue cones (Machado et al., 2009, severity 1).
-_VISIONS = np.array(
-    [
-        np.eye(3),
-        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
-    ]
-)
-_RGB_TO_XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)
-_WHITE_XYZ = np.array([0.95047, 1.0, 1.08883])
-# Lightness L* of colours that stand out on black and on white.
-_LIGHTNESS = (25, 93)
+# Okabe and Ito's colour-blind-safe palette without its black, which is the background's, then the colours that lie
+# farthest from all before them (Glasbey et al., 2007) in whichever of four kinds of colour vision is worst.
+# As many as a palette PNG holds; tests/reports/glasbey.py makes them.
+_COLOURS = np.frombuffer(
+    bytes.fromhex(
+        """
+        e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 8800ff 663311 444455 aaff88 88bb66 bb55ff 3333bb 00eeaa 662277
+        aa5544 ccccdd 885588 dd00bb 114433 aa3300 eebb55 667777 9999ff dd7744 cc9999 552299 7777dd 7744ee aadd88 88ddff
+        aaaacc 006655 993399 880033 bb5533 77cc88 66aa66 ccbbbb ddee66 cc9933 eedddd 88ffaa 448855 bb88cc bbeeff 5500cc
+        8844cc 446611 bbff00 553366 cccc33 ddeecc 888811 0000ff 55dd55 4488cc 9977aa 889944 884433 bb6688 663399 dd1199
+        995566 ee99ff 00bb99 bbdd77 ff88cc 883366 ff11bb cc7777 4477ee 334444 8800cc 00ccdd 992200 88cc66 664477 770088
+        aa8855 aabb22 99ff99 9988ff 77bb88 ccaabb ffbbff 007744 881144 771122 8833ff 991177 777733 bb6655 2211dd 0044aa
+        99ddbb 5599dd ff9988 666677 eeccaa 995522 cc1166 664422 115544 8855ff 999988 7733bb aa6622 bb66cc 33cc44 bbbb99
+        884488 884455 ddddcc 443388 ddaa44 ee77bb dd55aa 0055dd bb9955 226699 00ffdd ccee77 224422 8800aa 880011 667799
+        88bbff ee33cc aa9911 bb22aa bbaa77 668888 ddaadd cc5566 998833 ddcc99 2233dd 773388 8855aa aaeeee cceebb 665522
+        22ff44 aa7744 dd77dd 99cc77 cc3377 0066dd 99aaaa 886688 99bbaa ddcccc eebbee 8855cc ffcc66 4411aa 99ccaa aaee88
+        66ddee 99dd00 cc8866 885533 eeee55 aa00dd cc3311 0088ff ddbbcc 558899 bb55dd 0044cc 99bbee 880066 aa77bb 66ee66
+        8899ee 7777bb 7744bb bb55ee aa99bb 8888ee 553333 bb1144 22aa88 991144 aa8899 ffaa77 775566 bb5555 bb0033 7722ee
+        cc8833 bb7766 225577 11bb55 dddd44 dddd99 776699 6600ee ccbbff 6611bb 11ee55 bb77dd ff3311 669999 bb44ee 44bbcc
+        99ee00 44ffbb 66cc99 aa4455 881199 dd9944 881155 cc99ee 00dd44 eeee99 88ffee ccbb66 5555aa 008800 bb66ff 997766
+        ff9933 99bb55 bb8844 99cccc 5599aa 551199 ee7777 66ff77 cc8888 77dddd 004466 88dd99 ff7722 77eebb aa5588 9999dd
+        ff5599 996677 bbddee ee8833 3311bb 5533aa ddeeaa ccdd66 ffddff ee99ee dd6633 7799bb 4488aa cc22ff 88aa77 554488
+        """
+    ),
+    dtype=np.uint8,
+).reshape(-1, 3)
 # What is left of the light where a map is 0.
 _DIMMED = 0.25
-# As many as a palette PNG holds; beyond, they repeat.
-_NUM_COLOURS = 256
 
 
 def class_colours(num_classes: int, background_id: int | None) -> np.ndarray:
-    """RGB of each class id, uint8 of shape (num_classes, 3); the background is black."""
-    table = _spread_colours()
-    table = table[np.arange(num_classes) % len(table)]
+    """Return the RGB of each class id, uint8 of shape (num_classes, 3); the background is black.
+
+    Colours repeat beyond 256 classes.
+    """
+    table = _COLOURS[np.arange(num_classes) % len(_COLOURS)]
     if background_id is not None:
         # The classes after it keep their colours: the background takes none of the palette.
         table = np.insert(table, background_id, 0, axis=0)[:num_classes]
     return table
-
-
-def seen_colours(colours: np.ndarray) -> np.ndarray:
-    """CIELAB of colours as four kinds of colour vision see them: normal, protan, deutan, tritan.
-
-    Args:
-        colours: RGB in 0-255, (n, 3).
-
-    Returns:
-        float64 (4, n, 3).
-    """
-    shares = colours / 255
-    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
-    seen = np.einsum("vij,nj->vni", _VISIONS, linear).clip(0, 1)
-    ratios = np.einsum("ij,vnj->vni", _RGB_TO_XYZ, seen) / _WHITE_XYZ
-    x, y, z = np.moveaxis(np.where(ratios > 216 / 24389, np.cbrt(ratios), (24389 / 27 * ratios + 16) / 116), -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
-
-
-@cache
-def _spread_colours() -> np.ndarray:
-    """Okabe and Ito's, then each time the colour that is farthest from all before it in whichever vision is worst.
-
-    Glasbey et al. (2007), over four kinds of vision. Every so many colours of a grid are taken; the order is fixed.
-    """
-    steps = np.arange(0, 256, 17)
-    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    lightness = seen_colours(grid)[0, :, 0]
-    grid = grid[(lightness > _LIGHTNESS[0]) & (lightness < _LIGHTNESS[1])]
-    seen = seen_colours(grid)
-    chosen = list(_OKABE_ITO)
-    taken = seen_colours(np.array([*chosen, (0, 0, 0), (255, 255, 255)]))
-    nearest = np.linalg.norm(seen[:, :, None] - taken[:, None], axis=-1).min((0, 2))
-    for _ in range(_NUM_COLOURS - len(chosen)):
-        # Rounded, so that the last bits of a machine's arithmetic choose nothing.
-        farthest = int(nearest.round(6).argmax())
-        chosen.append(tuple(grid[farthest]))
-        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[:, [farthest]], axis=-1).min(0))
-    return np.array(chosen, dtype=np.uint8)
 
 
 def palette_image(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
