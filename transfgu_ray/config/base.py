@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.storage import refuse_credentials
@@ -23,7 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
-def tuple_field(description: str, default: tuple) -> Any:
+def tuple_field(description: str, default: tuple[Any, ...]) -> Any:
     """Return a field for a tuple of at least one element."""
     # YAML has lists only, so tuples alone are exempt from strict typing.
     return Field(default=default, strict=False, min_length=1, description=description)
@@ -33,7 +35,7 @@ def tuple_field(description: str, default: tuple) -> Any:
 C = TypeVar("C", bound=Section)
 
 
-def merge_settings(base: Section, file: str | None, assignments: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def merge_settings(base: Section, file: str | None, assignments: Sequence[str]) -> dict[str, Any]:
     """The values of `base` with changes, as in `build_config`, not checked yet.
 
     Raises:
@@ -116,9 +118,11 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
-    for key in reversed(name.strip().split(".")):
-        value = {key: value}
-    return value
+    *sections, field = name.strip().split(".")
+    values: dict[str, Any] = {field: value}
+    for section in reversed(sections):
+        values = {section: values}
+    return values
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, path: str = "") -> None:
@@ -148,7 +152,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: ErrorDetails) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if not name:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -480,7 +481,7 @@ class RunConfig(Section):
 NOT_IDENTITY = ("preset", "tracking", "runtime")
 
 
-def build_config(base: C, file: str | None = None, assignments: list[str] | tuple[str, ...] = ()) -> C:
+def build_config(base: C, file: str | None = None, assignments: Sequence[str] = ()) -> C:
     """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
 
     Raises:
@@ -500,7 +501,7 @@ def describe(name: str) -> str:
         KeyError: no such setting.
     """
     kind: Any = RunConfig
-    description = ""
+    description: str | None = ""
     for part in name.split("."):
         # What lies in a mapping is described with the mapping.
         if isinstance(kind, type) and issubclass(kind, Section):

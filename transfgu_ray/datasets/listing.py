@@ -155,7 +155,8 @@ def photos_named(root: Folder, folder: str, *, stems: set[str], mask_of: Callabl
 
 def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
-    images, others, names = [], 0, {}
+    images, others = [], 0
+    names: dict[str, str] = {}
     found, refused = _walk(root, name) if recursive and root.is_local else (root.files(name, recursive), [])
     for path, num_bytes in found:
         if not _is_photo(path):

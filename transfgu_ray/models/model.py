@@ -89,7 +89,8 @@ class SegmentationModel(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Float[Tensor, "b hw c"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
         """Class logits from the tokens of images of (height, width) px."""
-        return self.decoder(tokens, self.encoder.grid_hw(image_hw))[0]
+        maps: Tensor = self.decoder(tokens, self.encoder.grid_hw(image_hw))[0]
+        return maps
 
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
         """Class ids of every pixel at each photograph's own size."""
@@ -110,12 +111,17 @@ class SegmentationModel(nn.Module):
             return self.class_maps(self._to_device([to_working(photo, window)]))[0]
         sides = (photo.height, photo.width)
         scale = max(1.0, *(least / side for least, side in zip(window, sides, strict=True)))
-        size = tuple(
+        height, width = (
             # The last digits of a scaled side must not add a patch.
             max(least, math.ceil(side * scale / patch - 1e-6) * patch)
             for least, side in zip(window, sides, strict=True)
         )
-        return slide(self.class_maps, self._to_device([to_working(photo, size)])[0], window_hw=window, patch_size=patch)
+        return slide(
+            self.class_maps,
+            self._to_device([to_working(photo, (height, width))])[0],
+            window_hw=window,
+            patch_size=patch,
+        )
 
     def to_mask(self, maps: Float[Tensor, "k h w"], photo: Image.Image) -> UInt8[np.ndarray, "h w"]:
         """Class ids of every pixel of a photograph, from its class logits."""

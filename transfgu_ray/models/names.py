@@ -58,18 +58,18 @@ class Names:
                 groups.setdefault(name, []).append(concept)
         for group in groups.values():
             table[group] = group[-1] if self.kinds[group[-1]] == "none" else group[0]
-        if self.hidden:
+        if self.background_id is not None:
             table[self.hidden] = self.background_id
         return table
 
     @property
     def used(self) -> list[int]:
         """Class ids that a mask may hold, in order."""
-        return np.unique(self.class_of).tolist()
+        return [int(class_id) for class_id in np.unique(self.class_of)]
 
     def members(self, class_id: int) -> list[int]:
         """The concepts that a class is made of."""
-        return np.flatnonzero(self.class_of == class_id).tolist()
+        return [int(concept) for concept in np.flatnonzero(self.class_of == class_id)]
 
     def label(self, class_id: int) -> str:
         """What to call a class."""
@@ -81,7 +81,8 @@ class Names:
     def apply(self, mask: np.ndarray) -> np.ndarray:
         """The classes of a mask of the model's, uint8, or uint16 beyond 256 classes."""
         dtype = np.uint8 if self.num_classes <= 256 else np.uint16
-        return self.class_of.astype(dtype)[mask]
+        classes: np.ndarray = self.class_of.astype(dtype)[mask]
+        return classes
 
     def dump(self) -> bytes:
         """The content of a names.yaml."""

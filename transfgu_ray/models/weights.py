@@ -102,7 +102,8 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
     )
     from transfgu_ray.algorithms.encoder.vit import Encoder
 
-    name, overrides, data = config.name, dict(config.overrides), b""
+    name, data = config.name, b""
+    overrides: dict[str, int | str] = dict(config.overrides.items())
     if source == "hub":
         vit = build_vit(name, overrides, pretrained=True)
     elif source == "random":
@@ -216,7 +217,8 @@ def _require_hub(config: EncoderConfig) -> None:
         raise WeightsError(
             f"encoder.name={config.name} is unknown to timm {timm.__version__}; see timm.list_models('vit_*')"
         )
-    cached = [try_to_load_from_cache(cfg.hf_hub_id, file) for file in ("model.safetensors", "pytorch_model.bin")]
+    repository, files = cfg.hf_hub_id, ("model.safetensors", "pytorch_model.bin")
+    cached = [try_to_load_from_cache(repository, file) for file in files] if repository else []
     if not any(isinstance(path, str) for path in cached):
         raise WeightsError(
             f"the weights of {config.name} are neither cached nor reachable at {endpoint}; connect to the network "

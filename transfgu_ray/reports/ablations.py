@@ -205,6 +205,6 @@ def ablation_tables(metrics: Mapping[str, Sequence[dict[str, Any]]], notes: Sequ
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: Mapping[str, float | None]) -> str:
+def _cell(score: Mapping[str, Any]) -> str:
     deviation = "" if score["deviation"] is None else f" ± {100 * score['deviation']:.1f}"
     return f"{100 * score['mean']:.1f}{deviation}"

@@ -167,4 +167,5 @@ def _nearest(centroids: np.ndarray) -> list[list[int]]:
     squares = (centroids**2).sum(1)
     distances = squares[:, None] + squares[None] - 2 * centroids @ centroids.T
     np.fill_diagonal(distances, np.inf)
-    return np.argsort(distances, axis=1, kind="stable")[:, : min(_NUM_NEAREST, len(centroids) - 1)].tolist()
+    order = np.argsort(distances, axis=1, kind="stable")[:, : min(_NUM_NEAREST, len(centroids) - 1)]
+    return [[int(concept) for concept in row] for row in order]

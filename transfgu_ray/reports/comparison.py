@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.scores.intervals import percentile_interval, resampled_scores, total_counts
@@ -82,7 +83,7 @@ def unscored_row() -> dict[str, Any]:
 def best_version(rows: Sequence[dict[str, Any]], champion: int | None) -> int:
     """The version of the highest mIoU, or label-free score where there are no labels; on ties the champion."""
     ranked = "score" if rows[0]["miou"] is None else "miou"
-    return max(rows, key=lambda row: (row[ranked], row["version"] == champion))["version"]
+    return int(max(rows, key=lambda row: (row[ranked], row["version"] == champion))["version"])
 
 
 def decide(comparison: dict[str, Any], force: bool) -> tuple[bool, str]:
@@ -212,7 +213,7 @@ def comparison_picture(
     rows = []
     for number in numbers:
         photo = sample_photo(folders[reference], number)
-        shown = {"photograph": photo}
+        shown: dict[str, Image.Image | None] = {"photograph": photo}
         if comparison["scored"]:
             shown["truth"] = sample_mask(
                 folders[reference], number, name="truth", photo=photo, colours=colours[reference]["truth"]
@@ -224,7 +225,8 @@ def comparison_picture(
     figure = Figure(figsize=(2.4 * len(rows[0]), 0.3 + 1.8 * len(rows)), layout="constrained")
     for axes, shown in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
         for axis, (title, panel) in zip(axes, shown.items(), strict=True):
-            axis.imshow(panel)
+            if panel is not None:
+                axis.imshow(panel)
             axis.set_axis_off()
             if shown is rows[0]:
                 axis.set_title(title, fontsize=9)
@@ -248,10 +250,8 @@ def overlap_colours(
         uint8 (num_other, 3).
     """
     pairs = zip(masks, other_masks, strict=True)
-    pixels = sum(
-        confusion_matrix(mask, other, num_classes=len(colours), num_concepts=num_other) for mask, other in pairs
-    )
-    matched = match_concepts(pixels)
+    pixels = [confusion_matrix(mask, other, num_classes=len(colours), num_concepts=num_other) for mask, other in pairs]
+    matched = match_concepts(np.sum(pixels, axis=0))
     return np.where(matched[:, None] >= 0, colours[matched], np.uint8(128))
 
 

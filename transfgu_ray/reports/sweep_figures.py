@@ -1,6 +1,6 @@
 """Figures of a sweep: trials as lines over all settings, the objective against each setting, the score against mIoU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,7 @@ def score_against_miou(sweep: Mapping[str, Any]) -> "Figure | None":
     by_labels = max(range(len(trials)), key=mious.__getitem__)
     rings = {"best score": (0, "o", _BEST), "best mIoU": (by_labels, "s", "#d55e00")}
     for label, (at, marker, colour) in rings.items():
-        ring = {"marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 1.6}
+        ring: dict[str, Any] = {"marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 1.6}
         axes.scatter(scores[at], mious[at], s=130, label=label, **ring)
     axes.set_xlabel("score, without labels", fontsize=9)
     axes.set_ylabel(TITLES["miou"], fontsize=9)
@@ -162,22 +162,24 @@ def score_against_miou(sweep: Mapping[str, Any]) -> "Figure | None":
     return figure
 
 
-def _colours(figure: "Figure", axes: "Axes", *, sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Any:
-    """A function that gives a trial's colour, and a bar beside the figure that tells what it means."""
+def _colours(
+    figure: "Figure", axes: "Axes", *, sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]
+) -> Callable[[Mapping[str, Any]], tuple[float, float, float, float]]:
+    """Return a function that gives a trial's colour, and draw a bar beside the figure that says what it means."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
     objective = sweep["objective"]
-    values = [_scaled(trial, objective) for trial in ranked(trials, objective) or trials]
+    values = [_shown_value(trial, objective) for trial in ranked(trials, objective) or trials]
     # Its lightest tenth is lost on white.
     viridis = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
-    mapped = ScalarMappable(Normalize(min(values), max(values)), viridis)
-    bar = figure.colorbar(mapped, ax=axes, pad=0.01, fraction=0.03)
+    norm = Normalize(min(values), max(values))
+    bar = figure.colorbar(ScalarMappable(norm, viridis), ax=axes, pad=0.01, fraction=0.03)
     bar.set_label(TITLES[objective], fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    return lambda trial: mapped.to_rgba(_scaled(trial, objective))
+    return lambda trial: viridis(norm(_shown_value(trial, objective)))
 
 
 def _setting_axis(title: str, name: str, *, space: Any, trials: Sequence[Mapping[str, Any]]) -> Axis:
@@ -216,6 +218,12 @@ def _scaled(trial: Mapping[str, Any], name: str) -> float | None:
     """A value as it is shown: mIoU in percent."""
     value = value_of(trial, name)
     return 100 * value if name == "miou" and value is not None else value
+
+
+def _shown_value(trial: Mapping[str, Any], objective: str) -> float:
+    value = _scaled(trial, objective)
+    assert value is not None, "see shown_trials"
+    return value
 
 
 def _spread(num_trials: int) -> np.ndarray:

@@ -168,7 +168,7 @@ def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
 
 def _panels(photo: bytes, opened: list[tuple[str, _Masks]]) -> list[dict[str, str]]:
     first = opened[0][1]
-    panels = {"photograph": sample_photo(first.folder, first.number_of[photo])}
+    panels: dict[str, Image.Image | None] = {"photograph": sample_photo(first.folder, first.number_of[photo])}
     panels |= {title: masks.panel(photo, _MASK) for title, masks in opened}
     panels["truth"] = first.panel(photo, "truth")
     return [

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -19,8 +20,9 @@ def ranked(trials: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, 
         trials: in the order in which they were drawn, as in sweep.json.
         name: `score`, `miou`, or a component of the score.
     """
-    known = [trial for trial in trials if trial["status"] == "finished" and value_of(trial, name) is not None]
-    return sorted(known, key=lambda trial: value_of(trial, name), reverse=True)
+    finished = [(value_of(trial, name), trial) for trial in trials if trial["status"] == "finished"]
+    known = [(value, trial) for value, trial in finished if value is not None]
+    return [trial for _, trial in sorted(known, key=itemgetter(0), reverse=True)]
 
 
 def best_trial(trials: Iterable[Mapping[str, Any]], objective: str) -> Mapping[str, Any] | None:
@@ -162,7 +164,7 @@ def short_names(settings: Iterable[str]) -> dict[str, str]:
 
 def short_id(trial: Mapping[str, Any]) -> str:
     """The digits of a trial's identity that are shown."""
-    return trial["id"][:_ID_DIGITS]
+    return str(trial["id"])[:_ID_DIGITS]
 
 
 def value_text(value: Any) -> str:

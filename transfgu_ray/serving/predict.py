@@ -151,8 +151,9 @@ def predict(
 
     for found in _in_order(done()):
         total.add(PartStats(**found["stats"]))
-        for photo in found["segmented"]:
-            coco.add(numbers[photo["image_id"]], photo)
+        if coco:
+            for photo in found["segmented"]:
+                coco.add(numbers[photo["image_id"]], photo)
     if not total.images:
         first = total.refused[0]
         raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")

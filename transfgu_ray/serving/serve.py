@@ -10,11 +10,13 @@ POST /predict  body: the bytes of one photograph. Answer, JSON:
 
 import asyncio
 import base64
+import importlib
 import json
 import logging
 import signal
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -158,8 +160,7 @@ def _keep_to_loopback() -> None:
 
     Ray Serve opens it on all interfaces, takes pickled calls there, and has no setting for it.
     """
-    from ray.serve._private import replica
-
+    replica: Any = importlib.import_module("ray.serve._private.replica")
     add_port = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
@@ -187,7 +188,7 @@ def start(model: Folder, name: str, *, host: str, port: int, limits: Limits, res
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         PhotoServer,
         name=_NAME,
         max_ongoing_requests=_AT_ONCE,
