@@ -91,7 +91,7 @@ def test_atlas__tells_names_of_concepts(tmp_path):
     run = make_evaluated(tmp_path / "run", labels=False)
     rename(run, parse_names(b"2: <b>sky\n5: <b>sky\n7: null\n", "names.yaml", read_names(run).kinds))
     page = read_atlas(run)
-    assert "Concepts have names: 16 classes of the model are 14 by their names; 1 hidden." in page.text
+    assert "Concepts have names: the model's 16 classes become 14; 1 hidden." in page.text
     assert "2 · <b>sky" in page.text
     assert "one class with 5" in page.text
     assert "7 · hidden" in page.text

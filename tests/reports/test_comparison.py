@@ -119,7 +119,7 @@ def test_tables__without_labels_their_columns_are_left_out():
     header, rows = version_table(comparison)
     assert header == ["version", "tagged score", "score", "photos /s", "MB"]
     assert rows == [["1", "0.2500", "0.4000", "2.00", "9.0"], ["2 *", "", "0.6000", "2.00", "9.0"]]
-    assert comparison_lines(comparison)[-1] == "dataset folder has no labels: what needs them is left out"
+    assert comparison_lines(comparison)[-1] == "dataset folder has no labels; scores that need them are left out"
     assert "\n| 2 * |  | 0.6000 | 2.00 | 9.0 |\n" in comparison_markdown(comparison)
 
 

@@ -10,9 +10,9 @@ from transfgu_ray.reports.ablations import aggregate
 from transfgu_ray.reports.score_tables import score_lines, score_table
 from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json, scores_by_method
 
-# Scenes: 12 classes of things, then 4 of stuff; so are the concepts, one a class.
+# Scenes: 12 classes of things, then 4 of stuff, with one concept per class.
 KINDS = ["foreground"] * 12 + ["background"] * 4
-HUNGARIAN = "one concept a class (Hungarian), the pixels of concepts left over are"
+HUNGARIAN = "one concept per class (Hungarian), pixels of concepts left over are"
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +249,7 @@ def test_aggregate__refuses_runs_that_differ_in_more_than_their_seed(change):
 
 def test_aggregate__refuses_what_has_no_mean():
     first, second = _seeds(5, 8)
-    with pytest.raises(ConfigError, match=r"two of the runs have one seed \(0, 0\)"):
+    with pytest.raises(ConfigError, match=r"two of the runs have the same seed \(0, 0\)"):
         aggregate([first, second | {"seed": 0}])
     with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
         aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
@@ -257,5 +257,5 @@ def test_aggregate__refuses_what_has_no_mean():
         [],
         [metrics_json(RunConfig(), None, num_images=3, counts={}, names=Names(("any",) * 27, {}), weights_sha256="")],
     ):
-        with pytest.raises(ConfigError, match="runs that are scored"):
+        with pytest.raises(ConfigError, match="only runs that are scored"):
             aggregate(runs)

@@ -1,4 +1,4 @@
-"""The paper's ablations (Tables 3, 4 and 5) as data, and the tables that tell what came out."""
+"""The paper's ablations (Tables 3, 4 and 5) as data, and tables of our results beside them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, scores_by_method
 
-# What runs that differ in their seed only have in common.
+# What runs have in common that differ only in their seed.
 _IDENTITY = (
     "dataset", "split", "granularity", "protocol", "unmatched", "num_images", "num_classes", "num_concepts", "recipe",
     "backbone", "concept_names",
@@ -17,7 +17,7 @@ _IDENTITY = (
 
 
 def aggregate(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation of runs that differ in their seed only.
+    """Return mean and sample deviation of runs that differ only in their seed.
 
     Args:
         metrics: contents of their metrics.json, all scored.
@@ -28,7 +28,7 @@ def aggregate(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
         null.
 
     Raises:
-        ConfigError: there is no run, one is not scored, or they differ in more than the seed, or not in the seed.
+        ConfigError: there is no run, a run is not scored, two have the same seed, or they differ in more than the seed.
     """
     _check_same(metrics)
     first = metrics[0]
@@ -44,7 +44,7 @@ def aggregate(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _check_same(metrics: Sequence[dict[str, Any]]) -> None:
     if not metrics or not all(each["scored"] for each in metrics):
-        raise ConfigError("seeds are aggregated over runs that are scored; give runs on a dataset with labels")
+        raise ConfigError("only runs that are scored can be aggregated over seeds; give runs on a dataset with labels")
     first = metrics[0]
     for each in metrics[1:]:
         different = [f"{name}: {first[name]} and {each[name]}" for name in _IDENTITY if each[name] != first[name]]
@@ -52,12 +52,12 @@ def _check_same(metrics: Sequence[dict[str, Any]]) -> None:
             different.append(f"methods: {', '.join(scores_by_method(first))} and {', '.join(scores_by_method(each))}")
         if different:
             raise ConfigError(
-                f"the runs differ in more than their seed ({'; '.join(different)}); give runs of one recipe"
+                f"the runs differ in more than their seed ({'; '.join(different)}); give runs of the same recipe"
             )
     seeds = [each["seed"] for each in metrics]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(
-            f"two of the runs have one seed ({', '.join(map(str, seeds))}); give each run a seed of its own"
+            f"two of the runs have the same seed ({', '.join(map(str, seeds))}); give each run a seed of its own"
         )
 
 
@@ -80,12 +80,12 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the grid.
+    """A configuration of the grid.
 
     Attributes:
-        title: for people.
+        title: name to show.
         settings: what it changes.
-        reads_resnet: whether it takes `train.backbone_weights` too.
+        reads_resnet: whether it needs `train.backbone_weights` too.
     """
 
     title: str
@@ -115,10 +115,10 @@ class Row:
     """A row of one of the paper's tables.
 
     Attributes:
-        title: for people.
-        variant: whose run gives our figures.
-        stages: of that run, each of which is a column pair mIoU / accuracy.
-        published: the paper's mIoU (and accuracy where it gives one) of each stage, percent, on its own dataset.
+        title: name to show.
+        variant: variant whose run gives our figures.
+        stages: stages of that run; each fills a pair of columns, mIoU and accuracy.
+        published: the paper's mIoU (and accuracy, where given) of each stage on its own dataset, in percent.
     """
 
     title: str
@@ -133,8 +133,8 @@ class Table:
 
     Attributes:
         title: what it shows.
-        dataset: on which the published figures were measured.
-        rows: in the paper's order.
+        dataset: dataset that the published figures were measured on.
+        rows: rows in the paper's order.
     """
 
     title: str
@@ -175,11 +175,11 @@ TABLES = (
 
 
 def ablation_tables(metrics: Mapping[str, Sequence[dict[str, Any]]], notes: Sequence[str] = ()) -> str:
-    """The paper's tables with our figures, as Markdown.
+    """Return the paper's tables with our figures, as Markdown.
 
     Args:
-        metrics: variant -> content of metrics.json of each seed's run; a variant that is not there was not run.
-        notes: sentences that stand above the tables.
+        metrics: variant -> content of metrics.json of each seed's run; variants left out were not run.
+        notes: lines to put above the tables.
     """
     first = next(iter(metrics.values()))
     one = first[0]

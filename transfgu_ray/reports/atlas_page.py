@@ -1,4 +1,4 @@
-"""atlas.html: one self-contained page that shows what each concept of a run is, made from its artifacts alone."""
+"""atlas.html: a self-contained page that shows what each concept of a run is, made from the run's artifacts alone."""
 
 import base64
 import itertools
@@ -19,21 +19,21 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.tables import atlas_schema, vectors
 from transfgu_ray.storage import Folder
 
-# Of the page's 8 MB, what pictures may take; a thousand concepts take 1.5 MB without any.
+# The pictures' part of the page's 8 MB; a thousand concepts without pictures take 1.5 MB.
 _PICTURE_BYTES = 5_500_000
 _NUM_NEAREST = 3
 _WIDTH, _HEIGHT, _MARGIN = 560, 380, 30
 _MAX_LABELS = 60
 _RADIUS = (5, 15)
-# Of the labels as large as they are on a telephone, and their distance from the disc.
+# Size of a label in phone-sized type, and its distance from the disc.
 _LETTER_WIDTH, _LINE_HEIGHT, _LABEL_GAP = 9.5, 16, 2
 
 
 def write_atlas(run: Run) -> int:
-    """Writes atlas.html; returns the number of pictures in it.
+    """Write atlas.html and return the number of pictures in it.
 
     Args:
-        run: evaluated.
+        run: an evaluated run.
     """
     folder = run.folder
     metrics, found = folder.read_json("metrics.json"), folder.read_json("atlas.json")["concepts"]
@@ -53,7 +53,7 @@ def write_atlas(run: Run) -> int:
     shorts = [_short(i, names.of_concept.get(i)) for i in range(len(kinds))]
     labels = _place_labels(x, y, radius=radius, texts=shorts) if len(kinds) <= _MAX_LABELS else [None] * len(kinds)
     concepts = [
-        _told(i, kind, num_crops=num_crops[i], names=names, matched=matched.get(i))
+        _described(i, kind, num_crops=num_crops[i], names=names, matched=matched.get(i))
         | {
             "patch_share": found[i]["patch_share"],
             "followed_by": found[i]["followed_by"][:_NUM_NEAREST],
@@ -90,8 +90,8 @@ def write_atlas(run: Run) -> int:
     return sum(map(len, pictures.values()))
 
 
-def _told(concept: int, kind: str, *, num_crops: int, names: Names, matched: str | None) -> dict[str, Any]:
-    """What is said of a concept in words."""
+def _described(concept: int, kind: str, *, num_crops: int, names: Names, matched: str | None) -> dict[str, Any]:
+    """Return what the page says about a concept."""
     name = names.of_concept.get(concept)
     hidden = concept in names.of_concept and name is None
     same = [c for c in names.members(names.class_of[concept]) if c != concept] if not hidden else []
@@ -114,10 +114,10 @@ def _short(concept: int, name: str | None) -> str:
 
 
 def _pictures(run: Folder) -> tuple[defaultdict[tuple[str, int], list[dict[str, Any]]], int]:
-    """Pictures of each kind and concept, best first, as many of each as fit in the page; and how many there are."""
+    """Return the pictures of each kind and concept that fit in the page, best first, and the number of all pictures."""
     parts = [pq.read_table(pa.BufferReader(run.read_bytes(name))) for name, _ in run.files("atlas")]
     rows = pa.concat_tables([atlas_schema().empty_table(), *(p.replace_schema_metadata() for p in parts)]).to_pylist()
-    # Every concept's best before anybody's second.
+    # Every concept's best picture comes before any second one.
     rows.sort(key=lambda row: (row["rank"], row["what"], row["concept_id"]))
     shown = rows[: within_bytes((row["picture"] for row in rows), _PICTURE_BYTES)]
     pictures = defaultdict(list)
@@ -128,7 +128,7 @@ def _pictures(run: Folder) -> tuple[defaultdict[tuple[str, int], list[dict[str, 
 
 
 def _on_page(places: np.ndarray, num_crops: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Middle and radius of each concept's disc; one scale for both axes, so that distances are true."""
+    """Return the centre and radius of each concept's disc; both axes share one scale, which keeps distances true."""
     middle = (places.max(0) + places.min(0)) / 2
     span = np.maximum(places.max(0) - places.min(0), 1e-9)
     room = np.array([_WIDTH, _HEIGHT]) - 2 * _MARGIN
@@ -141,9 +141,9 @@ def _on_page(places: np.ndarray, num_crops: np.ndarray) -> tuple[np.ndarray, np.
 def _place_labels(
     x: np.ndarray, y: np.ndarray, *, radius: np.ndarray, texts: list[str]
 ) -> list[tuple[str, str, str] | None]:
-    """Middle and words of each disc's label: above, below, right or left, clear of every disc and label.
+    """Return the centre and text of each disc's label: above, below, right or left, clear of every disc and label.
 
-    Where there is no room for the words the number stands alone; None where there is none for that either.
+    Where the text does not fit, the number stands alone; None where that does not fit either.
     """
     taken = np.stack([x - radius, y - radius, x + radius, y + radius], axis=1)
     places: list[tuple[str, str, str] | None] = []
@@ -163,7 +163,7 @@ def _place_labels(
 
 
 def _nearest(centroids: np.ndarray) -> list[list[int]]:
-    """The concepts whose centroids are nearest to each."""
+    """Return the concepts with the nearest centroids, for each concept."""
     squares = (centroids**2).sum(1)
     distances = squares[:, None] + squares[None] - 2 * centroids @ centroids.T
     np.fill_diagonal(distances, np.inf)

@@ -1,4 +1,4 @@
-"""What comparison.json says of versions of a model on the same photographs, and how terminal and picture tell it."""
+"""comparison.json: versions of a model on the same photographs, and how the terminal and the picture show it."""
 
 import html
 import io
@@ -20,22 +20,22 @@ from transfgu_ray.reports.score_tables import percent, protocol_line
 from transfgu_ray.reports.scores import STAGE_NAMES, class_rows, score_confusion, score_resample
 from transfgu_ray.storage import Folder
 
-# Versions may have seeds of their own; all are resampled by this one.
+# Versions may have different seeds; all are resampled with this one.
 _SEED = 0
 _MASK = STAGE_NAMES[-1]
 
 
 def scored_rows(config: RunConfig, counts: Mapping[int, csr_array], reference: int) -> dict[int, dict[str, Any]]:
-    """Scores of each version, and its paired difference to another one.
+    """Return the scores of each version, and its paired difference to the reference.
 
     Args:
-        config: protocol and classes, the same for all.
+        config: protocol and classes, the same for all versions.
         counts: version -> confusion matrices of the same photographs; see `photo_counts`.
-        reference: the version that the others are compared to.
+        reference: version that the others are compared to.
 
     Returns:
         version -> miou, pixel_accuracy and coverage in [0, 1], `difference` of mIoU to the reference (null for itself),
-        the 95 % interval of each over the same resamples of the photographs, and per_class as in metrics.json.
+        their 95 % intervals over the same resamples of the photographs, and per_class as in metrics.json.
     """
     num_classes = len(config.class_names)
     found, resampled = {}, {}
@@ -67,7 +67,7 @@ def scored_rows(config: RunConfig, counts: Mapping[int, csr_array], reference: i
 
 
 def unscored_row() -> dict[str, Any]:
-    """What `scored_rows` says of a version where there are no labels."""
+    """Return what `scored_rows` says of a version where there are no labels."""
     names = (
         "miou",
         "miou_interval",
@@ -81,17 +81,17 @@ def unscored_row() -> dict[str, Any]:
 
 
 def best_version(rows: Sequence[dict[str, Any]], champion: int | None) -> int:
-    """The version of the highest mIoU, or label-free score where there are no labels; on ties the champion."""
+    """Return the version with the highest mIoU, or label-free score where there are no labels; the champion on ties."""
     ranked = "score" if rows[0]["miou"] is None else "miou"
     return int(max(rows, key=lambda row: (row[ranked], row["version"] == champion))["version"])
 
 
 def decide(comparison: dict[str, Any], force: bool) -> tuple[bool, str]:
-    """Whether the best version becomes champion, and a sentence that says why, or why not.
+    """Return whether the best version becomes champion, and a sentence that says why or why not.
 
     Args:
         comparison: content of comparison.json.
-        force: also if the difference to the champion is within its interval, or has none.
+        force: promote it even if the interval of its lead over the champion reaches 0, or there is no interval.
     """
     best, champion = comparison["best"], comparison["champion"]
     by = "mIoU" if comparison["scored"] else "label-free score"
@@ -107,16 +107,16 @@ def decide(comparison: dict[str, Any], force: bool) -> tuple[bool, str]:
         return False, f"version {champion} stays champion: without labels no difference has an interval; {forced}"
     (row,) = (row for row in comparison["versions"] if row["version"] == best)
     low, high = row["difference"]["interval"]
-    told = f"{_points(row['difference']['miou'])} points of mIoU [{_points(low, 1)}, {_points(high, 1)}]"
+    lead = f"{_points(row['difference']['miou'])} points of mIoU [{_points(low, 1)}, {_points(high, 1)}]"
     if low > 0:
-        return True, f"{moved}: {told}, an interval above 0"
+        return True, f"{moved}: {lead}, an interval above 0"
     if force:
-        return True, f"{moved}: --force, though {told} is no clear difference"
-    return False, f"version {champion} stays champion: {told} is no clear difference to version {best}; {forced}"
+        return True, f"{moved}: --force, though {lead} is no clear difference"
+    return False, f"version {champion} stays champion: {lead} is no clear difference to version {best}; {forced}"
 
 
 def version_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a version each, scores in percent; columns without a single value are left out.
+    """Return header and rows, one per version, scores in percent; columns without any value are left out.
 
     Args:
         comparison: content of comparison.json.
@@ -137,7 +137,7 @@ def version_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def class_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a class each that any version scores: its IoU in percent by each version.
+    """Return header and rows, one per class that any version scores: its IoU in percent by each version.
 
     Args:
         comparison: content of a comparison.json that is scored.
@@ -152,7 +152,7 @@ def class_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 def comparison_lines(comparison: dict[str, Any]) -> list[str]:
-    """What the tables mean.
+    """Return lines that say what the tables mean.
 
     Args:
         comparison: content of comparison.json.
@@ -162,24 +162,24 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
         f"{comparison['device']}" + ("" if comparison["champion"] is None else "; * champion")
     ]
     if any(row["tagged_score"] is not None for row in comparison["versions"]):
-        lines.append("tagged score: of the sweep that made the version, which also knew the agreement of two students")
+        lines.append("tagged score: from the sweep that made the version, which also knew how far two students agree")
     if comparison["scored"]:
         lines.append(f"{comparison['num_images']} photographs of split {comparison['split']}, in %")
         lines.append(protocol_line(comparison) + ", the same for all versions")
     else:
-        lines.append(f"dataset {comparison['dataset']} has no labels: what needs them is left out")
+        lines.append(f"dataset {comparison['dataset']} has no labels; scores that need them are left out")
     if len({row["weights_sha256"] for row in comparison["versions"]}) > 1:
-        lines.append("the versions read different encoders, so that their label-free scores are hardly comparable")
+        lines.append("the versions use different encoders, so their label-free scores are hardly comparable")
     return lines
 
 
 def comparison_markdown(comparison: dict[str, Any]) -> str:
-    """Tables and lines for people."""
+    """Return tables and lines as Markdown."""
     tables = [version_table(comparison), *([class_table(comparison)] if comparison["scored"] else [])]
     blocks = ["\n".join(f"- {line}" for line in comparison_lines(comparison))]
     for header, rows in tables:
         lines = [header, ["---"] * len(header), *rows]
-        # Classes are named by whoever made the dataset.
+        # Class names come from the dataset: any text.
         escaped = [[html.escape(cell, quote=False).replace("|", "\\|") for cell in cells] for cells in lines]
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in escaped))
     return "\n\n".join(blocks) + "\n"
@@ -188,15 +188,15 @@ def comparison_markdown(comparison: dict[str, Any]) -> str:
 def comparison_picture(
     comparison: dict[str, Any], folders: Mapping[int, Folder], models: Mapping[int, ModelConfig]
 ) -> bytes:
-    """PNG of the samples, a row each: photograph, truth where it is known, and the mask of each version.
+    """Return a PNG of the samples, one per row: photograph, truth where it is known, and the mask of each version.
 
-    A colour is a class; where there are no labels, concepts have the colour of the reference's concept that they share
-    most pixels with, one to one.
+    Each class has a colour; where there are no labels, a concept takes the colour of the concept of the reference that
+    it shares most pixels with, one to one.
 
     Args:
         comparison: content of comparison.json.
         folders: version -> folder that holds samples/.
-        models: version -> what the model says of itself.
+        models: version -> configuration of the model.
     """
     from matplotlib.figure import Figure
 
@@ -238,13 +238,13 @@ def comparison_picture(
 def overlap_colours(
     colours: np.ndarray, masks: Sequence[np.ndarray], *, other_masks: Sequence[np.ndarray], num_other: int
 ) -> np.ndarray:
-    """Colours of concepts by those of others on the same photographs, one to one; those left over are grey.
+    """Return colours for concepts by their overlap with coloured ones, one to one; those left over are grey.
 
     Args:
-        colours: of the others, uint8 (k, 3).
-        masks: of the others, integers (height, width) each.
-        other_masks: whose concepts get colours.
-        num_other: how many these are.
+        colours: colours of the coloured concepts, uint8 (k, 3).
+        masks: masks of the coloured concepts, integers (height, width) each.
+        other_masks: masks of the concepts to colour, on the same photographs.
+        num_other: number of concepts to colour.
 
     Returns:
         uint8 (num_other, 3).

@@ -1,4 +1,4 @@
-"""What a mask's class ids mean, for people and for other programs."""
+"""What the class ids of a mask mean, for people and for other programs."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ _ROWS = 24
 
 
 def legend(names: Names) -> list[dict[str, Any]]:
-    """Id, name, kind and colour as CSS writes it of each class that a mask may hold, in order of id."""
+    """Return id, name, kind and CSS colour of each class that a mask may hold, in order of id."""
     colours = class_colours(names.num_classes, names.background_id)
     kinds = [*names.kinds, "none"]
     return [{"id": i, "name": names.label(i), "kind": kinds[i], "colour": hex_colour(colours[i])} for i in names.used]
 
 
 def legend_image(entries: list[dict[str, Any]]) -> Image.Image:
-    """The legend as a picture: a swatch and a name a class, in columns."""
+    """Return the legend as a picture: a swatch and a name per class, in columns."""
     font = ImageFont.load_default(16)
     texts = [entry["name"] for entry in entries]
     column_px = 48 + round(max(font.getlength(text) for text in texts))

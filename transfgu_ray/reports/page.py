@@ -1,4 +1,4 @@
-"""What the HTML pages share: templates, figures and strips of pictures, all inside one file."""
+"""What the HTML pages share: templates, figures and strips of pictures, all within one file."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ _MAX_LABEL_CHARS = 18
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from one of the package's templates; whatever is put into it is escaped."""
+    """Return a page made from one of the package's templates; all values are escaped."""
     environment = jinja2.Environment(loader=jinja2.PackageLoader("transfgu_ray"), autoescape=True)
     return environment.get_template(template).render(**values).encode()
 
@@ -53,32 +53,32 @@ def figure_label(text: str) -> str:
 
 
 def within_bytes(pictures: Iterable[bytes], most: int) -> int:
-    """How many of these, in order, take at most so many bytes as base64."""
+    """Return how many of the first pictures fit in `most` bytes as base64."""
     total = itertools.accumulate(4 * -(-len(picture) // 3) for picture in pictures)
     return sum(1 for _ in itertools.takewhile(lambda num_bytes: num_bytes <= most, total))
 
 
 def sample_numbers(run: Folder) -> list[str]:
-    """Names of the sample photographs of a run folder that the seed chose: 00, 01, ..."""
+    """Return the names of the sample photographs that the seed chose: 00, 01, ..."""
     return [name for name in sample_names(run) if name.isdigit()]
 
 
 def sample_names(run: Folder) -> list[str]:
-    """Names of all its sample photographs: 00, 01, ..., then best_0, ..., worst_0, ..."""
+    """Return the names of all sample photographs of a run: 00, 01, ..., then best_0, ..., worst_0, ..."""
     return sorted({name.split("/")[1] for name, _ in run.files("samples", recursive=True) if name.count("/") == 2})
 
 
 def sample_photo(run: Folder, number: str) -> Image.Image:
-    """A sample photograph at the size of its masks."""
+    """Return a sample photograph at the size of its masks."""
     return Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/photo.jpg")), formats=FORMATS).convert("RGB")
 
 
 def sample_mask(run: Folder, number: str, *, name: str, photo: Image.Image, colours: np.ndarray) -> Image.Image | None:
-    """One of the masks of a sample photograph laid over it; None where there is no such mask.
+    """Return a sample photograph under one of its masks; None where there is no such mask.
 
     Args:
         run: a run folder.
-        number: of the sample.
+        number: name of the sample.
         name: `initial`, `trained`, `bootstrapped` or `truth`.
         photo: the photograph.
         colours: uint8 RGB of each class id, (classes, 3).
@@ -89,12 +89,12 @@ def sample_mask(run: Folder, number: str, *, name: str, photo: Image.Image, colo
 
 
 def sample_labels(run: Folder, number: str, name: str) -> np.ndarray:
-    """One of the masks of a sample photograph, class ids (height, width)."""
+    """Return one of the masks of a sample photograph, class ids (height, width)."""
     return np.asarray(Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/{name}.png")), formats=FORMATS))
 
 
 def strip_jpeg(panels: Sequence[Image.Image]) -> bytes:
-    """Pictures of one shape side by side, as JPEG."""
+    """Return pictures of the same shape side by side, as JPEG."""
     width = round(panels[0].width * _STRIP_HEIGHT_PX / panels[0].height)
     strip = Image.new("RGB", (len(panels) * (width + _GAP_PX) - _GAP_PX, _STRIP_HEIGHT_PX), "white")
     for i, panel in enumerate(panels):
@@ -105,6 +105,6 @@ def strip_jpeg(panels: Sequence[Image.Image]) -> bytes:
 
 
 def hex_colour(rgb: np.ndarray) -> str:
-    """A colour as CSS writes it."""
+    """Return a colour as CSS writes it."""
     red, green, blue = rgb
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -1,4 +1,4 @@
-"""Colours of masks: told apart by people of every colour vision, the same in masks, pages and figures."""
+"""Colours of masks: distinct for every kind of colour vision, and the same in masks, pages and figures."""
 
 import numpy as np
 from PIL import Image
@@ -46,7 +46,7 @@ def class_colours(num_classes: int, background_id: int | None) -> np.ndarray:
 
 
 def palette_image(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """A mask as an image: palette PNG up to 256 classes (void 255 white), plain 16-bit beyond."""
+    """Return a mask as an image: with a palette up to 256 classes (void 255 white), plain 16-bit beyond."""
     if len(colours) > 256:
         return Image.fromarray(mask.astype(np.uint16))
     image = Image.fromarray(mask.astype(np.uint8))
@@ -57,18 +57,18 @@ def palette_image(mask: np.ndarray, colours: np.ndarray) -> Image.Image:
 
 
 def overlay(photo: Image.Image, mask: np.ndarray, *, colours: np.ndarray, opacity: float = 0.55) -> Image.Image:
-    """The photograph with each class's colour laid over it; where the mask is 255 of a labelled set, white."""
+    """Return the photograph with the colour of each class laid over it; void (255) is white."""
     table = np.full((max(256, len(colours)), 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours
     return Image.blend(photo, Image.fromarray(table[mask]), opacity)
 
 
 def spotlight(photo: Image.Image, map_hw: np.ndarray) -> Image.Image:
-    """The photograph lit where a map is high and dark where it is low, which needs no colours of its own.
+    """Return the photograph lit where a map is high and dark where it is low, which needs no extra colours.
 
     Args:
-        photo: of any size.
-        map_hw: values in [0, 1] on any grid (h, w); they are scaled so that the highest is fully lit.
+        photo: photograph of any size.
+        map_hw: values in [0, 1] on any grid (h, w), scaled so that the highest is fully lit.
     """
     grey = Image.fromarray((map_hw / max(float(map_hw.max()), 1e-6) * 255).astype(np.uint8))
     light = np.asarray(grey.resize(photo.size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255

@@ -1,4 +1,4 @@
-"""Figures of the report: the loss terms by epoch and round, and the confusion matrix by class."""
+"""Figures of the report: the loss terms per epoch and round, and the confusion matrix of the classes."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ _MAX_LABELS = 30
 
 
 def loss_figure(history: Sequence[Mapping[str, float]], term: str) -> "Figure":
-    """One term of the loss by epoch, each round in a colour and with a mark of its own."""
+    """Return a figure of one loss term per epoch, each round with its own colour and mark."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6, 2.3), layout="constrained")
     axes = figure.subplots()
     colours = class_colours(8, None) / 255
-    # The palette's darker ones first: thin lines of the light ones are lost on white.
+    # The darker ones first: thin light lines are lost on white.
     colours = colours[[4, 5, 2, 6, 0, 1, 7]]
     rounds = itertools.groupby(history, key=lambda row: int(row["round"]))
     for number, rows in rounds:
@@ -41,7 +41,7 @@ def loss_figure(history: Sequence[Mapping[str, float]], term: str) -> "Figure":
 
 
 def loss_alts(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Where each term that was trained with went, for those who cannot see its figure."""
+    """Return, for each loss term in use, a text for those who cannot see its figure."""
     first, last = history[0], history[-1]
     return {
         term: f"{term.replace('_', ' ')}: {first[term]:.3g} in the first epoch, {last[term]:.3g} in the last"
@@ -51,7 +51,9 @@ def loss_alts(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def class_confusion(confusion: np.ndarray, class_of_concept: np.ndarray) -> np.ndarray:
-    """Pixels of each true class by the class of the concept that took them; the last column of concepts without one.
+    """Return the pixels of each true class (row) by the class of the concept they were assigned to (column).
+
+    The last column holds the pixels of concepts without a class.
 
     Args:
         confusion: pixels, (classes, concepts).
@@ -63,11 +65,11 @@ def class_confusion(confusion: np.ndarray, class_of_concept: np.ndarray) -> np.n
 
 
 def confusion_figure(by_class: np.ndarray, names: Sequence[str]) -> "Figure":
-    """Pixels of each true class (row) by predicted class (column), on a logarithmic scale.
+    """Return a figure of the pixels of each true class (row) by predicted class (column), on a logarithmic scale.
 
     Args:
-        by_class: see `class_confusion`.
-        names: of the classes.
+        by_class: pixels; see `class_confusion`.
+        names: names of the classes.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -95,7 +97,7 @@ def confusion_figure(by_class: np.ndarray, names: Sequence[str]) -> "Figure":
 
 
 def largest_confusions(by_class: np.ndarray, names: Sequence[str], most: int = 10) -> list[dict[str, Any]]:
-    """The largest cells off the diagonal: true class, what it is taken for, pixels, and their share of the class."""
+    """Return the largest cells off the diagonal: true class, predicted class, pixels, and their share of the class."""
     off = by_class.copy()
     np.fill_diagonal(off, 0)
     titles = [*names, "no class"]

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page made from a run's artifacts alone."""
+"""report.html: a self-contained page made from a run's artifacts alone."""
 
 import base64
 import io
@@ -45,18 +45,18 @@ from transfgu_ray.storage import Folder
 
 _MASKS = ("initial", "trained", "bootstrapped", "truth")
 _MAX_REFUSALS_SHOWN = 50
-# Of the page's 8 MB, what photographs may take.
+# The photographs' part of the page's 8 MB.
 _PHOTO_BYTES = 6_000_000
 _GROUPS = {"": "Chosen by the seed", "best": "Best scored", "worst": "Worst scored"}
 
 
 def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) -> int:
-    """Writes the sample strips and report.html; returns the number of photographs.
+    """Write the sample strips and report.html, and return the number of photographs.
 
     Args:
-        run: evaluated.
+        run: an evaluated run.
         counts: confusion matrices of the last stage; see `photo_counts`. None where nothing was scored.
-        scored_ids: image_id of each of its rows.
+        scored_ids: image_id of each row of `counts`.
     """
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     model_folder = Folder(run.folder.uri_of("model"))
@@ -68,10 +68,10 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
         mious = dict(zip(scored_ids, photo_mious(run.config, counts, names).tolist(), strict=True))
     photos = [_photo(run.folder, name, colours=colours, mious=mious) for name in sample_names(run.folder)]
     history = json.loads(run.folder.read_bytes("train/history.json"))
-    # Those before this one: the page is the same whenever it is made.
+    # Only earlier stages, so that the page is the same whenever it is made.
     manifests = [m for m in map(run.manifest, STAGES.before("report")) if m is not None]
     refusals = {r["image_id"]: r["reason"] for m in manifests for r in m["refused"]}
-    # Of every group its first ones, should they be too many.
+    # If not all fit, each group keeps its first ones.
     order = sorted(range(len(photos)), key=lambda i: photos[i]["rank"])
     num_shown = within_bytes((b"".join(photos[i]["bytes"]) for i in order), _PHOTO_BYTES)
     shown = [photos[i] for i in sorted(order[:num_shown])]
@@ -111,12 +111,12 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
 
 
 def matched_colours(model: ModelConfig, metrics: dict[str, Any], names: Names | None = None) -> dict[str, np.ndarray]:
-    """Colour tables of predictions and of the truth: a matched concept has its class's colour, others are grey.
+    """Return colour tables of predictions and truth: a matched concept has the colour of its class, others are grey.
 
     Args:
-        model: whose concepts they are.
-        metrics: whose `per_class` says what they are matched to; null where nothing was scored.
-        names: concepts of one name share a colour, and hidden ones are black; None for none.
+        model: model that has the concepts.
+        metrics: content of metrics.json; its `per_class` says what concepts are matched to, null if nothing was scored.
+        names: concepts with the same name share a colour, and hidden ones are black; None for no names.
     """
     names = names or Names(model.kinds, {})
     if not metrics["per_class"]:
@@ -134,19 +134,19 @@ def matched_colours(model: ModelConfig, metrics: dict[str, Any], names: Names | 
 
 
 def names_line(names: Names) -> str | None:
-    """What names did to the concepts; None where there are none."""
+    """Return a sentence on what the names of concepts change; None where there are no names."""
     if not names.of_concept:
         return None
     num_classes = len(np.unique(np.delete(names.class_of, names.hidden)))
     hidden = f"; {len(names.hidden)} hidden" if names.hidden else ""
     return (
-        f"Concepts have names: {len(names.kinds)} classes of the model are {num_classes} by their names{hidden}. "
-        "Training knows nothing of them, and baselines keep clusters of their own."
+        f"Concepts have names: the model's {len(names.kinds)} classes become {num_classes}{hidden}. "
+        "Training does not use them, and the baselines keep their own clusters."
     )
 
 
 def _photo(run: Folder, name: str, *, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
-    """A sample photograph: its panels as JPEG, and their strip, which is written."""
+    """Write the strip of a sample photograph, and return its panels as JPEG."""
     photo, group, _ = sample_photo(run, name), *name.rpartition("_")[::2]
     image_id = run.read_json(f"samples/{name}/sample.json")["image_id"]
     panels: dict[str, Image.Image | None] = {"photograph": photo}
@@ -177,7 +177,7 @@ def _photo(run: Folder, name: str, *, colours: dict[str, np.ndarray], mious: dic
 
 
 def _legend(names: Names, metrics: dict[str, Any], colours: dict[str, np.ndarray]) -> list[dict[str, str]]:
-    """What the colours of the masks mean: classes and what they are made of, or concepts where there are no classes."""
+    """Return what the colours of the masks mean: classes, or concepts where there are no classes."""
     if metrics["per_class"]:
         rows = enumerate(metrics["per_class"])
         entries = [
@@ -193,7 +193,7 @@ def _legend(names: Names, metrics: dict[str, Any], colours: dict[str, np.ndarray
 
 
 def _classes(names: Names, metrics: dict[str, Any], colours: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of the table of classes, best first, those that are absent last."""
+    """Return the rows of the table of classes, best first, absent ones last."""
     rows = [
         row
         | {
@@ -224,12 +224,12 @@ def _confusion(
 
 
 def _text(value: Any) -> str:
-    """A setting's value as `--set` takes it."""
+    """Return a setting's value as `--set` takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _changed(config: RunConfig) -> list[tuple[str, str, str]] | None:
-    """Setting, the preset's value and the run's, where they differ; None where there is no such preset."""
+    """Return each changed setting with the preset's value and the run's; None where there is no such preset."""
     try:
         preset = get_preset(config.preset, config.data.dataset)
     except ConfigError:

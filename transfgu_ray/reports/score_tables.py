@@ -21,8 +21,8 @@ _TITLES = {
 }
 
 _RULES = {
-    "discard": "one concept a class (Hungarian), the pixels of concepts left over are not scored",
-    "count": "one concept a class (Hungarian), the pixels of concepts left over are errors",
+    "discard": "one concept per class (Hungarian), pixels of concepts left over are not scored",
+    "count": "one concept per class (Hungarian), pixels of concepts left over are errors",
     "many_to_one": "each concept to the class it overlaps most",
 }
 
@@ -31,10 +31,10 @@ _FOUND_IOU = 0.3
 
 
 def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a method each, in percent; mIoU with its interval; columns without a single value are left out.
+    """Return header and rows, one per method, in percent; mIoU with its interval, columns without any value left out.
 
     Args:
-        metrics: content of a metrics.json that is scored.
+        metrics: content of the metrics.json of a scored run.
     """
     scores = scores_by_method(metrics)
     columns = {
@@ -54,7 +54,7 @@ def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def percent(value: float | None, interval: list[float] | None) -> str:
-    """A share in percent, and its interval where there is one; empty for None."""
+    """Return a share in percent, and its interval where there is one; empty for None."""
     if value is None:
         return ""
     if interval is None:
@@ -63,7 +63,7 @@ def percent(value: float | None, interval: list[float] | None) -> str:
 
 
 def protocol_line(metrics: dict[str, Any]) -> str:
-    """How a metrics.json, or what else has its `protocol` and `unmatched`, was scored."""
+    """Return how a metrics.json, or any content with its `protocol` and `unmatched`, was scored."""
     return (
         f"protocol {metrics['protocol']}; {_RULES[metrics['unmatched']]}; "
         f"[ ] 95 % of {RESAMPLES} resamples of the photographs"
@@ -71,13 +71,12 @@ def protocol_line(metrics: dict[str, Any]) -> str:
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
-    """How it was scored; the last stage against the best baseline, and how many object classes it found.
+    """Return how a run was scored, its last stage against the best baseline, and how many object classes it found.
 
-    Chance and the majority class are baselines like any other: a method that does not beat them is told so. The two
-    last lines are left out where they have no meaning.
+    Chance and the majority class count as baselines. The last two lines are left out where they have no meaning.
 
     Args:
-        metrics: content of a metrics.json that is scored.
+        metrics: content of the metrics.json of a scored run.
     """
     lines = [protocol_line(metrics)]
     last, baselines = metrics["stages"][STAGE_NAMES[-1]]["miou"], metrics["baselines"]

@@ -1,4 +1,4 @@
-"""What metrics.json says of confusion matrices, and how the terminal and the report tell it."""
+"""metrics.json: the scores that follow from confusion matrices."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,20 +41,20 @@ def metrics_json(
     names: Names,
     weights_sha256: str,
 ) -> dict[str, Any]:
-    """The content of metrics.json; `stages`, `refined`, `baselines` and `per_class` are null where nothing was scored.
+    """Return the content of metrics.json; `stages`, `refined`, `baselines`, `per_class` are null if nothing was scored.
 
     The baselines always hold `chance`, the expected score of labels drawn uniformly over the concepts, and `majority`,
-    that of calling every pixel the most frequent true class; see `chance_confusion` and `majority_confusion`.
+    the score of calling every pixel the most frequent true class; see `chance_confusion` and `majority_confusion`.
 
     Args:
         config: the run's configuration.
         split: the scored split.
-        num_images: scored photographs.
-        counts: per-photograph confusion matrices of each stage, of `refined` where it was asked for, then of each
-            baseline; see `photo_counts`. Empty where nothing was scored.
-        names: of the model's concepts. Concepts of one name are scored as one, and hidden ones as none; baselines have
-            clusters of their own.
-        weights_sha256: of the encoder.
+        num_images: number of scored photographs.
+        counts: per-photograph confusion matrices of each stage, of `refined` where requested, then of each baseline;
+            see `photo_counts`. Empty where nothing was scored.
+        names: names of the model's concepts. Concepts with the same name are scored as one, hidden ones as none;
+            baselines keep their own clusters.
+        weights_sha256: hash of the encoder's weights.
     """
     content: dict[str, Any] = {
         "dataset": config.data.dataset,
@@ -76,7 +76,7 @@ def metrics_json(
         content |= _scores(config, counts, names)
     return content | {
         "recipe": config.preset,
-        # What the student reads; the prior it is taught by is always the encoder.
+        # What the student reads; its labels always come from the encoder.
         "backbone": config.encoder.name if config.train.backbone == "prior" else config.train.backbone,
         "weights_sha256": weights_sha256,
         "seed": config.seed,
@@ -104,7 +104,7 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> di
     numbers, scores = {}, {}
     for name, (of_method, confusion_of) in methods.items():
         confusion = confusion_of(total_counts(of_method))
-        # The one class beyond the model's own holds what is hidden.
+        # The one class beyond the model's own holds the hidden concepts.
         scores[name] = score_confusion(config, confusion, len(kinds))
         numbers[name] = _numbers(config, confusion, scores[name])
         intervals = score_intervals(
@@ -121,28 +121,28 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> di
         "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
         "refined": numbers.pop(REFINED, None),
         "baselines": numbers,
-        # Each of the model's concepts by its number, also of those that are one class.
+        # By the number of each concept, even where several make one class.
         "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
     }
 
 
 def named_counts(counts: csr_array, names: Names) -> csr_array:
-    """Counts of the model's concepts as those of the classes that their names make of them; see `photo_counts`."""
+    """Return the counts of the classes that names make of the model's concepts; see `photo_counts`."""
     return merge_concepts(counts, names.class_of, names.num_classes)
 
 
 def score_confusion(config: RunConfig, confusion: np.ndarray, num_matched: int | None = None) -> Score:
-    """Scores of a split by the configured policy and protocol; for `num_matched` see `score`."""
+    """Return the scores of a split by the configured policy and protocol; for `num_matched` see `score`."""
     return score(confusion, **_rule(config), num_matched=num_matched)
 
 
 def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarray:
-    """Score of each photograph, its mIoU by the match of all of them, float64 (photographs,).
+    """Return the mIoU of each photograph by the match of the whole split, float64 (photographs,).
 
     Args:
         config: protocol and classes.
-        counts: of one of the run's own stages; see `photo_counts`.
-        names: of the concepts.
+        counts: counts of one of the run's own stages; see `photo_counts`.
+        names: names of the concepts.
     """
     named, num_classes = named_counts(counts, names), len(config.class_names)
     found = score_confusion(config, total_counts(named).reshape(num_classes, -1), len(names.kinds))
@@ -153,14 +153,14 @@ def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarra
 
 
 def _rule(config: RunConfig) -> dict[str, str]:
-    """How confusions are scored."""
+    """Return the arguments that say how confusion matrices are scored."""
     return {"unmatched": config.evaluate.unmatched, "protocol": config.evaluate.protocol}
 
 
 def score_resample(
     cells: np.ndarray, *, config: RunConfig, confusion_of: Callable[[np.ndarray], np.ndarray], found: Score
 ) -> Score:
-    """Scores of a resample by the match of the whole split: one of its own would favour every resample."""
+    """Return the scores of a resample by the match of the whole split: its own match would favour every resample."""
     return score_matched(confusion_of(cells), found.class_of_concept, **_rule(config))
 
 
@@ -179,14 +179,14 @@ def _numbers(config: RunConfig, confusion: np.ndarray, found: Score) -> dict[str
 
 
 def class_rows(config: RunConfig, found: Score) -> list[dict[str, Any]]:
-    """IoU and concepts of each class, as `per_class` of metrics.json; the IoU of a class that is not scored is null."""
+    """Return IoU and concepts of each class, as `per_class` of metrics.json; the IoU is null where it is not scored."""
     classes = zip(config.class_names, config.class_kinds, found.class_iou, strict=True)
     return [
         {
             "name": name,
             "kind": kind,
             "iou": None if np.isnan(iou) else float(iou),
-            # A match without a single right pixel is an accident of the matching, not a finding.
+            # A match without a single correct pixel is an accident of the matching, not a finding.
             "concepts": np.flatnonzero(found.class_of_concept == class_id).tolist() if iou > 0 else [],
         }
         for class_id, (name, kind, iou) in enumerate(classes)
@@ -194,6 +194,6 @@ def class_rows(config: RunConfig, found: Score) -> list[dict[str, Any]]:
 
 
 def scores_by_method(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scores of each stage, of `refined` and of each baseline in a metrics.json; empty where nothing was scored."""
+    """Return the scores of each stage, `refined` and each baseline in a metrics.json; empty if nothing was scored."""
     refined = {} if metrics["refined"] is None else {REFINED: metrics["refined"]}
     return (metrics["stages"] or {}) | refined | (metrics["baselines"] or {})

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 TITLES = {"score": "score", "miou": "mIoU, %"}
 _NUM_TICKS = 4
 _MAX_LABELS = 12
-# Trials of one value lie this far apart at most, of the distance between values, so that none hides another.
+# Trials with the same value are drawn at most this far apart, as a share of the distance between values, so that none
+# hides another.
 _SPREAD = 0.25
 _MAX_SPREAD = 0.16
 _STOPPED = "0.65"
@@ -25,13 +26,13 @@ _BEST = "black"
 
 @dataclass(frozen=True)
 class Axis:
-    """One quantity over the trials.
+    """A quantity over the trials.
 
     Attributes:
-        title: what it is.
-        places: of each trial, 0..1; NaN where it has no value.
-        ticks: place and label.
-        spacing: between neighbouring values where the axis has a few; 0 where it is continuous.
+        title: its name.
+        places: place of each trial, 0..1; NaN where it has no value.
+        ticks: places and labels.
+        spacing: distance between neighbouring values where there are only a few; 0 where the axis is continuous.
     """
 
     title: str
@@ -41,12 +42,12 @@ class Axis:
 
 
 def shown_trials(sweep: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The trials that figures show: finished or stopped, and with a value of the objective."""
+    """Return the trials that figures show: finished or stopped, and with a value of the objective."""
     return [t for t in sweep["trials"] if t["status"] != "failed" and t[sweep["objective"]] is not None]
 
 
 def setting_axes(sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    """An axis for each setting that the sweep varies."""
+    """Return an axis for each setting that the sweep varies."""
     settings = varying(sweep["space"])
     return [
         _setting_axis(title, name, space=settings[name], trials=trials) for name, title in short_names(settings).items()
@@ -54,9 +55,9 @@ def setting_axes(sweep: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) 
 
 
 def parallel_coordinates(sweep: Mapping[str, Any]) -> "Figure | None":
-    """The trials as lines over their settings, their score and mIoU, coloured by the objective; the best in black.
+    """Return a figure of the trials as lines over settings, score and mIoU, coloured by the objective.
 
-    Stopped trials are grey. None where fewer than two trials can be shown.
+    The best trial is edged in black, stopped trials are grey. None where fewer than two trials can be shown.
     """
     from matplotlib.figure import Figure
 
@@ -98,9 +99,10 @@ def _draw_axes(axes: "Axes", axes_of: Sequence[Axis]) -> None:
 
 
 def against_settings(sweep: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
-    """The objective against each setting that varies: (its title, figure); a bar is the mean of a value's trials.
+    """Return a figure of the objective against each varied setting, as (title, figure).
 
-    Stopped trials are hollow; the best has a ring. Nothing where fewer than two trials can be shown.
+    A bar is the mean over the finished trials with one value; stopped trials are hollow and the best has a ring. Empty
+    where fewer than two trials can be shown.
     """
     from matplotlib.figure import Figure
 
@@ -140,7 +142,7 @@ def against_settings(sweep: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
 
 
 def score_against_miou(sweep: Mapping[str, Any]) -> "Figure | None":
-    """The score of each finished trial against its mIoU; None where fewer than two have both."""
+    """Return a figure of the score of each finished trial against its mIoU; None where fewer than two have both."""
     from matplotlib.figure import Figure
 
     trials = ranked([trial for trial in sweep["trials"] if trial["miou"] is not None], "score")
@@ -215,7 +217,7 @@ def _continuous(title: str, values: Sequence[float | None], *, low: float, high:
 
 
 def _scaled(trial: Mapping[str, Any], name: str) -> float | None:
-    """A value as it is shown: mIoU in percent."""
+    """Return a value as it is shown: mIoU in percent."""
     value = value_of(trial, name)
     return 100 * value if name == "miou" and value is not None else value
 

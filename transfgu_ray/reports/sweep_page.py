@@ -1,4 +1,4 @@
-"""sweep.html: one self-contained page made from a sweep's sweep.json and the run folders of its trials alone."""
+"""sweep.html: a self-contained page made from sweep.json and the run folders of its trials alone."""
 
 import base64
 import json
@@ -50,10 +50,10 @@ _MAX_PHOTOS = 8
 
 
 def write_sweep_report(folder: Folder, sweep: Mapping[str, Any]) -> None:
-    """Writes sweep.html.
+    """Write sweep.html.
 
     Args:
-        folder: of the sweep.
+        folder: folder of the sweep.
         sweep: content of its sweep.json.
     """
     trials, objective = sweep["trials"], sweep["objective"]
@@ -100,13 +100,13 @@ def _figures(sweep: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Masks:
-    """What a trial's run folder shows of its masks.
+    """The masks in the run folder of a trial.
 
     Attributes:
-        folder: of the run.
-        colours: of its predictions and of the truth; see `matched_colours`.
-        class_names: of the classes that its concepts are matched to; empty without labels.
-        number_of: content of a sample photograph's file -> its number.
+        folder: the run folder.
+        colours: colours of predictions and truth; see `matched_colours`.
+        class_names: names of the classes that concepts are matched to; empty without labels.
+        number_of: content of a sample photograph's file -> name of the sample.
     """
 
     folder: Folder
@@ -116,10 +116,10 @@ class _Masks:
 
     @classmethod
     def read(cls, uri: str) -> "_Masks":
-        """Opens a trial's run folder.
+        """Open the run folder of a trial.
 
         Raises:
-            OSError, ValueError, ArtifactError: it is not whole.
+            OSError, ValueError, ArtifactError: it is incomplete.
         """
         folder = Folder(uri)
         metrics = json.loads(folder.read_bytes("metrics.json"))
@@ -129,19 +129,19 @@ class _Masks:
         return cls(folder, colours, names, number_of)
 
     def panel(self, photo: bytes, name: str) -> "Image.Image | None":
-        """A mask of a photograph laid over it, or None."""
+        """Return a photograph under one of its masks; None where there is no such mask."""
         number = self.number_of[photo]
         colours = self.colours["truth" if name == "truth" else "pred"]
         return sample_mask(self.folder, number, name=name, photo=sample_photo(self.folder, number), colours=colours)
 
     def legend(self) -> list[dict[str, str]]:
-        """The classes and their colours."""
+        """Return the classes and their colours."""
         colours = self.colours["truth"]
         return [{"label": name, "colour": hex_colour(colours[i])} for i, name in enumerate(self.class_names)]
 
 
 def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    """Photographs with the masks of the best and of the worst trial by the objective, and with the truth."""
+    """Return photographs with the masks of the best and the worst trial by the objective, and with the truth."""
     order = ranked(sweep["trials"], sweep["objective"])
     opened: list[tuple[str, _Masks]] = []
     unread: list[str] = []

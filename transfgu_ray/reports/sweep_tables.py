@@ -1,4 +1,4 @@
-"""What the trials of a sweep show: which is best, whether the label-free score finds it, and tables that tell it."""
+"""What the trials of a sweep show: which is best, and whether the label-free score finds it."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-# Two trials are always in one order or the other: a rank correlation says nothing of them.
+# Two trials are always in one order or the other: their rank correlation says nothing.
 _MIN_TRIALS = 3
 _ID_DIGITS = 8
 _NOT_MEASURED = ""
 
 
 def ranked(trials: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """The finished trials of which a value is known, the highest first; of equals the earliest first.
+    """Return the finished trials that have a value, highest first; the earliest first among equals.
 
     Args:
-        trials: in the order in which they were drawn, as in sweep.json.
+        trials: trials in the order they were drawn in, as in sweep.json.
         name: `score`, `miou`, or a component of the score.
     """
     finished = [(value_of(trial, name), trial) for trial in trials if trial["status"] == "finished"]
@@ -26,26 +26,26 @@ def ranked(trials: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, 
 
 
 def best_trial(trials: Iterable[Mapping[str, Any]], objective: str) -> Mapping[str, Any] | None:
-    """The finished trial with the highest `score` or `miou`, of equals the earliest; None where none has one."""
+    """Return the finished trial with the highest `score` or `miou`, the earliest among equals; None if none has one."""
     return next(iter(ranked(trials, objective)), None)
 
 
 def value_of(trial: Mapping[str, Any], name: str) -> float | None:
-    """A trial's `score`, `miou` or one of the score's components; None where it was not measured."""
+    """Return a trial's `score`, `miou` or a component of the score; None where it was not measured."""
     return trial[name] if name in ("score", "miou") else (trial["components"] or {}).get(name)
 
 
 def evidence(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]] | None:
-    """Whether the label-free score, and each of its components alone, finds the trial that labels would choose.
+    """Return how well the label-free score, and each component alone, finds the trial that labels would choose.
 
     Args:
-        trials: in the order in which they were drawn, as in sweep.json.
+        trials: trials in the order they were drawn in, as in sweep.json.
 
     Returns:
         `score` and each component -> {"spearman": rank correlation with mIoU over the finished trials, -1..1,
-        "regret_miou": the best finished trial's mIoU less that of the trial with the highest value, 0..1}; both null
-        for what fewer than three trials have, the correlation also where all values, or all mIoU, are equal. None
-        where fewer than three finished trials have an mIoU.
+        "regret_miou": the best finished trial's mIoU minus that of the trial with the highest value, 0..1}. Both are
+        null where fewer than three trials have a value, the correlation also where all values or all mIoU are equal.
+        None where fewer than three finished trials have an mIoU.
     Reference: Spearman (1904), via scipy.stats.spearmanr, equal values at their mean rank. Departures: none.
     """
     labelled = [trial for trial in trials if trial["status"] == "finished" and trial["miou"] is not None]
@@ -68,7 +68,7 @@ def _evidence_of(labelled: Sequence[Mapping[str, Any]], name: str) -> dict[str, 
 
 
 def evidence_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, the score and each component a row: how well it ranks the trials, and what its choice costs.
+    """Return header and rows, one per score or component: how well it ranks the trials, and what its choice costs.
 
     Args:
         sweep: content of a sweep.json whose `evidence` is not null.
@@ -91,10 +91,10 @@ def evidence_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
-    """What the evidence is about, or why there is none; the best trial by labels where there is some."""
+    """Return what the evidence rests on and the best trial by labels, or why there is no evidence."""
     labelled = ranked(sweep["trials"], "miou")
     if not labelled:
-        return ["not scored: no finished trial has an mIoU, so nothing tells what the choice is worth"]
+        return ["not scored: no finished trial has an mIoU, so there is nothing to judge the choice by"]
     if sweep["evidence"] is None:
         return [f"not scored: finished trials with an mIoU: {len(labelled)}; a rank correlation needs {_MIN_TRIALS}"]
     best = labelled[0]
@@ -105,18 +105,18 @@ def evidence_lines(sweep: Mapping[str, Any]) -> list[str]:
 
 
 def sweep_table(sweep: Mapping[str, Any], wide: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, a trial each, the best by the sweep's objective first, those that did not finish last.
+    """Return header and rows, one per trial, the best by the objective first, those that did not finish last.
 
-    Columns without a single value are left out.
+    Columns without any value are left out.
 
     Args:
         sweep: content of a sweep.json.
-        wide: with the components of the score, and with status, epochs and K also where they tell nothing: wider than
-            most terminals.
+        wide: add the components of the score, and status, epochs and K even where they are the same for all trials;
+            wider than most terminals.
     """
     trials = sweep["trials"]
     first = ranked(trials, sweep["objective"])
-    # No two trials have one identity.
+    # No two trials share an identity.
     known = {trial["id"] for trial in first}
     trials = [*first, *(trial for trial in trials if trial["id"] not in known)]
     measured = dict.fromkeys(name for trial in trials for name in trial["components"] or {}) if wide else ()
@@ -141,7 +141,7 @@ def sweep_table(sweep: Mapping[str, Any], wide: bool = False) -> tuple[list[str]
 
 
 def failed_trials(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The shown digits of each failed trial's identity, and why it failed.
+    """Return the short id of each failed trial, and why it failed.
 
     Args:
         sweep: content of a sweep.json.
@@ -151,24 +151,24 @@ def failed_trials(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def varying(space: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a sweep draws from more than one value, each with its values or its range."""
+    """Return the settings that a sweep varies, each with its values or its range."""
     return {name: values for name, values in space.items() if not isinstance(values, list) or len(values) > 1}
 
 
 def short_names(settings: Iterable[str]) -> dict[str, str]:
-    """Setting -> its last part where no other has the same: train.omega_1 is omega_1."""
+    """Return setting -> its last part, if no other setting has the same: train.omega_1 -> omega_1."""
     settings = list(settings)
     last = [name.rpartition(".")[2] for name in settings]
     return {name: short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)}
 
 
 def short_id(trial: Mapping[str, Any]) -> str:
-    """The digits of a trial's identity that are shown."""
+    """Return the digits of a trial's identity that are shown."""
     return str(trial["id"])[:_ID_DIGITS]
 
 
 def value_text(value: Any) -> str:
-    """A setting's value on one line, numbers to four digits."""
+    """Return a setting's value on one line, numbers to four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
