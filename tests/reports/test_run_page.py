@@ -84,7 +84,7 @@ def test_report__of_a_run_without_labels_says_that_nothing_was_scored(tmp_path):
 def test_report__without_samples_says_so(tmp_path):
     run = make_evaluated(tmp_path / "run", num_samples=0)
     page = read_report(run)
-    assert "No samples were asked for." in page.text
+    assert "No samples were requested." in page.text
     assert len(page.all("img")) == 4, "figures alone"
     assert not run.folder.exists("atlas.html")
     assert "atlas.html" not in page.source
@@ -115,7 +115,7 @@ def test_report__photographs_that_would_make_it_too_large_are_left_out_and_count
     page = read_report(run)
     shown = (len(page.all("img")) - 4) // 7
     assert 3 <= shown < 32
-    assert f"{32 - shown} more are in the folder samples" in page.text
+    assert f"{32 - shown} more are in the run's folder samples" in page.text
     assert "Best scored" in page.text, "the first of each group come before the second of any"
     assert "Worst scored" in page.text
 

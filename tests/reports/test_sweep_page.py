@@ -94,7 +94,7 @@ def no_pixels(monkeypatch):
 
 def test_write_sweep_report__says_that_no_labels_were_looked_at(tmp_path, trials):
     page = _render(tmp_path, make_sweep(SPACE, trials, evidence=evidence(trials)))
-    assert "no labels were looked at" in page.text
+    assert "no labels were used" in page.text
     assert "validation labels decided" not in page.text
     assert "6 finished, 0 stopped by the scheduler, 0 failed." in page.text
     assert f"transfgu predict {trials[5]['run']} --images DIR --out DIR" in page.text
@@ -117,7 +117,7 @@ def test_write_sweep_report__says_that_labels_decided(tmp_path, trials):
     trials[2]["miou"] = 0.9
     page = _render(tmp_path, make_sweep(SPACE, trials, objective="miou"))
     assert "validation labels decided" in page.text
-    assert "no labels were looked at" not in page.text
+    assert "no labels were used" not in page.text
     assert f"Trial {trials[2]['id']} " in page.text
     assert page.alts("mIoU, % of each trial against omega_1")
     assert "The run folder of the best trial 02020202 has no masks to show." in page.text
@@ -171,7 +171,7 @@ def test_write_sweep_report__nothing_scored(tmp_path, trials):
     page = _render(tmp_path, make_sweep(SPACE, trials, split=None, dataset="folder"))
     assert "not scored: no finished trial has an mIoU" in page.text
     assert "mIoU, %" not in page.text
-    assert "were read beside it" not in page.text
+    assert "only show how good the choice is" not in page.text
     assert page.alts("Score of each") == []
     assert [alt.partition(": ")[2] for alt in page.alts("Photograph 1")] == [
         "photograph", "best trial 05050505", "worst trial 00000000"

@@ -156,7 +156,7 @@ def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
     if not order:
         note = "No trial finished."
     elif opened and not common:
-        note = "The best and the worst trial have no photograph in common." if first else "No samples were asked for."
+        note = "The best and the worst trial have no photograph in common." if first else "No samples were requested."
     return {
         "photos": [_panels(photo, opened) for photo in common[:_MAX_PHOTOS]],
         "num_photos": len(common),
