@@ -20,7 +20,7 @@ def test_check__says_what_a_good_copy_holds(tmp_path):
     found, facts, done = _run("coco_stuff171", make_coco(tmp_path, num_train=2, num_val=3))
     assert not found.refused
     assert done == 5
-    assert facts["train", "photographs"] == "2, where 117266 are published: scores cannot be compared"
+    assert facts["train", "photographs"] == "2, not the published 117266: scores cannot be compared"
     assert facts["val", "width x height"] == "96 x 72 to 96 x 72 px"
     assert facts["val", "classes"].startswith("4 of 171; not seen: person, bicycle, ")
     labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "annotations/val2017").glob("*.png"))]

@@ -150,10 +150,10 @@ def test_named_benchmark__merges_and_leaves_out():
     [
         (["cat"], "'cat' must be `id: name`"),
         (["1: cat | animal"], "must be `id: name`"),
-        (["1: cat", "1: dog"], "id 1 must stand once"),
-        (["256: cat"], "id 256 must stand once, below 255"),
-        (["255: cat"], "id 255 must stand once, below 255"),
-        (["1: cat", "2: cat | stuff"], "cat is called a thing and stuff"),
+        (["1: cat", "1: dog"], "id 1 must occur once"),
+        (["256: cat"], "id 256 must occur once and be below 255"),
+        (["255: cat"], "id 255 must occur once and be below 255"),
+        (["1: cat", "2: cat | stuff"], "cat is called both thing and stuff"),
     ],
 )
 def test_named_benchmark__refuses(lines, message):

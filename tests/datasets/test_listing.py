@@ -192,7 +192,7 @@ def test_list_images__voc_of_real_photographs(shared_data):
 
 
 def test_open_root__refuses_what_is_not_a_folder(tmp_path):
-    with pytest.raises(DataError, match=r"no photographs were named; give --data DIR or set data\.root"):
+    with pytest.raises(DataError, match=r"no photographs were given; use --data DIR or set data\.root"):
         open_root("")
     with pytest.raises(DataError, match=r"data\.root=.*gone does not exist"):
         open_root(str(tmp_path / "gone"))

@@ -1,4 +1,4 @@
-"""Whether a copy of a dataset is whole, before a cluster is paid for."""
+"""Check that a copy of a dataset is complete, before a cluster is paid for."""
 
 import io
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from transfgu_ray.images import FORMATS, ImageRefused, decode_label, to_classes
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of what was found.
+    """A line of what a check found.
 
     Attributes:
-        split: of the dataset.
-        what: that was counted.
-        found: in words.
+        split: split of the dataset.
+        what: what was counted.
+        found: the result, as text.
     """
 
     split: str
@@ -31,11 +31,11 @@ class Fact:
 
 @dataclass
 class CheckResult:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         facts: counts, sizes and classes.
-        refused: files that are not as they should be, each `image_id` with a `reason`.
+        refused: files that are not as they should be, each with `image_id` and `reason`.
     """
 
     facts: list[Fact] = field(default_factory=list)
@@ -43,11 +43,11 @@ class CheckResult:
 
 
 class Check:
-    """A dataset's copy, listed and ready to be read.
+    """A copy of a dataset, listed and ready to be read.
 
     Args:
-        name: of the dataset.
-        folder: its root.
+        name: name of the dataset.
+        folder: root of the copy.
 
     Raises:
         ConfigError: no such dataset, or its names file is wrong.
@@ -75,7 +75,7 @@ class Check:
         self.num_images = sum(map(len, self._listed.values()))
 
     def run(self, progress: Callable[[int], None]) -> CheckResult:
-        """Reads the head of every photograph, and every label of the scored split."""
+        """Read the header of every photograph, and every label of the scored split."""
         found, names = CheckResult(), self._spec.class_names
         for split, images in self._listed.items():
             sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
@@ -105,10 +105,10 @@ class Check:
         published = self._spec.num_images.get(split)
         if published in (None, count):
             return str(count)
-        return f"{count}, where {published} are published: scores cannot be compared"
+        return f"{count}, not the published {published}: scores cannot be compared"
 
     def _read(self, image: ImageRef) -> tuple[tuple[int, int], np.ndarray]:
-        """(width, height), and how many pixels of its label are of each class."""
+        """Return (width, height), and the number of pixels of each class in the label."""
         data, problem = self._root.try_read(image.image_id)
         if data is None:
             raise ImageRefused(problem)

@@ -13,7 +13,7 @@ from transfgu_ray.storage import Folder
 
 _IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(\d+)')
 
-# Name of each id, in order, under the coarse class that IIC, PiCIE and the paper merge it into.
+# Names in order of id, under the coarse class that IIC, PiCIE and the paper merge them into.
 _THINGS = {
     "person": ("person",),
     "vehicle": ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
@@ -64,7 +64,7 @@ _STUFF = {
     "structural": ("cage", "fence", "net", "railing", "structural-other"),
     "water": ("fog", "river", "sea", "water-other", "waterdrops"),
 }  # fmt: skip
-# As IIC and PiCIE number them.
+# In the order of IIC and PiCIE.
 _COARSE = (
     "electronic", "appliance", "food-things", "furniture-things", "indoor", "kitchen", "accessory", "animal", "outdoor",
     "person", "sports", "vehicle", "ceiling", "floor", "food-stuff", "furniture-stuff", "raw-material", "textile",
@@ -72,7 +72,7 @@ _COARSE = (
 )  # fmt: skip
 
 _THING_NAMES = tuple(name for names in _THINGS.values() for name in names)
-# Stuff is numbered in order of the alphabet.
+# Stuff is numbered alphabetically.
 _STUFF_NAMES = tuple(sorted(name for names in _STUFF.values() for name in names))
 _NAME_OF_ID = (*_THING_NAMES, *_STUFF_NAMES)
 _COARSE_OF_NAME = {name: coarse for groups in (_THINGS, _STUFF) for coarse, names in groups.items() for name in names}
@@ -81,14 +81,14 @@ _USED_THINGS = tuple(i for i in _USED if i < len(_THING_NAMES))
 
 _EXPECTS = (
     "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps), "
-    "annotations/instances_{train,val}2017.json (whose annotated photographs are the list)"
+    "annotations/instances_{train,val}2017.json (the photographs annotated in it form the split)"
 )
 _CURATED_EXPECTS = (
     "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps), "
     "curated/{train,val}2017/Coco164kFull_Stuff_Coarse_7.txt"
 )
 _ANNOTATED = {"train": 117_266, "val": 4_952}
-# teacher_update_interval 3,3,3,2 of the published code: it changes every 10 epochs.
+# teacher_update_interval 3,3,3,2 of the published code, one value per 10 epochs.
 _ROUNDS = (*[3] * 10, *[2] * 85)
 _RELEASED: dict[str, Any] = {
     "cam.image_size": (320, 320),
@@ -103,7 +103,7 @@ def _settings(released_rounds: tuple[int, ...], **released: Any) -> dict[str, di
 
 
 def _list_annotated(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
-    # Only which photographs are annotated is asked for: parsed whole, the JSON takes gigabytes.
+    # Only the ids are read: parsing the whole JSON takes gigabytes.
     annotations = read_list_file(root, f"annotations/instances_{split}2017.json")
     return _photos_with_masks(root, split, {f"{int(image_id):012d}" for image_id in _IMAGE_ID.findall(annotations)})
 

@@ -1,4 +1,4 @@
-"""What there is to know about a dataset, as data."""
+"""Everything the package knows about a dataset, as data."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     ListSplit = Callable[[Folder, str, str], tuple[Listing, str]]
 
 VOID = 255
-# What a label file may hold: one byte a pixel.
+# A label file holds one byte per pixel.
 _NUM_IDS = 256
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset: where its files lie, what its labels mean, and how the paper trains on it.
+    """A dataset: where its files are, what its labels mean, and how the paper trains on it.
 
     Attributes:
-        name: what `data.dataset` calls it.
-        expects: what must lie under the root, for people.
+        name: value of `data.dataset`.
+        expects: description of the files that must be under the root.
         list_split: takes root, split and granularity; returns the photographs with the paths of their labels, and the
             folder of the labels. Raises `listing.ListMissing` where a file that lists the split cannot be read.
         region_mode: default of `data.region_mode` (4.2).
-        train_split: split the pipeline learns from; "" where there are none.
+        train_split: split the pipeline learns from; "" where there are no splits.
         evaluate_split: split that is scored; None without labels.
         class_names: class id -> name.
-        class_kinds: class id -> `thing` (an object) or `stuff` (a surface, or what is no object).
+        class_kinds: class id -> `thing` (an object) or `stuff` (anything else).
         super_names: id -> name of the coarser classes; empty where the dataset has one granularity.
         super_of: class id -> id of the coarser class it belongs to.
-        class_of_id: id in a label file -> class id, or 255 for void, which is never scored; any other id but 255 is
-            an error. Empty where the ids are the classes.
-        settings: preset -> its settings (`train.batch_size`: 256) for this dataset.
+        class_of_id: id in a label file -> class id, or 255 for void, which is never scored; ids left out, other than
+            255, are errors. Empty where the ids are the classes.
+        settings: preset -> its settings for this dataset, such as `train.batch_size`: 256.
         num_images: split -> published number of photographs.
     """
 
@@ -58,17 +58,17 @@ class DatasetSpec:
     num_images: Mapping[str, int] = field(default_factory=dict)
 
     def names(self, granularity: str) -> tuple[str, ...]:
-        """Class id -> name, of the classes themselves (`fine`) or of the coarser ones (`super`)."""
+        """Return class id -> name, of the classes themselves (`fine`) or of the coarser ones (`super`)."""
         return self.super_names if granularity == "super" else self.class_names
 
     def kinds(self, granularity: str) -> tuple[str, ...]:
-        """Class id -> kind; a coarser class is of its classes' kind."""
+        """Return class id -> kind; a coarser class has the kind of its classes."""
         if granularity != "super":
             return self.class_kinds
         return tuple(self.class_kinds[self.super_of.index(super_id)] for super_id in range(len(self.super_names)))
 
     def label_table(self, granularity: str) -> Int16[np.ndarray, " 256"]:
-        """Class of every id that a label file can hold: a class id, 255 for void, -1 for an id that must not occur."""
+        """Return the class of every id in a label file: a class id, 255 for void, -1 for an id that must not occur."""
         table = np.full(_NUM_IDS, UNKNOWN, dtype=np.int16)
         table[VOID] = VOID
         known = self.class_of_id or {i: i for i in range(len(self.names(granularity)))}
@@ -77,9 +77,9 @@ class DatasetSpec:
 
 
 def supplement(batch_size: int, learning_rate: float, round_epochs: tuple[int, ...]) -> dict[str, Any]:
-    """Settings of a dataset's row in the supplement's Training Details.
+    """Return the settings in a dataset's row of the supplement's Training Details.
 
-    The text gives the epochs in all; the rounds that share them are those of the published code.
+    The supplement gives the total number of epochs; their division into rounds is that of the published code.
     """
     return {
         "train.batch_size": batch_size,

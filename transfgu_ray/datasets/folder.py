@@ -13,6 +13,6 @@ FOLDER = DatasetSpec(
     name="folder",
     expects="any tree of JPEG, PNG, WebP, BMP or TIFF files; no labels, nothing is scored",
     list_split=_list_split,
-    # Nothing is known of a stranger's photographs, so every window counts and all concepts are one group.
+    # Nothing is known about the photographs, so every window counts and all concepts form one group.
     region_mode="no_prior",
 )

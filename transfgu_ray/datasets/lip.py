@@ -1,4 +1,4 @@
-"""LIP (Gong et al., CVPR 2017): 19 parts of a person, and the paper's 16 and 5 that merge them (suppl., Table 3)."""
+"""LIP (Gong et al., CVPR 2017): 19 parts of a person, merged into 16 and 5 by the paper (suppl., Table 3)."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ _LONG_ROUNDS = (*[3] * 10, *[2] * 35)
 
 def _lip(name: str, names: tuple[str, ...], *, class_of_part: tuple[int, ...], released: dict[str, Any]) -> DatasetSpec:
     row = supplement(256, 2e-5, _LONG_ROUNDS)
-    # A person stands: photographs are worked on twice as high as wide.
+    # People stand upright: the working size is twice as high as wide.
     return DatasetSpec(
         name=name,
         expects="{train,val}_images/*.jpg, {train,val}_segmentations/*.png, {train,val}_id.txt",
@@ -46,7 +46,7 @@ def _lip(name: str, names: tuple[str, ...], *, class_of_part: tuple[int, ...], r
 
 
 def _sizes(resize: int) -> dict[str, Any]:
-    """What the published code does: labels at twice `resize` by `resize` px, crops at half, scores at 640 x 320."""
+    """Return sizes of the published code: labels at 2 `resize` x `resize` px, crops at half, scores at 640 x 320."""
     return {
         "cam.image_size": (2 * resize, resize),
         "train.crop_size": (resize, resize // 2),

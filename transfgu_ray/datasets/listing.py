@@ -1,4 +1,4 @@
-"""Which photographs a dataset holds, and where its labels are."""
+"""List the photographs of a dataset and find their labels."""
 
 import hashlib
 import os
@@ -16,12 +16,12 @@ from transfgu_ray.storage import Folder, leads_out
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One photograph of a dataset.
+    """A photograph of a dataset.
 
     Attributes:
         image_id: path relative to the dataset root; stable on every machine.
-        label_id: path of its label relative to the root; None without one, or where labels were not asked for.
-        num_bytes: size of the file; -1 where the listing does not tell.
+        label_id: path of its label relative to the root; None without one, or where labels were not requested.
+        num_bytes: size of the file; -1 where the listing does not say.
     """
 
     image_id: str
@@ -31,11 +31,11 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds.
+    """The photographs in a folder.
 
     Attributes:
         images: photographs in order of image_id.
-        num_other_files: files that are none, passed over.
+        num_other_files: number of files that are not photographs.
         refused: links and names that cannot be used, each with its reason, in order of image_id.
     """
 
@@ -45,7 +45,7 @@ class Listing:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every image_id and file size: the input of a run."""
+        """Hash of every image_id and file size, which identifies the input of a run."""
         text = "\n".join(f"{image.image_id}\t{image.num_bytes}" for image in self.images)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -57,10 +57,10 @@ def open_root(uri: str) -> Folder:
         uri: the setting `data.root`.
 
     Raises:
-        DataError: it is not given or not there.
+        DataError: it is not given or does not exist.
     """
     if not uri:
-        raise DataError("no photographs were named; give --data DIR or set data.root")
+        raise DataError("no photographs were given; use --data DIR or set data.root")
     try:
         root = Folder(uri)
         found = root.exists()
@@ -80,7 +80,7 @@ def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | N
         uri: root of the dataset, the setting `data.root`.
         spec: the dataset.
         split: one of its splits; "" for a dataset without splits.
-        granularity: which labels go with the photographs, `fine` or `super`; None where none are wanted.
+        granularity: labels to go with the photographs, `fine` or `super`; None for none.
 
     Raises:
         DataError: the root, a list or the folder of labels is missing, or there is no photograph.
@@ -95,12 +95,12 @@ def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | N
     if not listing.images and listing.refused:
         first = listing.refused[0]
         raise DataError(
-            f"no photograph in {uri} can be used: {len(listing.refused)} names were refused, the first, "
+            f"no photograph in {uri} can be used: {len(listing.refused)} names were refused, the first is "
             f"{first['image_id']}: {first['reason']}"
         )
     if not listing.images:
         of_split = f"dataset {spec.name}, split {split}" if split else f"dataset {spec.name}"
-        hint = "" if spec.name == "folder" else "; a plain tree of photographs is dataset folder"
+        hint = "" if spec.name == "folder" else "; for a plain tree of photographs use dataset folder"
         raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}")
     if granularity is None:
         return replace(listing, images=tuple(replace(image, label_id=None) for image in listing.images))
@@ -110,7 +110,7 @@ def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | N
 
 
 class ListMissing(Exception):
-    """A file that says which photographs a split holds cannot be read."""
+    """A file that lists the photographs of a split cannot be read."""
 
 
 def stem_of(path: str) -> str:
@@ -119,7 +119,7 @@ def stem_of(path: str) -> str:
 
 
 def read_list_file(root: Folder, name: str) -> bytes:
-    """Return the content of a file that says which photographs a split holds.
+    """Return the content of a file that lists the photographs of a split.
 
     Raises:
         ListMissing: it cannot be read.
@@ -162,7 +162,7 @@ def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], 
         if not _is_photo(path):
             others += 1
         elif leads_out(path):
-            # Object stores know no folders: their names may be any text.
+            # Object stores have no folders: a name can be any text.
             refused.append({"image_id": path, "reason": "name out of the folder"})
         elif (twin := names.setdefault(path.casefold(), path)) != path:
             refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
@@ -176,9 +176,9 @@ def _is_photo(path: str) -> bool:
 
 
 def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
-    """Files below a local folder with their sizes, sorted, and what is refused with its reason.
+    """Return the files below a local folder with their sizes, sorted, and what is refused with its reason.
 
-    Links below the folder are not followed: they show a photograph twice, lead out of the folder, or in circles.
+    Links are not followed: they can show a photograph twice, lead out of the folder, or go in circles.
     """
     top, found, refused = os.path.realpath(root.path), [], []
 
@@ -204,7 +204,7 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
                 where = "within" if inside else "out of"
                 refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
             elif not is_folder and _is_photo(each) and not stat.S_ISREG(status.st_mode):
-                # A pipe without a writer would be waited for without an end.
+                # Reading a pipe without a writer would never end.
                 refuse(shown, "not a regular file")
             elif not is_folder:
                 found.append((shown.replace(os.sep, "/"), status.st_size))

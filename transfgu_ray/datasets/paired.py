@@ -1,4 +1,4 @@
-"""Any labelled photographs: a folder of images, a folder of masks, and a file that names the ids in them."""
+"""Any labelled photographs: a folder of images, a folder of masks, and a file that names the ids in the masks."""
 
 import posixpath
 import re
@@ -24,8 +24,8 @@ NAMES_FILE = "names.txt"
 PAIRED = DatasetSpec(
     name="paired",
     expects=f"images/**, masks/** (PNG of the same path and stem), {NAMES_FILE} with a line `id: name | thing` or "
-    "`id: name | stuff` an id; one name for several ids merges them, the name void leaves an id out. Where images/ "
-    "holds train/ and val/, those are the splits, else all photographs are both",
+    "`id: name | stuff` per id; ids with the same name are merged, the name void leaves an id out. Where images/ "
+    "holds train/ and val/, those are the splits, else both splits hold all photographs",
     list_split=_list_split,
     region_mode="no_prior",
     train_split="train",
@@ -36,14 +36,14 @@ _VOID = "void"
 
 
 def named_dataset(lines: Sequence[str]) -> DatasetSpec:
-    """The dataset `paired` with the classes of its names file.
+    """Return the dataset `paired` with the classes of its names file.
 
     Args:
-        lines: `id: name`, `id: name | thing` or `id: name | stuff` each; a class without a kind is a thing, but the
+        lines: each `id: name`, `id: name | thing` or `id: name | stuff`; a class without a kind is a thing, except the
             one called background.
 
     Raises:
-        ValueError: a line of another form, an id above 255, twice or void, or one name of two kinds.
+        ValueError: a line has another form, an id is above 255, repeated or void, or a name has two kinds.
     """
     kinds: dict[str, str] = {}
     name_of_id: dict[int, str] = {}
@@ -53,13 +53,13 @@ def named_dataset(lines: Sequence[str]) -> DatasetSpec:
             raise ValueError(f"{NAMES_FILE}: {line!r} must be `id: name`, `id: name | thing` or `id: name | stuff`")
         label_id, name = int(found[1]), found[2]
         if label_id > VOID or label_id in name_of_id or (label_id == VOID and name != _VOID):
-            raise ValueError(f"{NAMES_FILE}: id {label_id} must stand once, below {VOID}, which is void")
+            raise ValueError(f"{NAMES_FILE}: id {label_id} must occur once and be below {VOID}, which is void")
         name_of_id[label_id] = name
         if name == _VOID:
             continue
         kind = found[3] or ("stuff" if name == "background" else "thing")
         if kinds.setdefault(name, kind) != kind:
-            raise ValueError(f"{NAMES_FILE}: {name} is called a thing and stuff; give all its ids one kind")
+            raise ValueError(f"{NAMES_FILE}: {name} is called both thing and stuff; give all its ids the same kind")
     names = tuple(kinds)
     return replace(
         PAIRED,

@@ -15,8 +15,8 @@ _NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-# teacher_update_interval 5,5,5,5,4,4,4,4,4,3 of the published code: it changes every 10 epochs, and a round ends where
-# the epoch is a multiple of it.
+# teacher_update_interval 5,5,5,5,4,4,4,4,4,3 of the published code, one value per 10 epochs; a round ends where the
+# epoch is a multiple of it.
 _ROUNDS = (*[5] * 8, *[4] * 12, 2, 3, 3, 3, 1)
 _ROW = supplement(512, 1e-4, _ROUNDS)
 
