@@ -103,7 +103,7 @@ def test_build_config__tells_every_problem_at_once():
         (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
         (
             ["evaluate.baselines=[iic,mask_contrast]"],
-            "mask_contrast clusters foreground masks, of which there are none when data.region_mode is no_prior",
+            "mask_contrast clusters foreground masks, but there are none when data.region_mode is no_prior",
         ),
         (
             ["evaluate.baselines=[mask_contrast]", "data.region_mode=all_foreground"],

@@ -1,4 +1,4 @@
-"""What every configuration is made of: strict sections, read from YAML and `--set`, with errors in one sentence."""
+"""Base of every configuration: strict sections, read from YAML and `--set`, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys refused, no silent conversion of types, immutable."""
+    """Base of all sections: immutable, refuses unknown keys, converts no types silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
 def tuple_field(description: str, default: tuple[Any, ...]) -> Any:
     """Return a field for a tuple of at least one element."""
-    # YAML has lists only, so tuples alone are exempt from strict typing.
+    # YAML has only lists, so tuples are exempt from strict typing.
     return Field(default=default, strict=False, min_length=1, description=description)
 
 
-# What a verb is configured by: a run, or a pretraining.
+# Configuration of a command: a run, or a pretraining.
 C = TypeVar("C", bound=Section)
 
 
 def merge_settings(base: Section, file: str | None, assignments: Sequence[str]) -> dict[str, Any]:
-    """The values of `base` with changes, as in `build_config`, not checked yet.
+    """Return the values of `base` with changes, as in `build_config`, not checked yet.
 
     Raises:
         ConfigError: a missing or malformed file, or an unknown key.
@@ -50,10 +50,10 @@ def merge_settings(base: Section, file: str | None, assignments: Sequence[str]) 
 
 
 def parse_config(values: dict[str, Any], kind: type[C]) -> C:
-    """A checked configuration from plain values.
+    """Return a checked configuration from plain values.
 
     Raises:
-        ConfigError: every problem in one sentence, or a URI with a password.
+        ConfigError: a value is wrong (all problems in one sentence), or a URI holds a password.
     """
     for name, value in flatten(values).items() if isinstance(values, dict) else ():
         if isinstance(value, str):
@@ -62,18 +62,18 @@ def parse_config(values: dict[str, Any], kind: type[C]) -> C:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
-        # A list with a bad element is also called too short, which says nothing.
-        telling = [problem for problem in problems if problem["type"] != "too_short"] or problems
-        raise ConfigError("; ".join(map(_explain, telling))) from None
+        # A list with a bad element is also called too short, which does not help.
+        useful = [problem for problem in problems if problem["type"] != "too_short"] or problems
+        raise ConfigError("; ".join(map(_explain, useful))) from None
 
 
 def dump_yaml(config: Section) -> str:
-    """The resolved configuration as YAML that `--config` reads back."""
+    """Return the resolved configuration as YAML that `--config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted names: {"train": {"omega_1": 1.0}} -> {"train.omega_1": 1.0}."""
+    """Return nested sections as dotted names: {"train": {"omega_1": 1.0}} -> {"train.omega_1": 1.0}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -84,7 +84,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that differ, as `name: old -> new`."""
+    """Return the settings that differ, as `name: old -> new`."""
     old_flat, new_flat = flatten(old), flatten(new)
     names = [*old_flat, *(name for name in new_flat if name not in old_flat)]
     return [
@@ -110,7 +110,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 def _parse_assignment(assignment: str) -> dict[str, Any]:
     name, equals, text = assignment.partition("=")
-    # Before any message repeats it.
+    # Before any message can repeat it.
     refuse_credentials(f"--set {name}", text)
     if not equals or not name.strip():
         raise ConfigError(f"--set {assignment} must look like section.field=value, e.g. concepts.num_concepts=27")

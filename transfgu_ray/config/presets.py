@@ -1,4 +1,7 @@
-"""Named recipes. A preset is a function that returns a whole configuration; `--config` and `--set` change it."""
+"""Named recipes: each preset is a function that returns a whole configuration; `--config` and `--set` change it.
+
+The first line of its docstring describes it in `transfgu presets`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,12 +33,12 @@ _TINY_VIT = EncoderConfig(
 
 
 def paper() -> RunConfig:
-    """The paper's text and its supplement: ViT-S/8 DINO at 640 px, crops at 320 px. Sized for GPUs; score: not run."""
+    """The paper and its supplement: ViT-S/8 DINO at 640 px, crops at 320 px. Sized for GPUs; score: not run."""
     return RunConfig(preset="paper")
 
 
 def released() -> RunConfig:
-    """What the published code does where it departs from the text. Sized for GPUs; score: not run."""
+    """The paper with the departures of its published code. Sized for GPUs; score: not run."""
     return RunConfig(
         preset="released",
         encoder=EncoderConfig(pos_embed_interpolation="dino"),
@@ -46,9 +49,9 @@ def released() -> RunConfig:
 
 
 def tiny_cpu() -> RunConfig:
-    """Proves that every stage works, in minutes on two cores: a randomly initialised tiny ViT at 128 px.
+    """A check that every stage works, in minutes on two cores: a randomly initialised tiny ViT at 128 px.
 
-    The masks are not meaningful: a random encoder knows no semantics.
+    The masks are not meaningful, since a random encoder has learned nothing.
     """
     return RunConfig(
         preset="tiny_cpu",
@@ -62,10 +65,10 @@ def tiny_cpu() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """The rendered scenes of `transfgu demo`: one concept a class, the bundled encoder, 96 px, for two cores.
+    """The rendered scenes of `transfgu demo`: one concept per class, the bundled encoder, 96 px, for two cores.
 
-    The foreground is by patch contrast, the labels are by windows and the decoder reads windows too: the class token of
-    so small a prior cannot be traced to single patches, and its patches know little but themselves.
+    Foreground comes from patch contrast, labels from windows, and the decoder reads windows too: the class token of so
+    small a prior cannot be traced to single patches, and a patch token says little about anything but its patch.
     """
     return RunConfig(
         preset="demo",
@@ -73,7 +76,7 @@ def demo() -> RunConfig:
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224",
             weights="bundled",
-            # What the bundled file says of itself; 0.4 million parameters.
+            # As in the bundled file; 0.4 million parameters.
             overrides={"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8, "pos_embed": "none"},
         ),
         extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
@@ -85,27 +88,27 @@ def demo() -> RunConfig:
             batch_size=16,
             learning_rate=5e-4,
             round_epochs=(6, 8),
-            # As large as the local views that the bundled prior has learned from.
+            # The size of the local views that the bundled prior was trained on.
             token_window=24,
-            # Half the time of an epoch; over three seeds as good as reading every crop.
+            # Halves the time of an epoch; over three seeds as good as reading every crop.
             features="cached",
             decoder_heads=4,
             augment=AugmentConfig(crop_scale=(0.8, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0),
         ),
         evaluate=EvaluateConfig(baselines=("patch_tokens", "decoder_tokens", "random_vit", "raw_colour")),
-        # One core a worker: 2 ranks of one thread are faster than 1 of two.
+        # One core per worker: two ranks of one thread are faster than one of two.
         runtime=RuntimeConfig(train_workers=2),
     )
 
 
-# What `transfgu demo` renders for it.
+# What `transfgu demo` renders.
 DEMO_SCENES = {"num_train": 480, "num_val": 60, "seed": 0}
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {"tiny_cpu": tiny_cpu, "demo": demo, "paper": paper, "released": released}
 
 
 def get_preset(name: str, dataset: str = "folder") -> RunConfig:
-    """The configuration of a named recipe, with what it says of a dataset.
+    """Return the configuration of a named recipe, with its settings for a dataset.
 
     Raises:
         ConfigError: no such preset.
@@ -125,7 +128,7 @@ def get_preset(name: str, dataset: str = "folder") -> RunConfig:
 
 
 def configure(preset: str, file: str | None, assignments: Sequence[str]) -> RunConfig:
-    """A preset as it is for the dataset that a YAML file or the assignments name, changed by them.
+    """Return a preset for the dataset that a YAML file or the assignments name, changed by both.
 
     Raises:
         ConfigError: an unknown preset or key, a malformed file, or a value out of its range.
@@ -135,7 +138,7 @@ def configure(preset: str, file: str | None, assignments: Sequence[str]) -> RunC
 
 
 def compare(one: str, other: str, dataset: str) -> list[tuple[str, Any, Any, str]]:
-    """Where two presets differ for a dataset: setting, its two values, and what the setting is, with sources.
+    """Return where two presets differ for a dataset: setting, both values, and its description with sources.
 
     Raises:
         ConfigError: no such preset or dataset.

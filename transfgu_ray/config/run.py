@@ -1,4 +1,4 @@
-"""The configuration of a run: one strict section a stage, every field with unit, range and source.
+"""The configuration of a run: one strict section per stage, every field with unit, range and source.
 
 "paper" cites TransFGU (Yin et al., ECCV 2022), "suppl." its supplement, "released" the published code,
 "ours" a choice of this project. The defaults are the paper's.
@@ -17,29 +17,29 @@ from transfgu_ray.config.base import C, Fraction, Positive, Section, merge_setti
 from transfgu_ray.datasets import DATASETS, PAIRED, DatasetSpec, named_dataset
 from transfgu_ray.datasets.paired import read_names
 
-# "none" is for pos_embed; timm refuses what does not suit the key.
+# "none" is for pos_embed; timm refuses values that do not suit the key.
 Override = Positive | Literal["none"]
 Baseline = Literal["patch_tokens", "decoder_tokens", "random_vit", "raw_colour", "iic", "picie", "mask_contrast"]
-# What encoder.weights may be beside a file.
+# What encoder.weights can be other than a file.
 NAMED_WEIGHTS = ("hub", "bundled", "random")
-# What PiCIE and STEGO are scored at, px.
+# Size that PiCIE and STEGO are scored at, px.
 _CENTRE_CROP = (320, 320)
 RegionMode = Literal["things_and_stuff", "things_only", "all_foreground", "no_prior"]
 
 
 class DataConfig(Section):
-    """Which photographs, and the size they are worked on at."""
+    """Which photographs to use, and the size they are processed at."""
 
-    dataset: str = Field("folder", description="layout of `root`; see `transfgu datasets`")
+    dataset: str = Field("folder", description="dataset, which fixes the layout of `root`; see `transfgu datasets`")
     root: str = Field("", description="folder or URI that holds the photographs")
     names: tuple[str, ...] = Field(
         (), strict=False, description="lines of the names file of dataset paired; empty = read from names.txt in `root`"
     )
     image_size: tuple[Positive, Positive] = tuple_field(
-        "working (height, width) in px; photographs are squashed to it (released: 640 x 640)", (640, 640)
+        "working (height, width) in px that photographs are squashed to (released: 640 x 640)", (640, 640)
     )
     region_mode: RegionMode | None = Field(
-        None, description="which regions get concepts (4.2); null = the dataset's own (folder: no_prior)"
+        None, description="regions that get concepts (4.2); null = the dataset's own mode (folder: no_prior)"
     )
     min_side_px: Positive = Field(32, description="photographs with a shorter side below this are refused (ours)")
     max_pixels: Positive = Field(
@@ -56,14 +56,14 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:
         if self.names and self.dataset != "paired":
-            raise ValueError(f"data.names has no use when data.dataset is {self.dataset}, which has classes of its own")
-        # Refuses lines that it cannot read.
+            raise ValueError(f"data.names has no use when data.dataset is {self.dataset}, which has its own classes")
+        # Refuses lines that cannot be read.
         named_dataset(self.names)
         return self
 
     @property
     def spec(self) -> DatasetSpec:
-        """What is known of the dataset."""
+        """Everything the package knows about the dataset."""
         return named_dataset(self.names) if self.dataset == "paired" else DATASETS[self.dataset]
 
 
@@ -74,7 +74,7 @@ class EncoderConfig(Section):
     weights: str = Field(
         "hub",
         description="'hub' = timm's published weights, 'bundled' = this package's own, trained on rendered pictures, "
-        "'random' = initialised from the seed, else a file",
+        "'random' = initialised from the seed, else the path of a file",
     )
     overrides: dict[Literal["embed_dim", "depth", "num_heads", "patch_size", "pos_embed"], Override] = Field(
         default_factory=dict,
@@ -82,10 +82,11 @@ class EncoderConfig(Section):
     )
     pos_embed_interpolation: Literal["timm", "dino"] = Field(
         "timm",
-        description="of positions learned at another size: timm = antialiased bicubic to the size; dino = bicubic by "
-        "a scale factor with DINO's 0.1 (released); encoders without learned positions take timm only",
+        description="resampling of positions learned at another size: timm = antialiased bicubic to the size; "
+        "dino = bicubic by a scale factor with DINO's offset of 0.1 (released); encoders without learned positions "
+        "take only timm",
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder forward")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder's forward pass")
 
 
 class ExtractConfig(Section):
@@ -94,7 +95,7 @@ class ExtractConfig(Section):
     windows: Literal["sliding", "ground_truth"] = Field(
         "sliding",
         description="sliding: squares of window_fracs (paper); ground_truth: boxes around the labelled regions of the "
-        "training photographs, the upper bound of the supplement's Quality of Cropping, never for a comparable score",
+        "training photographs, the upper bound in the supplement's Quality of Cropping, not for comparable scores",
     )
     window_fracs: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = tuple_field(
         "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2)", (0.5, 0.4, 0.3, 0.2)
@@ -105,33 +106,36 @@ class ExtractConfig(Section):
     foreground_prior: Literal["attention", "patch_contrast"] = Field(
         "attention", description="attention: class-token attention above its mean (paper); patch_contrast: ours"
     )
-    foreground_min_frac: Fraction = Field(0.5, description="crop is foreground if more of it than this is (paper)")
-    background_min_frac: Fraction = Field(0.8, description="crop is background if at least this much is (paper)")
-    batch_size: Positive = Field(32, description="crops an encoder forward; part of the run's identity (last bits)")
-    images_per_part: Positive = Field(16, description="photographs a Parquet part: the unit of work and of resume")
+    foreground_min_frac: Fraction = Field(0.5, description="a crop is foreground if more than this part is (paper)")
+    background_min_frac: Fraction = Field(0.8, description="a crop is background if at least this part is (paper)")
+    batch_size: Positive = Field(
+        32, description="crops per encoder forward pass; part of the run's identity, since it changes last bits"
+    )
+    images_per_part: Positive = Field(16, description="photographs per Parquet part, the unit of work and of resuming")
 
 
 class ConceptsConfig(Section):
     """k-means on class tokens, Euclidean (3.2)."""
 
     num_concepts: Positive | None = Field(
-        27, description="K, all groups together; null = one a class at `granularity` (a class of things beside Eq. 8)"
+        27,
+        description="K over all groups; null = one per class at `granularity` (per thing class where Eq. 8 applies)",
     )
     num_background: Positive | None = Field(
         None,
-        description="K of the background group in things_and_stuff; null = K // 2 (ours), or one a class of stuff "
-        "where num_concepts is null",
+        description="K of the background group in things_and_stuff; null = K // 2 (ours), or one per class of "
+        "stuff where num_concepts is null",
     )
     granularity: Literal["fine", "super"] = Field(
-        "fine", description="the dataset's classes that are scored: its own, or the coarser ones that group them (ours)"
+        "fine", description="classes that are scored: the dataset's own, or the coarser ones that group them (ours)"
     )
     num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
-    num_redos: Positive = Field(3, description="restarts, the lowest objective wins (ours)")
-    min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded anew (ours)")
+    num_redos: Positive = Field(3, description="restarts, of which the lowest objective wins (ours)")
+    min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded again (ours)")
     init_points: Positive = Field(
         262_144,
-        description="crops of a group that one worker clusters; a larger group starts from so many drawn ones, then "
-        "all workers run Lloyd iterations over all of its crops (ours)",
+        description="most crops of a group that one worker clusters; a larger group starts from this many drawn at "
+        "random, then all workers run Lloyd iterations over all of its crops (ours)",
     )
     max_points: Positive | None = Field(
         None, description="cap on the crops used per group, at most init_points; null = all (paper)"
@@ -139,7 +143,7 @@ class ConceptsConfig(Section):
 
 
 class CamConfig(Section):
-    """Response maps of all K concepts from one encoder forward (Eq. 4-8)."""
+    """Response maps of all K concepts from one forward pass of the encoder (Eq. 4-8)."""
 
     image_size: tuple[Positive, Positive] | None = Field(
         None, strict=False, description="(height, width) in px of the labelled image; null = data.image_size"
@@ -153,13 +157,13 @@ class CamConfig(Section):
         1.0, gt=0.0, description="factor on the gradient (Eq. 5-7: 1; released: 1/8, its batch mean)"
     )
     keep_mass: float | None = Field(
-        None, gt=0.0, le=1.0, description="share of a CAM's mass that is kept, top first; null = all (paper)"
+        None, gt=0.0, le=1.0, description="share of a CAM's mass that is kept, highest values first; null = all (paper)"
     )
     background_threshold: Fraction = Field(0.1, description="T_bg of Eq. 8 (paper: 0.1)")
     exclusion: bool = Field(
-        True, description="foreground patches score 0 on background concepts and the reverse (paper; released: off)"
+        True, description="foreground patches score 0 on background concepts and vice versa (paper; released: off)"
     )
-    batch_size: Positive = Field(4, description="photographs an encoder forward; part of the run's identity")
+    batch_size: Positive = Field(4, description="photographs per encoder forward pass; part of the run's identity")
 
 
 class AugmentConfig(Section):
@@ -184,18 +188,18 @@ class TrainConfig(Section):
         description="(height, width) in px that the finished model squashes photographs to; null = the crop's "
         "(released: twice that)",
     )
-    batch_size: Positive = Field(256, description="images a step over all workers (suppl.: 256; VOC 512)")
+    batch_size: Positive = Field(256, description="images per step over all workers (suppl.: 256; VOC 512)")
     learning_rate: float = Field(1e-4, gt=0.0, description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5)")
     weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term (released)")
-    gradient_clamp: float = Field(1.0, gt=0.0, description="each gradient entry is clamped to +- this (released)")
+    gradient_clamp: float = Field(1.0, gt=0.0, description="gradient entries are clamped to +- this (released)")
     round_epochs: tuple[Positive, ...] = tuple_field(
         "epochs of each round; round 0 has no teacher (released COCO: 3, then 2)", (3, 2, 2, 2)
     )
-    epoch_repeats: Positive = Field(1, description="times an epoch goes over the photographs (released VOC: 20)")
+    epoch_repeats: Positive = Field(1, description="passes over the photographs per epoch (released VOC: 20)")
     token_window: Positive | None = Field(
         None,
-        description="the decoder reads, of each patch, the mean patch and class token of the windows of this side in "
-        "px that hold it, for small priors whose patches know too little (ours); null = the patch tokens (paper)",
+        description="for each patch the decoder reads the mean patch and class token of the windows of this side in "
+        "px that contain it, for small priors whose patch tokens say too little (ours); null = patch tokens (paper)",
     )
     features: Literal["live", "cached"] = Field(
         "live",
@@ -205,31 +209,31 @@ class TrainConfig(Section):
     backbone: Literal["prior", "resnet50_fpn"] = Field(
         "prior",
         description="what the student reads. prior: the encoder's tokens (paper); resnet50_fpn: a frozen ResNet-50, "
-        "through a feature pyramid that is trained with the decoder (Table 4). The labels stay the encoder's",
+        "through a feature pyramid trained with the decoder (Table 4). The labels always come from the encoder",
     )
     backbone_weights: str | None = Field(
         None,
-        description="of resnet50_fpn: 'random' = initialised from the seed, else a file in torchvision's layout, such "
-        "as DINO's dino_resnet50_pretrain.pth (Table 4)",
+        description="weights of resnet50_fpn: 'random' = initialised from the seed, else a file in torchvision's "
+        "layout, such as DINO's dino_resnet50_pretrain.pth (Table 4)",
     )
     decoder: Literal["segmenter", "classifier"] = Field(
         "segmenter", description="segmenter: mask transformer (paper); classifier: one 1x1 convolution (Table 4)"
     )
     decoder_weights: str | None = Field(
         None,
-        description="a decoder published with the paper (*_decoder.pt) in place of training: `trained` and "
-        "`bootstrapped` both score it, and the settings of training are without effect; null = train",
+        description="a decoder published with the paper (*_decoder.pt) instead of training: `trained` and "
+        "`bootstrapped` both score it, and training settings have no effect; null = train",
     )
     decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
     decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the segmenter")
     alpha: tuple[Fraction, Fraction] = tuple_field(
-        "peer weight, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves plain cross-entropy (Table 5)",
+        "weight of the peer loss, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves it out (Table 5)",
         (0.03, 0.1),
     )
     alpha_schedule: Literal["linear", "restart"] = Field(
         "linear",
-        description="linear: over all epochs (suppl.); restart: each round begins at alpha[0] and rises by 0.01 an "
+        description="linear: over all epochs (suppl.); restart: each round begins at alpha[0] and rises by 0.01 per "
         "epoch, up to alpha[1] (released)",
     )
     omega_1: float = Field(
@@ -241,11 +245,11 @@ class TrainConfig(Section):
     diversity: Literal["all_pairs", "upper_triangle"] = Field(
         "all_pairs",
         description="pairs of class embeddings whose cosines the diversity loss averages. all_pairs: K x K (Eq. 15); "
-        "upper_triangle: each two classes once, none with itself (released)",
+        "upper_triangle: each pair once, without self-pairs (released)",
     )
     uncertainty: Literal["all", "foreground"] = Field(
         "all",
-        description="what the uncertainty loss looks at. all: every patch and class (Eq. 14; released for COCO-Stuff "
+        description="what the uncertainty loss covers. all: every patch and class (Eq. 14; released for COCO-Stuff "
         "and Cityscapes); foreground: patches where a concept scores above cam.background_threshold, without the "
         "background class of Eq. 8 (released for VOC and LIP)",
     )
@@ -259,13 +263,12 @@ class EvaluateConfig(Section):
     protocol: Literal["transfgu", "picie", "stego"] = Field(
         "transfgu",
         description="transfgu: the squashed photograph, mean over the classes present (paper); picie, stego: shorter "
-        "side resized to image_size, centre crop, mean over the classes present or predicted, as their published codes",
+        "side resized to image_size, centre crop, mean over the classes present or predicted, as in their code",
     )
     unmatched: Literal["discard", "count", "many_to_one"] = Field(
         "discard",
-        description="pixels of concepts left over where K exceeds the classes: discard = they leave the score "
-        "(suppl.), count = they are errors (stego's code), many_to_one = every concept goes to the class that it "
-        "overlaps most",
+        description="pixels of concepts left over where K exceeds the number of classes: discard = not scored "
+        "(suppl.), count = errors (STEGO's code), many_to_one = every concept goes to the class it overlaps most",
     )
     refinement: Literal["none", "pamr"] = Field(
         "none",
@@ -275,21 +278,20 @@ class EvaluateConfig(Section):
     image_size: tuple[Positive, Positive] | None = Field(
         None,
         strict=False,
-        description="(height, width) in px scored at; null = the model's, train.inference_size, or [320, 320] under "
+        description="(height, width) in px that masks are scored at; null = train.inference_size, or [320, 320] under "
         "picie and stego",
     )
-    batch_size: Positive = Field(8, description="photographs a forward")
+    batch_size: Positive = Field(8, description="photographs per forward pass")
     baselines: tuple[Baseline, ...] = Field(
         (),
         strict=False,
-        description="scored beside the stages; k-means of patch features (ours): patch_tokens = "
-        "the encoder's, decoder_tokens = what the decoder reads under train.token_window, random_vit = of the same "
-        "architecture untrained, raw_colour = mean RGB; heads on the encoder's patch tokens: iic (Ji et al., ICCV "
-        "2019), picie (Cho et al., CVPR 2021); mask_contrast = k-means of whole foreground masks (Van Gansbeke et al., "
-        "ICCV 2021)",
+        description="scored beside the stages; k-means of patch features (ours): patch_tokens = the encoder's, "
+        "decoder_tokens = what the decoder reads under train.token_window, random_vit = those of an untrained encoder, "
+        "raw_colour = mean RGB; heads on the encoder's patch tokens: iic (Ji et al., ICCV 2019), picie (Cho et al., "
+        "CVPR 2021); mask_contrast = k-means of whole foreground masks (Van Gansbeke et al., ICCV 2021)",
     )
     num_samples: int = Field(
-        6, ge=0, description="photographs shown in the report, chosen by the seed; 0 = no pictures, no atlas"
+        6, ge=0, description="photographs in the report, chosen by the seed; 0 = no pictures and no atlas"
     )
 
 
@@ -302,27 +304,27 @@ class TrackingConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Where and how wide to run. Not part of a run's identity: tables do not depend on it."""
+    """Where to run and on how many workers. Not part of a run's identity: tables do not depend on it."""
 
-    num_workers: Positive | None = Field(None, description="actors a stage; null = one a GPU, else one a core")
-    train_workers: Positive | None = Field(None, description="Ray Train workers; null = one a GPU, else 1")
-    num_blocks: Positive | None = Field(None, description="Ray Data blocks; null = one a part, at most 1000")
-    threads: Positive = Field(1, description="torch and FAISS threads a worker (two on a busy core are slower)")
+    num_workers: Positive | None = Field(None, description="actors per stage; null = one per GPU, else one per core")
+    train_workers: Positive | None = Field(None, description="Ray Train workers; null = one per GPU, else 1")
+    num_blocks: Positive | None = Field(None, description="Ray Data blocks; null = one per part, at most 1000")
+    threads: Positive = Field(1, description="torch and FAISS threads per worker (two on a busy core are slower)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where Ray grants a GPU")
     object_store_mb: Positive = Field(500, description="object store of a local Ray, MB")
     max_refused_share: Fraction = Field(
         0.5, description="extract stops when more than this share of the photographs is refused (ours)"
     )
     stall_minutes: float = Field(
-        60, gt=0, description="a stage in which nothing is done for so long ends with an error (ours)"
+        60, gt=0, description="a stage without progress for this long ends with an error (ours)"
     )
 
 
 class RunConfig(Section):
-    """Everything that fixes a run."""
+    """Everything that determines a run."""
 
-    preset: str = Field("paper", description="the recipe the other values started from")
-    seed: int = Field(0, ge=0, lt=2**31, description="seeds clustering, initial weights, order and augmentation")
+    preset: str = Field("paper", description="recipe that the other values start from")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of clustering, initial weights, order and augmentation")
     data: DataConfig = Field(default_factory=DataConfig)
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
@@ -339,7 +341,7 @@ class RunConfig(Section):
         if not self.class_names and self.concepts.granularity == "super":
             raise ValueError(f"concepts.granularity=super, but dataset {dataset} has no super-categories; use fine")
         if not self.class_names and self.extract.windows == "ground_truth":
-            raise ValueError(f"extract.windows=ground_truth needs labels, which dataset {dataset} has not; use sliding")
+            raise ValueError(f"extract.windows=ground_truth needs labels, but dataset {dataset} has none; use sliding")
         if not self.class_names and self.concepts.num_concepts is None:
             raise ValueError(
                 f"concepts.num_concepts=null takes K from the dataset's classes, but dataset {dataset} has none; "
@@ -363,10 +365,12 @@ class RunConfig(Section):
         if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
             raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
         if self.train.decoder_weights is not None and self.train.token_window is not None:
-            raise ValueError("train.token_window must be null when train.decoder_weights is set; it reads patch tokens")
+            raise ValueError(
+                "train.token_window must be null when train.decoder_weights is set, which reads patch tokens"
+            )
         if "mask_contrast" in self.evaluate.baselines and self.region_mode in ("all_foreground", "no_prior"):
             raise ValueError(
-                "evaluate.baselines: mask_contrast clusters foreground masks, of which there are none when "
+                "evaluate.baselines: mask_contrast clusters foreground masks, but there are none when "
                 f"data.region_mode is {self.region_mode}; leave it out, or use things_only or things_and_stuff"
             )
         low, high = self.train.augment.crop_scale
@@ -422,7 +426,7 @@ class RunConfig(Section):
 
     @property
     def label_table(self) -> Int16[np.ndarray, " 256"]:
-        """Class of every id that a label file can hold; see `DatasetSpec.label_table`."""
+        """Class of every id in a label file; see `DatasetSpec.label_table`."""
         return self.data.spec.label_table(self.concepts.granularity)
 
     @property
@@ -477,25 +481,25 @@ class RunConfig(Section):
         return self.evaluate.image_size or own
 
 
-# Sections that say where a run happens, not what it computes.
+# Settings that say where a run happens, not what it computes.
 NOT_IDENTITY = ("preset", "tracking", "runtime")
 
 
 def build_config(base: C, file: str | None = None, assignments: Sequence[str] = ()) -> C:
-    """The preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
+    """Return the preset `base`, changed by a YAML file, then by `--set section.field=value` in order.
 
     Raises:
         ConfigError: a missing or malformed file, an unknown key, or a value out of its range.
     """
     values = merge_settings(base, file, assignments)
     if isinstance(base, RunConfig) and values["data"]["dataset"] == PAIRED.name and not values["data"]["names"]:
-        # So that the configuration says what its classes are.
+        # The configuration must say what its classes are.
         values["data"]["names"] = read_names(values["data"]["root"])
     return parse_config(values, type(base))
 
 
 def describe(name: str) -> str:
-    """What a setting `section.field` is, in its unit, range and source.
+    """Return the description of a setting `section.field`, with unit, range and source.
 
     Raises:
         KeyError: no such setting.
@@ -503,7 +507,7 @@ def describe(name: str) -> str:
     kind: Any = RunConfig
     description: str | None = ""
     for part in name.split("."):
-        # What lies in a mapping is described with the mapping.
+        # Entries of a mapping are described with the mapping.
         if isinstance(kind, type) and issubclass(kind, Section):
             description, kind = kind.model_fields[part].description, kind.model_fields[part].annotation
     return description or ""
