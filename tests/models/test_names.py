@@ -62,11 +62,11 @@ def test_load_names__reads_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("4: sky", r"4 is no concept of this model; its ids are 0 to 3"),
-        ("-1: sky", "-1 is no concept"),
-        ("true: sky", "True is no concept"),
-        ("sky: 1", "'sky' is no concept"),
-        ("1.0: sky", "1.0 is no concept"),
+        ("4: sky", r"4 is not a concept of this model; its ids are 0 to 3"),
+        ("-1: sky", "-1 is not a concept"),
+        ("true: sky", "True is not a concept"),
+        ("sky: 1", "'sky' is not a concept"),
+        ("1.0: sky", "1.0 is not a concept"),
         ("1: 2", r"the name of 1, 2, must be printable text of 1 to 60"),
         ("1: yes", "in quotes"),
         ('1: " "', "must be printable"),
@@ -77,8 +77,8 @@ def test_load_names__reads_what_was_written(tmp_path):
         ("[sky]", "must map concept ids to names"),
         ("sky", "must map concept ids to names"),
         ("1: sky\n1: tree", "has an id twice"),
-        ("1: {", "is no YAML"),
-        ("!!python/object/apply:os.system ['true']", "is no YAML"),
+        ("1: {", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
         ("0:\n1:\n2:\n3:\n", "hides every concept"),
     ],
 )
@@ -89,7 +89,7 @@ def test_parse_names__what_cannot_be_names_is_refused_in_one_sentence(text, mess
 
 
 def test_parse_names__the_background_cannot_be_hidden():
-    with pytest.raises(ConfigError, match="4 is the background already"):
+    with pytest.raises(ConfigError, match="4 is already the background"):
         parse_names(b"4: null", "names.yaml", WITH_BACKGROUND)
     assert parse_names(b"{}", "names.yaml", FOUR).of_concept == {}
     assert parse_names(b"", "names.yaml", FOUR).of_concept == {}

@@ -149,7 +149,7 @@ def test_names__names_merges_and_refuses(run: Run, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("77: animal\n")
     shutil.copytree(run.folder.path, tmp_path / "name")
     calls = {
-        ("names", "name", "wrong.yaml"): (2, "77 is no concept of this model"),
+        ("names", "name", "wrong.yaml"): (2, "77 is not a concept of this model"),
         ("names", "name", "names.yaml"): (0, "animal"),
         ("names", "nowhere", "names.yaml"): (2, "nowhere is no run folder"),
         ("names", "name", "no.yaml"): (2, "no.yaml cannot be read"),

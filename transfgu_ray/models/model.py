@@ -1,4 +1,4 @@
-"""The finished model: encoder, backbone, decoder, saved as config.json + safetensors, loaded without its run."""
+"""The finished model: encoder, backbone and decoder, saved as config.json + safetensors, usable without its run."""
 
 import json
 import math
@@ -26,7 +26,7 @@ FORMAT = "transfgu-model-1"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the weights alone do not say; `config.json` of a model folder.
+    """Everything but the weights of a model: `config.json` of a model folder.
 
     Attributes:
         image_size: (height, width) in px that photographs are squashed to.
@@ -54,18 +54,18 @@ class ModelConfig:
 
     @property
     def background_id(self) -> int | None:
-        """Class id of the Eq. 8 background, the last one; None where there is none."""
+        """Class id of the background of Eq. 8, the last one; None where there is none."""
         return len(self.kinds) - 1 if self.kinds[-1] == "none" else None
 
 
 class SegmentationModel(nn.Module):
-    """Photographs to masks.
+    """Model from photographs to masks.
 
     Args:
         encoder: frozen encoder.
         decoder: trained decoder.
-        config: the rest.
-        backbone: what the decoder reads; None = the encoder.
+        config: everything but the weights.
+        backbone: network that the decoder reads; None = the encoder.
     """
 
     def __init__(
@@ -79,32 +79,32 @@ class SegmentationModel(nn.Module):
 
     @torch.no_grad()
     def class_maps(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b k h w"]:
-        """Class logits on the patch grid of images that are already at the model's size."""
+        """Return class logits on the patch grid of images that are already at the model's size."""
         return self.decode(self.read_tokens(images), (images.shape[2], images.shape[3]))
 
     def read_tokens(self, images: UInt8[Tensor, "b 3 y x"]) -> Float[Tensor, "b hw c"]:
-        """What the decoder reads of images that are already at the model's size."""
+        """Return the tokens that the decoder reads, for images that are already at the model's size."""
         return read_tokens(self.encoder, images, window=self.config.token_window, backbone=self.backbone)
 
     @torch.no_grad()
     def decode(self, tokens: Float[Tensor, "b hw c"], image_hw: tuple[int, int]) -> Float[Tensor, "b k h w"]:
-        """Class logits from the tokens of images of (height, width) px."""
+        """Return class logits from the tokens of images of (height, width) px."""
         maps: Tensor = self.decoder(tokens, self.encoder.grid_hw(image_hw))[0]
         return maps
 
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
-        """Class ids of every pixel at each photograph's own size."""
+        """Return the class id of every pixel, at each photograph's own size."""
         size = self.config.image_size
         maps = self.class_maps(self._to_device([to_working(photo, size) for photo in photos]))
         return [self.to_mask(each, photo) for each, photo in zip(maps, photos, strict=True)]
 
     def photo_maps(self, photo: Image.Image, sliding: bool) -> Float[Tensor, "k h w"]:
-        """Class logits of one photograph, on the patch grid of what the model saw of it.
+        """Return the class logits of a photograph, on the patch grid of the model's input.
 
         Args:
-            photo: of any size.
-            sliding: windows of the model's input size slide over the photograph as large as it is, or enlarged where a
-                side is shorter than the window; else the whole of it is squashed to that size.
+            photo: photograph of any size.
+            sliding: slide windows of the model's input size over the photograph at its own size, enlarged where a side
+                is shorter than the window; else squash the whole photograph to the input size.
         """
         window, patch = self.config.image_size, self.encoder.patch_size
         if not sliding:
@@ -112,7 +112,7 @@ class SegmentationModel(nn.Module):
         sides = (photo.height, photo.width)
         scale = max(1.0, *(least / side for least, side in zip(window, sides, strict=True)))
         height, width = (
-            # The last digits of a scaled side must not add a patch.
+            # Rounding errors of a scaled side must not add a patch.
             max(least, math.ceil(side * scale / patch - 1e-6) * patch)
             for least, side in zip(window, sides, strict=True)
         )
@@ -124,7 +124,7 @@ class SegmentationModel(nn.Module):
         )
 
     def to_mask(self, maps: Float[Tensor, "k h w"], photo: Image.Image) -> UInt8[np.ndarray, "h w"]:
-        """Class ids of every pixel of a photograph, from its class logits."""
+        """Return the class id of every pixel of a photograph, from its class logits."""
         dtype = np.uint8 if len(self.config.kinds) <= 256 else np.uint16
         return upsample_argmax(maps, (photo.height, photo.width)).cpu().numpy().astype(dtype)
 
@@ -133,7 +133,7 @@ class SegmentationModel(nn.Module):
 
 
 def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> nn.Module:
-    """The decoder that a model configuration describes for an encoder of some width, untrained."""
+    """Return the untrained decoder that a configuration describes, for an encoder of width `embed_dim`."""
     width, num_classes = token_dim(embed_dim, config.token_window), len(config.kinds)
     decoder: nn.Module
     if config.decoder == "classifier":
@@ -147,7 +147,7 @@ def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> 
 
 
 def save_decoder(folder: Folder, decoder: dict[str, Tensor], *, config: ModelConfig, name: str = "decoder") -> None:
-    """Writes a decoder beside the encoder, the configuration last."""
+    """Write a decoder beside the encoder, the configuration last."""
     state = {key: value.detach().cpu().contiguous() for key, value in decoder.items()}
     folder.write_bytes(f"{name}.safetensors", safetensors.torch.save(state))
     text = json.dumps({"format": FORMAT, **asdict(config), "background_id": config.background_id}, indent=1)
@@ -155,7 +155,7 @@ def save_decoder(folder: Folder, decoder: dict[str, Tensor], *, config: ModelCon
 
 
 def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") -> SegmentationModel:
-    """A model from a folder that holds config.json, and the safetensors of encoder, decoder and any backbone.
+    """Return the model in a folder with config.json and the safetensors of encoder, decoder and any backbone.
 
     Raises:
         ArtifactError: a file is missing or of another format.
@@ -178,7 +178,7 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
         module.load_state_dict(state)
     except RuntimeError:
         raise WeightsError(
-            f"{folder.uri_of(decoder)}.safetensors does not fit the config.json beside it; take both from one run"
+            f"{folder.uri_of(decoder)}.safetensors does not fit the config.json beside it; take both from the same run"
         ) from None
     if unusable := not_finite(state):
         raise WeightsError(f"{folder.uri_of(decoder)}.safetensors {unusable}; train it again")
@@ -186,7 +186,7 @@ def load_model(folder: Folder, device: str = "cpu", decoder: str = "decoder") ->
 
 
 def load_model_config(folder: Folder) -> ModelConfig:
-    """config.json of a model folder.
+    """Return the configuration in config.json of a model folder.
 
     Raises:
         ArtifactError: it is missing or of another format.

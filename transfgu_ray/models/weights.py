@@ -1,4 +1,4 @@
-"""Where an encoder's weights come from: timm's hub, this package, a file, or the seed."""
+"""Sources of an encoder's weights: timm's hub, this package, a file, or the seed."""
 
 import hashlib
 import importlib.resources
@@ -14,12 +14,12 @@ from transfgu_ray.storage import Folder, read_file
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.encoder.resnet import Backbone
 
-# Where a run keeps it: resolved once, then used by every worker and by the finished model.
+# Resolved once per run, then used by every worker and by the finished model.
 BACKBONE = "model/backbone.safetensors"
 
 
 def resolve_backbone(config: RunConfig) -> bytes | None:
-    """Safetensors bytes of the backbone that a run's configuration names; None where the student reads the prior.
+    """Return the safetensors bytes of a run's backbone; None where the student reads the prior.
 
     Raises:
         WeightsError: the weights are missing, damaged or do not fit.
@@ -33,7 +33,7 @@ def resolve_backbone(config: RunConfig) -> bytes | None:
 
 
 def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone | None":
-    """The backbone that a run folder holds, on a device; None where the student reads the prior."""
+    """Return the backbone in a run folder, on a device; None where the student reads the prior."""
     if config.train.backbone == "prior":
         return None
     from transfgu_ray.algorithms.encoder.resnet import load_backbone
@@ -44,7 +44,7 @@ def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone 
 
 
 def backbone_file_sha256(config: TrainConfig) -> str | None:
-    """Hash of the weights file's bytes; None where there is no file or it is gone."""
+    """Return the hash of the file of a backbone's weights; None where there is no file or it is gone."""
     source = config.backbone_weights
     if source is None or source == "random":
         return None
@@ -61,15 +61,15 @@ def _read(source: str) -> bytes:
 if TYPE_CHECKING:
     from transfgu_ray.algorithms.encoder.vit import Encoder
 
-# Trained on rendered object images; small enough to lie in the package.
+# Trained on rendered images of objects; small enough for the package.
 _BUNDLED = "weights/rendered_vit.safetensors"
-# Where a run keeps its encoder: resolved once, then used by every worker and by the finished model.
+# Resolved once per run, then used by every worker and by the finished model.
 ENCODER = "model/encoder.safetensors"
 _PROBE_SECONDS = 5
 
 
 def resolve_encoder(config: RunConfig) -> bytes:
-    """Safetensors bytes of the encoder that a run's configuration names.
+    """Return the safetensors bytes of a run's encoder.
 
     Raises:
         WeightsError: the weights are missing, damaged or do not fit.
@@ -84,7 +84,7 @@ def resolve_encoder(config: RunConfig) -> bytes:
 
 
 def read_encoder(config: EncoderConfig, seed: int) -> bytes:
-    """Safetensors bytes of the encoder that `weights` and `name` give; the seed draws random ones.
+    """Return the safetensors bytes of the encoder that `weights` and `name` give; the seed draws random weights.
 
     Raises:
         WeightsError: the weights are missing, damaged or do not fit.
@@ -111,22 +111,22 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
     else:
         data = _read_weights(source)
         vit = load_vit(data, source, name=name, overrides=overrides)
-    # Refuses what is no plain vision transformer.
+    # Refuses anything but a plain vision transformer.
     Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
-    # Our own files carry their architecture and are kept as they are.
+    # Our own files hold their architecture and are kept as they are.
     data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides=overrides)
     return with_interpolation(data, source, config.pos_embed_interpolation)
 
 
 def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
-    """The encoder that a run folder holds, on a device."""
+    """Return the encoder in a run folder, on a device."""
     from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 
     return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision=precision, device=device)
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:
-    """Hash of the weights file's bytes, bundled or the user's; None where the weights are no file or it is gone."""
+    """Return the hash of the file of weights, bundled or the user's; None where there is no file or it is gone."""
     if config.weights in ("hub", "random"):
         return None
     try:
@@ -142,15 +142,15 @@ def _read_weights(source: str) -> bytes:
 
 
 def read_weights_file(source: str, setting: str, advice: str) -> bytes:
-    """Content of the file that a setting names.
+    """Return the content of the file that a setting gives.
 
     Args:
         source: path or URI.
-        setting: its name, for the message.
+        setting: name of the setting, for the message.
         advice: what to do, for the message.
 
     Raises:
-        WeightsError: it cannot be read.
+        WeightsError: the file cannot be read.
     """
     try:
         return read_file(source)
@@ -196,7 +196,7 @@ def _check_sizes(config: RunConfig, patch: int, embed_dim: int) -> None:
 
 
 def _require_hub(config: EncoderConfig) -> None:
-    """Tells at once what timm would find out after a minute of retries: no network and nothing cached."""
+    """Refuse at once what timm refuses after a minute of retries: weights neither reachable nor cached."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
     if not offline:
@@ -207,7 +207,7 @@ def _require_hub(config: EncoderConfig) -> None:
         except urllib.error.HTTPError:
             return
         except OSError:
-            # Read by huggingface_hub when it is first imported, which is below.
+            # huggingface_hub reads it when it is first imported, which is below.
             os.environ["HF_HUB_OFFLINE"] = "1"
     import timm
     from huggingface_hub import try_to_load_from_cache
