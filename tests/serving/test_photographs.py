@@ -60,8 +60,8 @@ def test_find_photographs__one_file(photos: Path, monkeypatch: pytest.MonkeyPatc
     ("images", "words"),
     [
         ("plain/none", "none does not exist; give a folder, a file, a glob in quotes or a URI"),
-        ("{}/notes.txt", r"notes\.txt is no photograph \(\.jpg, .*with `ffmpeg"),
-        ("plain/*.webp", r"no photograph matches --images plain/\*\.webp; 6 lie in "),
+        ("{}/notes.txt", r"notes\.txt is not a photograph \(\.jpg, .*with `ffmpeg"),
+        ("plain/*.webp", r"no photograph matches --images plain/\*\.webp; .* holds 6$"),
         ("nowhere/*.jpg", r"nowhere/\*\.jpg: there is no folder nowhere"),
         ("nope://bucket/x", "nope://bucket/x cannot be opened: "),
     ],

@@ -111,12 +111,12 @@ def test_health__tells_the_model(served: Served) -> None:
 @pytest.mark.parametrize(
     ("path", "data", "status", "words"),
     [
-        ("/predict", b"hello", 415, "This is no photograph; JPEG, PNG"),
-        ("/predict", encoded(Image.new("RGB", (20, 20)), "GIF"), 415, "This is no photograph"),
+        ("/predict", b"hello", 415, "This is not a photograph; JPEG, PNG"),
+        ("/predict", encoded(Image.new("RGB", (20, 20)), "GIF"), 415, "This is not a photograph"),
         ("/predict", encoded(Image.effect_noise((200, 200), 90), "PNG")[:9000], 422, "cannot be read: damaged"),
         ("/predict", b"", 422, "empty file"),
-        ("/predict", bytes(300_000), 413, "at most 0.2 MB are taken"),
-        ("/predict", encoded(Image.new("L", (800, 800)), "PNG"), 413, "at most 0.5 megapixels are taken"),
+        ("/predict", bytes(300_000), 413, "at most 0.2 MB are accepted"),
+        ("/predict", encoded(Image.new("L", (800, 800)), "PNG"), 413, "at most 0.5 megapixels are accepted"),
         ("/predict", None, 405, "POST /predict takes a photograph"),
         ("/elsewhere", None, 404, "There is no /elsewhere"),
     ],
@@ -215,5 +215,5 @@ async def _use_the_page(url: str, size: tuple[int, int], picture: Path, tmp_path
         (tmp_path / "notes.jpg").write_text("no picture")
         await page.choose("#file", tmp_path / "notes.jpg")
         await page.wait_for("!document.getElementById('alert').hidden")
-        assert "notes.jpg: This is no photograph" in await page.ask("document.getElementById('alert').textContent")
+        assert "notes.jpg: This is not a photograph" in await page.ask("document.getElementById('alert').textContent")
         assert await page.ask("document.getElementById('result').hidden")

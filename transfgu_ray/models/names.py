@@ -49,7 +49,10 @@ class Names:
 
     @cached_property
     def class_of(self) -> np.ndarray:
-        """Class id of each class of the model, int64 (classes,): the first with its name, or the background if it is one."""
+        """Class id of each class of the model, int64 (classes,).
+
+        Classes with the same name become the first of them, or the background if it is among them.
+        """
         table = np.arange(len(self.kinds))
         groups: dict[str, list[int]] = {}
         for concept, name in sorted(self.of_concept.items()):

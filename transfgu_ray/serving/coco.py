@@ -1,7 +1,7 @@
-"""Masks as COCO JSON: `labels.json` with a run-length mask a class, and `panoptic.json` with its PNGs.
+"""Masks as COCO JSON: `labels.json` with a run-length mask per class, and `panoptic.json` with its PNGs.
 
-A photograph has one segment a class. Category ids are class ids + 1, since 0 is COCO's unlabelled; so is the Eq. 8
-background, which is everything else and no category.
+A photograph has one segment per class. Category ids are class ids + 1, since 0 is unlabelled in COCO. The background of
+Eq. 8 is unlabelled too: it is everything else, not a category.
 """
 
 import json
@@ -20,7 +20,7 @@ LABELS, PANOPTIC = "coco/labels.json", "coco/panoptic.json"
 
 
 def find_segments(mask: np.ndarray, background_id: int | None) -> list[dict[str, Any]]:
-    """The classes of a mask: category_id, area (px), bbox (left, top, width, height in px) and counts (COCO's RLE)."""
+    """Return category_id, area (px), bbox (left, top, width, height in px) and counts (COCO's RLE) of each class."""
     from pycocotools import mask as coco_mask
 
     segments = []
@@ -39,7 +39,7 @@ def find_segments(mask: np.ndarray, background_id: int | None) -> list[dict[str,
 
 
 def panoptic_image(mask: np.ndarray, background_id: int | None) -> Image.Image:
-    """A mask as COCO's panoptic PNGs hold it: R + 256 G is the segment's id, here its category id."""
+    """Return a mask as in COCO's panoptic PNGs: R + 256 G is the segment's id, here its category id."""
     ids = mask.astype(np.int64) + 1
     if background_id is not None:
         ids[mask == background_id] = 0
@@ -47,7 +47,7 @@ def panoptic_image(mask: np.ndarray, background_id: int | None) -> Image.Image:
 
 
 class CocoWriter:
-    """Both JSON files, collected on the local disk photograph by photograph, since a million do not fit in memory."""
+    """Both JSON files, collected on the local disk per photograph, since a million photographs do not fit in memory."""
 
     def __init__(self, entries: Sequence[dict[str, Any]], background_id: int | None) -> None:
         self._categories = [
@@ -56,15 +56,15 @@ class CocoWriter:
             for entry in entries
             if entry["id"] != background_id
         ]  # fmt: skip
-        # They are deleted with the writer.
+        # Deleted with the writer.
         self._images, self._labels, self._panoptic = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
 
     def add(self, number: int, photo: dict[str, Any]) -> None:
-        """Adds a photograph.
+        """Add a photograph.
 
         Args:
             number: its COCO id, from 1.
-            photo: its image_id, stem, height, width, and segments as `find_segments` gives them.
+            photo: its image_id, stem, height and width, and segments from `find_segments`.
         """
         height, width = photo["height"], photo["width"]
         _append(self._images, {"id": number, "file_name": photo["image_id"], "height": height, "width": width})
@@ -79,7 +79,7 @@ class CocoWriter:
         _append(self._panoptic, {"image_id": number, "file_name": file_name, "segments_info": infos})
 
     def write(self, out: Folder) -> None:
-        """Writes both files below a folder."""
+        """Write both files below a folder."""
         for name, annotations in ((LABELS, self._labels), (PANOPTIC, self._panoptic)):
             with tempfile.NamedTemporaryFile("w+") as file:
                 file.write('{"images": [\n')

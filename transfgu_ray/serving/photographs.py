@@ -1,4 +1,4 @@
-"""Which photographs `--images` names: a folder, a file, a glob or a URI of one of these."""
+"""Find the photographs that `--images` gives: a folder, a file, a glob or a URI of one of these."""
 
 import re
 from dataclasses import replace
@@ -15,13 +15,13 @@ _WILD = re.compile(r"[*?[]")
 
 
 def find_photographs(images: str) -> tuple[Folder, Listing]:
-    """The folder that photographs lie in, and those of them that are meant, in the order of their frames.
+    """Return the folder of the photographs, and those that match, in the order of their frame numbers.
 
     Args:
         images: a folder, a file, a glob such as `photos/**/*.jpg`, or a URI of one of these.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no photographs.
     """
     try:
         whole = Folder(images)
@@ -41,7 +41,7 @@ def find_photographs(images: str) -> tuple[Folder, Listing]:
 
 
 def _parent(path: str) -> tuple[str, str]:
-    """The folder of a path or URI, and what comes after it."""
+    """Return the folder of a path or URI, and what comes after it."""
     folder, slash, name = path.rpartition("/")
     return folder or slash or ".", name
 
@@ -49,8 +49,8 @@ def _parent(path: str) -> tuple[str, str]:
 def _single(images: str) -> tuple[Folder, Listing]:
     if not images.lower().endswith(EXTENSIONS):
         raise DataError(
-            f"--images {images} is no photograph ({', '.join(EXTENSIONS)}); of a video, save the frames as photographs "
-            "first, e.g. with `ffmpeg -i VIDEO frames/%06d.jpg`"
+            f"--images {images} is not a photograph ({', '.join(EXTENSIONS)}); save the frames of a video as "
+            "photographs first, e.g. with `ffmpeg -i VIDEO frames/%06d.jpg`"
         )
     folder, name = _parent(images)
     return Folder(folder), Listing((ImageRef(name, None, -1),), 0)
@@ -63,12 +63,12 @@ def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
     listing, meant = list_images(folder, FOLDER, split=""), re.compile(glob_translate(pattern))
     found = tuple(image for image in listing.images if meant.match(image.image_id))
     if not found:
-        raise DataError(f"no photograph matches --images {images}; {len(listing.images)} lie in {root.uri}")
+        raise DataError(f"no photograph matches --images {images}; {root.uri} holds {len(listing.images)}")
     refused = tuple(refusal for refusal in listing.refused if meant.match(refusal["image_id"]))
     return root, Listing(found, 0, refused)
 
 
 def _natural(image_id: str) -> list[tuple[bool, int, str]]:
-    """Frame 10 comes after frame 9, not after frame 1."""
+    """Return a sort key that puts frame 10 after frame 9, not after frame 1."""
     pieces = re.split(r"(\d+)", image_id)
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]

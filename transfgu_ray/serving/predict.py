@@ -1,4 +1,4 @@
-"""model + new photographs -> masks, overlays and what else is asked for, each at its photograph's own size."""
+"""Model + new photographs -> masks, overlays and other requested outputs, each at the photograph's own size."""
 
 import json
 import time
@@ -27,18 +27,18 @@ from transfgu_ray.serving.coco import CocoWriter, find_segments, panoptic_image
 from transfgu_ray.storage import Folder
 
 MANIFEST = "predict.json"
-_IMAGES_A_UNIT = 4
+_IMAGES_PER_UNIT = 4
 _JPEG_MOST_PX = 65500
 _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is made of each photograph.
+    """Outputs wanted for each photograph.
 
     Attributes:
         sliding: see `SegmentationModel.photo_maps`.
-        probabilities: a greyscale PNG a class, 255 = certain.
+        probabilities: one greyscale PNG per class, 255 = certain.
         coco: COCO JSON, as detections and as panoptic segments.
     """
 
@@ -48,7 +48,7 @@ class Wanted:
 
 
 class Predictor(UnitWorker):
-    """One unit of photographs -> their masks and overlays."""
+    """Worker from a unit of photographs to their masks and overlays."""
 
     def __init__(
         self, model_uri: str, out_uri: str, *, stems: dict[str, str], wanted: Wanted, device: str, threads: int
@@ -62,7 +62,7 @@ class Predictor(UnitWorker):
         self._colours = class_colours(self._names.num_classes, self._names.background_id)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes what is wanted of each photograph; returns counts, refusals and COCO's segments as JSON."""
+        """Write the wanted outputs of each photograph; return counts, refusals and COCO's segments as JSON."""
         stats, segmented = PartStats(), []
         for photo, image in decode_photos(photos, stats, limits=DataConfig(min_side_px=1)):
             stem, background_id = self._stems[photo.image_id], self._names.background_id
@@ -91,10 +91,10 @@ class Predictor(UnitWorker):
 
 
 def model_folder(uri: str) -> Folder:
-    """The model folder of a run folder, or the folder itself.
+    """Return the model folder of a run folder, or the folder itself.
 
     Raises:
-        ArtifactError: neither is a model.
+        ArtifactError: neither holds a model.
     """
     folder = Folder(uri)
     if folder.exists("model/config.json"):
@@ -105,7 +105,7 @@ def model_folder(uri: str) -> Folder:
 
 
 def output_stems(image_ids: list[str]) -> dict[str, str]:
-    """File name of each photograph's mask, without an ending; the photograph's own ending stays where names collide."""
+    """Return the file name of each mask without its extension; the photograph's extension stays where names collide."""
     ids = set(image_ids)
     stems = {image_id: str(PurePosixPath(image_id).with_suffix("")) for image_id in image_ids}
     taken: dict[str, int] = {}
@@ -124,10 +124,10 @@ def predict(
     resources: Resources,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Writes what is wanted of every readable photograph, the legend, and last the manifest, which it returns.
+    """Write the wanted outputs of every readable photograph, the legend, and last the manifest, which is returned.
 
     Raises:
-        DataError: none can be read.
+        DataError: no photograph can be read.
     """
     started = time.monotonic()
     out.delete(MANIFEST)
@@ -137,7 +137,7 @@ def predict(
     images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
     stems = output_stems([image.image_id for image in images])
     numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
-    units = dict(enumerate(split_units(images, _IMAGES_A_UNIT)))
+    units = dict(enumerate(split_units(images, _IMAGES_PER_UNIT)))
     arguments = {"model_uri": model.uri, "out_uri": out.uri, "stems": stems, "wanted": wanted}
     total, peak_mb = PartStats(refused=list(photos.refused)), 0
 
@@ -181,7 +181,7 @@ def predict(
 
 
 def _in_order(results: Iterator[tuple[int, _Found]]) -> Iterator[_Found]:
-    """Units as they are numbered: what is written must not depend on which worker was the faster."""
+    """Yield units in order of number: the output must not depend on which worker is faster."""
     early, expected = {}, 0
     for unit, found in results:
         early[unit] = found

@@ -1,11 +1,11 @@
-"""A model behind HTTP, on Ray Serve: one page to drop photographs on, and the endpoint that the page asks.
+"""A model behind HTTP, on Ray Serve: a page to drop photographs on, and the endpoint that the page calls.
 
 GET /          the page
 GET /health    {"status": "ok", "model": ..., "num_classes": K}
-POST /predict  body: the bytes of one photograph. Answer, JSON:
+POST /predict  body: the bytes of one photograph. The answer is JSON:
                {"width": px, "height": px, "mask": palette PNG of class ids as a data: URL (RGB above 256 classes),
-                "classes": [{"id", "name", "kind", "colour", "share": 0-1}, ...]}, those in it, the largest first,
-               or {"error": one sentence}, with 413 (too large), 415 (no photograph) or 422 (damaged).
+                "classes": [{"id", "name", "kind", "colour", "share": 0-1}, ...]}, classes in the mask, largest first,
+               or {"error": one sentence}, with 413 (too large), 415 (not a photograph) or 422 (damaged).
 """
 
 import asyncio
@@ -33,12 +33,12 @@ from transfgu_ray.reports.page import render
 from transfgu_ray.reports.palette import class_colours, palette_image
 from transfgu_ray.storage import Folder
 
-# Photographs in memory at once, and those that wait: further ones are told that the server is busy.
+# Photographs in memory at once, and those that wait; for others the server is busy.
 _AT_ONCE = 2
 _WAITING = 16
 _NAME = "transfgu"
 _KINDS = "JPEG, PNG, WebP, BMP or TIFF"
-# What comes from elsewhere is not run: the page is one file.
+# The page is one file: nothing from elsewhere may run.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -47,11 +47,11 @@ _POLICY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused.
+    """Largest photograph that is accepted.
 
     Attributes:
-        max_megabytes: of a photograph's file, millions of bytes.
-        max_megapixels: of the photograph.
+        max_megabytes: size of the file, millions of bytes.
+        max_megapixels: size of the photograph, millions of pixels.
     """
 
     max_megabytes: float = 25
@@ -69,8 +69,8 @@ class _Refusal(Exception):
 class PhotoServer:
     """The deployment: a model and the page.
 
-    Photographs are not put into batches: the last bits of a matrix product depend on its shape, and so a mask would on
-    who else asks at that moment.
+    Photographs are not batched: the last bits of a matrix product depend on its shape, so a mask would depend on other
+    requests at the same moment.
     """
 
     def __init__(self, model_uri: str, name: str, *, limits: Limits, device: str, threads: int) -> None:
@@ -93,7 +93,7 @@ class PhotoServer:
         )
 
     async def __call__(self, request: Request) -> Response:
-        """Answers one request."""
+        """Answer a request."""
         try:
             match (request.method, request.url.path):
                 case ("GET" | "HEAD", "/"):
@@ -105,7 +105,9 @@ class PhotoServer:
                     data = await self._read(request)
                     return Response(await asyncio.to_thread(self._segment, data), media_type="application/json")
                 case (_, "/" | "/health" | "/predict"):
-                    raise _Refusal(405, "GET / is the page, GET /health its state, POST /predict takes a photograph.")
+                    raise _Refusal(
+                        405, "GET / is the page, GET /health the server's state, and POST /predict takes a photograph."
+                    )
                 case _:
                     raise _Refusal(404, f"There is no {request.url.path}; the page is /, photographs go to /predict.")
         except _Refusal as refusal:
@@ -125,16 +127,16 @@ class PhotoServer:
                     break
             else:
                 return bytes(data)
-        raise _Refusal(413, f"The file is too large; at most {self._limits.max_megabytes:g} MB are taken.")
+        raise _Refusal(413, f"The file is too large; at most {self._limits.max_megabytes:g} MB are accepted.")
 
     def _segment(self, data: bytes) -> bytes:
         most = self._limits.max_megapixels
         try:
             photo = decode_rgb(data, 1, int(most * 1e6))
         except TooManyPixels:
-            raise _Refusal(413, f"The photograph is too large; at most {most:g} megapixels are taken.") from None
+            raise _Refusal(413, f"The photograph is too large; at most {most:g} megapixels are accepted.") from None
         except NotAnImage:
-            raise _Refusal(415, f"This is no photograph; {_KINDS} files are taken.") from None
+            raise _Refusal(415, f"This is not a photograph; {_KINDS} files are accepted.") from None
         except ImageRefused as refusal:
             raise _Refusal(422, f"The photograph cannot be read: {refusal}.") from None
         (mask,) = self._model.segment([photo])
@@ -156,9 +158,9 @@ class PhotoServer:
 
 
 def _keep_to_loopback() -> None:
-    """Before a replica opens the port at which other replicas call it.
+    """Make the port that other replicas call listen on loopback alone; call it before the replica opens the port.
 
-    Ray Serve opens it on all interfaces, takes pickled calls there, and has no setting for it.
+    Ray Serve opens it on all interfaces, accepts pickled calls there, and has no setting for it.
     """
     replica: Any = importlib.import_module("ray.serve._private.replica")
     add_port = replica.add_port_to_grpc_server
@@ -166,20 +168,20 @@ def _keep_to_loopback() -> None:
 
 
 def start(model: Folder, name: str, *, host: str, port: int, limits: Limits, resources: Resources) -> str:
-    """Serves a model for as long as this process is connected to its local Ray; gives the URL of the page.
+    """Serve a model for as long as this process is connected to its local Ray; return the URL of the page.
 
     Args:
         model: folder of the model.
-        name: what the page calls it.
+        name: name of the model on the page.
         host: address to listen on.
         port: port to listen on.
-        limits: what is refused.
-        resources: of the local Ray.
+        limits: largest photograph that is accepted.
+        resources: resources of the local Ray.
 
     Raises:
         TransfguError: the model cannot be loaded.
     """
-    # Here first: what is wrong with it would be lost among the restarts of a deployment.
+    # Loaded here first: errors would be lost among the restarts of a deployment.
     load_model(model)
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -202,16 +204,16 @@ def start(model: Folder, name: str, *, host: str, port: int, limits: Limits, res
 
 
 def require_free(host: str, port: int) -> None:
-    """Whether one can listen there.
+    """Refuse an address that this process cannot listen on.
 
     Raises:
-        ConfigError: one cannot.
+        ConfigError: it cannot listen there.
     """
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        # Python adds the address in brackets.
+        # Python appends the address in brackets.
         reason = (error.strerror or str(error)).partition(" (")[0]
         raise ConfigError(
             f"cannot listen on --host {host} --port {port}: {reason}; give another port or an address of this machine"
@@ -219,7 +221,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def wait_for_ctrl_c() -> None:
-    """Returns at Ctrl-C; other signals do what they do."""
+    """Return at Ctrl-C; other signals act as usual."""
     try:
         while True:
             signal.pause()
