@@ -9,7 +9,7 @@ from transfgu_ray.errors import ConfigError
 @pytest.mark.parametrize("name", PRESETS)
 def test_get_preset__is_valid_and_knows_its_name(name):
     config = get_preset(name)
-    # Copies made with changes are not checked by themselves.
+    # pydantic does not check copies made with changes.
     assert parse_config(config.model_dump(mode="json"), RunConfig) == config
     assert config.preset == name
 
@@ -51,7 +51,7 @@ def test_get_preset__released_as_the_published_code():
     assert (voc.train.epoch_repeats, voc.extract.window_fracs) == (20, (0.6, 0.5, 0.4, 0.3))
     assert (voc.cam.gradient_scale, voc.cam.keep_mass, voc.cam.exclusion) == (1 / 8, 0.8, False)
     assert (voc.train.alpha_schedule, voc.train.diversity) == ("restart", "upper_triangle")
-    # Only where Eq. 8 gives a background does the published code look at the foreground alone.
+    # The published code restricts the loss to the foreground only where Eq. 8 gives a background.
     for name, which in (
         ("voc", "foreground"),
         ("coco80", "foreground"),

@@ -15,7 +15,7 @@ def test_build_config__file_then_assignments_in_order(tmp_path):
     file.write_text("concepts: {num_concepts: 9}\ntrain:\n  omega_1: 0.5\n  omega_2: 0.1\n")
     config = build_config(RunConfig(), str(file), ["train.omega_1=2", "train.omega_1=3", "seed=4"])
     assert (config.concepts.num_concepts, config.train.omega_1, config.train.omega_2, config.seed) == (9, 3.0, 0.1, 4)
-    # What was not named keeps its value.
+    # Other settings keep their values.
     assert config.train.learning_rate == RunConfig().train.learning_rate
 
 
@@ -74,7 +74,7 @@ def test_build_config__refuses_and_names_the_setting(assignment, message):
         _set(assignment)
 
 
-def test_build_config__tells_every_problem_at_once():
+def test_build_config__reports_every_problem_at_once():
     with pytest.raises(ConfigError, match=r"seed=-1.*train\.omega_1=-2"):
         _set("seed=-1", "train.omega_1=-2")
 
@@ -162,7 +162,7 @@ def test_build_config__refuses_a_malformed_file(tmp_path, content, message):
         build_config(RunConfig(), str(tmp_path / "mine.yaml"))
 
 
-def test_build_config__refuses_a_missing_file_and_takes_an_empty_one(tmp_path):
+def test_build_config__refuses_a_missing_file_and_accepts_an_empty_one(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the configuration file .*gone\.yaml.*check --config"):
         build_config(RunConfig(), str(tmp_path / "gone.yaml"))
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
@@ -202,7 +202,7 @@ def test_run_config__background_concepts_of_each_region_mode():
         (("concepts.num_background=5",), 16, 5),
         (("concepts.num_concepts=9",), 9, 4),
         (("data.region_mode=no_prior",), 16, 0),
-        # Eq. 8 makes the background: it is none of the K.
+        # The background comes from Eq. 8 and does not count towards K.
         (("data.region_mode=things_only",), 12, 0),
         (("data.dataset=voc",), 20, 0),
         (("data.dataset=voc", "data.region_mode=things_and_stuff"), 21, 1),

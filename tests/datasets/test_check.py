@@ -25,7 +25,7 @@ def test_check__says_what_a_good_copy_holds(tmp_path):
     assert facts["val", "classes"].startswith("4 of 171; not seen: person, bicycle, ")
     labels = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "annotations/val2017").glob("*.png"))]
     assert facts["val", "void"] == f"{100 * np.mean([label == 255 for label in labels]):.1f} % of the pixels"
-    # The labels of the training split are never scored and not read.
+    # The labels of the training split are never scored, so they are not read.
     assert ("train", "classes") not in facts
 
 

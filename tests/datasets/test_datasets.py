@@ -1,4 +1,4 @@
-"""Label maps against what their owners and the paper publish, written down here apart from the package."""
+"""Label maps against the publications of their owners and the paper, written down here independently."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_benchmarks__every_class_has_its_kind_and_coarser_class(name):
     assert len({*benchmark.class_names}) == len(benchmark.class_names) == len(benchmark.class_kinds)
     assert {*benchmark.class_kinds} <= {"thing", "stuff"}
     if benchmark.super_names:
-        # What is merged is of one kind, or a coarser class would have none.
+        # Merged classes are of the same kind, or the coarser class would have none.
         kinds = benchmark.kinds("super")
         assert [kinds[super_id] for super_id in benchmark.super_of] == list(benchmark.class_kinds)
         assert {*benchmark.super_of} == {*range(len(benchmark.super_names))}

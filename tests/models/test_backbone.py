@@ -65,9 +65,9 @@ def teststage_inputs__another_file_of_the_backbone_changes_training_and_what_fol
         stage for stage in STAGES.lasting if run.fingerprint(stage, one[stage]) != run.fingerprint(stage, two[stage])
     ]
     assert changed == ["train", "evaluate", "report", "register"]
-    # Labels are those of a run on the prior: only the rest is computed again.
+    # Labels are the same as on the prior: only later stages are computed again.
     assert stage_inputs(Run(run.folder, RunConfig()), listing)["labels"] == two["labels"]
-    # A file that is gone is the one that the run was trained with.
+    # Where the file is gone, the run keeps the one it was trained with.
     run.write_manifest("train", "", {"backbone_file_sha256": backbone_file_sha256(config.train)})
     (tmp_path / "resnet.pth").unlink()
     assert stage_inputs(run, listing) == two

@@ -120,7 +120,7 @@ def test_photo_maps__squashes_or_slides():
     assert torch.equal(model.photo_maps(photo, sliding=False), model.class_maps(squashed)[0])
     # 75 px are 10 patches of 8 px, the last of them stretched; 120 px are 15.
     assert model.photo_maps(photo, sliding=True).shape == (4, 10, 15)
-    # At the model's own size there is one window, the whole.
+    # At the model's own size, one window covers the whole photograph.
     same = photo.resize((48, 32))
     assert torch.equal(model.photo_maps(same, sliding=True), model.photo_maps(same, sliding=False))
 

@@ -1,4 +1,4 @@
-"""Names of concepts: what they make of masks and of counts, worked by hand, and what is refused."""
+"""Names of concepts: their effect on masks and counts, worked by hand, and what is refused."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_parse_names__the_background_cannot_be_hidden():
 
 
 def _counts(*photos):
-    """Counts of photographs, each a matrix (classes, concepts)."""
+    """Return counts of photographs, from a matrix (classes, concepts) each."""
     matrices = np.array(photos)
     photo, classes, concepts = matrices.nonzero()
     return photo_counts(
@@ -111,7 +111,7 @@ def test_merge_concepts__columns_of_one_class_are_summed_in_each_photograph():
 
 
 def _metrics(matrix, names, *settings):
-    """Scores of one photograph of `scenes`, of whose 16 classes the first two are seen, with four concepts."""
+    """Return scores of a photograph of `scenes` that shows the first two of 16 classes, with four concepts."""
     config = build_config(
         RunConfig(), None, ["data.dataset=scenes", "data.region_mode=no_prior", "concepts.num_concepts=4", *settings]
     )
@@ -123,7 +123,7 @@ def _metrics(matrix, names, *settings):
     )
 
 
-# Concepts 0 and 1 are both of class 0, of 100 pixels; 2 is of class 1, of 60; 3 is a bit of both.
+# Concepts 0 and 1 cover class 0 (100 pixels), 2 covers class 1 (60 pixels), 3 a bit of both.
 SPLIT = [[50, 40, 0, 10], [0, 0, 50, 10]]
 
 
@@ -139,7 +139,7 @@ def test_metrics_json__merged_concepts_are_matched_as_one():
     assert of_photo == pytest.approx([(90 / 100 + 50 / 60) / 2])
     assert [row["concepts"] for row in merged["per_class"][:2]] == [[0, 1], [2]]
     assert merged["concept_names"] == {"0": "cat", "1": "cat", "2": "dog"}
-    # The clusters of baselines have no names; whether a patch is of an object at all needs none.
+    # Clusters of baselines have no names; foreground IoU needs none.
     assert merged["baselines"] == plain["baselines"]
     assert merged["num_concepts"] == plain["num_concepts"] == 4
     assert score_table(merged)[0] == score_table(plain)[0]
@@ -147,7 +147,7 @@ def test_metrics_json__merged_concepts_are_matched_as_one():
 
 @pytest.mark.parametrize(
     ("unmatched", "miou", "accuracy"),
-    # The 20 pixels of the hidden concept leave the score, or are errors; many_to_one gives it no class either.
+    # The 20 pixels of the hidden concept are not scored, or are errors; many_to_one gives it no class either.
     [
         ("discard", (90 / 90 + 50 / 50) / 2, 1.0),
         ("count", (90 / 100 + 50 / 60) / 2, 140 / 160),
@@ -162,7 +162,7 @@ def test_metrics_json__hidden_concepts_are_matched_to_nothing(unmatched, miou, a
     assert last["pixel_accuracy"] == pytest.approx(accuracy)
     assert last["coverage"] == pytest.approx(140 / 160)
     assert [row["concepts"] for row in got["per_class"][:2]] == [[0, 1], [2]]
-    # Even where a hidden concept would be the best match, nothing is matched to it.
+    # A hidden concept is never matched, even where it would be the best match.
     alone, _ = _metrics([[100, 0, 0, 0], [0, 60, 0, 0]], Names(FOUR, {1: None}), f"evaluate.unmatched={unmatched}")
     assert alone["stages"]["bootstrapped"]["coverage"] == pytest.approx(100 / 160)
     assert alone["per_class"][1]["concepts"] == []

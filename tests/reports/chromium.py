@@ -1,4 +1,4 @@
-"""A headless Chromium that opens a page, is given files and is asked what it shows; over its DevTools protocol."""
+"""A headless Chromium, driven over its DevTools protocol: open pages, choose files, read what is shown."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ _OPTIONS = (
 
 
 class Page:
-    """One tab."""
+    """A browser tab."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -29,7 +29,7 @@ class Page:
         self.complaints: list[dict[str, Any]] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Calls a method of the protocol; what the console says meanwhile is kept."""
+        """Call a method of the protocol; keep what the console logs meanwhile."""
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
         while True:
@@ -41,20 +41,20 @@ class Page:
                 self.complaints.append(answer)
 
     async def open(self, url: str, width: int, height: int) -> None:
-        """Shows a page in a window of (width, height) px; narrow ones are a telephone's."""
+        """Show a page in a window of (width, height) px; a narrow window is a phone."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
         await self.call("Page.navigate", url=url)
         await self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     async def ask(self, script: str) -> Any:
-        """The value of an expression."""
+        """Return the value of an expression."""
         answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     async def wait_for(self, script: str) -> None:
-        """Waits until an expression is true, a minute at most."""
+        """Wait until an expression is true, for at most a minute."""
         for _ in range(300):
             if await self.ask(script):
                 return
@@ -62,19 +62,19 @@ class Page:
         raise TimeoutError(script)
 
     async def choose(self, selector: str, file: Path) -> None:
-        """Gives a file to a file input."""
+        """Choose a file in a file input."""
         root = (await self.call("DOM.getDocument"))["root"]["nodeId"]
         node = (await self.call("DOM.querySelector", nodeId=root, selector=selector))["nodeId"]
         await self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
 
     async def screenshot(self) -> bytes:
-        """PNG of the whole page."""
+        """Return a PNG of the whole page."""
         return base64.b64decode((await self.call("Page.captureScreenshot", captureBeyondViewport=True))["data"])
 
 
 @asynccontextmanager
 async def new_page() -> AsyncIterator[Page]:
-    """A tab of a Chromium of its own."""
+    """Yield a tab of a new Chromium."""
     with tempfile.TemporaryDirectory() as profile:
         command = [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"]
         browser = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""A run folder with all that evaluation leaves, made without Ray or a network: what the pages are tested on."""
+"""A run folder with all artifacts of an evaluated run, made without Ray or a network, to test the pages on."""
 
 import io
 import json
@@ -17,16 +17,16 @@ from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.runs.tables import atlas_schema, build_table, concepts_schema, confusions_schema, to_parquet
 from transfgu_ray.storage import Folder
 
-# What a file may be called.
+# A file can have this name.
 HOSTILE = "a/<img src=x onerror=alert(1)>\"'&{{ 7*7 }}.jpg"
 _SIZE = (24, 16)
 
 
 def make_evaluated(path: Path | str, num_concepts: int = 16, labels: bool = True, num_samples: int = 2) -> Run:
-    """A run on `scenes` (16 classes), or on a folder without labels, of photographs of noise.
+    """Make a run on photographs of noise, of dataset `scenes` (16 classes) or of a folder without labels.
 
-    With labels concept i is class i on half of the first photograph, concept i + 1 on the second one. Photograph 0 has
-    a hostile name.
+    With labels, most pixels of class i are of concept i on the first photograph, and of concept i + 1 on the second.
+    Photograph 0 has a hostile name.
     """
     folder, rng = Folder(str(path)), np.random.default_rng(0)
     dataset = "scenes" if labels else "folder"
@@ -66,7 +66,7 @@ def make_evaluated(path: Path | str, num_concepts: int = 16, labels: bool = True
 
 
 def _matrices(num_concepts: int) -> np.ndarray:
-    """Pixels of two photographs, (2, classes, concepts)."""
+    """Return the pixels of two photographs, (2, classes, concepts)."""
     own, other = (np.eye(16, num_concepts, k, dtype=np.int64) for k in (0, 1))
     return np.stack([60 * own + 40 * other, 10 * own + 20 * other])
 
@@ -125,7 +125,7 @@ def _write_atlas(folder: Folder, kinds: tuple[str, ...], rng: np.random.Generato
     columns = {field.name: [] for field in atlas_schema()}
     for concept in range(num_concepts):
         for what, rank in [*(("crop", i) for i in range(6)), *(("map", i) for i in range(3))]:
-            # Noise, so that pictures are no smaller than those of photographs.
+            # Noise, so that pictures are at least as large as those of photographs.
             buffer = io.BytesIO()
             side = 80 if what == "crop" else 120
             pixels = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)

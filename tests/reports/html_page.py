@@ -1,4 +1,4 @@
-"""A page as a reader of HTML sees it, and what every page of this package keeps to."""
+"""A page as an HTML parser sees it, and the rules that every page of this package follows."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ _VOID = {"img", "meta", "input", "br", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """Text and elements of a page; reading it checks that it is whole, self-contained and usable without eyes."""
+    """Text and elements of a page; parsing checks that it is complete, self-contained and accessible."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()

@@ -45,5 +45,5 @@ def test_variants__change_the_demo_into_another_recipe(name):
     demo = get_preset("demo")
     changed = build_config(demo, None, settings)
     assert (changed == demo) == (name == FULL)
-    # Labels are shared by all.
+    # All variants share their labels.
     assert changed.model_copy(update={"train": demo.train}) == demo

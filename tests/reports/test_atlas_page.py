@@ -1,4 +1,4 @@
-"""atlas.html of a run that was made without a network."""
+"""Tests of atlas.html, on a run made without a network."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_on_page__distances_are_true():
 def test_place_labels__stand_where_nothing_else_does():
     five = np.full(5, 100.0)
     labels = _place_labels(five, five, radius=np.full(5, 10.0), texts=["0", "1", "2", "3", "4"])
-    # From the disc's edge 2 px, and half a letter of 9.5 px or half a line of 16 px.
+    # 2 px from the disc's edge, and half a letter of 9.5 px or half a line of 16 px.
     assert labels == [
         ("100.0", "80.0", "0"),
         ("100.0", "120.0", "1"),
@@ -61,13 +61,13 @@ def test_place_labels__stand_where_nothing_else_does():
         ("83.2", "100.0", "3"),
         None,
     ]
-    # No room above at the upper edge; another's disc below; the page ends on the right.
+    # No room above at the upper edge; another disc below; the map ends on the right.
     x, y, radius = np.array([540.0, 540.0]), np.array([10.0, 26.0]), np.array([8.0, 8.0])
     assert _place_labels(x, y, radius=radius, texts=["far", "low"]) == [
         ("515.8", "10.0", "far"),
         ("540.0", "44.0", "low"),
     ]
-    # Too many words for the page leave the number.
+    # A text that does not fit leaves the number.
     assert _place_labels(x, y, radius=radius, texts=["far", "w" * 99])[1] == ("540.0", "44.0", "1")
 
 
@@ -87,7 +87,7 @@ def test_atlas__of_many_concepts_keeps_below_8_mb_and_says_what_it_leaves_out(tm
     assert (f"{shown} of {9 * num_concepts} example pictures are shown" in page.text) == (shown < 9 * num_concepts)
 
 
-def test_atlas__tells_names_of_concepts(tmp_path):
+def test_atlas__shows_names_of_concepts(tmp_path):
     run = make_evaluated(tmp_path / "run", labels=False)
     rename(run, parse_names(b"2: <b>sky\n5: <b>sky\n7: null\n", "names.yaml", read_names(run).kinds))
     page = read_atlas(run)

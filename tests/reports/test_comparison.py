@@ -27,7 +27,7 @@ CONFIG = build_config(RunConfig(), None, ["data.dataset=scenes", "concepts.num_c
 
 
 def _counts(taken, num_concepts):
-    """Photographs of 10 pixels of each of two classes; of the second, some are taken for the first."""
+    """Return counts of photographs with 10 pixels in each of two classes; some of the second are taken for the first."""
     confusions = np.zeros((len(taken), 16, num_concepts), dtype=np.int64)
     for of_photo, wrong in zip(confusions, taken, strict=True):
         of_photo[0, 0], of_photo[1, 1], of_photo[1, 0] = 10, 10 - wrong, wrong
@@ -38,20 +38,20 @@ def _counts(taken, num_concepts):
 
 
 def _miou(pixels, wrong):
-    """Mean IoU of two classes of so many pixels, some of the second taken for the first."""
+    """Return the mean IoU of two classes of equal size, some pixels of the second predicted as the first."""
     return (pixels / (pixels + wrong) + (pixels - wrong) / pixels) / 2
 
 
 def test_scored_rows__paired_difference_worked_by_hand(monkeypatch):
     monkeypatch.setattr(intervals, "RESAMPLES", 200)
-    # Of two photographs, a quarter of the draws is the first alone and a quarter the second alone.
+    # Of two photographs, a quarter of the draws holds only the first and a quarter only the second.
     got = scored_rows(CONFIG, {3: _counts([0, 8], 16), 7: _counts([0, 6], 18)}, reference=3)
     assert [got[version]["miou"] for version in (3, 7)] == pytest.approx([_miou(20, 8), _miou(20, 6)])
     assert got[3]["miou_interval"] == pytest.approx([_miou(20, 16), 1.0])
     assert got[7]["miou_interval"] == pytest.approx([_miou(20, 12), 1.0])
     assert got[3]["difference"] is None
     assert got[7]["difference"]["miou"] == pytest.approx(_miou(20, 6) - _miou(20, 8))
-    # Not [0.51 - 1, 1 - 0.38]: what one draws, the other draws too.
+    # Not [0.51 - 1, 1 - 0.38]: both draw the same photographs.
     assert got[7]["difference"]["interval"] == pytest.approx([0.0, _miou(20, 12) - _miou(20, 16)])
     assert got[7]["pixel_accuracy"] == 34 / 40
     assert [row["iou"] for row in got[7]["per_class"][:3]] == pytest.approx([20 / 26, 14 / 20, None])
@@ -149,7 +149,7 @@ def test_overlap_colours__renumbered_concepts_keep_their_colours():
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_comparison_picture__a_row_a_photograph_and_a_column_a_version(tmp_path, scored):
+def test_comparison_picture__a_row_per_photograph_and_a_column_per_version(tmp_path, scored):
     rng, folders = np.random.default_rng(0), {}
     for version in (1, 2):
         folders[version] = Folder(str(tmp_path / str(version)))
@@ -166,5 +166,5 @@ def test_comparison_picture__a_row_a_photograph_and_a_column_a_version(tmp_path,
     model = ModelConfig((16, 16), ("any", "any"), 1, 1, "float32", "ab")
     png = comparison_picture(_comparison(rows, None), folders, dict.fromkeys(folders, model))
     width, height = Image.open(io.BytesIO(png)).size
-    # Columns of 2.4 inches and rows of 1.8 below the titles, at 130 dots an inch.
+    # Columns of 2.4 inches and rows of 1.8 below the titles, at 130 dots per inch.
     assert (width, height) == (round(130 * 2.4 * (4 if scored else 3)), round(130 * 3.9))

@@ -10,7 +10,7 @@ import pytest
 from tests.reports.evaluated import make_evaluated
 from transfgu_ray.pipeline.pages import rebuild_pages
 
-# A window is never narrower than 500 px, but a frame is.
+# A window cannot be narrower than 500 px, but a frame can.
 _FRAME = """<!doctype html><body><iframe width=390 height=844 src=PAGE></iframe><script>
 const frame = document.querySelector("iframe"), found = {};
 frame.addEventListener("load", () => {
@@ -24,7 +24,7 @@ frame.addEventListener("load", () => {
   if (words) {
     const type = (text) => { words.value = text; words.dispatchEvent(new inside.Event("input")); return shown(); };
     found.all = type("").length, found.one = type("1"), found.zebra = type("ZEBR"), found.none = type("nothing such");
-    found.told = page.getElementById("count").textContent, found.nothing = !page.getElementById("nothing").hidden;
+    found.count = page.getElementById("count").textContent, found.nothing = !page.getElementById("nothing").hidden;
     inside.location.hash = "#concept-3";
   }
   setTimeout(() => {
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 
 def look(run, page):
-    """What a script finds on a page that is 390 px wide, and what the browser logs."""
+    """Return what a script finds on a page 390 px wide, and what the browser logs."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
@@ -71,14 +71,14 @@ def test_report__in_a_browser_logs_nothing_and_is_no_wider_than_a_phone(run):
     assert found["small"] == 0
 
 
-def test_atlas__in_a_browser_filters_concepts_and_tells_what_is_under_the_focus(run):
+def test_atlas__in_a_browser_filters_concepts_and_describes_the_focused_one(run):
     found, logged = look(run, "atlas.html")
     assert logged == []
     assert found["widths"] == [390, 390]
     assert found["small"] == 0
     assert found["all"] == 16
-    assert found["one"] == ["concept-1"], "a number is the whole number"
+    assert found["one"] == ["concept-1"], "a number matches only itself"
     assert found["zebra"] == ["concept-0"]
-    assert (found["none"], found["told"], found["nothing"]) == ([], "0 concepts", True)
+    assert (found["none"], found["count"], found["nothing"]) == ([], "0 concepts", True)
     assert found["tip"].startswith("concept 0 · matched to zebra")
-    assert found["linked"] == 16, "a link to a concept that is hidden shows all again"
+    assert found["linked"] == 16, "a link to a hidden concept resets the filter"

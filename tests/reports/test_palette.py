@@ -7,7 +7,7 @@ from transfgu_ray.reports.palette import class_colours, spotlight
 
 
 def smallest_difference(colours):
-    """CIE76 distance of the two most alike, in whichever of four colour visions it is smallest."""
+    """Return the CIE76 distance of the two most similar colours, in the worst of four colour visions."""
     seen = seen_colours(colours)
     distances = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1)
     distances[:, np.arange(len(colours)), np.arange(len(colours))] = np.inf
@@ -19,7 +19,7 @@ def test_seen_colours__are_cielab():
     want = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [50.03, 0, 0]]
     got = seen_colours(np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [119, 119, 119]]))
     assert got[0] == pytest.approx(np.array(want), abs=0.05)
-    # Whoever lacks red or green cones sees grey as grey.
+    # Without red or green cones, grey still looks grey.
     assert got[:, 3, 1:] == pytest.approx(np.zeros((4, 2)), abs=0.3)
 
 
@@ -31,7 +31,7 @@ def test_class_colours__are_those_of_the_generator_and_repeat_beyond():
 
 
 @pytest.mark.parametrize(("num_classes", "least"), [(7, 16), (16, 16), (27, 13), (80, 7), (171, 5)])
-def test_class_colours__are_told_apart_in_every_colour_vision(num_classes, least):
+def test_class_colours__are_distinct_in_every_colour_vision(num_classes, least):
     # 2.3 is a just noticeable difference.
     assert smallest_difference(class_colours(num_classes, None)) > least
     assert smallest_difference(np.concatenate([class_colours(num_classes, None), [[0, 0, 0], [255] * 3]])) > least / 2

@@ -1,4 +1,4 @@
-"""report.html of a run that was made without a network."""
+"""Tests of report.html, on a run made without a network."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ def test_report__shows_scores_photographs_classes_losses_and_stages(tmp_path):
     # Concept i has 70 of 130 pixels of class i; 60 are of the next concept, which is another class.
     assert "bootstrapped 38.97 [" in page.text
     assert "majority class" in page.text
-    # A photograph by the match of both: 60 of 100 pixels, and 10 of 30.
+    # Each photograph by the match of both: 60 of 100 pixels, and 10 of 30.
     assert f"{HOSTILE} · mIoU 45.0 %" in page.text.replace("&quot;", '"')
     assert "b.jpg · mIoU 21.7 %" in page.text
     images = page.all("img")
@@ -48,7 +48,7 @@ def test_report__shows_scores_photographs_classes_losses_and_stages(tmp_path):
     assert len(figures) == 4
     assert figures[0]["alt"].startswith("Confusion matrix of 16 classes;")
     assert figures[1]["alt"] == "loss: 3 in the first epoch, 2.7 in the last"
-    assert "zebra turtle 46.2 60" in page.text, "the largest confusions are told in words"
+    assert "zebra turtle 46.2 60" in page.text, "the largest confusions are in a table"
     assert "all 1 6.2" in page.text, "refusals and seconds of all stages"
     assert "no <b>picture</b>" in page.text
     assert "train.omega_1 1.0 0.5" in page.text, "what differs from the preset"
@@ -64,7 +64,7 @@ def test_report__figures_are_opaque_and_sharp_on_a_phone(tmp_path):
     assert len(figures) == 4
     for source in figures:
         picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
-        # 360 px at three to a CSS pixel.
+        # 360 CSS px at three device pixels each.
         assert picture.width >= 1080
         # Legible on a dark page too: nothing shines through.
         assert picture.convert("RGBA").getextrema()[3] == (255, 255)
@@ -116,7 +116,7 @@ def test_report__photographs_that_would_make_it_too_large_are_left_out_and_count
     shown = (len(page.all("img")) - 4) // 7
     assert 3 <= shown < 32
     assert f"{32 - shown} more are in the run's folder samples" in page.text
-    assert "Best scored" in page.text, "the first of each group come before the second of any"
+    assert "Best scored" in page.text, "every group shows its first ones"
     assert "Worst scored" in page.text
 
 
@@ -130,7 +130,7 @@ def test_matched_colours__follow_names(tmp_path):
     assert named[1].tolist() == named[3].tolist() != [0, 0, 0]
     assert named[2].tolist() == [0, 0, 0]
     assert len({tuple(colour) for colour in named.tolist()}) == 15
-    # What a scored run hides is black too, and of no class.
+    # In a scored run, hidden concepts are black too and have no class.
     metrics["per_class"][2]["concepts"] = []
     assert matched_colours(model, metrics, Names(model.kinds, {2: None}))["pred"][2].tolist() == [0, 0, 0]
 

@@ -17,7 +17,7 @@ HUNGARIAN = "one concept per class (Hungarian), pixels of concepts left over are
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
-    # tests/algorithms/scores/test_intervals.py is about what they come to.
+    # tests/algorithms/scores/test_intervals.py tests their values.
     monkeypatch.setattr(intervals, "RESAMPLES", 10)
 
 
@@ -26,7 +26,7 @@ def _config(*assignments):
 
 
 def _confusions(right, wrong=2):
-    """Each class has `right` pixels of its own concept, and `wrong` of the next one's."""
+    """Return matrices where each class has `right` pixels of its own concept, and `wrong` of the next."""
     one, next_one = (np.eye(16, k=k, dtype=np.int64) for k in (0, 1))
     return dict.fromkeys(STAGE_NAMES, right * one + wrong * next_one)
 
@@ -48,13 +48,13 @@ def test_metrics_json__scores_of_both_granularities_worked_by_hand():
     got = _metrics(_confusions(right=8))
     assert (got["granularity"], got["num_classes"], got["num_concepts"], got["num_images"]) == ("fine", 16, 16, 3)
     last = got["stages"]["bootstrapped"]
-    # The first class has no false positives, the last none missed; of the others each has 2 of both.
+    # The first class has no false positives, the last no false negatives; each other class has 2 of both.
     assert last["miou"] == pytest.approx((2 * 8 / 10 + 14 * 8 / 12) / 16)
     assert last["pixel_accuracy"] == 128 / 158
-    # Only the last class of a coarser one is taken for another: 3 classes make 30 pixels, 28 of them right.
+    # Only the last class of a coarser one is confused with another: 3 classes make 30 pixels, 28 of them correct.
     assert last["super"]["pixel_accuracy"] == (4 * 28 + 18 + 18) / 158
     assert last["super"]["miou"] == pytest.approx((28 / 30 + 3 * 28 / 32 + 18 / 22 + 18 / 20) / 6)
-    # The 12th class is the last of things.
+    # The 12th class is the last thing.
     assert last["foreground_iou"] == 118 / 120
     assert last["coverage"] == 1.0
     # There is one photograph to draw.
@@ -65,7 +65,7 @@ def test_metrics_json__scores_of_both_granularities_worked_by_hand():
 def test_metrics_json__chance_and_the_majority_class_are_always_beside():
     got = _metrics(_confusions(right=8))
     assert list(got["baselines"]) == ["chance", "majority"]
-    # 158 pixels: 10 in each class but the last, of 8; 16 concepts take a sixteenth of each.
+    # 158 pixels: 10 in each class but the last, which has 8; each of 16 concepts gets a sixteenth.
     chance, majority = got["baselines"].values()
     assert chance["pixel_accuracy"] == pytest.approx(1 / 16)
     assert chance["miou"] == pytest.approx((15 * 10 / (160 + 158 - 10) + 8 / (128 + 158 - 8)) / 16)
@@ -102,7 +102,7 @@ def test_metrics_json__policy_and_protocol_reach_every_score():
 
 
 def test_metrics_json__intervals_keep_the_match_of_the_split():
-    # Two photographs that call the same two classes by each other's concepts; the first has more pixels.
+    # Two photographs with the concepts of two classes swapped; the first has more pixels.
     confusions = np.zeros((2, 16, 16), dtype=np.int64)
     confusions[0, [0, 1], [0, 1]] = 30
     confusions[1, [0, 1], [1, 0]] = 10
@@ -120,7 +120,7 @@ def test_metrics_json__intervals_keep_the_match_of_the_split():
     )
     last = got["stages"]["bootstrapped"]
     assert last["pixel_accuracy"] == 0.75
-    # A resample of the second photograph alone, matched by itself, would be all right.
+    # A resample of the second photograph alone, with its own match, would be all correct.
     assert last["pixel_accuracy_interval"] == [0.0, 1.0]
 
 
@@ -135,7 +135,7 @@ def test_metrics_json__refined_stands_beside_the_stages():
     got = _metrics(_confusions(8) | {"refined": _confusions(9)["initial"]})
     assert plain["refined"] is None
     assert got["refined"]["miou"] > got["stages"]["bootstrapped"]["miou"]
-    # It replaces nothing.
+    # It leaves the stages as they are.
     assert got | {"refined": None} == plain
     _, rows = score_table(got)
     assert [row[0] for row in rows][:4] == [*STAGE_NAMES, "bootstrapped + PAMR"]
@@ -160,7 +160,7 @@ def test_metrics_json__what_has_no_meaning_is_null():
 
 
 def test_metrics_json__background_of_eq_8_is_no_object():
-    # 20 concepts and the `none` channel; half of the cats' pixels are taken for background.
+    # 20 concepts and the `none` channel; half of the cat's pixels are predicted as background.
     confusion = np.zeros((21, 21), dtype=np.int64)
     confusion[8, 7], confusion[8, 20], confusion[0, 20] = 5, 5, 10
     config = build_config(RunConfig(), None, ["data.dataset=voc", "concepts.num_concepts=null"])

@@ -60,7 +60,7 @@ def _render(tmp_path, sweep):
 
 
 def _make_run(path, concepts, names=("cat", "dog"), photos=2, seed=0):
-    """What the page reads of a run folder, with photographs of noise."""
+    """Write the parts of a run folder that the page reads, with photographs of noise."""
     (path / "model").mkdir(parents=True)
     model = {"format": FORMAT, "image_size": [8, 8], "kinds": ["any"] * concepts, "background_id": None}
     model |= {"decoder_layers": 1, "decoder_heads": 1, "precision": "float32", "weights_sha256": ""}
@@ -79,7 +79,7 @@ def _make_run(path, concepts, names=("cat", "dog"), photos=2, seed=0):
 
 @pytest.fixture
 def trials(tmp_path):
-    """Six trials, of which the best and the worst by the score have run folders."""
+    """Six trials; the best and the worst by the score have run folders."""
     trials = [make_trial(i, point, i / 10, 0.4 + i / 100) for i, point in enumerate(POINTS)]
     for i in (0, 5):
         trials[i]["run"] = _make_run(tmp_path / f"trials/{i}", concepts=3)
@@ -88,11 +88,11 @@ def trials(tmp_path):
 
 @pytest.fixture
 def no_pixels(monkeypatch):
-    """Figures are the slow part of a page; here they are laid out, but not painted."""
+    """Figures are made but not rendered, which is the slow part of a page."""
     monkeypatch.setattr(sweep_report, "figure_png", lambda figure: "")
 
 
-def test_write_sweep_report__says_that_no_labels_were_looked_at(tmp_path, trials):
+def test_write_sweep_report__says_that_no_labels_were_used(tmp_path, trials):
     page = _render(tmp_path, make_sweep(SPACE, trials, evidence=evidence(trials)))
     assert "no labels were used" in page.text
     assert "validation labels decided" not in page.text
@@ -100,7 +100,7 @@ def test_write_sweep_report__says_that_no_labels_were_looked_at(tmp_path, trials
     assert f"transfgu predict {trials[5]['run']} --images DIR --out DIR" in page.text
     assert "score 0.500 , mIoU 45.00 %" in page.text
     assert "train.alpha [0.0, 0.0]" in page.text
-    assert "score 1.00 0.00 05050505 45.00" in page.text, "the order is that of the labels, and costs nothing"
+    assert "score 1.00 0.00 05050505 45.00" in page.text, "the same order as by labels, without regret"
     assert len(page.alts("Parallel coordinates: 6 trials")) == 1
     assert page.alts("score of each") == ["score of each trial against omega_1", "score of each trial against alpha"]
     assert len(page.alts("Score of each finished trial against its mIoU")) == 1
@@ -137,7 +137,7 @@ def test_write_sweep_report__what_others_named_is_escaped(tmp_path, trials):
 
 
 @pytest.mark.usefixtures("no_pixels")
-def test_write_sweep_report__missing_masks_are_told(tmp_path, trials):
+def test_write_sweep_report__missing_masks_are_reported(tmp_path, trials):
     (tmp_path / "trials/5/metrics.json").write_text("{")
     (tmp_path / "trials/0/samples/01/photo.jpg").unlink()
     page = _render(tmp_path, make_sweep(SPACE, trials))

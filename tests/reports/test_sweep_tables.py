@@ -31,9 +31,9 @@ def test_evidence__worked_by_hand():
     assert list(got) == ["score", "usage", "flat"]
     # Ranks of mIoU 2, 5, 1, 4, 3 beside 1, 2, 3, 4, 5: the squares of the differences sum to 18.
     assert got["score"] == {"spearman": pytest.approx(1 - 6 * 18 / (5 * 24)), "regret_miou": pytest.approx(0.50 - 0.40)}
-    # Mean ranks 4.5, 4.5, 1.5, 1.5, 3; of the two highest the earliest is chosen, with an mIoU of 0.30.
+    # Mean ranks 4.5, 4.5, 1.5, 1.5, 3; of the two highest the earlier is chosen, with an mIoU of 0.30.
     assert got["usage"] == {"spearman": pytest.approx(10**-0.5), "regret_miou": pytest.approx(0.50 - 0.30)}
-    # A constant orders nothing, but chooses the first.
+    # A constant gives no order, but chooses the first.
     assert got["flat"] == {"spearman": None, "regret_miou": pytest.approx(0.50 - 0.30)}
 
 
@@ -46,7 +46,7 @@ def test_evidence__of_finished_trials_alone():
     assert evidence([*strange, *_trials()])["score"] == evidence(_trials())["score"]
 
 
-def test_evidence__a_component_that_few_trials_have_is_told_apart():
+def test_evidence__a_component_that_few_trials_have_is_null():
     trials = _trials()
     for trial, agreement in zip(trials, (0.1, 0.9, None, None, None), strict=True):
         trial["components"]["agreement"] = agreement
@@ -106,10 +106,10 @@ def test_evidence_lines__what_it_is_about_or_why_there_is_none():
 def test_failed_trials__each_with_its_reason_where_one_is_known():
     trials = [make_trial(0, {}, 0.5, 0.4), *(make_trial(i, {}, None, None, status="failed") for i in (1, 2))]
     trials[1]["error"] = "the loss is nan"
-    told, untold = failed_trials(make_sweep(SPACE, trials))
-    assert told == ("01010101", "the loss is nan")
-    assert untold[0] == "02020202"
-    assert "no reason is known" in untold[1]
+    known, unknown = failed_trials(make_sweep(SPACE, trials))
+    assert known == ("01010101", "the loss is nan")
+    assert unknown[0] == "02020202"
+    assert "no reason is known" in unknown[1]
 
 
 def test_sweep_table__best_first_and_those_without_a_result_last():
@@ -139,7 +139,7 @@ def test_sweep_table__columns_without_a_value_are_left_out():
     assert header == ["trial", "omega_1", "status", "epochs", "K", "score"]
 
 
-def test_sweep_table__narrow_leaves_out_what_tells_no_trials_apart():
+def test_sweep_table__narrow_leaves_out_what_all_trials_share():
     space = {"concepts.num_concepts": [16, 6]}
     trials = [make_trial(i, {"concepts.num_concepts": k}, 0.5, None, num_concepts=k) for i, k in enumerate((16, 6))]
     assert sweep_table(make_sweep(space, trials))[0] == ["trial", "num_concepts", "score"]

@@ -42,7 +42,7 @@ def test_find_photographs__a_glob(
 ) -> None:
     monkeypatch.chdir(photos)
     assert found(pattern) == names
-    # The brackets in the folder's name are none of a pattern: one that is there is meant as it is.
+    # The brackets in the folder's name are not a pattern: a path that exists is taken literally.
     link = photos.parent / "plain"
     link.symlink_to(photos)
     assert found(f"{link}/{pattern}") == names

@@ -1,4 +1,4 @@
-"""What `transfgu predict` leaves, read as other programs read it."""
+"""Output of `transfgu predict`, read as other programs read it."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ STEMS = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs of several sizes, kinds and folders, one that has to be turned, and one that is none."""
+    """Photographs of several sizes, kinds and folders, one of them rotated, and a file that is not a photograph."""
     root = tmp_path_factory.mktemp("new")
     for name, (width, height) in SIZES.items():
         (root / name).parent.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def run_predict(finished: Run, images: Path, out: Path, *wanted: Any, **runtime:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, finished: Run, photos: Path) -> tuple[Path, dict[str, Any]]:
-    """All that can be made of `photos`, and the manifest."""
+    """All possible outputs for `photos`, and the manifest."""
     out = tmp_path_factory.mktemp("out")
     return out, run_predict(finished, photos, out, False, True, True)
 
@@ -146,7 +146,7 @@ def test_predict__coco_panoptic_pngs_say_what_their_json_says(everything: tuple[
         ids = rgb @ (1, 256, 65536)
         areas = {int(each): int((ids == each).sum()) for each in np.unique(ids) if each}
         assert areas == {info["id"]: info["area"] for info in annotation["segments_info"]}
-        # The background is unlabelled; any other class id is one less than its segment's.
+        # The background is unlabelled; other class ids are one less than their segment's.
         mask = mask_of(out, annotation["file_name"].removesuffix(".png"))
         np.testing.assert_array_equal(ids, np.where(mask == 4, 0, mask + 1))
 

@@ -104,7 +104,7 @@ def test_predict__the_mask_is_the_models_upright_with_its_classes(
         assert hex_colour(mask.convert("RGB").getpixel((int(column), int(row)))) == colour
 
 
-def test_health__tells_the_model(served: Served) -> None:
+def test_health__names_the_model(served: Served) -> None:
     assert ask(f"{served.url}/health") == (200, {"status": "ok", "model": "run", "num_classes": 5})
 
 
@@ -136,7 +136,7 @@ def test_endpoint__counts_the_bytes_of_a_body_of_unknown_length(served: Served) 
     assert ask(f"{served.url}/predict", pieces)[0] == 413  # type: ignore[arg-type]
 
 
-def test_endpoint__takes_no_form(served: Served) -> None:
+def test_endpoint__refuses_a_form(served: Served) -> None:
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     status, answer = ask(f"{served.url}/predict", b"--x--", **form)
     assert status == 415
@@ -144,7 +144,7 @@ def test_endpoint__takes_no_form(served: Served) -> None:
 
 
 def test_serve__listens_on_loopback_alone(served: Served) -> None:
-    # What Ray brings along.
+    # psutil comes with Ray.
     assert ray
     import psutil
 
@@ -160,7 +160,7 @@ def test_serve__listens_on_loopback_alone(served: Served) -> None:
     assert listening == {"127.0.0.1"}
 
 
-def test_require_free__a_taken_port_is_told() -> None:
+def test_require_free__refuses_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--port {port}: Address already in use; give another port"):
@@ -192,7 +192,7 @@ async def _use_the_page(url: str, size: tuple[int, int], picture: Path, tmp_path
         photo_box, mask_box = await page.ask(boxes)
         assert photo_box == mask_box
         assert await page.ask("document.documentElement.scrollWidth") <= size[0]
-        # Each pixel has a class, and the pointer tells it.
+        # Each pixel has a class, which is shown under the pointer.
         assert await page.ask("indices.length === canvas.width * canvas.height && indices.every(each => each >= 0)")
         left, top, width, height = await page.ask(
             "(({x, y, width, height}) => [x, y, width, height])(canvas.getBoundingClientRect())"
@@ -204,7 +204,7 @@ async def _use_the_page(url: str, size: tuple[int, int], picture: Path, tmp_path
         assert middle in await page.ask("document.getElementById('here').textContent")
         await page.ask("at('opacity').value = 25, at('opacity').dispatchEvent(new Event('input'))")
         assert await page.ask("canvas.style.opacity + at('percent').textContent") == "0.2525 %"
-        # One class alone: the others become transparent, and come back.
+        # With one class selected, the others become transparent, and come back after.
         solid = "painter.getImageData(0, 0, canvas.width, canvas.height).data.filter((_, i) => i % 4 === 3 && _).length"
         everything = await page.ask(solid)
         await page.ask("document.querySelector('#classes button').click()")
