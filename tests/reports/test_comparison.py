@@ -27,7 +27,7 @@ CONFIG = build_config(RunConfig(), None, ["data.dataset=scenes", "concepts.num_c
 
 
 def _counts(taken, num_concepts):
-    """Return counts of photographs with 10 pixels in each of two classes; some of the second are taken for the first."""
+    """Return counts of photographs with 10 pixels per class of two; some of the second are taken for the first."""
     confusions = np.zeros((len(taken), 16, num_concepts), dtype=np.int64)
     for of_photo, wrong in zip(confusions, taken, strict=True):
         of_photo[0, 0], of_photo[1, 1], of_photo[1, 0] = 10, 10 - wrong, wrong
