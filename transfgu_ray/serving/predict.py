@@ -135,10 +135,9 @@ def predict(
     names = load_names(model, config.kinds)
     entries = legend(names)
     images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
-    stems = output_stems([image.image_id for image in images])
     numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
     units = dict(enumerate(split_units(images, _IMAGES_PER_UNIT)))
-    arguments = {"model_uri": model.uri, "out_uri": out.uri, "stems": stems, "wanted": wanted}
+    arguments = {"model_uri": model.uri, "out_uri": out.uri, "stems": output_stems(list(numbers)), "wanted": wanted}
     total, peak_mb = PartStats(refused=list(photos.refused)), 0
 
     def done() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -157,10 +156,7 @@ def predict(
     if not total.images:
         first = total.refused[0]
         raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
-    out.write_json("legend.json", entries)
-    out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
-    if coco:
-        coco.write(out)
+    _write_shared(out, entries, coco)
     seconds = time.monotonic() - started
     manifest = {
         "stage": "predict",
@@ -178,6 +174,14 @@ def predict(
     }
     out.write_json(MANIFEST, manifest)
     return manifest
+
+
+def _write_shared(out: Folder, entries: list[dict[str, Any]], coco: CocoWriter | None) -> None:
+    """Write the files that belong to all photographs: the legend, and COCO's where wanted."""
+    out.write_json("legend.json", entries)
+    out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
+    if coco:
+        coco.write(out)
 
 
 def _in_order(results: Iterator[tuple[int, _Found]]) -> Iterator[_Found]:
