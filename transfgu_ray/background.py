@@ -1,4 +1,4 @@
-"""Something small that is done again and again beside the work."""
+"""A small action that is repeated in the background."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def repeated(action: Callable[[], None], *, seconds: float, name: str, once_more: bool = False) -> Iterator[None]:
-    """Call `action` every so many seconds in a thread of its own, until the context ends.
+    """Call `action` every few seconds in a thread of its own, until the context ends.
 
     Args:
-        action: should catch what may go wrong: an exception ends the thread.
-        seconds: between two calls; the first comes after so long.
-        name: of the thread.
-        once_more: also call it when the context ends.
+        action: must catch its own errors: an exception ends the thread.
+        seconds: time between two calls, and before the first.
+        name: name of the thread.
+        once_more: also call `action` when the context ends.
     """
     done = threading.Event()
 

@@ -21,7 +21,7 @@ def test_made_ahead__the_next_is_made_while_the_last_is_used() -> None:
     assert started[1].wait(5)
 
 
-def test_made_ahead__no_more_waits_than_asked_for() -> None:
+def test_made_ahead__takes_no_more_items_than_asked_for() -> None:
     taken = []
     results = made_ahead(str, (taken.append(i) or i for i in range(100)), 2)
     next(results)

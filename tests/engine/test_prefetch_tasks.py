@@ -1,4 +1,4 @@
-"""What feeds a training: order, and how far it runs ahead."""
+"""Reading ahead for a training: the order of results, and how far it runs ahead."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transfgu_ray.engine.prefetch import read_ahead, to_device
 
 
 def slow_at_first(number: int, scale: float) -> np.ndarray:
-    """The first calls end last."""
+    """Make the first calls end last."""
     time.sleep(max(0.0, 0.3 - 0.1 * number))
     return np.array([number * scale])
 
@@ -34,7 +34,7 @@ def test_read_ahead__keeps_the_order_and_takes_calls_as_they_are_needed(local_ra
 
 
 @pytest.mark.ray
-def test_read_ahead__of_nothing_is_nothing(local_ray: None) -> None:
+def test_read_ahead__no_calls_give_no_results(local_ray: None) -> None:
     assert list(read_ahead(slow_at_first, [], 2)) == []
 
 

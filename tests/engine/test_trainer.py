@@ -1,4 +1,4 @@
-"""What trainings share before and beside Ray Train."""
+"""Trainings under Ray Train: damaged records of checkpoints, and Ctrl-C."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_train__ctrl_c_says_that_it_was_stopped(labelled: Run, tmp_path: Path) -
     process = transfgu("train", str(folder), "--set", "train.round_epochs=[1, 200]", "--overwrite")
     while process.poll() is None and not (folder / "train/history.json").exists():
         time.sleep(0.1)
-    # To the command alone: Ray's own handler for it would wait for the workers and exit with 0.
+    # To the command alone: Ray's own handler would wait for the workers and exit with 0.
     os.kill(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, printed

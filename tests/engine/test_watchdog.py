@@ -1,4 +1,4 @@
-"""A stage that does nothing ends with its name; one that goes on, or is stopped by hand, does not."""
+"""The watchdog ends a stalled stage with an error that names it, and leaves all others alone."""
 
 import signal
 import threading
@@ -25,13 +25,13 @@ def on_sigint(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("on_sigint", [signal.default_int_handler, signal.SIG_IGN], ids=["", "nohup"], indirect=True)
 def test_watchdog__wakes_a_main_thread_that_waits_for_a_lock(on_sigint: None) -> None:
     began = time.monotonic()
-    words = r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray status` tells"
+    words = r"^stage extract did nothing for 0\.01\d+ minutes and was stopped; `ray status` shows"
     with pytest.raises(StalledError, match=words), unless_stalled("stage extract", _SECOND, Progress()):
         threading.Event().wait(60)
     assert time.monotonic() - began < 10
 
 
-def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
+def test_watchdog__timely_signs_of_life_keep_it_quiet() -> None:
     done = []
     with unless_stalled("stage extract", _SECOND, Counted(done.append)) as progress:
         for i in range(6):
@@ -40,7 +40,7 @@ def test_watchdog__a_sign_of_life_each_time_in_time() -> None:
     assert done == list(range(6))
 
 
-def test_watchdog__leaves_ctrl_c_what_it_is() -> None:
+def test_watchdog__does_not_change_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), unless_stalled("stage extract", 1, Progress()):
         signal.raise_signal(signal.SIGINT)
 

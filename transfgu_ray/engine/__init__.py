@@ -1,1 +1,1 @@
-"""Ray at arm's length: sessions, streams of units, tables of parts, trainers, progress, the watchdog."""
+"""Everything that touches Ray: sessions, streams of units, tables of parts, trainers, progress, the watchdog."""

@@ -1,4 +1,4 @@
-"""A batch that a GPU has no memory for, in halves."""
+"""Halving of batches that do not fit into GPU memory."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -10,12 +10,12 @@ Made = TypeVar("Made")
 
 
 def halved(run: Callable[[Tensor], Made], batch: Tensor, count: Callable[[], None]) -> Iterator[Made]:
-    """`run(batch)`, or in order that of its halves, their halves and so on where CUDA has no memory for the whole.
+    """Yield `run(batch)`, or the results of its halves in order, halved further until each fits into GPU memory.
 
     Args:
-        run: of any number of items.
+        run: accepts any number of items.
         batch: (n, ...), n > 0.
-        count: called each time a batch is halved.
+        count: called each time that a batch is halved.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit.
@@ -26,7 +26,7 @@ def halved(run: Callable[[Tensor], Made], batch: Tensor, count: Callable[[], Non
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-    # Not in the handler: its traceback holds what the failed forward had made.
+    # Outside the handler: its traceback keeps the tensors of the failed forward pass alive.
     torch.cuda.empty_cache()
     count()
     half = len(batch) // 2

@@ -1,4 +1,4 @@
-"""What a piece of work is told: where it reads and writes, by which settings, with what, and whom it reports to."""
+"""The input of a piece of work: where it reads and writes, its settings, its resources and its progress."""
 
 from dataclasses import dataclass, field
 
@@ -13,12 +13,12 @@ class Job:
     """One piece of work on a folder.
 
     Attributes:
-        folder: what it reads from and writes to, laid out as a run folder.
+        folder: read from and written to, laid out as a run folder.
         config: settings of the run.
         root: root of the dataset.
         resources: workers and devices.
-        fingerprint: hash of everything that the results depend on; what was made with another one is made again.
-        progress: takes what was done.
+        fingerprint: hash of everything that the results depend on; results with another fingerprint are made again.
+        progress: counts the items done.
     """
 
     folder: Folder

@@ -1,4 +1,4 @@
-"""Tables made of parts, one a unit: which are there, and what their footers say."""
+"""Tables stored as one part per unit: which parts exist, and what their footers say."""
 
 import json
 from collections import Counter
@@ -23,10 +23,10 @@ from transfgu_ray.storage import Folder
 
 
 def require_some(stats: Any, num_images: int) -> None:
-    """Refuses a table that has none of its photographs.
+    """Refuse a table that has none of its photographs.
 
     Raises:
-        DataError: none could be used.
+        DataError: no photograph could be used.
     """
     if not stats.images:
         first = stats.refused[0]
@@ -36,22 +36,22 @@ def require_some(stats: Any, num_images: int) -> None:
 
 
 def refusals(stats: Any, listed: Sequence[dict[str, str]] = ()) -> dict[str, Any]:
-    """What a manifest says of the photographs that went in, and of those refused.
+    """Return the part of a manifest that counts the photographs read and lists those refused.
 
     Args:
-        stats: what became of those that were read.
+        stats: outcome of those that were read.
         listed: refused before they were read.
     """
     refused = [*listed, *stats.refused]
-    # What follows a colon is of the one photograph.
+    # What follows the colon differs from photograph to photograph.
     reasons = Counter(refusal["reason"].partition(":")[0] for refusal in refused)
     return {"rows_in": stats.images + len(refused), "refused": refused, "refused_by_reason": dict(reasons)}
 
 
 def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Batches of `batch_size` rows and which rows they are.
+    """Yield batches of `batch_size` rows, each with the slice of its rows.
 
-    A matrix product's last bits depend on its shape, but what a unit's batches hold depends on the unit alone.
+    The last bits of a matrix product depend on its shape, so batches are cut from one unit alone.
     """
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
@@ -59,19 +59,19 @@ def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np
 
 
 def part_name(table: str, unit: int) -> str:
-    """The file of a unit."""
+    """Return the name of a unit's file."""
     return f"{table}/part-{unit:06d}.parquet"
 
 
 @dataclass
 class PartStats:
-    """What became of a unit's photographs; kept in the part's footer, so that a kill loses none of it.
+    """The outcome of a unit's photographs, kept in the part's footer so that a kill loses none of it.
 
     Attributes:
-        images: photographs that are in the table.
-        refused: those that are not, each with its reason.
-        dropped: crops (or the like) left out, by reason.
-        halvings: how often a batch was halved, since the GPU had no memory for it.
+        images: number of photographs in the table.
+        refused: the photographs left out, each with its reason.
+        dropped: number of crops (or similar) left out, by reason.
+        halvings: how often a batch was halved because it did not fit into GPU memory.
     """
 
     images: int = 0
@@ -80,16 +80,16 @@ class PartStats:
     halvings: int = 0
 
     def halve(self) -> None:
-        """Counts a batch that was halved."""
+        """Count a halved batch."""
         self.halvings += 1
 
     def drop(self, reason: str, count: int = 1) -> None:
-        """Counts something left out."""
+        """Count items left out."""
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def add(self, other: "PartStats") -> None:
-        """Counts another unit's photographs too."""
+        """Add the counts of another unit."""
         self.images += other.images
         self.refused += other.refused
         self.halvings += other.halvings
@@ -100,7 +100,7 @@ class PartStats:
 def decode_photos(
     photos: Sequence[Photo], stats: PartStats, *, limits: DataConfig
 ) -> Iterator[tuple[Photo, Image.Image]]:
-    """Yield each readable photograph with its decoded RGB image; the others are entered as refused."""
+    """Yield each readable photograph with its decoded RGB image; record the others as refused."""
     for photo, image, _ in decode_labelled(photos, stats, limits=limits, table=None):
         yield photo, image
 
@@ -111,9 +111,9 @@ def decode_labelled(
     """Yield each readable photograph with its decoded RGB image and its label's classes.
 
     Args:
-        photos: as read.
-        stats: what becomes of each is counted here; those that cannot be used are entered as refused.
-        limits: sizes that are refused.
+        photos: photographs as read.
+        stats: counts the usable photographs and lists the others as refused.
+        limits: which sizes are refused.
         table: see `to_classes`; None where no labels are wanted.
     """
     for photo in photos:
@@ -133,15 +133,15 @@ def decode_labelled(
 
 
 def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> None:
-    """Refuses numbers that would spread through everything after them.
+    """Refuse values that are not finite and would spread through everything after them.
 
     Args:
-        values: a row an item.
+        values: one row per item.
         image_ids: the photograph of each row.
-        what: they are, for the message.
+        what: name of the values, for the message.
 
     Raises:
-        DataError: some are NaN or infinite.
+        DataError: some values are NaN or infinite.
     """
     bad = ~np.isfinite(values).all(tuple(range(1, values.ndim)))
     if bad.any():
@@ -156,7 +156,7 @@ class PartWorker(UnitWorker):
     """A worker whose units become Parquet parts of one table.
 
     Attributes:
-        config: of the run.
+        config: the run's configuration.
         run: the run folder.
     """
 
@@ -170,7 +170,7 @@ class PartWorker(UnitWorker):
         self._fingerprint = fingerprint
 
     def write(self, unit: int, table: pa.Table, *, stats: PartStats, row_group_size: int | None = None) -> bytes:
-        """Writes the unit's part whole; returns how many photographs were refused, for the progress."""
+        """Write the unit's part atomically; return the number of refused photographs as bytes, for the progress."""
         metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
         self.run.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
         return str(len(stats.refused)).encode()
@@ -181,11 +181,11 @@ class TableResult:
     """A finished table.
 
     Attributes:
-        stats: all parts together.
+        stats: sum over all parts.
         num_rows: rows of all parts.
-        num_parts: parts in all.
-        num_resumed: parts that an earlier, interrupted call had left.
-        peak_mb: highest peak memory of a worker, MB.
+        num_parts: number of parts.
+        num_resumed: parts left by an earlier, interrupted call.
+        peak_mb: highest peak memory of any worker, MB.
     """
 
     stats: PartStats
@@ -204,18 +204,18 @@ def build_table_of_parts(
     worker: Callable[..., PartWorker],
     arguments: Mapping[str, Any] | None = None,
 ) -> TableResult:
-    """Make the parts of a table that are missing, then read every footer: it is complete when this returns.
+    """Make the missing parts of a table, then read every footer: the table is complete when this returns.
 
     Args:
-        job: where, by which settings and with what.
-        table: its folder.
+        job: folders, settings and resources.
+        table: the table's folder.
         images: photographs, in order; consecutive ones share a part.
-        images_per_part: how many.
-        worker: makes the parts; called with what `PartWorker` takes.
-        arguments: further ones of the worker, by name.
+        images_per_part: photographs per part.
+        worker: class that makes the parts; called with the arguments of `PartWorker`.
+        arguments: further keyword arguments of the worker.
 
     Raises:
-        TransfguError: raised by a worker, because the user's input is wrong.
+        TransfguError: raised by a worker because the user's input is wrong.
     """
     folder = job.folder
     units = dict(enumerate(split_units(images, images_per_part)))
@@ -245,29 +245,29 @@ def build_table_of_parts(
 
 
 def part_files(run: Folder, table: str) -> list[str]:
-    """Names of a table's parts, in order of unit."""
+    """Return the names of a table's parts, in order of unit."""
     return [name for name, _ in run.files(table) if name.endswith(".parquet")]
 
 
 def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
-    """Some columns of all parts, in order."""
+    """Read some columns of all parts, in order."""
     return pa.concat_tables([read_part(run, name, columns) for name in part_files(run, table)])
 
 
 def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
-    """Some columns of one part."""
+    """Read some columns of one part."""
     return run.read(name, partial(pq.read_table, columns=columns)).replace_schema_metadata()
 
 
 def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
-    """One row of a part that has one row a row group."""
+    """Read one row of a part written with one row per row group."""
     record: dict[str, Any]
     (record,) = run.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
     return record
 
 
 def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
-    """Stats and rows of a part; None if it is damaged or was made with other settings or input.
+    """Return the stats and number of rows of a part; None if it is damaged or from other settings or input.
 
     Raises:
         ArtifactError: the storage does not answer.

@@ -1,4 +1,4 @@
-"""Work done a little ahead of its use, in a fixed order."""
+"""Work done slightly ahead of its use, in a fixed order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_ahead: int) -> Iterator[T]:
-    """What `read(**call)` gives of each call, computed by Ray's tasks, in the order of the calls.
+    """Yield `read(**call)` for each call, computed by Ray tasks, in the order of the calls.
 
     Args:
         read: a plain function.
-        calls: its arguments; taken as tasks are started.
-        num_ahead: tasks that run, or wait with their results, beside the one whose result is wanted.
+        calls: keyword arguments of each call; consumed as tasks are started.
+        num_ahead: tasks running or finished ahead of the one whose result is wanted.
     """
     import ray
 
@@ -29,7 +29,7 @@ def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_a
 
 
 def to_device(parts: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
-    """A batch from its parts; copied, since Ray's arrays are read-only, and from pinned memory where it pays."""
+    """Join parts into a batch on the device; a copy, as Ray's arrays are read-only, through pinned memory for CUDA."""
     batch = torch.from_numpy(np.concatenate(parts))
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
 
@@ -40,12 +40,12 @@ Begun = TypeVar("Begun")
 
 
 def in_order(begun: Iterable[Begun], finish: Callable[[Begun], Made], num_ahead: int) -> Iterator[Made]:
-    """`finish(work)` of each work in order, where taking a work from `begun` begins it.
+    """Yield `finish(work)` for each item of `begun`, in order; taking an item from `begun` starts its work.
 
     Args:
-        begun: futures, references or the like; taken as they are begun.
-        finish: waits for one.
-        num_ahead: how many run, or wait with their results, beside the one whose result is wanted.
+        begun: futures, references or the like; consumed as work is started.
+        finish: waits for one item and returns its result.
+        num_ahead: items running or finished ahead of the one whose result is wanted.
     """
     waiting: deque[Begun] = deque()
     for work in begun:
@@ -57,10 +57,10 @@ def in_order(begun: Iterable[Begun], finish: Callable[[Begun], Made], num_ahead:
 
 
 def made_ahead(make: Callable[[Item], Made], items: Iterable[Item], num_threads: int) -> Iterator[Made]:
-    """`make(item)` of each item in order; threads make the next ones while the caller works on the last.
+    """Yield `make(item)` for each item, in order; threads make the next ones while the caller uses the last.
 
-    At most `num_threads` + 1 results wait at a time, so memory is bounded however many items there are. What `make`
-    raises is raised where its result is asked for. For work that leaves the interpreter lock: decoding and resizing.
+    At most `num_threads` + 1 results wait at a time, so memory is bounded however many items there are. An error in
+    `make` is raised where its result is asked for. Meant for work that releases the GIL, such as decoding and resizing.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         yield from in_order((pool.submit(make, item) for item in items), Future.result, num_threads)

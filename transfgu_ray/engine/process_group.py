@@ -1,4 +1,4 @@
-"""How the workers of a training find each other."""
+"""The process group in which the workers of a training find each other."""
 
 import os
 import sys
@@ -15,17 +15,17 @@ from ray.train.torch.config import (
 
 
 class LoopbackTorchConfig(TorchConfig):
-    """Ray Train's, but workers of one machine listen to nobody outside it."""
+    """Ray Train's configuration, except that workers on a single machine do not listen to other machines."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
-        """What starts the process group."""
+        """Return the class that starts the process group."""
         return _LoopbackBackend
 
 
 class _LoopbackBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """On one machine workers meet at a file, since PyTorch's own store listens on every interface, to anybody."""
+        """Let workers on a single machine meet through a file, as PyTorch's own store listens on every interface."""
         if len(set(worker_group.execute(_node_id))) > 1:
             super().on_start(worker_group, backend_config)
             return
@@ -53,5 +53,5 @@ def _node_id() -> str:
 
 def _use_loopback() -> None:
     if sys.platform == "linux":
-        # Else Gloo listens where the machine's name leads to.
+        # Otherwise Gloo listens on the address that the host name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

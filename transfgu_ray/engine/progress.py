@@ -1,4 +1,4 @@
-"""How work tells whoever started it how far it is."""
+"""Progress reports from a piece of work to its caller."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Progress:
-    """How far one piece of work is. This one keeps it to itself; subclasses show it."""
+    """The progress of one piece of work. This class shows nothing; subclasses do."""
 
     def expect(self, total: int) -> None:
-        """Say how many items there are to do, once that is known."""
+        """Set the number of items to do, once it is known."""
 
     def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
-        """Count items that were done since the last call; 0 of them is a sign of life.
+        """Count items done since the last call; 0 is a sign of life.
 
         Args:
-            done: items done, refused ones among them.
-            words: to show beside the numbers.
+            done: items done, including refused ones.
+            words: text to show beside the numbers.
             refused: how many of the items were refused.
         """
 
 
 class Heartbeat(Progress):
-    """Passes on that something was done, but not what: for work that is no part of what is counted."""
+    """A progress that passes on signs of life but no counts, for work beside the counted items."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -33,19 +33,19 @@ class Heartbeat(Progress):
 
 
 class Reporter(Protocol):
-    """What work is shown on: a terminal, or nothing."""
+    """Where the progress of stages is shown: a terminal, or nowhere."""
 
     def stage(self, name: str, total: int | None, unit: str) -> AbstractContextManager[Progress]:
         """Show one piece of work while it runs.
 
         Args:
-            name: what it is called.
-            total: items to do; None where the work will say so itself.
-            unit: what the items are, in the plural.
+            name: the name to show.
+            total: items to do; None if the work sets it through `Progress.expect`.
+            unit: plural noun for the items.
         """
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Show one line of text."""
 
 
 class SilentReporter:
@@ -57,4 +57,4 @@ class SilentReporter:
         yield Progress()
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Show nothing."""

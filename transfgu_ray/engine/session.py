@@ -1,4 +1,4 @@
-"""A Ray to run on, and how many workers of which kind it can carry."""
+"""A Ray session, and the number and kind of workers that it can carry."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.logs import begin_work
 
-# A worker and the reading task that feeds it fit on one CPU together, so that one CPU is enough to make progress.
+# A worker and the reading task that feeds it share one CPU, so that one CPU is enough to make progress.
 WORKER_CPUS = 0.75
 READER_CPUS = 0.25
 _STARTS = 3
@@ -25,15 +25,15 @@ _STARTS = 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What a stage may use.
+    """The resources of a stage.
 
     Attributes:
         num_cores: CPUs of the machine or cluster.
-        num_workers: actors of a stage.
+        num_workers: actors per stage.
         train_workers: Ray Train workers.
         device: "cpu" or "cuda".
-        threads: torch and FAISS threads a worker.
-        num_blocks: Ray Data blocks; None = one a part, at most 1000.
+        threads: torch and FAISS threads per worker.
+        num_blocks: Ray Data blocks; None = one per part, at most 1000.
     """
 
     num_cores: int
@@ -45,33 +45,33 @@ class Resources:
 
     @property
     def gpus_per_worker(self) -> int:
-        """GPUs that an actor asks Ray for."""
+        """Return the number of GPUs that each actor requests."""
         return 1 if self.device == "cuda" else 0
 
 
 @contextmanager
 def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = False) -> Iterator[Resources]:
-    """Connects to the Ray at `address`, or starts a local one on loopback and stops it afterwards.
+    """Connect to the Ray cluster at `address`, or start a local one on loopback and stop it afterwards.
 
     Args:
-        address: of a cluster; None = start one.
+        address: of a cluster; None = start a local one.
         runtime: workers and devices.
-        dashboard: start a local one with its dashboard. Without it, nobody frees what a training inside a trial holds
-            when the trial is stopped: Ray Train asks the dashboard whether its controller lives.
+        dashboard: start the local one with its dashboard. Without it, the resources of a training inside a stopped
+            trial are never freed: Ray Train asks the dashboard whether its controller is alive.
 
     Raises:
         ConfigError: no cluster answers at `address`, or it has no GPU where cuda was asked for.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray prints this amid the progress whenever trials, which have several processes each, run side by side.
+    # Ray prints this amid the progress whenever several trials, each with several processes, run at once.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
     is_local = address in (None, "local")
     if is_local:
-        # Ray's own switch for single machines, read on import: without it every process listens on all interfaces.
-        # A driver of a cluster must not have it, or other nodes cannot reach it.
+        # Ray reads this on import: 0 makes every process of a single machine listen on loopback only. The driver of a
+        # cluster must not set it, or other nodes could not reach it.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Workers must not each take all cores: intra-op threads are set from the configuration.
+    # Each worker would otherwise use all cores: intra-op threads come from the configuration.
     os.environ.setdefault("OMP_NUM_THREADS", str(runtime.threads))
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
@@ -85,7 +85,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
         slots = max(os.cpu_count() or 1, 4)
         where: dict[str, Any] = {
-            # Not the cluster that happens to run on this machine.
+            # Ignore any cluster that already runs on this machine.
             "address": "local",
             "num_cpus": slots,
             "include_dashboard": dashboard,
@@ -110,7 +110,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
 
 
 def _start(**settings: Any) -> None:
-    """Starts a local Ray, again where a busy machine takes longer than the half minute that Ray waits for itself."""
+    """Start a local Ray; try again where a busy machine takes longer than the 30 s that Ray allows itself."""
     import ray
 
     for attempt in range(_STARTS):
@@ -118,7 +118,7 @@ def _start(**settings: Any) -> None:
             with _quiet_start(), _own_address():
                 ray.init(**settings)
             return
-        # Ray raises no narrower class.
+        # Ray raises no narrower class here.
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
                 raise
@@ -127,23 +127,23 @@ def _start(**settings: Any) -> None:
 
 @contextmanager
 def _own_address() -> Iterator[None]:
-    """Tells the processes of a local Ray its address, through the environment that they inherit.
+    """Give the processes of a local Ray its address, through the environment that they inherit.
 
-    Without it, Ray Train's cleaner looks for the one Ray of the machine and, among two, frees nothing of what a stopped
-    training holds.
+    Without it, Ray Train's cleaner searches the machine for a Ray and, if it finds two, frees none of the resources of
+    a stopped training.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    with kept_environment(*told):
-        os.environ.update(told)
+    address = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    with kept_environment(*address):
+        os.environ.update(address)
         yield
 
 
 @contextmanager
 def kept_environment(*names: str) -> Iterator[None]:
-    """Leaves variables as they were, whatever happens to them meanwhile."""
+    """Restore environment variables when the context ends."""
     kept = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -156,9 +156,9 @@ def kept_environment(*names: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Drops what Ray's C++ core prints while it starts (its own log level); errors still come as exceptions.
+    """Discard what Ray's C++ core prints while it starts; errors are still raised as exceptions.
 
-    Keeps what SIGTERM does, too: Ray would end the process at once, before anything is closed.
+    Also keep the handler of SIGTERM: Ray's would end the process at once, before anything is closed.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     sys.stderr.flush()

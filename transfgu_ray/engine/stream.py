@@ -1,8 +1,8 @@
-"""Ray Data streams units of photographs into an actor pool.
+"""Streaming of units of photographs through Ray Data into an actor pool.
 
-A unit is a fixed run of consecutive photographs. One actor call turns one unit into one artifact, named after the
-unit and written whole; so results do not depend on the number of workers or blocks, a killed actor's unit is simply
-done again, and a rerun skips the units whose artifact is there.
+A unit is a fixed run of consecutive photographs. One actor call turns one unit into one artifact, which is named after
+the unit and written atomically. So results do not depend on the number of workers or blocks, the unit of a killed actor
+is repeated, and a rerun skips units whose artifact exists.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _LOGGER = logging.getLogger("transfgu_ray")
 
 
 def peak_memory_mb() -> int:
-    """Peak resident memory of this process so far, MB."""
+    """Return the peak resident memory of this process so far, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
@@ -39,7 +39,7 @@ class Photo:
     Attributes:
         image_id: path relative to the dataset root.
         data: encoded bytes; None if it could not be read.
-        label: encoded label bytes; None without one.
+        label: encoded label bytes; None without a label.
         error: why it could not be read.
     """
 
@@ -50,7 +50,7 @@ class Photo:
 
 
 class UnitWorker:
-    """Base of the actors. Subclasses load models in `__init__` and implement `process`."""
+    """Base class of the actors. Subclasses load models in `__init__` and implement `process`."""
 
     def __init__(self, device: str, threads: int) -> None:
         import torch
@@ -59,11 +59,11 @@ class UnitWorker:
         self.device = device
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Does one unit; what it returns reaches the driver, so it must be small."""
+        """Process one unit; the result is sent to the driver, so it must be small."""
         raise NotImplementedError
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One row in, one row out: the unit's result and this process's peak memory."""
+        """Turn a row with a unit's photographs into a row with its result and this process's peak memory."""
         (row,) = table.to_pylist()
         photos = [
             Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
@@ -77,7 +77,7 @@ class UnitWorker:
         except Exception as error:
             first, *_ = row["image_ids"]
             note = f"in unit {row['unit']}, which begins with {first}, on node {node}, pid {pid}"
-            # Ray Data may call again what has failed.
+            # Ray Data may repeat a failed call with the same error.
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
             raise
@@ -95,10 +95,10 @@ class UnitWorker:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What came back of a unit.
+    """The result of a unit.
 
     Attributes:
-        unit: its number.
+        unit: number of the unit.
         result: what `process` returned.
         peak_mb: peak resident memory of the actor so far, MB.
     """
@@ -109,13 +109,13 @@ class UnitResult:
 
 
 def even_ranges(count: int, num_parts: int) -> list[range]:
-    """Return consecutive ranges that cover `range(count)`, of lengths that differ by one at most."""
+    """Return consecutive ranges that cover `range(count)` and differ in length by at most one."""
     edges = [count * part // num_parts for part in range(num_parts + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def split_units(images: Sequence[ImageRef], images_per_unit: int) -> list[Sequence[ImageRef]]:
-    """Consecutive runs of photographs; the index in the list is the unit's number."""
+    """Split photographs into consecutive runs; the index in the list is the unit's number."""
     return [images[i : i + images_per_unit] for i in range(0, len(images), images_per_unit)]
 
 
@@ -127,7 +127,7 @@ def stream_units(
     arguments: Mapping[str, Any],
     resources: Resources,
 ) -> Iterator[UnitResult]:
-    """Runs `worker(**arguments)` over all units and yields each result as it comes, in no particular order.
+    """Run `worker(**arguments)` over all units and yield each result as it comes, in no particular order.
 
     Raises:
         TransfguError: raised by a worker because the user's input is wrong.
@@ -138,14 +138,14 @@ def stream_units(
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     set_up_ray_data()
-    # As Any: Ray's types of a function that maps tables do not know Arrow's.
+    # As Any: Ray's types for mapped functions do not include Arrow tables.
     blocks: Any = ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
     dataset = blocks.map_batches(
         _read_unit,
         fn_kwargs={"root_uri": root.uri},
         batch_format="pyarrow",
         batch_size=1,
-        # Without a limit Ray starts as many processes as fractions of a CPU fit.
+        # Without a limit, Ray starts as many processes as fractions of a CPU allow.
         compute=TaskPoolStrategy(size=resources.num_workers),
         num_cpus=READER_CPUS,
     ).map_batches(
@@ -173,7 +173,7 @@ def stream_units(
 
 
 def set_up_ray_data() -> None:
-    """Has Ray Data print nothing, and raise what a worker raised: its own wrapper loses the cause on the way here."""
+    """Make Ray Data print nothing and raise the worker's own errors: its wrapper loses their cause."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -185,16 +185,16 @@ def set_up_ray_data() -> None:
 
 @contextmanager
 def unwrapped_errors() -> Iterator[None]:
-    """Raises the `TransfguError` that a Ray error carries, or what a failure of the storage means, in its place."""
+    """Replace a Ray error by the `TransfguError` that it carries, or by the storage failure that it stems from."""
     try:
         yield
     except Exception as error:
         for cause in _causes(error):
-            # Ray's own error pretends to be of its cause's type, with a remote traceback for a message.
+            # Ray's wrapper is also an instance of its cause's type, but its message is a remote traceback.
             if hasattr(cause, "cause"):
                 continue
             if isinstance(cause, TransfguError):
-                # Ray Data adds lines of its own to what was said.
+                # Ray Data appends lines of its own to the message.
                 raise type(cause)(str(cause).partition("\nFailed to apply UDF")[0]) from None
             if failure := storage_failure(cause):
                 raise failure from None
@@ -202,7 +202,7 @@ def unwrapped_errors() -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it follows from, as Python, Ray and Ray Train attach them."""
+    """Yield the error and its causes, as Python, Ray and Ray Train attach them."""
     yield error
     of_training = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     for cause in (getattr(error, "cause", None) or error.__cause__, *of_training):
@@ -224,7 +224,7 @@ def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None
 
 
 def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
-    """Adds the encoded bytes of every photograph, and of its label where it has one."""
+    """Add the encoded bytes of every photograph, and of its label if it has one."""
     root = Folder(root_uri)
     (row,) = table.to_pylist()
     photos = [root.try_read(image_id) for image_id in row["image_ids"]]

@@ -1,4 +1,4 @@
-"""What trainings under Ray Train share: how they are started, continued and watched."""
+"""Starting, resuming and watching of trainings under Ray Train."""
 
 import json
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PULSE = "train/progress.json"
 _STATE = "state.pt"
 _PULSE_SECONDS = 2.0
-# Of a training that fails, from its last checkpoint.
+# How often a failed training is restarted from its last checkpoint.
 MAX_RESTARTS = 2
 
 
@@ -37,15 +37,15 @@ def new_trainer(
     resources: Resources,
     max_restarts: int = MAX_RESTARTS,
 ) -> "TorchTrainer":
-    """A data-parallel trainer that continues what `storage` holds under `name`, also when it had finished.
+    """Return a data-parallel trainer that resumes what `storage` holds under `name`, even if that had finished.
 
     Args:
-        loop: what each worker runs.
-        settings: its argument.
+        loop: function that each worker runs.
+        settings: argument of the function.
         storage: where the checkpoints go.
-        name: says what is trained, so that nothing else is continued.
+        name: identifies what is trained, so that nothing else is resumed.
         resources: workers and device.
-        max_restarts: how often the workers are started again where one fails.
+        max_restarts: how often the workers are restarted after one fails.
 
     Raises:
         ArtifactError: the storage cannot be written.
@@ -55,7 +55,7 @@ def new_trainer(
 
     from transfgu_ray.engine.process_group import LoopbackTorchConfig
 
-    # Of a storage that cannot be written, Ray Train tells as of an actor that died.
+    # Ray Train would report a storage that cannot be written as a dead actor.
     storage.write_bytes(f"{name}/.writable", b"")
     divert_ray_loggers()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -63,9 +63,9 @@ def new_trainer(
 
     class Interruptible(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
-            """Leaves Ctrl-C what it is: Ray's handler waits for the workers, which may hang, and exits with 0."""
+            """Keep Python's own Ctrl-C: Ray's handler waits for the workers, which may hang, and exits with 0."""
 
-    # As Any: the class that Ray shows to type checkers is its predecessor's.
+    # As Any: Ray shows type checkers the signature of an older class.
     failure_config: Any = FailureConfig
     return Interruptible(
         loop,
@@ -87,9 +87,9 @@ def new_trainer(
 
 
 def drop_torn(run: Folder, name: str) -> None:
-    """Removes a training whose record of checkpoints is damaged, so that it starts anew.
+    """Delete a training whose record of checkpoints is damaged, so that it starts afresh.
 
-    Ray Train writes that record in place; a kill in the middle of it would stop every later start.
+    Ray Train writes that record in place; a kill during the write would make every later start fail.
     """
     record = f"{name}/checkpoint_manager_snapshot.json"
     try:
@@ -99,14 +99,14 @@ def drop_torn(run: Folder, name: str) -> None:
 
 
 def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
-    """What `report_state` kept."""
+    """Return the state that `report_state` saved."""
     with checkpoint.as_directory() as directory:
         state: dict[str, Any] = torch.load(Path(directory) / _STATE, map_location=device, weights_only=True)
         return state
 
 
 def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
-    """Reports progress to Ray Train, which every worker must; the one that has a state adds a checkpoint of it."""
+    """Report progress to Ray Train, as every worker must, with a checkpoint of the state where there is one."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as directory:
@@ -118,13 +118,13 @@ def report_state(row: Mapping[str, Any], state: Mapping[str, Any] | None) -> Non
 
 
 class Pulse:
-    """Leaves in a file how far a training has come, at most every few seconds: to be shown, and as a sign of life."""
+    """A file with the progress of a training, written at most every few seconds: to be shown, and as a sign of life."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder, self._written = folder, 0.0
 
     def __call__(self, **content: float) -> None:
-        """Called after each step."""
+        """Write the content, unless it is too soon; call this after each step."""
         if time.monotonic() - self._written >= _PULSE_SECONDS:
             self._folder.write_json(PULSE, content)
             self._written = time.monotonic()
@@ -132,18 +132,18 @@ class Pulse:
 
 @contextmanager
 def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
-    """Report the content of a file that workers write, whenever it is another, while the driver waits for them."""
+    """Call `on_change` with the content of a file that workers write, whenever it changes, until the context ends."""
     seen: bytes | None = None
 
-    def look() -> None:
+    def check() -> None:
         nonlocal seen
         content = None
-        # Not there yet; and a storage that fails is reported by the training itself.
+        # The file may not exist yet, and a failing storage is reported by the training itself.
         with suppress(OSError, ArtifactError):
             content = run.read_bytes(name)
         if content is not None and content != seen:
             on_change(json.loads(content))
             seen = content
 
-    with repeated(look, seconds=1.0, name=f"watch {name}", once_more=True):
+    with repeated(check, seconds=1.0, name=f"watch {name}", once_more=True):
         yield

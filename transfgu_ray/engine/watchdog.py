@@ -1,4 +1,4 @@
-"""A stage that does nothing for too long ends with an error that names it, instead of waiting for ever."""
+"""A watchdog that ends a stalled stage with an error that names it, instead of letting it wait for ever."""
 
 import signal
 import threading
@@ -10,26 +10,26 @@ from transfgu_ray.background import repeated
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.errors import StalledError
 
-# Not SIGINT, which is ignored in what a shell script starts with `&`. Its handler raises what Ctrl-C does: Ray's own
-# waits let nothing else through.
+# Not SIGINT, which processes started with `&` in a shell script ignore. The handler raises KeyboardInterrupt: Ray's
+# waits let no other exception through.
 _WAKE = signal.SIGUSR1
 
 
 @contextmanager
 def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[Progress]:
-    """Gives `progress` back, to be called whenever something was done; interrupts the main thread when that stays away.
+    """Yield a `progress` to call whenever something is done; interrupt the main thread if it is not called in time.
 
-    Ray itself notices dead processes and starts them again; what it waits for in silence is a process that lives but
-    does nothing, and room in a cluster that has lost a node. A trial of a sweep, which is no main thread, is not
-    watched: the sweep that waits for it is.
+    Ray itself restarts dead processes, but waits silently for a process that is alive and does nothing, and for free
+    resources in a cluster that has lost a node. A trial of a sweep does not run in the main thread and is not watched;
+    the sweep that waits for it is.
 
     Args:
-        doing: what is watched, e.g. `stage extract`.
+        doing: name of the work, e.g. `stage extract`.
         minutes: `runtime.stall_minutes`.
-        progress: takes what was done.
+        progress: receives every call.
 
     Raises:
-        StalledError: nothing was done for so long.
+        StalledError: nothing was done for that long.
     """
     main = threading.main_thread()
     main_id = main.ident
@@ -42,7 +42,7 @@ def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[P
         nonlocal is_stalled
         if not is_stalled and time.monotonic() - noted.last > 60 * minutes:
             is_stalled = True
-            # A real signal: nothing less wakes a main thread that waits for a lock.
+            # A real signal: nothing else wakes a main thread that waits for a lock.
             signal.pthread_kill(main_id, _WAKE)
 
     before = signal.signal(_WAKE, signal.default_int_handler)
@@ -53,16 +53,16 @@ def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[P
         if not is_stalled:
             raise
         raise StalledError(
-            f"{doing} did nothing for {minutes:g} minutes and was stopped; `ray status` tells what the cluster lacks, "
-            "the same command goes on from here, and runtime.stall_minutes sets the patience"
+            f"{doing} did nothing for {minutes:g} minutes and was stopped; `ray status` shows what the cluster lacks, "
+            "the same command resumes from here, and runtime.stall_minutes sets this limit"
         ) from None
     finally:
-        # None stands for a handler of C code, which Python cannot put back.
+        # None stands for a handler set by C code, which Python cannot restore.
         signal.signal(_WAKE, before or signal.SIG_DFL)
 
 
 class _Noted(Progress):
-    """Passes progress on, and remembers when there last was some."""
+    """A progress that passes calls on and remembers the time of the last one."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
