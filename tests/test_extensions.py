@@ -76,7 +76,7 @@ def test_stage__one_object_is_run_recorded_kept_and_made_again(
 
 
 def test_stage_table__refuses_a_name_twice(toy_stage: None) -> None:
-    with pytest.raises(ValueError, match="stage toy is in the table already"):
+    with pytest.raises(ValueError, match="stage toy is already in the table"):
         STAGES.add(TOY_STAGE, before="train")
     with pytest.raises(KeyError, match="nowhere"):
         STAGES.add(TOY_STAGE.__class__(**vars(TOY_STAGE) | {"name": "toy2"}), before="nowhere")

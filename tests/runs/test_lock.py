@@ -1,4 +1,4 @@
-"""One writer a folder: refused while another lives, taken over when it is dead."""
+"""The lock of a folder: refused while another process lives, taken over when it is dead."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_locked__refused_while_a_process_lives_and_free_once_it_is_killed(tmp_pa
 
 
 @pytest.mark.parametrize("beating", [True, False])
-def test_locked__of_another_machine_lives_while_its_note_changes(tmp_path: Path, beating: bool) -> None:
+def test_locked__owner_on_another_machine_lives_while_its_note_changes(tmp_path: Path, beating: bool) -> None:
     other = {"id": "a", "host": "node-7 boot", "pid": 1, "started": "1", "beats": 0}
     (tmp_path / LOCK).write_text(json.dumps(other))
     if beating:
@@ -84,7 +84,7 @@ def test_locked__a_later_process_of_the_same_number_is_another(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"id": 1}'])
-def test_locked__a_damaged_note_is_nobodys(tmp_path: Path, damage: str) -> None:
+def test_locked__takes_over_a_damaged_note(tmp_path: Path, damage: str) -> None:
     (tmp_path / LOCK).write_text(damage)
     with locked(Folder(str(tmp_path))):
         assert note(tmp_path)["pid"] == os.getpid()

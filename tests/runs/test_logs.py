@@ -1,4 +1,4 @@
-"""The log of a command: what is in it, where it lies, and what is not in it."""
+"""The log of a command: its content, its place, and what is kept out of it."""
 
 import io
 import logging
@@ -26,19 +26,19 @@ def fail() -> None:
         raise DataError("the sentence") from None
 
 
-def test_kept_log__has_the_traceback_that_the_sentence_hides(tmp_path: Path) -> None:
+def test_kept_log__has_the_traceback_that_the_message_hides(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught, kept_log(Folder(str(tmp_path)), "extract"), logged_stage("extract"):
         fail()
     text = the_log(tmp_path)
     assert "ERROR" in text
     assert "DataError: the sentence" in text
-    assert "Behind it:" in text
+    assert "Caused by:" in text
     assert "KeyError: 'missing'" in text
     assert str(caught.value) == "the sentence", "the terminal shows no more than before"
     assert log_of(caught.value) == str(next((tmp_path / "logs").iterdir()))
 
 
-def test_kept_log__is_named_where_it_says_more_than_the_sentence(tmp_path: Path) -> None:
+def test_kept_log__is_named_where_it_says_more_than_the_message(tmp_path: Path) -> None:
     for error, is_named in ((DataError("before any work"), False), (RuntimeError("not foreseen"), True)):
         with pytest.raises(type(error)), kept_log(Folder(str(tmp_path / type(error).__name__)), "run"):
             raise error
@@ -65,7 +65,7 @@ def test_kept_log__nothing_reaches_the_terminal(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def test_kept_log__a_stopped_command_says_by_what(tmp_path: Path) -> None:
+def test_kept_log__says_what_stopped_a_command(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), kept_log(Folder(str(tmp_path)), "run"):
         raise KeyboardInterrupt
     assert "stopped by KeyboardInterrupt" in the_log(tmp_path)

@@ -39,7 +39,7 @@ def test_run_open__writes_the_configuration_first_and_reads_it_back(tmp_path):
 def test_run_open__refuses_another_configuration_and_says_what_differs(tmp_path):
     uri = str(tmp_path)
     Run.open(uri, _config("seed=5"))
-    # Nothing was computed yet, so nothing speaks against another try.
+    # Nothing was computed yet, so another configuration may replace it.
     run = Run.open(uri, _config())
     run.folder.write_bytes("features/part-000000.parquet", b"")
     with pytest.raises(ArtifactError, match=r"another configuration \(seed: 0 -> 1; train\.omega_1: 1\.0 -> 2\.0\)"):
@@ -50,15 +50,15 @@ def test_run_open__refuses_another_configuration_and_says_what_differs(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["data.root=/elsewhere", "runtime.num_workers=3", "tracking.experiment=other"])
-def test_run_open__where_it_runs_is_no_other_configuration(tmp_path, change):
+def test_run_open__settings_of_where_it_runs_may_change(tmp_path, change):
     Run.open(str(tmp_path), _config())
     Run.open(str(tmp_path), _config(change))
-    # The newer answer is the one that later stages need.
+    # Later stages need the newer value.
     assert Run.open(str(tmp_path), None).config == _config(change)
     assert _changed(change) == []
 
 
-def test_run_open__refuses_what_is_no_run(tmp_path):
+def test_run_open__refuses_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ArtifactError, match=r"is no run folder \(it has no config\.yaml\)"):
         Run.open(str(tmp_path), None)
     (tmp_path / "config.yaml").write_text("train: [")
@@ -123,7 +123,7 @@ def test_run_clear__removes_the_manifest_first_then_the_outputs(tmp_path, monkey
     assert left == ["concepts.files.json", "concepts.json", "concepts.parquet", "config.yaml"]
 
 
-def test_run_damaged_files__are_those_that_are_gone_or_other_than_what_was_written(tmp_path):
+def test_run_damaged_files__are_those_missing_or_changed(tmp_path):
     run = Run.open(str(tmp_path), _config())
     parts = [f"features/part-{unit:06d}.parquet" for unit in range(4)]
     for name in parts:

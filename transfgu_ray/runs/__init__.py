@@ -1,1 +1,1 @@
-"""What a run leaves: its folder, stages, tables, checksums, lock and provenance."""
+"""The artifacts of a run: its folder, stages, tables, checksums, lock and provenance."""

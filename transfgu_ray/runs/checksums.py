@@ -1,4 +1,4 @@
-"""What a stage has left, file by file, so that damage done to it afterwards is found."""
+"""Checksums of the files that a stage wrote, to find damage done afterwards."""
 
 import hashlib
 import json
@@ -12,18 +12,18 @@ import pyarrow as pa
 
 from transfgu_ray.storage import Folder
 
-# Reading waits for the storage, and hashing frees the interpreter.
+# Threads pay: reading waits for the storage, and hashing releases the GIL.
 _THREADS = 8
 _CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class Mending:
-    """What is kept of a stage whose damaged files are made again, until that is done.
+    """The record kept of a stage while its damaged files are made again.
 
     Attributes:
-        damaged: their names.
-        checksum: sha256 of the record of all files as they were.
+        damaged: names of the damaged files.
+        checksum: sha256 of the record of all files before the damage.
     """
 
     damaged: list[str]
@@ -31,34 +31,34 @@ class Mending:
 
 
 def record_name(stage: str) -> str:
-    """The file that lists a stage's files; apart from the manifest, since tables may have 100,000 parts."""
+    """Return the name of the file that lists a stage's files; not the manifest, as tables may have 100,000 parts."""
     return f"{stage}.files.json"
 
 
 def checksum_files(folder: Folder, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each file, by name.
+    """Return the bytes and sha256 of each file, by name.
 
     Args:
-        folder: which holds them.
-        sizes: bytes of each.
+        folder: holds the files.
+        sizes: bytes of each file.
     """
     hashes = _hashes(folder, sizes)
     return {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in sorted(sizes)}
 
 
 def dump_record(files: Mapping[str, Any]) -> bytes:
-    """The bytes of a record, a line a file; equal for equal files."""
+    """Return a record as bytes, one line per file; equal for equal files."""
     lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in files.items())
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def find_damaged(folder: Folder, record: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
-    """Names of files that are gone or no longer what the record says; the content of those of the right size is read.
+    """Return the names of files that are missing or differ from the record; files of the right size are read.
 
     Args:
-        folder: which holds them.
-        record: what `checksum_files` gave.
-        sizes: bytes of the files that are there.
+        folder: holds the files.
+        record: result of `checksum_files`.
+        sizes: bytes of the files that exist.
     """
     whole = [name for name, entry in record.items() if sizes.get(name) == entry["bytes"]]
     hashes = _hashes(folder, whole)
@@ -66,12 +66,12 @@ def find_damaged(folder: Folder, record: Mapping[str, Any], sizes: Mapping[str, 
 
 
 def write_mending(folder: Folder, stage: str, mending: Mending) -> None:
-    """Keeps it in place of the record."""
+    """Write it in place of the record."""
     folder.write_json(record_name(stage), asdict(mending))
 
 
 def read_mending(folder: Folder, stage: str) -> Mending | None:
-    """What `write_mending` kept; None where nothing is being mended."""
+    """Return what `write_mending` wrote; None where nothing is being mended."""
     try:
         return Mending(**(folder.read_json(record_name(stage)) or {}))
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""One writer a folder: a note of who works in it, kept fresh while they do."""
+"""A lock that allows one writer per folder: a note of the owning process, refreshed while it lives."""
 
 import contextlib
 import itertools
@@ -17,21 +17,21 @@ from transfgu_ray.storage import Folder
 
 LOCK = ".lock.json"
 BEAT_S = 5.0
-# Longer than two beats, so that one that is late does not count as none.
+# Longer than two beats, so that one late beat does not count as a missing one.
 PATIENCE_S = 13.0
-# Until a process that was killed has left the process table.
+# A killed process has left the process table by then.
 _DYING_S = 5.0
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """Who works in a folder.
+    """The process that works in a folder.
 
     Attributes:
-        id: of this lock.
-        host: of the process; with the boot, so that a restarted machine is another.
-        pid: of the process.
-        started: when, in ticks of its machine; a later process of the same id has another.
+        id: id of this lock.
+        host: host of the process and its boot id, so that a restarted machine counts as another.
+        pid: id of the process.
+        started: its start time in ticks of its machine, which tells it from a later process of the same id.
         beats: grows while the process lives.
     """
 
@@ -44,10 +44,10 @@ class _Owner:
 
 @contextlib.contextmanager
 def locked(folder: Folder) -> Iterator[None]:
-    """Keeps a folder to this process, and refuses where another one works in it.
+    """Lock a folder for this process; refuse if another one works in it.
 
-    A process of this machine is asked for by its id. One of another machine lives while its note changes: no clock is
-    compared, so a folder that a lost machine has left is taken over after `PATIENCE_S`.
+    A process on this machine is looked up by its id. One on another machine counts as alive while its note changes. No
+    clocks are compared, so the folder of a lost machine is taken over after `PATIENCE_S`.
 
     Raises:
         ArtifactError: another process works there.
@@ -60,14 +60,14 @@ def locked(folder: Folder) -> Iterator[None]:
         )
     mine = _Owner(uuid.uuid4().hex, _host(), os.getpid(), _started(os.getpid()) or "", 0)
     _write(folder, mine)
-    # Of two that found it free at the same time, the one that wrote last has it.
+    # Of two processes that found it free at the same time, the last to write owns it.
     found = _read(folder)
     if found is None or found.id != mine.id:
         raise ArtifactError(f"another process began in {folder.uri} at the same moment; use another folder")
     beats = itertools.count(1)
 
     def beat() -> None:
-        # A storage that fails is reported by the work itself, not by its lock.
+        # A failing storage is reported by the work itself, not by its lock.
         with contextlib.suppress(ArtifactError):
             _write(folder, replace(mine, beats=next(beats)))
 
@@ -92,7 +92,7 @@ def _lives(owner: _Owner, folder: Folder) -> bool:
 
 
 def _read(folder: Folder) -> _Owner | None:
-    """The note; None where there is none, or it is damaged."""
+    """Return the note; None if it is missing or damaged."""
     try:
         return _Owner(**json.loads(folder.read_bytes(LOCK)))
     except (OSError, ValueError, TypeError):
@@ -109,9 +109,9 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started; None where it is gone or only its entry is left."""
+    """Return when a process of this machine started; None if it is gone or a zombie."""
     try:
-        # The name before it may hold spaces and brackets.
+        # The name before the last bracket may itself hold spaces and brackets.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     except OSError:

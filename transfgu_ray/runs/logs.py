@@ -1,7 +1,7 @@
-"""The log of one command: `logs/<time>-<command>.log` in the folder that it works on, whatever the storage.
+"""The log of one command: `logs/<time>-<command>.log` in the folder that it works on, on any storage.
 
-The terminal shows sentences; the log holds what is behind them: every level of the logger `transfgu_ray`, warnings of
-Ray, what workers print, and the traceback of every error.
+The terminal shows short messages; the log holds the details: every level of the logger `transfgu_ray`, Ray's warnings,
+what workers print, and the traceback of every error.
 """
 
 import logging
@@ -23,37 +23,37 @@ from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.storage import Folder
 
 LOGS = "logs"
-# The latest commands of a folder; older logs are deleted.
+# Latest logs kept per folder; older ones are deleted.
 NUM_KEPT = 20
 _MAX_BYTES = 10 * 2**20
-# Object stores cannot append: the whole log is written again so often.
+# Object stores cannot append, so the whole log is written again at this interval.
 _UPLOAD_SECONDS = 30.0
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
-# Shorter ones would blot out words.
+# Masking shorter values would hide ordinary words.
 _MIN_SECRET_CHARS = 8
 
 logger = logging.getLogger("transfgu_ray")
-# Nothing reaches the terminal by itself, not even from the handler of last resort.
+# Nothing may reach the terminal, not even through Python's handler of last resort.
 logger.propagate = False
 logger.addHandler(logging.NullHandler())
 
 
 class _Command:
-    """What this process is doing: the stage, for every line of the log, and whether work has begun at all."""
+    """The state of this process: the stage, shown in every line of the log, and whether work has begun."""
 
     stage = ""
     has_begun = False
 
 
 def begin_work() -> None:
-    """Say that the input was accepted: what fails from now on has more behind it than its sentence says."""
+    """Mark the input as accepted: the error message of a later failure also names the log."""
     _Command.has_begun = True
 
 
 @contextmanager
 def logged_stage(name: str) -> Iterator[None]:
-    """Name the stage in every line that is logged meanwhile, by any thread."""
+    """Name the stage in every line that any thread logs within the context."""
     _Command.stage = name
     try:
         yield
@@ -62,52 +62,52 @@ def logged_stage(name: str) -> Iterator[None]:
 
 
 class LogFormatter(logging.Formatter):
-    """One line per record, with the stage, and below it the traceback with every cause; secrets are blotted out."""
+    """A formatter that adds the stage to each line and every cause to a traceback, and masks secrets."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(stage)s%(message)s")
         values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-        # A path of a secret is none.
+        # The path of a file with a secret is not itself secret.
         self._secrets = sorted(v for v in values if len(v) >= _MIN_SECRET_CHARS and not os.path.exists(v))
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
         record.stage = f"[{_Command.stage}] " if _Command.stage else ""
-        # Another handler's formatter may have left its text of the traceback, without the causes.
+        # Another handler may have cached its own text of the traceback, without the causes.
         record.exc_text = None
         text = super().format(record)
         record.exc_text = None
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        # Ray colours what it quotes of other processes.
+        # Ray colours the output that it quotes from other processes.
         return _COLOUR.sub("", text)
 
     def formatException(self, ei: Any) -> str:  # the base class's name
-        """Return the traceback of an error and of all that led to it, also where `raise ... from None` hides them."""
+        """Return the traceback of an error and of all its causes, even those hidden by `raise ... from None`."""
         error: BaseException | None = ei[1]
         found: list[BaseException] = []
         while error is not None and error not in found:
             found.append(error)
             error = error.__cause__ or error.__context__
         parts = ("".join(traceback.format_exception(each, chain=False)).rstrip() for each in found)
-        return "\n\nBehind it:\n\n".join(parts)
+        return "\n\nCaused by:\n\n".join(parts)
 
 
 class _LogFile(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # the base class's name
-        """Do nothing: a full disk is reported by the work itself."""
+        """Ignore the error: a full disk is reported by the work itself."""
 
 
 @contextmanager
 def kept_log(folder: Folder, command: str) -> Iterator[None]:
-    """Keep the log of a command in its folder.
+    """Write the log of a command to its folder.
 
-    An error that passes is logged with its traceback. One after `begin_work`, or not foreseen, gets a note that says
-    where the log is.
+    An error that passes through is logged with its traceback. One raised after `begin_work`, or of an unexpected class,
+    gets a note with the place of the log.
 
     Args:
-        folder: that the command works on.
-        command: its name.
+        folder: folder that the command works on.
+        command: name of the command.
 
     Raises:
         ArtifactError: the folder cannot be written.
@@ -117,7 +117,7 @@ def kept_log(folder: Folder, command: str) -> Iterator[None]:
     _drop_old(folder)
     with tempfile.TemporaryDirectory(prefix="transfgu-log-") as scratch:
         file = Path(folder.join(name)) if folder.is_local else Path(scratch, Path(name).name)
-        # Tells at once of a folder that cannot be written.
+        # A folder that cannot be written fails here, before any work.
         folder.write_bytes(name, b"")
         handler = _LogFile(file, maxBytes=_MAX_BYTES, backupCount=1, encoding="utf-8")
         handler.setFormatter(LogFormatter())
@@ -126,7 +126,7 @@ def kept_log(folder: Folder, command: str) -> Iterator[None]:
         logger.setLevel(logging.DEBUG)
 
         def upload() -> None:
-            # A storage that fails is reported by the work itself.
+            # A failing storage is reported by the work itself.
             with suppress(OSError, ArtifactError):
                 for part in (file, Path(f"{file}.1")):
                     if not folder.is_local and part.exists():
@@ -154,7 +154,7 @@ def kept_log(folder: Folder, command: str) -> Iterator[None]:
 
 
 def log_of(error: BaseException) -> str | None:
-    """Return where the log of a failed command is, as `kept_log` noted it; None where it has no more to say."""
+    """Return the place of a failed command's log, as `kept_log` noted it; None where the log adds nothing."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("log: ")]
     return notes[0].removeprefix("log: ") if notes else None
 

@@ -1,4 +1,4 @@
-"""What made a run: library versions and the commit."""
+"""The provenance of a run: library versions and the commit."""
 
 import importlib.metadata
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow", "pillow"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that decide results."""
+    """Return the versions of this package, Python and the libraries that determine results."""
     versions = {"transfgu_ray": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -22,12 +22,12 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path = Path(__file__).parents[2]) -> str | None:
-    """Commit of a checkout, by default that of this package, `-dirty` with changes; None where there is no checkout."""
+    """Return the commit of a checkout, by default this package's, `-dirty` if changed; None if it is no checkout."""
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)  # nosec B603  # words of our own
+        found = subprocess.run(command, capture_output=True, text=True, check=True)  # nosec B603  # fixed arguments
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

@@ -1,4 +1,4 @@
-"""The one table of stages: what each reads, leaves and is run by. Everything that lists stages is made from it."""
+"""The single table of stages: inputs, outputs and function of each. Everything that lists stages is derived from it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transfgu_ray.config.run import RunConfig
 
 NAMES = "model/names.yaml"
-# What a stage does: takes a `pipeline.context.StageJob`, returns what the manifest says of it. Rooms below the pipeline
-# do not know that class.
+# Takes a `pipeline.context.StageJob`, a class that packages below the pipeline may not import, and returns the content
+# of the stage's manifest.
 StageFunction = Callable[[Any], dict[str, Any]]
 
 
@@ -21,19 +21,19 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: of its command, its manifest `<name>.json` and its progress.
-        sections: of the configuration that it reads beside those of the stages it follows from, each `section` or
-            `section.field`: what its fingerprint is made of.
-        outputs: files and folders that it leaves in the run folder beside its manifest.
-        unit: what its progress counts, in the plural.
-        help: what it does and leaves, in at most 55 characters: longer ones are cut in `transfgu --help`.
+        name: name of its command, its manifest `<name>.json` and its progress.
+        sections: parts of the configuration that it reads beside those of the stages it follows, each `section` or
+            `section.field`; its fingerprint is computed from them.
+        outputs: files and folders that it writes to the run folder beside its manifest.
+        unit: plural noun for what its progress counts.
+        help: what it does and writes, in at most 55 characters: longer texts are cut in `transfgu --help`.
         run: a `StageFunction`, or `module:function`, which is imported when the stage is first run.
         follows: stage whose sections it reads too; None for the one before it in the table.
-        unchecked: beginnings of names among the outputs of which no checksums are kept.
+        unchecked: prefixes of output names for which no checksums are kept.
         reads_names: whether its output depends on the names of concepts.
-        feeds: stage that uses it up. It is made with that stage, whenever that one is to be made, and its outputs are
-            deleted once that one is finished.
-        is_wanted: whether a configuration has this stage at all.
+        feeds: stage that consumes its outputs. It is run whenever that stage has to be run, and its outputs are deleted
+            once that stage is finished.
+        is_wanted: whether a configuration includes this stage.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def function(self) -> StageFunction:
-        """What runs it."""
+        """Return the function that runs the stage, imported if needed."""
         if not isinstance(self.run, str):
             return self.run
         module, _, name = self.run.partition(":")
@@ -77,14 +77,14 @@ class StageTable:
         """Insert a stage.
 
         Args:
-            stage: of another name than all others.
+            stage: a stage with a name of its own.
             before: name of the stage that it comes before.
 
         Raises:
             ValueError: the name is taken.
         """
         if stage.name in self:
-            raise ValueError(f"stage {stage.name} is in the table already")
+            raise ValueError(f"stage {stage.name} is already in the table")
         self._stages.insert(self.index(before), stage)
 
     def remove(self, name: str) -> None:
@@ -93,16 +93,16 @@ class StageTable:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all stages, in order."""
+        """Return the names of all stages, in order."""
         return tuple(stage.name for stage in self)
 
     @property
     def lasting(self) -> tuple[str, ...]:
-        """Names of the stages whose outputs stay: all but those that feed another."""
+        """Return the names of the stages whose outputs stay: all but those that feed another."""
         return tuple(stage.name for stage in self if stage.feeds is None)
 
     def index(self, name: str) -> int:
-        """Return the place of a stage.
+        """Return the position of a stage.
 
         Raises:
             KeyError: there is no such stage.
@@ -113,21 +113,21 @@ class StageTable:
             raise KeyError(name) from None
 
     def before(self, name: str) -> tuple[str, ...]:
-        """Names of the stages before this one."""
+        """Return the names of the stages before this one."""
         return self.names[: self.index(name)]
 
     def after(self, name: str) -> tuple[str, ...]:
-        """Names of the stages after this one."""
+        """Return the names of the stages after this one."""
         return self.names[self.index(name) + 1 :]
 
     def feeders(self, name: str) -> tuple[str, ...]:
-        """Names of the stages that feed this one."""
+        """Return the names of the stages that feed this one."""
         return tuple(stage.name for stage in self if stage.feeds == name)
 
     def sections(self, name: str) -> tuple[str, ...]:
-        """Every section of the configuration that the output of a stage depends on, each once, in order."""
+        """Return every section of the configuration that a stage's output depends on, each once, in order."""
         stage, place = self[name], self.index(name)
-        # What feeds a stage adds nothing to it: it has that stage's own settings.
+        # A stage that feeds another reads only that stage's own settings, so it adds no sections.
         earlier = [each for each in self.before(name) if each in self.lasting]
         before = stage.follows or (earlier[-1] if place else None)
         inherited = () if before is None else self.sections(before)
@@ -151,7 +151,7 @@ STAGES = StageTable(
             unit="groups",
             help="k-means of the class tokens -> concepts.parquet.",
             run="transfgu_ray.pipeline.concepts:run_stage",
-            # People write it.
+            # Edited by hand.
             unchecked=(NAMES,),
         ),
         Stage(
@@ -193,7 +193,7 @@ STAGES = StageTable(
             unit="epochs",
             help="Decoder in teacher-student rounds -> train/, model/.",
             run="transfgu_ray.pipeline.train:run_stage",
-            # Ray Train's own storage.
+            # Written by Ray Train, whose checkpoints come and go.
             unchecked=("train/rounds-",),
         ),
         Stage(
@@ -203,7 +203,7 @@ STAGES = StageTable(
             unit="photographs",
             help="Scores, where there are labels -> metrics.json.",
             run="transfgu_ray.pipeline.evaluate:run_stage",
-            # Copies of what report.html holds.
+            # Copies of pictures in report.html.
             unchecked=("samples/strip_",),
             reads_names=True,
         ),

@@ -10,7 +10,7 @@ SCHEMA_VERSION = 2
 
 
 def features_schema(embed_dim: int) -> pa.Schema:
-    """One row a kept crop; about 2 * embed_dim + 60 bytes.
+    """Return the schema of the features: one row per kept crop, about 2 * embed_dim + 60 bytes.
 
     image_id: path relative to the dataset root. crop_id: index in `enumerate_windows`. box_xyxy: px of the original
     image, half-open. window_frac: beta. kind: foreground, background or any. foreground_frac: 0-1.
@@ -30,7 +30,10 @@ def features_schema(embed_dim: int) -> pa.Schema:
 
 
 def concepts_schema(embed_dim: int) -> pa.Schema:
-    """One row a concept. kind: foreground, background or any. num_crops: crops nearest to the centroid."""
+    """Return the schema of the concepts: one row per concept.
+
+    kind: foreground, background or any. num_crops: crops nearest to the centroid.
+    """
     return pa.schema(
         [
             pa.field("concept_id", pa.int32(), nullable=False),
@@ -42,13 +45,13 @@ def concepts_schema(embed_dim: int) -> pa.Schema:
 
 
 def labels_schema() -> pa.Schema:
-    """One row an image: the pseudo-label bank. At K = 171 on 40 x 40 patches about 110 kB after zstd.
+    """Return the schema of the pseudo-label bank: one row per image, about 110 kB at K = 171 on 40 x 40 patches.
 
-    scores: a code 0-63 a concept and patch, uint8, K x grid_h x grid_w in C order, so that
+    scores: a code 0-63 per concept and patch, uint8, K x grid_h x grid_w in C order, so that
     numpy.frombuffer(scores, "u1").reshape(-1, grid_h, grid_w).argmax(0) is the exact winner of each patch. Code 0 is a
     score of 0, code c a score of low + sqrt((c - 1) / 62) * (high - low). low, high: little-endian float16 in [0, 1],
     grid_h x grid_w.
-    foreground: uint8 0/1, grid_h x grid_w. path: where the photograph was read.
+    foreground: uint8 0/1, grid_h x grid_w. path: where the photograph was read from.
     """
     return pa.schema(
         [
@@ -67,7 +70,7 @@ def labels_schema() -> pa.Schema:
 
 
 def tokens_schema() -> pa.Schema:
-    """One row an image of the bank: what the decoder reads of it. ViT-S/8 at 320 px: 1.2 MB.
+    """Return the schema of the decoder's input tokens: one row per image of the bank, 1.2 MB for ViT-S/8 at 320 px.
 
     tokens: little-endian float16, grid_h x grid_w x c in C order, so that
     numpy.frombuffer(tokens, "<f2").reshape(grid_h, grid_w, -1) reads it.
@@ -83,13 +86,13 @@ def tokens_schema() -> pa.Schema:
 
 
 def baseline_schema(widths: dict[str, int]) -> pa.Schema:
-    """One row a drawn patch of a training photograph: what the bottom-up baselines cluster.
+    """Return the schema of the patches that the bottom-up baselines cluster: one row per drawn training patch.
 
-    patch: index on the grid, row by row. Then one column a kind of features: the patch's. view_1, view_2: the tokens of
-    one place in two views; its index is that of the patch, but on the grid of the first view.
+    patch: index on the grid, row by row. Then one column per kind of features of the patch. view_1, view_2: the tokens
+    of one place in two views; its index on the grid of the first view is that of the patch.
 
     Args:
-        widths: of each kind of features.
+        widths: width of each kind of features.
     """
     features = [pa.field(name, pa.list_(pa.float16(), width), nullable=False) for name, width in widths.items()]
     identity = [pa.field("image_id", pa.string(), nullable=False), pa.field("patch", pa.int32(), nullable=False)]
@@ -97,10 +100,10 @@ def baseline_schema(widths: dict[str, int]) -> pa.Schema:
 
 
 def confusions_schema() -> pa.Schema:
-    """One row a photograph, method, class and concept that meet in a pixel: its confusion matrices, kept sparse.
+    """Return the schema of the confusions, sparse matrices: one row per photograph, method, class and concept.
 
     method: a stage (initial, trained, bootstrapped), `refined`, or a baseline. class_id: the true class; void pixels
-    are in no row. concept_id: the predicted concept, or cluster of a baseline. pixels: at the scored size, at least 1.
+    are left out. concept_id: the predicted concept, or cluster of a baseline. pixels: at the scored size, at least 1.
     """
     return pa.schema(
         [
@@ -114,7 +117,7 @@ def confusions_schema() -> pa.Schema:
 
 
 def atlas_schema() -> pa.Schema:
-    """One row a picture of a concept.
+    """Return the schema of the atlas: one row per picture of a concept.
 
     what: `crop`, a crop of the concept, or `map`, a photograph lit where the concept responds. rank: 0 is the best.
     box_xyxy: px of the photograph, half-open. value: distance of the crop to the centroid, or the mean response.
@@ -134,7 +137,7 @@ def atlas_schema() -> pa.Schema:
 
 
 def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """A table of exactly the schema's columns; 2-D arrays become fixed-size lists.
+    """Build a table with exactly the schema's columns; 2-D arrays become fixed-size lists.
 
     Raises:
         pyarrow.ArrowInvalid: a value does not fit its type.
@@ -152,7 +155,7 @@ def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def to_parquet(table: pa.Table, metadata: dict[str, str], row_group_size: int | None = None) -> pa.Buffer:
-    """A table as Parquet bytes (zstd) with string metadata in its footer. Equal input gives equal bytes."""
+    """Return a table as Parquet bytes (zstd) with string metadata in its footer. Equal input gives equal bytes."""
     sink = pa.BufferOutputStream()
     table = table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), **metadata})
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
