@@ -1,4 +1,4 @@
-"""What shows each concept: found in a finished run, and the same for any number of workers."""
+"""The atlas: examples of each concept from a finished run, the same for any number of workers."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from transfgu_ray.config.run import RuntimeConfig
 from transfgu_ray.datasets.listing import open_root
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.session import ray_session
-from transfgu_ray.pipeline.atlas import CROPS_A_CONCEPT, MAPS_A_CONCEPT, build_atlas
+from transfgu_ray.pipeline.atlas import CROPS_PER_CONCEPT, MAPS_PER_CONCEPT, build_atlas
 from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.train_data import decode_bank_row
 from transfgu_ray.runs.run import Run
@@ -30,7 +30,7 @@ def table_of(run: Run, name: str) -> list[dict]:
     return pq.read_table(Path(run.folder.path) / name).to_pylist()
 
 
-def test_atlas__crops_are_the_nearest_of_their_concept_one_a_photograph(finished: Run) -> None:
+def test_atlas__crops_are_the_nearest_of_their_concept_one_per_photograph(finished: Run) -> None:
     kinds, centroids = read_concepts(finished.folder)
     want: dict[int, dict[str, float]] = {concept: {} for concept in range(len(kinds))}
     for crop in table_of(finished, "features"):
@@ -42,7 +42,7 @@ def test_atlas__crops_are_the_nearest_of_their_concept_one_a_photograph(finished
     assert shown
     for concept, of_concept in want.items():
         rows = sorted((row for row in shown if row["concept_id"] == concept), key=lambda row: row["rank"])
-        nearest = sorted(of_concept.values())[:CROPS_A_CONCEPT]
+        nearest = sorted(of_concept.values())[:CROPS_PER_CONCEPT]
         assert [row["value"] for row in rows] == pytest.approx(nearest, rel=1e-3)
         assert len({row["image_id"] for row in rows}) == len(rows)
 
@@ -55,7 +55,7 @@ def test_atlas__maps_are_of_the_photographs_that_respond_most(finished: Run) -> 
     shown = [row for row in table_of(finished, "atlas") if row["what"] == "map"]
     for concept in range(len(kinds)):
         rows = sorted((row for row in shown if row["concept_id"] == concept), key=lambda row: row["rank"])
-        assert [row["value"] for row in rows] == pytest.approx(sorted(means[:, concept])[::-1][:MAPS_A_CONCEPT])
+        assert [row["value"] for row in rows] == pytest.approx(sorted(means[:, concept])[::-1][:MAPS_PER_CONCEPT])
         picture = Image.open(io.BytesIO(rows[0]["picture"]))
         assert (picture.format, picture.size) == ("WEBP", (96, 72))
     told = json.loads(finished.folder.read_bytes("atlas.json"))["concepts"]

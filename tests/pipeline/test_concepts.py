@@ -1,4 +1,4 @@
-"""The concepts do not depend on workers or parts, whether a group fits one worker or is spread over several."""
+"""Concepts do not depend on workers or parts, whether a group fits into one worker or is spread over several."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ HOW = KMeans(seed=0, num_iterations=6, min_crops=1)
 
 
 def make_features(folder: Path, num_rows: int, rows_per_part: int, bad_row: int | None = None) -> Folder:
-    """Features of eight columns, nine in ten of them foreground, the same for any division into parts."""
+    """Write features of width 8, nine in ten of them foreground, the same for any division into parts."""
     rng = np.random.default_rng(0)
     tokens = np.round(4 * rng.normal(size=(num_rows, 8))).astype(np.float16)
     kinds = np.where(np.arange(num_rows) % 10 == 3, "background", "foreground")
@@ -65,7 +65,7 @@ def config(*settings: str) -> RunConfig:
 
 
 def fit(run: Folder, num_workers: int, *settings: str) -> tuple[dict, np.ndarray, list[int]]:
-    """What the manifest says of the groups, the centroids and their crops."""
+    """Return the groups in the manifest, the centroids and their numbers of crops."""
     resources = Resources(2, num_workers, 1, "cpu", 1, None)
     with unwrapped_errors():
         job = Job(folder=run, config=config(*settings), root=run, resources=resources, fingerprint="")
@@ -122,14 +122,14 @@ def test_cluster__large_group_with_a_cap_uses_no_more(tmp_path: Path, local_ray:
 
 
 @pytest.mark.ray
-def test_cluster__refuses_class_tokens_that_are_no_numbers(tmp_path: Path, local_ray: None) -> None:
+def test_cluster__refuses_class_tokens_that_are_not_finite(tmp_path: Path, local_ray: None) -> None:
     run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000, bad_row=20_001)
     with pytest.raises(DataError, match=r"the foreground class tokens hold NaN or infinity; check encoder\.weights"):
         fit(run, 1, "concepts.init_points=5000")
 
 
 @pytest.mark.ray
-def test_concepts__manifest_tells_passes_and_the_workers_memory(tmp_path: Path, local_ray: None) -> None:
+def test_concepts__manifest_has_passes_and_the_workers_memory(tmp_path: Path, local_ray: None) -> None:
     folder = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
     run = Run(folder, config("concepts.init_points=5000"))
     run.write_manifest("extract", "", {"rows_out": NUM_ROWS, "weights_sha256": "0" * 64})

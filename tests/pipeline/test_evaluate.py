@@ -1,4 +1,4 @@
-"""The workers of the evaluate stage, bare: scores of scenes, refusals, and what the baselines draw. No Ray."""
+"""The workers of the evaluate stage without Ray: scores of scenes, refusals, and the patches drawn by baselines."""
 
 import io
 import json
@@ -40,7 +40,7 @@ BARE = {"device": "cpu", "threads": 1}
 
 @pytest.fixture
 def untrained(tmp_path: Path) -> Run:
-    """A run on scenes of 64 px with random concepts and decoders, one concept a class."""
+    """A run on scenes of 64 px with random concepts and decoders, one concept per class."""
     scenes = make_scenes(tmp_path / "scenes", num_train=3, num_val=2, size=(64, 64))
     named = (
         f"data.root={scenes}", "data.dataset=scenes", "concepts.num_concepts=null", "train.token_window=16"
@@ -55,7 +55,7 @@ def untrained(tmp_path: Path) -> Run:
     }
     run.folder.write_bytes("concepts.parquet", to_parquet(build_table(concepts, concepts_schema(24)), {}))
     config = model_config(run.config, list(KINDS), "")
-    # A decoder drawn at random may tell two photographs' objects from the ground by luck.
+    # A random decoder may separate the objects of two photographs from the ground by luck.
     torch.manual_seed(0)
     for name in ("decoder_round_0", "decoder"):
         state = build_decoder(config, 24).state_dict()
@@ -76,7 +76,7 @@ def test_load_labeller__windows_leave_the_background_of_eq_8_to_the_foreground(t
     }
     run.folder.write_bytes("concepts.parquet", to_parquet(build_table(concepts, concepts_schema(24)), {}))
     scores, foreground = load_labeller(run.folder, run.config, "cpu")(random_images(2, 64, 64))
-    # A response map says by itself where nothing is; of votes, some concept always has the most.
+    # A response map is low where no concept is; among votes, some concept always has the most.
     assert (scores.amax(1)[~foreground] > 0).any() == (response == "gradient")
     assert (scores.amax(1)[foreground] > 0).any()
 
@@ -90,7 +90,7 @@ def read_photos(run: Run, split: str) -> list[Photo]:
 
 
 def draw(run: Run, photos: list[Photo], patches_a_photo: int) -> dict[str, list[dict]]:
-    """Rows of the table of drawn patches, by photograph."""
+    """Return the rows of the table of drawn patches, by photograph."""
     part = {"run_uri": run.folder.uri, "table": "baselines", "fingerprint": "", **BARE}
     PatchSampler(run.config, patches_per_photo=patches_a_photo, **part).process(0, photos)
     rows: dict[str, list[dict]] = {}
@@ -99,11 +99,11 @@ def draw(run: Run, photos: list[Photo], patches_a_photo: int) -> dict[str, list[
     return rows
 
 
-def test_model_config__says_what_the_decoder_reads(untrained: Run) -> None:
+def test_model_config__records_the_input_of_the_decoder(untrained: Run) -> None:
     assert model_config(untrained.config, list(KINDS), "").token_window == 16
 
 
-def test_patch_sampler__draws_of_a_photograph_do_not_depend_on_the_others(untrained: Run) -> None:
+def test_patch_sampler__patches_drawn_from_a_photograph_do_not_depend_on_the_others(untrained: Run) -> None:
     photos = read_photos(untrained, "train")
     drawn = draw(untrained, photos, patches_a_photo=10)
     assert [len({row["patch"] for row in rows}) for rows in drawn.values()] == [10, 10, 10]
@@ -126,7 +126,7 @@ def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> 
 
 
 def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Evaluator:
-    """A bare worker, with the clusters of the baseline raw_colour."""
+    """Return a worker with the clusters of the baseline raw_colour."""
     config = build_config(run.config, None, settings)
     centroids = {} if colours is None else {"raw_colour": colours}
     part = {"run_uri": run.folder.uri, "table": "confusions", "fingerprint": "", **BARE}
@@ -135,7 +135,7 @@ def evaluator(run: Run, colours: np.ndarray | None = None, *settings: str) -> Ev
 
 @pytest.fixture
 def of_heads(untrained: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The run with the baselines that are more than k-means of patches, and one concept for all backgrounds."""
+    """The run with the baselines that go beyond k-means on patches, and one concept for all backgrounds."""
     monkeypatch.setattr(iic, "_STEPS", 3)
     monkeypatch.setattr(picie, "_EPOCHS", 1)
     changes = ["evaluate.baselines=[iic, picie, mask_contrast]", "concepts.num_background=1"]
@@ -150,7 +150,7 @@ def test_patch_sampler__two_views_and_masks_do_not_depend_on_the_other_photograp
     for name, rows in again.items():
         assert list(rows[0]) == ["image_id", "patch", "patch_tokens", "mask_contrast", "view_1", "view_2"]
         assert rows == drawn[name]
-        # One embedding a mask of the photograph.
+        # One embedding per mask of the photograph.
         masks = {tuple(row["mask_contrast"]) for row in rows}
         assert sorted(mask[0] for mask in masks) == [0, 1]
     assert any(row["view_1"] != row["patch_tokens"] != row["view_2"] for row in rows)
@@ -191,7 +191,7 @@ def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> Non
     config, photos = untrained.config, read_photos(untrained, "val")
     labels = np.stack([decode_label(photo.label or b"") for photo in photos])
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(photo.data or b""))) for photo in photos]) / 255
-    # The true colour of each class that is there; nothing is near the others.
+    # The true colour of each class present; the other centroids are near nothing.
     colours = np.full((16, 3), 9.0, dtype=np.float32)
     for class_id in set(np.unique(labels)) - {255}:
         colours[class_id] = pixels[labels == class_id].mean(0)
@@ -200,11 +200,11 @@ def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> Non
     assert list(counts) == [*STAGE_NAMES, "raw_colour"]
     small = np.stack([resize_label(label, (32, 32)) for label in labels])
     for of_method in counts.values():
-        # A row a photograph; void is in none.
+        # One row per photograph; void pixels are left out.
         assert of_method.sum(1).tolist() == (small != 255).sum((1, 2)).tolist()
     metrics = metrics_json(config, "val", num_images=2, counts=counts, names=Names(KINDS, {}), weights_sha256="")
     for scores in [*metrics["stages"].values(), *metrics["baselines"].values()]:
-        # A pixel of the right class is of the right coarser class.
+        # A pixel of the right class is also of the right coarse class.
         assert scores["super"]["pixel_accuracy"] >= scores["pixel_accuracy"]
     assert metrics["baselines"]["raw_colour"]["pixel_accuracy"] > 0.85
     assert metrics["stages"]["trained"]["pixel_accuracy"] < 0.85
@@ -226,7 +226,7 @@ def test_evaluator__refuses_labels_that_it_cannot_score(untrained: Run) -> None:
     }
 
 
-def test_evaluator__counts_do_not_depend_on_who_does_which_unit(untrained: Run) -> None:
+def test_evaluator__counts_do_not_depend_on_which_worker_does_which_unit(untrained: Run) -> None:
     photos, grey = read_photos(untrained, "train"), np.linspace(0, 1, 16, dtype=np.float32)[:, None].repeat(3, axis=1)
     one = evaluator(untrained, grey)
     for unit, photo in enumerate(photos):
@@ -262,7 +262,7 @@ def test_evaluator__picie_and_stego_see_the_centre_square_alone(untrained: Run) 
     for protocol in ("picie", "stego"):
         for of_method in seen[protocol].values():
             assert of_method.sum() == of_method[3].sum() == 96 * 80
-        # One colour, so one cluster: the baselines see nothing of the wings either.
+        # One colour, so one cluster: the baselines do not see the wings either.
         assert seen[protocol]["raw_colour"].max() == 96 * 80
 
 
@@ -279,7 +279,7 @@ def test_evaluator__refined_masks_are_counted_beside_the_plain_ones(
         assert np.array_equal(counts[name].toarray(), of_method.toarray())
     assert counts["refined"].sum() == counts["bootstrapped"].sum()
     assert not np.array_equal(counts["refined"].toarray(), counts["bootstrapped"].toarray())
-    # It is the last stage that is refined.
+    # The last stage is the refined one.
     monkeypatch.setattr(evaluation, "refined_argmax", lambda maps, image: upsample_argmax(maps, tuple(image.shape[1:])))
     evaluator(untrained, None, "evaluate.refinement=pamr").process(0, photos)
     counts = read_counts(untrained.folder, 16, 16)

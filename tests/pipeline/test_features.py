@@ -1,4 +1,4 @@
-"""The worker of the extract stage, bare: windows cut by labels. No Ray."""
+"""The worker of the extract stage without Ray: windows cut by labels."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from transfgu_ray.runs.run import Run
 
 
 def extract(folder: Path, data: Path, *settings: str) -> tuple[list[dict], dict]:
-    """Rows of the features table and what its footer says, of all training photographs in one unit."""
+    """Return the rows and the footer of a features table with all training photographs in one unit."""
     named = [f"data.root={data}", "data.dataset=voc", "extract.windows=ground_truth", *settings]
     run = Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*TINY, *named]))
     run.folder.write_bytes(ENCODER, resolve_encoder(run.config))
@@ -54,7 +54,7 @@ def test_extractor__windows_are_the_labelled_things(data: Path, tmp_path: Path) 
         boxes, class_ids, _ = region_boxes(label)
         want += [(f"JPEGImages/2007_{i:06}.jpg", box) for box in boxes[class_ids > 0].tolist()]
         stuff += int((class_ids == 0).sum())
-    # At the working size of 64 px boxes are those of the photograph.
+    # The photographs have the working size of 64 px, so their boxes need no scaling.
     assert [(row["image_id"], row["box_xyxy"]) for row in rows] == want
     assert {(row["kind"], row["foreground_frac"]) for row in rows} == {("foreground", 1.0)}
     x0, y0, x1, y1 = rows[0]["box_xyxy"]
@@ -68,7 +68,7 @@ def test_extractor__another_class_is_another_crop(data: Path, tmp_path: Path) ->
     assert {row["kind"] for row in both} == {"foreground", "background"}
     assert "labelled region of the background" not in stats["dropped"]
     of_things = [row["cls_token"] for row in both if row["kind"] == "foreground"]
-    # Only the batch that a crop is in has changed.
+    # The same crops, in other batches.
     assert np.allclose(of_things, [row["cls_token"] for row in rows], atol=2e-2)
 
 

@@ -1,4 +1,4 @@
-"""Corpora with hostile files among the photographs: each is named with its reason, and costs no memory."""
+"""Corpora with hostile files among the photographs: each is refused with a reason and costs no memory."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from tests.faults.hostile import MANY, make_hostile_corpus
 from tests.fixtures import TINY, make_run, transfgu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such links, pipes or names")
-# One crop a photograph, and none dropped.
+# One crop per photograph, and none dropped.
 ONE_CROP = ("data.region_mode=no_prior", "extract.window_fracs=[1.0]", "extract.images_per_part=64")
 
 
 def check(run: Path, good: set[str], bad: dict[str, str]) -> dict[str, Any]:
-    """That extract took all that is good and named all that is bad; returns its manifest."""
+    """Check that extract used all good files and named all bad ones; return its manifest."""
     manifest = json.loads((run / "extract.json").read_bytes())
     refused = {refusal["image_id"]: refusal["reason"].partition(":")[0] for refusal in manifest["refused"]}
     assert refused == bad
@@ -40,7 +40,7 @@ def test_extract__names_every_hostile_file(tmp_path: Path, local_ray: None) -> N
 
 
 def extract(run: Path, data: Path) -> None:
-    """In processes of its own, so that their peak memory is no other test's."""
+    """Run in processes of its own, so that their peak memory is not that of another test."""
     settings = [word for each in (*TINY, *ONE_CROP) for word in ("--set", each)]
     process = transfgu("extract", str(run), "--preset", "tiny_cpu", "--data", str(data), *settings)
     output, _ = process.communicate(timeout=500)

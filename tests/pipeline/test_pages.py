@@ -1,4 +1,4 @@
-"""Names and pages of a finished run: told anew from its counts, with nothing segmented or trained again."""
+"""Names and pages of a finished run: rebuilt from its counts, with nothing segmented or trained again."""
 
 import io
 import json
@@ -34,14 +34,14 @@ def run(finished: Run, tmp_path: Path) -> Run:
 
 
 def times(run: Run) -> dict[Path, int]:
-    """When each file was written that names do not touch."""
+    """Return the time of writing of each file that does not depend on names."""
     files = (path for path in Path(run.folder.path).rglob("*") if path.is_file())
     told = {"metrics.json", "report.html", "atlas.html", "names.yaml"}
     told |= {f"{stage}.{ending}" for stage in ("evaluate", "report") for ending in ("json", "files.json")}
     return {path: path.stat().st_mtime_ns for path in files if path.name not in told and "strip_" not in path.name}
 
 
-def test_rename__tells_scores_and_pages_anew_and_segments_nothing(run: Run) -> None:
+def test_rename__rebuilds_scores_and_pages_and_segments_nothing(run: Run) -> None:
     before, metrics = times(run), run.folder.read_json("metrics.json")
     kinds = read_names(run).kinds
     rename(run, parse_names(b"0: animal\n1: animal\n2: null", "names.yaml", kinds))
@@ -52,20 +52,20 @@ def test_rename__tells_scores_and_pages_anew_and_segments_nothing(run: Run) -> N
     assert named["stages"] != metrics["stages"]
     assert "animal" in run.folder.read_bytes("report.html").decode()
     assert "0 · animal" in run.folder.read_bytes("atlas.html").decode()
-    # It is all up to date; what it is made of has other names than before.
+    # All is up to date, with the new names.
     reporter = Silent()
     run_stages(run, STAGES_AFTER, address=None, reporter=reporter)
     assert reporter.done == {}
     assert run.manifest("evaluate")["names_sha256"] == run.manifest("report")["names_sha256"] is not None
     assert "names_sha256" not in run.manifest("train")
-    # No names at all: as it was.
+    # Without names, everything is as it was.
     rename(run, parse_names(b"{}", "names.yaml", kinds))
     assert run.folder.read_json("metrics.json") == metrics
     assert not run.folder.exists(NAMES)
     assert times(run) == before
 
 
-def test_rename__of_what_was_not_evaluated_yet_is_followed_by_evaluate(run: Run) -> None:
+def test_rename__before_evaluation_is_followed_by_evaluate(run: Run) -> None:
     metrics = run.folder.read_json("metrics.json")
     run.clear("report")
     run.folder.delete("evaluate.json")
@@ -111,7 +111,7 @@ def test_predictor__masks_follow_the_names(run: Run, voc: Path, tmp_path: Path) 
     if kinds[second] == "none":
         want = np.where(np.isin(raw, (first, second)), second, raw)
     assert (mask == want).all()
-    # A class that took others in has their shares, and the others have none.
+    # A class that others were merged into has their shares, and the others have none.
     shares = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "out/probabilities/mask").iterdir()}
     assert set(map(int, shares)) == set(predictor._names.class_of.tolist())
     assert np.abs(sum(share.astype(int) for share in shares.values()) - 255).max() <= len(shares)
@@ -169,7 +169,7 @@ def test_concepts__of_a_run_folder_called_name_is_the_stage(run: Run, tmp_path: 
     process = transfgu("concepts", "name", cwd=tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
-    # Nothing was to be done: a run called name has its concepts.
+    # Nothing to do: a run called name has its concepts.
     assert "next: transfgu labels " in out
 
 
@@ -194,5 +194,5 @@ def test_run_stages__a_model_is_registered_once_by_its_names(run: Run) -> None:
         uri = f"models:/{registered['model_name']}/{registered['model_version']}"
         model = Folder(fetch_model(uri, registered["tracking_uri"]))
         assert load_names(model, kinds).of_concept == load_names(Folder(run.folder.uri_of("model")), kinds).of_concept
-    # The same weights by the same names are the version that is there.
+    # The same weights with the same names are the existing version.
     assert versions == {"{0: animal, 1: animal}": [1, 1], "{}": [2]}

@@ -1,4 +1,4 @@
-"""A run whose decoder is a published one: nothing is trained, and all that follows works."""
+"""A run with a published decoder: nothing is trained, and all later stages work."""
 
 import hashlib
 import shutil
@@ -47,7 +47,7 @@ def test_run__takes_a_published_decoder(labelled: Run, tmp_path: Path) -> None:
     images = random_images(1, 32, 32)
     assert torch.equal(round_0.class_maps(images), last.class_maps(images))
     assert torch.equal(last.decoder.cls_emb, published_state(num_classes=4)["cls_emb"])
-    # Nothing is done again where the file is gone; another file makes another model.
+    # Without the file nothing is run again; another file makes another model.
     file.unlink()
     run_stages(run, ("train",), address=None, reporter=Silent())
     file.write_bytes(saved(published_state(num_classes=4, seed=1)))

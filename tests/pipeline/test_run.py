@@ -70,7 +70,7 @@ def test_run__baselines_are_scored_beside_the_stages(finished: Run) -> None:
     assert set(pixels.index) == {*metrics["stages"], *fitted}
     assert pixels.nunique() == 1
     assert counted["image_id"].nunique() == 3
-    # The rectangles stand out in colour alone.
+    # Only colour sets the rectangles apart.
     assert metrics["baselines"]["raw_colour"]["miou"] > metrics["stages"]["bootstrapped"]["miou"]
     page = finished.folder.read_bytes("report.html").decode()
     assert "k-means, colours" in page
@@ -91,7 +91,7 @@ def test_run__another_configuration_is_refused_until_overwritten(finished: Run, 
     folder = shutil.copytree(finished.folder.path, tmp_path / "run")
     with pytest.raises(ArtifactError, match=r"evaluate.num_samples: 2 -> 1.*--overwrite"):
         open_run(folder, voc, "evaluate.num_samples=1", dataset="voc")
-    # Where a run happens is no part of what it is.
+    # Settings of where a run happens do not change its results.
     open_run(folder, voc, "runtime.num_workers=2", dataset="voc")
     reporter = Silent()
     before = json.loads(finished.folder.read_bytes("metrics.json"))
@@ -136,7 +136,7 @@ def test_run__too_much_refused_stops_after_extract_and_goes_on_once_allowed(tmp_
         (data / f"bad_{i}.jpg").write_text("no picture")
     (data / "link.jpg").symlink_to(data / "photo_000.jpg")
     reasons = "3 x not an image, 1 x link within the folder"
-    with pytest.raises(DataError, match=rf"^4 of 6 photographs were refused, .*=0\.5 allows: {reasons}; mend them"):
+    with pytest.raises(DataError, match=rf"^4 of 6 photographs were refused, .*=0\.5 allows: {reasons}; repair them"):
         make_run(tmp_path / "run", data, stages=("extract",))
     run = make_run(tmp_path / "run", data, "runtime.max_refused_share=0.7", stages=("extract",))
     manifest = run.require("extract")
@@ -155,7 +155,7 @@ def test_run__nothing_readable(tmp_path: Path, local_ray: None) -> None:
 def test_run__more_concepts_than_foreground_crops(tmp_path: Path, local_ray: None) -> None:
     data = make_folder(tmp_path / "data", num_images=2)
     with pytest.raises(DataError, match=r"^\d+ \w+ concepts were asked of \d+ \w+ crops"):
-        # Below the bound that is known before extraction, above what the foreground prior leaves.
+        # Below the bound known before extraction, above the number of crops that the foreground prior leaves.
         make_run(
             tmp_path / "run",
             data,
@@ -183,7 +183,7 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     assert {"recipe", "num_concepts", "weights_sha256", "miou", "dataset_fingerprint"} <= set(version.tags)
     artifacts = {item.path for item in client.list_artifacts(registered["mlflow_run_id"])}
     assert {"report.html", "metrics.json", "config.yaml", "samples"} <= artifacts
-    # Registering again finds the version that is there.
+    # Registering again finds the existing version.
     tracked = tracking.Tracked(registered["tracking_uri"], registered["mlflow_run_id"])
     again = register(tracked, finished, metrics=metrics, artifacts=["metrics.json"], more_tags={})
     assert again["model_version"] == registered["model_version"]
@@ -207,12 +207,12 @@ def test_terminal__quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert captured.out + captured.err == ""
 
 
-def test_run_stages__what_fails_in_a_worker_is_a_sentence_here_and_a_traceback_in_the_log(
+def test_run_stages__failure_in_a_worker_is_a_short_message_here_and_a_traceback_in_the_log(
     photographs_with_refused: Path, tmp_path: Path, local_ray: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     encoder = tiny_encoder()
     with torch.no_grad():
-        # Class tokens beyond the largest float16.
+        # Class tokens above the largest float16.
         encoder.vit.norm.weight *= 1e7
     weights = tmp_path / "huge.safetensors"
     weights.write_bytes(dump_encoder(encoder.vit, TINY_VIT, overrides=TINY_OVERRIDES))

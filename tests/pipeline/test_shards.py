@@ -24,7 +24,7 @@ def features(tmp_path: Path) -> Folder:
 
 
 def group(run: Folder, kind: str = "foreground") -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Rows of each part, and all of them."""
+    """Return the rows of each part, and all rows."""
     of_part = {name: read_points(run, name, kind) for name in part_files(run, "features")}
     return [(name, len(points)) for name, points in of_part.items()], np.concatenate(list(of_part.values()))
 
@@ -74,7 +74,7 @@ def test_point_shard__leaves_no_file(features: Folder, tmp_path: Path, monkeypat
     assert list(disk.iterdir()) == []
 
 
-def test_point_shard__a_full_disk_is_told(features: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_point_shard__a_full_disk_is_reported(features: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b", buffering=0))
     (plan,) = plan_shards(group(features)[0], 1)
     with pytest.raises(ArtifactError, match=r"cannot keep \d+ foreground class tokens in .*No space left.*TMPDIR"):
@@ -82,7 +82,7 @@ def test_point_shard__a_full_disk_is_told(features: Folder, monkeypatch: pytest.
 
 
 def ask_for_ten_seconds(actor: Any) -> None:
-    """Calls an actor that should end: `ray.kill` does not wait until it has."""
+    """Call an actor until it has ended: `ray.kill` does not wait for that."""
     import ray
 
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Storage that fails while a run is made, and files that are damaged afterwards."""
+"""Storage that fails during a run, and files that are damaged afterwards."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ray
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything that a finished stage has checksums of, by name."""
+    """Return the content of every file with a checksum, by name."""
     names = [name for stage in STAGES.lasting for name in json.loads((folder / f"{stage}.files.json").read_bytes())]
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -51,7 +51,7 @@ DAMAGE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
-def test_damage__is_found_said_and_made_again_alone(
+def test_damage__is_found_reported_and_only_damaged_files_are_rebuilt(
     finished: Run, tmp_path: Path, stage: str, name: str, damage: Callable[[Path], None]
 ) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
@@ -64,7 +64,7 @@ def test_damage__is_found_said_and_made_again_alone(
     run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert files_of(folder) == before
     assert list(reporter.done) == [stage]
-    assert reporter.notes == [f"{stage}: {name}: damaged or deleted since they were written, made again"]
+    assert reporter.notes == [f"{stage}: {name}: damaged or deleted after writing; rebuilding"]
     mended = run.require(stage)
     assert (mended["damaged"], mended["same_again"]) == ([name], True)
     if "parts" in mended and name.endswith(".parquet"):
@@ -80,10 +80,10 @@ def test_damage__is_found_said_and_made_again_alone(
 
 
 @pytest.mark.slow
-def test_damage__where_other_bytes_come_out_the_stages_after_it_are_made_again(finished: Run, tmp_path: Path) -> None:
+def test_damage__rebuilt_with_other_bytes_makes_later_stages_run_again(finished: Run, tmp_path: Path) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     before = files_of(folder)
-    # What another machine's rounding would have given.
+    # Stands for the rounding of another machine.
     record, manifest = folder / "concepts.files.json", folder / "concepts.json"
     entry = json.loads(record.read_bytes())["concepts.parquet"]
     flip_byte(folder / "concepts.parquet")
@@ -94,15 +94,16 @@ def test_damage__where_other_bytes_come_out_the_stages_after_it_are_made_again(f
     (folder / "concepts.parquet").write_bytes(concepts[:-1])
     run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert list(reporter.done) == list(STAGES.lasting[1:])
-    assert reporter.notes[1] == "concepts: other bytes than before, so the stages after it are made again too"
+    assert (
+        reporter.notes[1]
+        == "concepts: rebuilt with other content than before, so the stages after it are run again too"
+    )
     after = files_of(folder)
-    # The page tells of the mending.
+    # The page reports the rebuilt files.
     assert {name for name in before if before[name] != after[name]} <= {"report.html"}
 
 
-def test_damage__of_a_record_alone_is_undone_and_of_a_file_too_makes_the_stage_again(
-    finished: Run, tmp_path: Path
-) -> None:
+def test_damage__to_a_record_is_undone_but_with_a_file_makes_the_stage_run_again(finished: Run, tmp_path: Path) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     record = (folder / "labels.files.json").read_bytes()
     flip_byte(folder / "labels.files.json")
@@ -114,14 +115,14 @@ def test_damage__of_a_record_alone_is_undone_and_of_a_file_too_makes_the_stage_a
     run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert list(reporter.done) == ["labels"]
     assert reporter.notes == [
-        "labels: labels.files.json and 3 more files: damaged or deleted since they were written, made again"
+        "labels: labels.files.json and 3 more files: damaged or deleted after writing; rebuilding"
     ]
     assert (folder / "labels.files.json").read_bytes() == record
     assert run.require("labels")["parts_resumed"] == 0
 
 
 @pytest.mark.slow
-def test_damage__a_kill_amid_mending_is_mended_too(
+def test_damage__a_kill_during_the_rebuild_is_repaired_too(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, folder, name = copy_of(finished, tmp_path / "run"), tmp_path / "run", "labels/part-000001.parquet"
@@ -159,7 +160,7 @@ FIRST_FOUR = ("extract", "concepts", "labels", "train")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: None) -> Run:
-    """A run that nothing disturbed."""
+    """A run without faults."""
     return make_run(tmp_path_factory.mktemp("trained") / "run", voc, stages=FIRST_FOUR, dataset="voc")
 
 
@@ -174,7 +175,7 @@ def disk() -> Iterator[SmallDisk]:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """What the first four stages leave, by name."""
+    """Return the files of the first four stages, by name."""
     names = [name for stage in FIRST_FOUR for name in json.loads((folder / f"{stage}.files.json").read_bytes())]
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -184,7 +185,7 @@ def half_written(folder: Path) -> list[Path]:
 
 
 def nearly_full(disk: SmallDisk, voc: Path, finished_before: tuple[str, ...], kilobytes_left: int) -> Path:
-    """A run folder with the stages of before, on a disk with room for little more."""
+    """A run folder with the earlier stages, on a disk with little space left."""
     folder = disk.path / "run"
     if finished_before:
         make_run(folder, voc, stages=finished_before, dataset="voc")
@@ -198,7 +199,7 @@ def nearly_full(disk: SmallDisk, voc: Path, finished_before: tuple[str, ...], ki
     [((), 8), (FIRST_FOUR[:2], 4), (FIRST_FOUR[:3], 24), (FIRST_FOUR[:3], 200)],
     ids=["extract", "labels", "first checkpoint", "train"],
 )
-def test_full_disk__ends_in_a_sentence_and_with_room_goes_on_to_the_same_bytes(
+def test_full_disk__ends_in_a_message_and_with_space_resumes_to_the_same_bytes(
     trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...], kilobytes_left: int
 ) -> None:
     folder = nearly_full(disk, voc, finished_before, kilobytes_left)
@@ -213,7 +214,7 @@ def test_full_disk__ends_in_a_sentence_and_with_room_goes_on_to_the_same_bytes(
 
 @pytest.mark.long
 @pytest.mark.parametrize("finished_before", [(), FIRST_FOUR[:3]], ids=["extract", "train"])
-def test_read_only_disk__ends_in_a_sentence(
+def test_read_only_disk__ends_in_a_message(
     trained: Run, voc: Path, disk: SmallDisk, finished_before: tuple[str, ...]
 ) -> None:
     folder = disk.path / "run"
@@ -252,7 +253,7 @@ def test_full_disk__the_command_says_so_and_exits_with_2(
 
 
 @pytest.mark.parametrize("kilobytes", [300, 1000])
-def test_full_disk__mlflow_is_told_of_in_a_sentence_and_its_store_is_whole_or_absent(
+def test_full_disk__mlflow_failure_is_a_message_and_its_store_is_whole_or_absent(
     voc: Path, disk: SmallDisk, kilobytes: int
 ) -> None:
     run = open_run(disk.path / "run", voc, dataset="voc")
@@ -264,7 +265,7 @@ def test_full_disk__mlflow_is_told_of_in_a_sentence_and_its_store_is_whole_or_ab
     assert tracking.begin(run.folder, run.config) == tracking.begin(run.folder, run.config)
 
 
-def test_training_errors__are_told_as_the_storage_failure_behind_them() -> None:
+def test_training_errors__are_reported_as_the_storage_failure_behind_them() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     for error in (WorkerGroupError("words", {0: full}), ControllerError(full)):
         with pytest.raises(ArtifactError, match=r"the storage cannot be written: .*No space left"), unwrapped_errors():
@@ -281,7 +282,7 @@ def store() -> Iterator[FaultyStore]:
 
 
 def on_store(store: FaultyStore, tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and words of `transfgu run s3://bucket/run`."""
+    """Return the exit code and output of `transfgu run s3://bucket/run`."""
     settings = [part for setting in TINY for part in ("--set", setting)]
     process = transfgu(
         *("run", "s3://bucket/run", "--preset", "tiny_cpu", "--dataset", "voc", *settings, *arguments, "--quiet"),
@@ -321,7 +322,7 @@ def test_object_store__photographs_and_run_behind_faults_give_the_local_bytes(
     found, expected = store.files("bucket"), outputs(Path(trained.folder.path))
     for name, content in expected.items():
         if name.startswith("labels/"):
-            # They tell where the photograph lies.
+            # They hold the path of the photograph.
             one, other = (pq.read_table(pa.BufferReader(each)) for each in (found[f"run/{name}"], content))
             assert one.drop_columns("path").equals(other.drop_columns("path"))
         else:
@@ -329,7 +330,7 @@ def test_object_store__photographs_and_run_behind_faults_give_the_local_bytes(
 
 
 @pytest.mark.long
-def test_object_store__an_outage_ends_in_a_sentence_and_the_run_goes_on_after_it(
+def test_object_store__an_outage_ends_in_a_message_and_the_run_resumes_after_it(
     trained: Run, voc: Path, store: FaultyStore, tmp_path: Path
 ) -> None:
     store.open().delete_dir_contents("bucket")

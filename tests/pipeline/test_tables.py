@@ -1,4 +1,4 @@
-"""The feature and label tables do not depend on workers, blocks, kills or (but for rounding) batches."""
+"""The feature and label tables do not depend on workers, blocks, kills or (except for rounding) batches."""
 
 import json
 import os
@@ -63,14 +63,14 @@ def test_tables__batch_of_one_against_seven(undisturbed: Run, photographs: Path,
 
 
 @pytest.mark.ray
-def test_tables__bare_workers_equal_those_inside_ray(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
+def test_tables__workers_without_ray_equal_those_inside_it(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     bare = bare_tables(undisturbed, photographs, tmp_path / "bare", None)
     for name in ("features", "labels"):
         assert bare[name].equals(table(Path(undisturbed.folder.path), name))
 
 
 def bare_tables(run: Run, photographs: Path, folder: Path, batch_size: int | None) -> dict[str, pa.Table]:
-    """The tables that the workers make without Ray, from the run's own encoder and concepts."""
+    """Return the tables that workers make without Ray, from the run's own encoder and concepts."""
     for name in ("model/encoder.safetensors", "concepts.parquet"):
         Folder(str(folder)).write_bytes(name, run.folder.read_bytes(name))
     config = run.config
@@ -143,7 +143,7 @@ def test_tables__damaged_and_foreign_parts_are_made_again(undisturbed: Run, phot
 def test_run__killed_in_extract_labels_and_train(undisturbed: Run, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed.folder.path, folder)
-    # What kills between two parts leave.
+    # The state after a kill between two parts.
     for stage, name in (("extract", "features"), ("labels", "labels")):
         (folder / f"{stage}.json").unlink()
         sorted(folder.glob(f"{name}/part-*.parquet"))[-1].unlink()

@@ -1,4 +1,4 @@
-"""The token table: what it holds, that it follows the bank, and how long it stays."""
+"""The token table: its content, its rows in step with the bank, and its lifetime."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def read_whole(run: Run) -> pa.Table:
 
 
 def expected_tokens(run: Run, photographs: Path) -> dict[str, np.ndarray]:
-    """What inference would read of each photograph of the bank, one at a time."""
+    """Return the tokens that inference reads for each photograph of the bank, one at a time."""
     encoder, found = load_run_encoder(run.folder, "float32", "cpu"), {}
     for image_id in bank_image_ids(run.folder):
         image = to_working(decode_rgb((photographs / image_id).read_bytes(), 32, 10**6), run.config.train_crop_size)
@@ -64,7 +64,7 @@ def expected_tokens(run: Run, photographs: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_token_cacher__holds_what_inference_reads_in_the_order_of_the_bank(run: Run, photographs: Path) -> None:
+def test_token_cacher__stores_what_inference_reads_in_the_order_of_the_bank(run: Run, photographs: Path) -> None:
     names = sorted(path.name for path in photographs.iterdir())
     for unit in range(3):
         cacher(run).process(unit, read_photos(photographs, *names[2 * unit : 2 * unit + 2]))
@@ -73,7 +73,7 @@ def test_token_cacher__holds_what_inference_reads_in_the_order_of_the_bank(run: 
     for row in rows:
         assert (row["grid_h"], row["grid_w"]) == (4, 4)
         got = np.frombuffer(row["tokens"], "<f2").reshape(16, 48)
-        # Half a float16 step, and the last bits that a batch of another shape gives.
+        # Half a float16 step, plus the last bits that depend on the shape of the batch.
         np.testing.assert_allclose(got, expected[row["image_id"]], rtol=2.0**-11, atol=1e-5)
     parts = [pq.ParquetFile(path) for path in sorted((Path(run.folder.path) / "tokens").iterdir())]
     assert [(part.num_row_groups, part.metadata.num_rows) for part in parts] == [(2, 2), (1, 1), (2, 2)]
@@ -85,9 +85,9 @@ def test_token_cacher__holds_what_inference_reads_in_the_order_of_the_bank(run: 
         (
             0,
             {"photo_000.jpg": True, "photo_001.jpg": False},
-            r"photo_001\.jpg is not .*\(now: not an image\)",
+            r"photo_001\.jpg has changed .*\(now: not an image\)",
         ),
-        (1, {"photo_001a.jpg": True, "photo_002.jpg": True}, r"photo_001a\.jpg is not .*\(now: readable\)"),
+        (1, {"photo_001a.jpg": True, "photo_002.jpg": True}, r"photo_001a\.jpg has changed .*\(now: readable\)"),
     ],
 )
 def test_token_cacher__refuses_other_photographs_than_the_banks(
@@ -101,7 +101,7 @@ def test_token_cacher__refuses_other_photographs_than_the_banks(
 
 
 @pytest.mark.slow
-def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
+def test_train__table_survives_a_kill_and_does_not_depend_on_workers(
     run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[pa.Table] = []
@@ -138,7 +138,7 @@ def test_train__table_is_kept_by_a_kill_and_does_not_depend_on_workers(
 
 
 @pytest.mark.slow
-def test_train__table_goes_when_the_model_is_written(
+def test_train__table_is_deleted_when_the_model_is_written(
     run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, seen = train_rounds.save_decoder, []

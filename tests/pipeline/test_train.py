@@ -1,4 +1,4 @@
-"""What each training worker is fed, the same however it is read; and the loop on images and on cached tokens."""
+"""The batches of training workers, the same however they are read; and the loop on images and cached tokens."""
 
 import json
 import shutil
@@ -31,14 +31,14 @@ COLOURLESS = "train.augment={jitter_prob: 0, grey_prob: 0, blur_prob: 0}"
 
 @pytest.fixture(scope="module")
 def cached_run(tmp_path_factory: pytest.TempPathFactory, labelled: Run) -> Run:
-    """The run of five photographs with its tokens too; batches of 4 end an epoch with a filled one."""
+    """The run of five photographs with cached tokens; with batches of 4, the last batch of an epoch is filled up."""
     run = Run.open(shutil.copytree(labelled.folder.path, tmp_path_factory.mktemp("tokens") / "run").as_posix(), None)
     cache_tokens(run, configured(run, "cached"))
     return run
 
 
 def configured(run: Run, tokens: str, *settings: str) -> RunConfig:
-    """The run's configuration without colour augmentation, on images or on cached tokens."""
+    """Return the run's configuration without colour augmentation, on images or on cached tokens."""
     return build_config(run.config, None, [f"train.features={tokens}", COLOURLESS, *settings])
 
 
@@ -67,7 +67,7 @@ def read_batches(
 
 
 def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1) -> list[dict[str, np.ndarray]]:
-    """The batches by the definition, one after the other and without Ray."""
+    """Return the batches by their definition, one after the other and without Ray."""
     index, found = bank_index(run.folder), []
     for epoch in EPOCHS:
         order = sample_order(
@@ -139,7 +139,7 @@ def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
 
 
 def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str, float]]:
-    """History of a training, run where it can be looked into."""
+    """Train in this process, where steps can be patched; return the history."""
     settings = {
         "run_uri": run.folder.uri,
         "config": run.config,
@@ -166,7 +166,7 @@ def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs
     cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr("transfgu_ray.algorithms.encoder.resnet._build", lambda: small_resnet(Bottleneck))
-    # At the size of the working image a crop of all of it is the photograph whose tokens are cached.
+    # At the working size, a crop of the whole image is the photograph whose tokens are cached.
     whole = ("train.augment={crop_scale: [1, 1], flip_prob: 0}", "train.crop_size=[64, 64]")
     runs = {}
     for tokens in ("live", "cached"):
@@ -179,17 +179,17 @@ def test_train_loop__cached_tokens_of_whole_photographs_train_as_the_photographs
         seen, kept = (
             train_rounds._tokens(batch, encoder, token_window=side, backbone=backbone) for batch in (live, cached)
         )
-        # Half a float16 step, and the last bits that a batch of another shape gives.
+        # Half a float16 step, plus the last bits that depend on the shape of the batch.
         torch.testing.assert_close(kept, seen, rtol=2.0**-11, atol=1e-5 * float(seen.abs().max()))
         assert torch.equal(live["scores"], cached["scores"])
     live, cached = map(train_in_this_process, runs.values())
     assert [row["round"] for row in cached] == [0, 1]
     for row, want in zip(cached, live, strict=True):
-        # A loss is a mean over many tokens, whose roundings are of either sign: it moves by less than one of them may.
+        # A loss is a mean over many tokens with roundings of either sign, so it moves by less than a single one may.
         assert row == pytest.approx(want, rel=2.0**-11)
 
 
-def test_train_loop__a_loss_that_is_no_number_names_its_photographs_and_stops_when_it_comes_again(
+def test_train_loop__a_loss_that_is_not_finite_names_its_photographs_and_stops_when_it_recurs(
     cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = with_tokens(cached_run, configured(cached_run, "cached"), tmp_path / "run")
@@ -251,7 +251,7 @@ def test_train_loop__beside_a_sibling_learns_the_same_and_is_measured(cached_run
     assert [{name: value for name, value in row.items() if name not in measured} for row in found] == want
     assert all(-1 <= row[name] <= 1 for row in found for name in measured[:3])
     assert all(1 <= row["usage"] <= config.num_concepts + 1 for row in found)
-    # Its twin of the same seed would agree in every patch.
+    # A twin with the same seed would agree in every patch.
     twin = with_tokens(cached_run, config, tmp_path / "twin")
     assert train_in_this_process(twin, twin)[-1]["agreement"] == pytest.approx(1)
     assert found[-1]["agreement"] < 0.99

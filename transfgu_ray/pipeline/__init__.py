@@ -1,1 +1,1 @@
-"""Ray and MLflow: each module reads artifacts, wires algorithms together and commits. Nothing here does arithmetic."""
+"""The stages on Ray and MLflow: each module reads artifacts, combines algorithms and writes results."""

@@ -1,4 +1,4 @@
-"""features + bank + photographs -> what shows each concept: its crops, its maps, how large it is, what stands in."""
+"""features + bank + photographs -> the atlas: each concept's crops, maps and size, and its runners-up."""
 
 import functools
 from collections.abc import Sequence
@@ -35,18 +35,18 @@ from transfgu_ray.storage import Folder
 
 ATLAS = "atlas.json"
 _TABLE = "atlas"
-CROPS_A_CONCEPT = 6
-MAPS_A_CONCEPT = 3
-_CONFUSED_A_CONCEPT = 5
-# Longest side of a crop, and of a photograph with a map, px.
+CROPS_PER_CONCEPT = 6
+MAPS_PER_CONCEPT = 3
+_RUNNERS_UP_PER_CONCEPT = 5
+# Longest side of a crop and of a photograph with a map, px.
 _CROP_PX = 80
 _MAP_PX = 120
-_PHOTOS_A_UNIT = 16
+_PHOTOS_PER_UNIT = 16
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What some consecutive parts say of the concepts."""
+    """What some consecutive parts contribute to the atlas."""
 
     crops: Best
     maps: Best
@@ -65,14 +65,14 @@ class _Scan:
 
 
 def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], int]:
-    """Brings atlas.json and the table of example pictures up to date.
+    """Bring atlas.json and the table of example pictures up to date.
 
     Args:
-        job: of a run with features, concepts and bank; its progress gets signs of life only.
+        job: job of a run with features, concepts and bank; its progress only gets signs of life.
         images: photographs of the training split.
 
     Returns:
-        What the manifest says of it, and the highest peak memory of a worker, MB.
+        The atlas's entry in the manifest, and the highest peak memory of any worker, MB.
     """
     run = job.folder
     kinds, centroids = read_concepts(run)
@@ -82,16 +82,16 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
         replace(job, progress=Heartbeat(job.progress)),
         _TABLE,
         images=[image for image in images if image.image_id in pictures],
-        images_per_part=_PHOTOS_A_UNIT,
+        images_per_part=_PHOTOS_PER_UNIT,
         worker=ExamplePainter,
         arguments={"pictures": pictures},
     )
     total = int(found.patches.sum())
-    followers = np.argsort(-found.followed, axis=1, kind="stable")[:, :_CONFUSED_A_CONCEPT]
+    followers = np.argsort(-found.followed, axis=1, kind="stable")[:, :_RUNNERS_UP_PER_CONCEPT]
     concepts = [
         {
             "patch_share": int(won) / total,
-            # The others that respond second where it responds most, and on which share of those patches.
+            # The concepts that come second where this one wins, each with its share of those patches.
             "followed_by": [[int(i), int(row[i]) / int(won)] for i in order if row[i]],
         }
         for won, row, order in zip(found.patches, found.followed, followers, strict=True)
@@ -105,7 +105,7 @@ def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resourc
     import ray
 
     count = len(part_files(run, "labels"))
-    # As Any: Ray's types of remote functions know no keywords.
+    # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = _scan
     task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
@@ -122,8 +122,8 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
     run, (kinds, centroids) = Folder(run_uri), given
     num_concepts = len(kinds)
     found = _Scan(
-        Best.none(CROPS_A_CONCEPT, num_concepts),
-        Best.none(MAPS_A_CONCEPT, num_concepts),
+        Best.none(CROPS_PER_CONCEPT, num_concepts),
+        Best.none(MAPS_PER_CONCEPT, num_concepts),
         np.zeros(num_concepts, np.int64),
         np.zeros((num_concepts, num_concepts), np.int64),
     )
@@ -139,7 +139,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
         found = found.merge(
             _Scan(
                 _nearest(run, part, kinds=np.array(kinds), centroids=centroids),
-                strongest_responses(means, part, MAPS_A_CONCEPT),
+                strongest_responses(means, part, MAPS_PER_CONCEPT),
                 patches,
                 followed,
                 peak_memory_mb(),
@@ -151,15 +151,15 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
 def _nearest(run: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
     table = read_part(run, part_name("features", part), ["image_id", "kind", "cls_token"])
     if not table.num_rows:
-        return Best.none(CROPS_A_CONCEPT, len(kinds))
+        return Best.none(CROPS_PER_CONCEPT, len(kinds))
     of_image = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     tokens = vectors(table["cls_token"]).astype(np.float32)
     may_be = table["kind"].to_numpy()[:, None] == kinds
-    return nearest_crops(tokens, of_image, may_be=may_be, centroids=centroids, part=part, num_kept=CROPS_A_CONCEPT)
+    return nearest_crops(tokens, of_image, may_be=may_be, centroids=centroids, part=part, num_kept=CROPS_PER_CONCEPT)
 
 
 def _pictures(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
-    """The pictures to make of each photograph."""
+    """Return the pictures to make from each photograph."""
     pictures: dict[str, list[dict[str, Any]]] = {}
     for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
         columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
@@ -176,7 +176,7 @@ def _pictures(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
 
 
 class ExamplePainter(PartWorker):
-    """One unit of photographs -> the pictures of concepts that are made of them."""
+    """A worker: one unit of photographs -> the pictures of concepts made from them."""
 
     def __init__(
         self, config: RunConfig, run_uri: str, *, pictures: dict[str, list[dict[str, Any]]], **part: Any
@@ -186,7 +186,7 @@ class ExamplePainter(PartWorker):
         self._pictures = pictures
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's part."""
+        """Write the unit's part."""
         stats = PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
         for photo, image in decode_photos(photos, stats, limits=self._limits):

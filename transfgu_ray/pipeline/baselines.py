@@ -39,24 +39,24 @@ from transfgu_ray.pipeline.concepts import kmeans_settings
 from transfgu_ray.runs.tables import baseline_schema, build_table, vectors
 from transfgu_ray.storage import Folder
 
-# Enough for every patch of a few hundred small photographs, and for k-means of 171 clusters in a minute.
+# Enough for every patch of a few hundred small photographs; k-means with 171 clusters then takes a minute.
 MAX_POINTS = 50_000
 MAX_PHOTOS = 2_000
 _TABLE = "baselines"
-_PHOTOS_A_UNIT = 16
-# Heads on patch tokens, which they learn from two views of them.
+_PHOTOS_PER_UNIT = 16
+# Heads on patch tokens that are learned from two views.
 OF_TWO_VIEWS = ("iic", "picie")
 _VIEWS = ("view_1", "view_2")
 _MAPS = {"iic": linear_maps, "picie": linear_maps, "mask_contrast": mask_maps}
 
 
 def feature_of(baseline: str) -> str:
-    """The features that a baseline clusters; those of the same name but for heads on patch tokens."""
+    """Return the name of the features that a baseline clusters: its own, except for heads on patch tokens."""
     return "patch_tokens" if baseline in OF_TWO_VIEWS else baseline
 
 
 class PatchFeatures:
-    """What the baselines of a run know about a patch.
+    """The patch features of a run's baselines.
 
     Args:
         run: run folder with its encoder.
@@ -97,7 +97,7 @@ class PatchFeatures:
         self.widths = {name: special.get(name, encoder.embed_dim) for name in columns}
 
     def __call__(self, working: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
-        """Features (patches, width) of each photograph at its working size, row by row."""
+        """Yield the features (patches, width) of each photograph at its working size, row by row."""
         for _, batch in batched_rows(np.array(working), self._batch_size):
             inputs = torch.from_numpy(batch).to(self.device)
             found = {name: extract(inputs) for name, extract in self._of.items()}
@@ -106,11 +106,11 @@ class PatchFeatures:
     def views(
         self, working: list[np.ndarray], rngs: Sequence[np.random.Generator]
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Two views (patches, width) of each photograph's patch tokens; none where no baseline learns from them.
+        """Yield two views (patches, width) of each photograph's patch tokens; empty if no baseline needs them.
 
         Args:
             working: photographs at their working size.
-            rngs: one a photograph.
+            rngs: one generator per photograph.
         """
         if not self.has_views:
             yield from ({} for _ in working)
@@ -121,11 +121,11 @@ class PatchFeatures:
 
 
 class BaselineMapper:
-    """Photographs -> one map stack (K, h, w) a baseline.
+    """Photographs -> one map stack (K, h, w) per baseline.
 
     Args:
-        features: of the same run.
-        centroids: of each baseline, or its linear head.
+        features: features of the same run.
+        centroids: centroids of each baseline, or its linear head.
     """
 
     def __init__(self, features: PatchFeatures, centroids: dict[str, np.ndarray]) -> None:
@@ -133,7 +133,7 @@ class BaselineMapper:
         self._centroids = {name: torch.from_numpy(c).to(features.device) for name, c in centroids.items()}
 
     def __call__(self, working: list[np.ndarray]) -> Iterator[list[torch.Tensor]]:
-        """The maps of each photograph at its working size, in order of the centroids."""
+        """Yield the maps of each photograph at its working size, in order of the centroids."""
         grid_hw = self._features.grid_hw
         for found in self._features(working):
             yield [
@@ -143,7 +143,7 @@ class BaselineMapper:
 
 
 class PatchSampler(PartWorker):
-    """One unit of photographs -> one part of the table of drawn patches."""
+    """A worker: one unit of photographs -> one part of the table of drawn patches."""
 
     def __init__(self, config: RunConfig, run_uri: str, *, patches_per_photo: int, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
@@ -151,18 +151,18 @@ class PatchSampler(PartWorker):
         self._features = PatchFeatures(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's part."""
+        """Write the unit's part."""
         stats, data, features = PartStats(), self.config.data, self._features
         working = {
             photo.image_id: to_working(image, data.image_size)
             for photo, image in decode_photos(photos, stats, limits=data)
         }
-        # The place in the list, which a refused photograph keeps too.
-        numbers = {photo.image_id: unit * _PHOTOS_A_UNIT + i for i, photo in enumerate(photos)}
+        # Positions in the list, refused photographs included, so that a refusal does not change other draws.
+        numbers = {photo.image_id: unit * _PHOTOS_PER_UNIT + i for i, photo in enumerate(photos)}
         image_ids: list[str] = []
         patches = [np.empty(0, dtype=np.int32)]
         columns = {name: [np.empty((0, width), dtype=np.float16)] for name, width in features.widths.items()}
-        # A stream of its own beside the draw's.
+        # A random stream of its own, apart from that of the drawn patches.
         rngs = [np.random.default_rng([self.config.seed, numbers[image_id], 1]) for image_id in working]
         images = list(working.values())
         for image_id, plain, views in zip(working, features(images), features.views(images, rngs), strict=True):
@@ -186,7 +186,7 @@ class PatchSampler(PartWorker):
 
 
 def chosen_photos(config: RunConfig, images: Sequence[ImageRef]) -> list[ImageRef]:
-    """The training photographs whose patches are clustered; none where no baseline is asked for."""
+    """Return the training photographs whose patches are clustered; empty without baselines."""
     if not config.evaluate.baselines:
         return []
     return [images[i] for i in draw_photos(len(images), MAX_PHOTOS, config.seed)]
@@ -195,12 +195,12 @@ def chosen_photos(config: RunConfig, images: Sequence[ImageRef]) -> list[ImageRe
 def fit_baselines(
     job: Job, images: Sequence[ImageRef], *, num_clusters: int
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """What `cluster_patches` gives, and with it how many photographs and patches were drawn.
+    """Draw patches and cluster them; return the centroids of `cluster_patches` and the numbers drawn.
 
-    At most MAX_POINTS patches of at most MAX_PHOTOS photographs, as many of each photograph, drawn by the seed.
+    At most MAX_POINTS patches of at most MAX_PHOTOS photographs, equally many per photograph, are drawn by the seed.
 
     Raises:
-        DataError: fewer patches than clusters.
+        DataError: there are fewer patches than clusters.
     """
     import ray
 
@@ -210,11 +210,11 @@ def fit_baselines(
         job,
         _TABLE,
         images=chosen,
-        images_per_part=_PHOTOS_A_UNIT,
+        images_per_part=_PHOTOS_PER_UNIT,
         worker=PatchSampler,
         arguments={"patches_per_photo": MAX_POINTS // len(chosen)},
     )
-    # As Any: Ray's types of remote functions know no keywords.
+    # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = cluster_patches
     task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
     with unwrapped_errors():
@@ -233,10 +233,10 @@ def fit_baselines(
 def cluster_patches(
     run_uri: str, config: RunConfig, *, num_clusters: int, threads: int, use_gpu: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """From the table of drawn patches: centroids (clusters, width) of each baseline, or its head; and counts of masks.
+    """Return the centroids (clusters, width) of each baseline, or its head, from the drawn patches; and mask counts.
 
     Raises:
-        DataError: fewer patches or masks than clusters.
+        DataError: there are fewer patches or masks than clusters.
     """
     import faiss
 
@@ -273,5 +273,5 @@ def cluster_patches(
 
 
 def _read_features(run: Folder, column: str) -> np.ndarray:
-    """One column of the table of drawn patches, float32 (patches, width)."""
+    """Read one column of the table of drawn patches, float32 (patches, width)."""
     return np.ascontiguousarray(vectors(read_table(run, _TABLE, [column])[column]), dtype=np.float32)

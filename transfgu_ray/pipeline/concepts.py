@@ -1,4 +1,4 @@
-"""features -> concepts: k-means per group, on one worker or, where it is large, on all workers of the cluster."""
+"""features -> concepts: k-means per group, on one worker or, for a large group, on all workers of the cluster."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ from transfgu_ray.storage import Folder
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Cluster the class tokens of a run; return what the manifest says of it."""
+    """Cluster the class tokens of a run; return the content of the manifest."""
     extracted = job.run.require("extract")
     job.progress.expect(len(concept_groups(job.config)))
     with unwrapped_errors():
@@ -37,7 +37,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
 
 
 def concept_groups(config: RunConfig) -> dict[str, int]:
-    """Concepts of each kind of crop."""
+    """Return the number of concepts per kind of crop."""
     total, background = config.num_concepts, config.num_background
     if config.region_mode == "no_prior":
         return {"any": total}
@@ -46,7 +46,7 @@ def concept_groups(config: RunConfig) -> dict[str, int]:
 
 
 def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
-    """Return how a run clusters."""
+    """Return the k-means settings of a run."""
     concepts = config.concepts
     return KMeans(
         seed=config.seed,
@@ -61,24 +61,24 @@ def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
 def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """Read the features of a run and write concepts.parquet.
 
-    A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger one are spread
+    A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger group are spread
     over all workers.
 
     Args:
-        job: of the run.
-        num_rows: of the features.
+        job: job of the run.
+        num_rows: number of rows of the features.
 
     Returns:
-        What the manifest says about each group, and the highest peak memory of a worker, MB.
+        The manifest's entry for each group, and the highest peak memory of any worker, MB.
 
     Raises:
-        DataError: a group has too few crops for its concepts, or class tokens that are no numbers.
+        DataError: a group has too few crops for its concepts, or class tokens that are NaN or infinite.
     """
     import ray
 
     run, config, resources = job.folder, job.config, job.resources
     groups = concept_groups(config)
-    # Small runs, which most are, need not be counted.
+    # Most runs are small enough to skip the counting.
     parts = _count_parts(run, resources) if num_rows > config.concepts.init_points else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if totals[kind] > config.concepts.init_points]
@@ -86,7 +86,7 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     fitted: dict[str, Clustering] = {}
     peak_mb = 0
     if small:
-        # As Any: Ray's types of remote functions know no keywords.
+        # As Any: Ray's types for remote functions do not cover keyword arguments.
         function: Any = _fit_in_memory
         task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
@@ -111,7 +111,7 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
 
 
 def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str, int]]]:
-    """Name and number of crops of every part, in order, for each kind of crop."""
+    """Return the name and number of crops of every part, in order, for each kind of crop."""
     import ray
 
     names = part_files(run, "features")
@@ -124,7 +124,7 @@ def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str,
 
 
 def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
-    """Crops of each kind in some parts."""
+    """Count the crops of each kind in some parts."""
     run = Folder(run_uri)
     counted = (pc.value_counts(read_part(run, name, ["kind"])["kind"]).to_pylist() for name in names)
     return [{entry["values"]: entry["counts"] for entry in part} for part in counted]
@@ -133,7 +133,7 @@ def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
 def _fit_in_memory(
     run_uri: str, config: RunConfig, *, groups: dict[str, int], threads: int, use_gpu: bool
 ) -> tuple[dict[str, Clustering], int]:
-    """The groups, each with all of its crops in memory, and the peak of that memory, MB."""
+    """Cluster groups with all of their crops in memory; return them and the peak memory, MB."""
     import faiss
 
     faiss.omp_set_num_threads(threads)
@@ -174,6 +174,6 @@ def _describe(group: Clustering) -> dict[str, Any]:
 
 
 def read_concepts(run: Folder) -> tuple[list[str], np.ndarray]:
-    """Kind and centroid of every concept, in order of concept_id."""
+    """Read the kind and centroid of every concept, in order of concept_id."""
     table = run.read("concepts.parquet", pq.read_table)
     return table["kind"].to_pylist(), vectors(table["centroid"]).copy()

@@ -1,4 +1,4 @@
-"""What every stage is told, and what all stages do with it."""
+"""The input of every stage, and what stages with a table of photographs share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from transfgu_ray.tracking.runs import Tracked
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sweep wants of a run beside its model.
+    """What a sweep needs of a run beside its model.
 
     Attributes:
         parent: MLflow run of the sweep.
-        tags: of the registered model.
-        sibling: run of another seed whose bank a second student learns from, so that every epoch can be measured
+        tags: tags of the registered model.
+        sibling: run with another seed. A second student learns from its bank, so that every epoch can be measured
             without labels; None = nothing is measured.
-        on_epoch: takes the history so far whenever there is more of it.
+        on_epoch: called with the history so far whenever it has grown.
     """
 
     parent: Tracked
@@ -31,16 +31,16 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob(Job):
-    """What a stage is told.
+    """The input of a stage.
 
     Attributes:
         run: run folder and configuration.
         listing: photographs of the training split.
-        inputs: what the stage is made of beside its settings; part of the fingerprint.
-        encoder: safetensors bytes of the encoder; None where extract is not to be made.
-        backbone: safetensors bytes of the student's own backbone; None where it has none, or where it is not read.
+        inputs: identifies what the stage reads beside its settings; part of the fingerprint.
+        encoder: safetensors bytes of the encoder; None unless extract has to run.
+        backbone: safetensors bytes of the student's own backbone; None if it has none or no stage reads it.
         tracked: the MLflow run; None outside `transfgu run`.
-        trial: what a sweep wants of the run; None outside one.
+        trial: what a sweep needs of the run; None outside one.
     """
 
     run: Run
@@ -58,11 +58,11 @@ def table_of_photographs(
     """Bring a table of the training photographs up to date; see `parts.build_table_of_parts`.
 
     Args:
-        job: of the stage.
-        table: its folder.
-        worker: makes the parts.
-        listing: the photographs where they are not those of the job, e.g. with their labels.
-        arguments: further ones of the worker.
+        job: job of the stage.
+        table: the table's folder.
+        worker: class that makes the parts.
+        listing: photographs to use instead of the job's, e.g. with labels.
+        arguments: further keyword arguments of the worker.
     """
     images = (job.listing if listing is None else listing).images
     job.progress.expect(len(images))
@@ -77,7 +77,7 @@ def table_of_photographs(
 
 
 def table_content(job: StageJob, result: TableResult) -> dict[str, Any]:
-    """Return what the manifest says of a table of the training photographs."""
+    """Return the manifest's content for a table of the training photographs."""
     stats = result.stats
     return {
         **refusals(stats, job.listing.refused),

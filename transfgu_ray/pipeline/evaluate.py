@@ -1,4 +1,4 @@
-"""model + bank's method -> confusion matrices and sample masks: all stages and baselines on the same photographs."""
+"""model + labeller -> confusion matrices and sample masks: all stages and baselines on the same photographs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,11 +40,11 @@ from transfgu_ray.storage import Folder
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Score the stages of a run, or segment samples where there are no labels; return what the manifest says of it."""
+    """Score the stages of a run, or segment samples if there are no labels; return the content of the manifest."""
     run, config = job.run, job.config
     scored = list_scored(config)
     if scored is None:
-        # Only to be looked at: take those that are known to be readable.
+        # The samples are only shown, so choose among photographs known to be readable.
         readable = set(bank_image_ids(run.folder))
         images = [image for image in job.listing.images if image.image_id in readable]
         job.progress.expect(min(config.evaluate.num_samples, len(images)))
@@ -60,7 +60,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     if scored is not None and config.evaluate.baselines:
         centroids, counts_drawn = fit_baselines(job, job.listing.images, num_clusters=len(kinds))
         drawn = {"baselines": counts_drawn}
-    # The photographs that are scored are no part of the run's input.
+    # The scored photographs are not part of the run's input.
     fingerprint = job.fingerprint if scored is None else f"{job.fingerprint} {scored.fingerprint}"
     result = evaluate(
         replace(job, fingerprint=fingerprint), images, kinds=kinds, scored=scored is not None, centroids=centroids
@@ -90,12 +90,12 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     }
 
 
-# So many photographs of the best scores are shown, and of the worst.
+# Photographs shown with the best scores, and as many with the worst.
 _NUM_EXTREMES = 3
 
 
 class Evaluator(Scorer):
-    """Scores all stages of a run, and its baselines."""
+    """A scorer of all stages of a run and its baselines."""
 
     shown = STAGE_NAMES
 
@@ -109,7 +109,7 @@ class Evaluator(Scorer):
             self._baselines = BaselineMapper(PatchFeatures(self.run, self.config, self.device), centroids)
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
-        """Masks of each image at the scored size: of the stages, refined, of the baselines."""
+        """Return the masks of each image at the scored size: of the stages, refined, of the baselines."""
         scored = self.config.evaluate_image_size
         masks = []
         for image, maps in zip(images, self._stage_maps(images), strict=True):
@@ -127,7 +127,7 @@ class Evaluator(Scorer):
         return [{name: mask.cpu().numpy() for name, mask in of_image.items()} for of_image in masks]
 
     def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """The foreground prior, 0-255, and the pseudo-label of each patch."""
+        """Return the foreground prior, 0-255, and the pseudo-label of each patch."""
         config, encoder = self.config, self._labeller.encoder
         working = to_working(image, config.cam_image_size)
         images = torch.from_numpy(working[None]).to(self.device)
@@ -139,7 +139,7 @@ class Evaluator(Scorer):
         return {"prior": (255 * shares).round().cpu().numpy(), "pseudo_label": bank.argmax(0).cpu().numpy()}
 
     def _stage_maps(self, images: list[Image.Image]) -> list[tuple[torch.Tensor, ...]]:
-        """Maps (K, h, w) of each image, one a stage."""
+        """Return the maps (K, h, w) of each image, one per stage."""
         config = self.config
         maps: list[list[torch.Tensor]] = [[], [], []]
         if not images:
@@ -147,7 +147,7 @@ class Evaluator(Scorer):
         for _, batch in batched_rows(
             np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
         ):
-            # Through the bank's stored form, so that it is the bank that is scored.
+            # Encoded and decoded as in the bank, so that exactly the stored pseudo-labels are scored.
             scores = decode_scores(*encode_scores(self._labeller(torch.from_numpy(batch).to(self.device))[0]))
             if config.has_background:
                 scores = add_background(scores, config.cam.background_threshold)
@@ -164,11 +164,11 @@ def evaluate(
     """Bring the table of confusions up to date, then show the best and the worst photographs; see `score_photos`.
 
     Args:
-        job: of a run with a finished model.
-        images: photographs to score, or to look at.
-        kinds: of the model's classes.
+        job: job of a run with a finished model.
+        images: photographs to score, or to choose samples from.
+        kinds: kinds of the model's classes.
         scored: whether the photographs have labels.
-        centroids: of each baseline, or its linear head.
+        centroids: centroids of each baseline, or its linear head.
     """
     config = job.config
     samples = choose_samples([image.image_id for image in images], config.evaluate.num_samples, config.seed)
@@ -179,7 +179,7 @@ def evaluate(
         scores = photo_mious(config, counts[STAGE_NAMES[-1]], Names(kinds, {}))
         count = min(_NUM_EXTREMES, config.evaluate.num_samples)
         extremes = choose_extremes(read_scored_ids(job.folder), scores, count)
-        # They are chosen by the scores, which follow from what the fingerprint says. None of them is counted twice.
+        # Chosen by scores that the fingerprint determines. A table of their own keeps them from being counted twice.
         score_photos(
             replace(job, progress=Heartbeat(job.progress)),
             [image for image in images if image.image_id in extremes],

@@ -1,4 +1,4 @@
-"""images -> features: class tokens of sliding windows, crops batched across the photographs of a unit."""
+"""images -> features: class tokens of sliding windows, with crops batched across the photographs of a unit."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -32,11 +32,11 @@ from transfgu_ray.runs.tables import build_table, features_schema
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Write the class tokens of all windows, and the encoder; return what the manifest says of them."""
+    """Write the class tokens of all windows, and the encoder; return the content of the manifest."""
     from transfgu_ray.algorithms.encoder.checkpoints import read_safetensors
 
     config = job.config
-    # Resolved here once: workers and the finished model all use this very file.
+    # Written once: all workers and the finished model read this file.
     assert job.encoder is not None
     job.folder.write_bytes(ENCODER, job.encoder)
     result = table_of_photographs(job, "features", worker=FeatureExtractor, listing=list_labelled(config))
@@ -51,24 +51,24 @@ def run_stage(job: StageJob) -> dict[str, Any]:
 
 
 def _require_most(content: Mapping[str, Any], max_refused_share: float) -> None:
-    """Refuses a table that lacks more of its photographs than is allowed.
+    """Refuse a table from which too many photographs were refused.
 
     Raises:
-        DataError: it does.
+        DataError: the refused share is above `max_refused_share`.
     """
     num_refused, total = len(content["refused"]), content["rows_in"]
     if num_refused > max_refused_share * total:
         reasons = sorted(content["refused_by_reason"].items(), key=lambda item: -item[1])
         raise DataError(
             f"{num_refused} of {total} photographs were refused, more than runtime.max_refused_share="
-            f"{max_refused_share} allows: {', '.join(f'{count} x {reason}' for reason, count in reasons)}; mend them, "
-            "or raise it and go on"
+            f"{max_refused_share} allows: {', '.join(f'{count} x {reason}' for reason, count in reasons)}; repair "
+            "them, or raise that setting and run the same command again"
         )
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows that one working image keeps: number, box in px, beta, kind and foreground share of each."""
+    """The kept windows of one working image: number, box in px, beta, kind and foreground share of each."""
 
     crop_ids: np.ndarray
     boxes: np.ndarray
@@ -82,23 +82,23 @@ def _column(windows: list[_Windows], name: str, dtype: type) -> np.ndarray:
 
 
 class FeatureExtractor(PartWorker):
-    """One unit of photographs -> one part of the features table."""
+    """A worker: one unit of photographs -> one part of the features table."""
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._encoder = load_run_encoder(self.run, config.encoder.precision, self.device)
         height, width = config.data.image_size
         self._crop_size = config.extract_crop_size
-        # Whole images are larger than crops: as many at a time as give about the same number of pixels.
+        # Whole images are larger than crops: batch as many as have about the same number of pixels.
         self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
         self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
         self._label_table = config.label_table if config.extract.windows == "ground_truth" else None
-        # A GPU reads crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
+        # A GPU encodes crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
         on_gpu = self.device == "cuda"
         self._num_cutters = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's part."""
+        """Write the unit's part."""
         config, stats = self.config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
         for photo, image, classes in decode_labelled(photos, stats, limits=config.data, table=self._label_table):
@@ -136,7 +136,7 @@ class FeatureExtractor(PartWorker):
         return self.write(unit, table, stats=stats)
 
     def _kinds(self, fracs: np.ndarray) -> list[str]:
-        """Kind of each window, by how much of it is foreground."""
+        """Return the kind of each window, by its foreground share."""
         extract = self.config.extract
         return classify_windows(
             fracs,
@@ -146,7 +146,7 @@ class FeatureExtractor(PartWorker):
         )
 
     def _sliding(self, working: list[np.ndarray], stats: PartStats) -> list[_Windows]:
-        """The sliding windows that each working image keeps (4.2)."""
+        """Return the sliding windows kept of each working image (4.2)."""
         found = []
         for fracs in self._foreground_fracs(np.array(working)) if working else []:
             kinds = self._kinds(fracs)
@@ -156,7 +156,7 @@ class FeatureExtractor(PartWorker):
         return found
 
     def _regions(self, labels: list[np.ndarray], stats: PartStats) -> list[_Windows]:
-        """The labelled regions of each working image, from its classes."""
+        """Return the labelled regions kept of each working image, from its classes."""
         config, found = self.config, []
         things = np.array([kind == "thing" for kind in config.class_kinds])
         for classes in labels:
@@ -174,17 +174,19 @@ class FeatureExtractor(PartWorker):
 
     @property
     def embed_dim(self) -> int:
-        """Width of a class token."""
+        """Return the width of a class token."""
         return self._encoder.embed_dim
 
     def time_pieces(
-        self, working: np.ndarray, seconds_an_item: Callable[[Callable[[int], object], int], float]
+        self, working: np.ndarray, seconds_per_item: Callable[[Callable[[int], object], int], float]
     ) -> dict[str, float]:
-        """Seconds of a crop's cutting, of its encoding, and of a photograph's foreground; windows kept a photograph.
+        """Measure the seconds to cut a crop, to encode it, and to find the foreground of a photograph.
+
+        Also return the number of windows per photograph, total and kept.
 
         Args:
-            working: (b, 3, y, x) working images.
-            seconds_an_item: times a function of a count, up to a largest one.
+            working: working images (b, 3, y, x).
+            seconds_per_item: times a function of an item count, given the largest count.
         """
         most = self.config.extract.batch_size
         fracs = list(self._foreground_fracs(working))
@@ -195,16 +197,16 @@ class FeatureExtractor(PartWorker):
         return {
             "windows": len(self._boxes),
             "kept_windows": kept / len(working),
-            "cut": seconds_an_item(lambda count: self._crops(list(working), boxes, pairs[:count]), most),
-            "crop": seconds_an_item(lambda count: self._encoder.cls_tokens(crops[:count]).cpu(), most),
-            "foreground": seconds_an_item(
+            "cut": seconds_per_item(lambda count: self._crops(list(working), boxes, pairs[:count]), most),
+            "crop": seconds_per_item(lambda count: self._encoder.cls_tokens(crops[:count]).cpu(), most),
+            "foreground": seconds_per_item(
                 lambda count: list(self._foreground_fracs(np.resize(working, (count, *working.shape[1:])))),
                 self._image_batch,
             ),
         }
 
     def _foreground_fracs(self, working: np.ndarray) -> Iterator[np.ndarray]:
-        """Foreground share of every window of each working image."""
+        """Yield the foreground share of every window of each working image."""
         encoder, config = self._encoder, self.config
         grid_hw = encoder.grid_hw(config.data.image_size)
         if config.region_mode in ("all_foreground", "no_prior"):

@@ -1,4 +1,4 @@
-"""What stages are made of beside their settings: photographs, labels, weights; checked before anything starts."""
+"""The inputs of stages beside their settings: photographs, labels and weights, checked before anything starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ def list_training(config: RunConfig) -> Listing:
     """Return the photographs of the training split, without labels.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no photographs.
     """
     return list_images(config.data.root, config.data.spec, split=config.data.spec.train_split)
 
 
 def list_labelled(config: RunConfig) -> Listing | None:
-    """The photographs that are learned from with their labels; None where those do not cut the windows.
+    """Return the training photographs with their labels; None unless windows are cut by labels.
 
     Raises:
-        DataError: there are none, or their labels are missing.
+        DataError: there are no photographs, or their labels are missing.
     """
     if config.extract.windows != "ground_truth":
         return None
@@ -42,13 +42,13 @@ def list_labelled(config: RunConfig) -> Listing | None:
 
 
 def scored_split(config: RunConfig) -> str | None:
-    """The split that is scored; None for a dataset without labels."""
+    """Return the name of the scored split; None for a dataset without labels."""
     split = config.data.spec.evaluate_split
     return split and (config.evaluate.split or split)
 
 
 def list_scored(config: RunConfig) -> Listing | None:
-    """The photographs that are scored, with their labels; None for a dataset without labels.
+    """Return the scored photographs with their labels; None for a dataset without labels.
 
     Raises:
         DataError: the split or its labels are missing.
@@ -61,11 +61,11 @@ def list_scored(config: RunConfig) -> Listing | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that stages start from, as safetensors bytes; None where no stage to be made reads them.
+    """The weights that stages start from, as safetensors bytes; None where no stage that has to run reads them.
 
     Attributes:
-        encoder: of the encoder.
-        backbone: of the student's own backbone.
+        encoder: weights of the encoder.
+        backbone: weights of the student's own backbone.
     """
 
     encoder: bytes | None
@@ -73,7 +73,7 @@ class Weights:
 
 
 def resolve_weights(run: Run, to_make: Sequence[str]) -> Weights:
-    """Return the weights that the stages to be made start from, after a look at labels and sizes.
+    """Return the weights that the stages to run start from, after checking labels and sizes.
 
     Raises:
         TransfguError: weights or labels are missing, damaged or do not fit.
@@ -91,9 +91,9 @@ def resolve_weights(run: Run, to_make: Sequence[str]) -> Weights:
 
 
 def stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
-    """Return what each stage is made of beside its settings: the photographs, and the weights files it follows from.
+    """Return what identifies the inputs of each stage beside its settings: the photographs and the weights files.
 
-    Where a file is gone, it is what the run recorded.
+    If a weights file is missing, the hash that the run recorded is used.
     """
     encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
     inputs = dict.fromkeys(STAGES.names, f"{listing.fingerprint} {encoder}")
@@ -108,7 +108,11 @@ def stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
 
 
 def check_early(config: RunConfig, listing: Listing) -> None:
-    """Refuses what cannot succeed before anything is computed."""
+    """Refuse settings that cannot succeed, before anything is computed.
+
+    Raises:
+        ConfigError: more concepts are wanted than the photographs can give crops for.
+    """
     if config.extract.windows == "ground_truth":
         return
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
@@ -116,5 +120,5 @@ def check_early(config: RunConfig, listing: Listing) -> None:
     if config.num_concepts * config.concepts.min_crops > most:
         raise ConfigError(
             f"concepts.num_concepts={config.num_concepts} is more than the {most} crops that "
-            f"{len(listing.images)} photographs give at most; lower it or give more photographs"
+            f"{len(listing.images)} photographs give at most; lower it or add photographs"
         )

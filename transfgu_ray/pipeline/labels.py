@@ -1,4 +1,4 @@
-"""images + concepts -> labels: the pseudo-label bank, one row an image."""
+"""images + concepts -> labels: the pseudo-label bank, one row per image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ from transfgu_ray.storage import Folder
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Write the pseudo-label bank; return what the manifest says of it."""
+    """Write the pseudo-label bank; return the content of the manifest."""
     result = table_of_photographs(job, "labels", worker=BankBuilder, root_uri=job.root.uri)
     require_some(result.stats, len(job.listing.images))
     return table_content(job, result) | {"weights_sha256": job.run.require("extract")["weights_sha256"]}
@@ -60,12 +60,12 @@ RESPONSES: dict[str, Callable[..., Response]] = {
 
 
 def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
-    """The labeller of a run that has its encoder and concepts."""
+    """Load the labeller of a run that has its encoder and concepts."""
     encoder = load_run_encoder(run, config.encoder.precision, device)
     kinds, centroids = read_concepts(run)
     voting = config.cam.response == "windows"
     on_device = torch.from_numpy(centroids).to(device)
-    # Some concept wins the votes everywhere, so that Eq. 8 needs the foreground to leave it any background.
+    # With votes some concept wins everywhere, so Eq. 8 finds a background only if the foreground excludes concepts.
     excluding = config.cam.exclusion and (
         config.region_mode == "things_and_stuff" or (voting and config.has_background)
     )
@@ -79,7 +79,10 @@ def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
 
 
 class BankBuilder(PartWorker):
-    """One unit of photographs -> one part of the bank. One row a row group, so that training reads single images."""
+    """A worker: one unit of photographs -> one part of the bank.
+
+    One row per row group, so that training can read single images.
+    """
 
     def __init__(self, config: RunConfig, run_uri: str, *, root_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
@@ -87,7 +90,7 @@ class BankBuilder(PartWorker):
         self._labeller = load_labeller(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's part."""
+        """Write the unit's part."""
         config, stats = self.config, PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
         working = []

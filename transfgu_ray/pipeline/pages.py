@@ -1,4 +1,4 @@
-"""What is made again of a run's artifacts alone, in seconds and without Ray: scores by other names, and the pages."""
+"""Pages and renamed scores, rebuilt from a run's artifacts alone, in seconds and without Ray."""
 
 import json
 import time
@@ -19,18 +19,18 @@ from transfgu_ray.storage import Folder
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Write the pages of a run; return what the manifest says of them."""
+    """Write the pages of a run; return the content of the manifest."""
     content = write_pages(job.run)
     job.progress(sum(map(job.folder.exists, ("report.html", "atlas.html"))))
     return content
 
 
-# What `Run.write_manifest` adds itself.
+# Keys that `Run.write_manifest` adds itself.
 _OF_MANIFEST = ("stage", "fingerprint", "names_sha256", "files_sha256", "versions")
 
 
 def write_pages(run: Run) -> dict[str, Any]:
-    """Writes report.html and atlas.html; returns what the manifest says of them."""
+    """Write report.html and atlas.html; return the content of the manifest."""
     model = load_model_config(Folder(run.folder.uri_of("model")))
     counts = read_counts(run.folder, len(run.config.class_names), len(model.kinds))
     shown = write_report(run, counts.get(STAGE_NAMES[-1]), read_scored_ids(run.folder))
@@ -39,10 +39,10 @@ def write_pages(run: Run) -> dict[str, Any]:
 
 
 def rebuild_pages(run: Run) -> dict[str, Any]:
-    """Writes the pages again, and the manifest of the stage.
+    """Write the pages again, and the manifest of the stage; return the manifest.
 
     Raises:
-        ArtifactError: the run was not evaluated, or by other names, or what that left is damaged.
+        ArtifactError: the run was not evaluated, was evaluated with other names, or has damaged results.
     """
     evaluated = run.require("evaluate")
     if evaluated.get("names_sha256") != run.names_sha256("evaluate"):
@@ -64,13 +64,13 @@ def rebuild_pages(run: Run) -> dict[str, Any]:
 
 
 def rename(run: Run, names: Names) -> None:
-    """Gives the concepts names; what was scored and shown without them is scored and shown with them.
+    """Name the concepts of a run and rebuild its scores and pages with the names.
 
-    The counts of the masks are kept, so that nothing is segmented or trained again.
+    The counted masks are reused, so that nothing is segmented or trained again.
 
     Args:
-        run: with a finished model.
-        names: that replace all former ones.
+        run: run with a finished model.
+        names: names that replace all former ones.
     """
     if names.of_concept:
         run.folder.write_bytes(NAMES, names.dump())
@@ -97,7 +97,7 @@ def rename(run: Run, names: Names) -> None:
 
 
 def read_names(run: Run) -> Names:
-    """The names of a run's concepts, and the kinds of its model's classes.
+    """Read the names of a run's concepts and the kinds of its model's classes.
 
     Raises:
         ArtifactError: the run has no model yet.

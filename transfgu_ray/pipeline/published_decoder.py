@@ -1,4 +1,4 @@
-"""A decoder published with the paper in place of training: held against the run's settings, written as its model."""
+"""A decoder published with the paper, used instead of training: checked against the run and written as its model."""
 
 import hashlib
 from dataclasses import replace
@@ -21,7 +21,7 @@ from transfgu_ray.storage import Folder
 
 
 def decoder_sha256(source: str) -> str | None:
-    """Hash of a published decoder's bytes; None where the file is gone."""
+    """Return the hash of a published decoder's bytes; None if the file is missing."""
     try:
         return hashlib.sha256(_read(source)).hexdigest()
     except WeightsError:
@@ -29,15 +29,15 @@ def decoder_sha256(source: str) -> str | None:
 
 
 def check_decoder(config: RunConfig, encoder: bytes) -> ReleasedDecoder:
-    """The decoder that `train.decoder_weights` names, where it fits the run.
+    """Return the decoder that `train.decoder_weights` names, if it fits the run.
 
     Args:
-        config: of the run.
-        encoder: safetensors bytes of its encoder.
+        config: the run's configuration.
+        encoder: safetensors bytes of the run's encoder.
 
     Raises:
         WeightsError: the file cannot be read or is no published decoder.
-        ConfigError: its classes, width or layers are not the run's.
+        ConfigError: its classes, width or layers differ from the run's.
     """
     source = config.train.decoder_weights
     assert source is not None
@@ -51,19 +51,19 @@ def check_decoder(config: RunConfig, encoder: bytes) -> ReleasedDecoder:
     ):
         if has != wanted:
             raise ConfigError(
-                f"train.decoder_weights={source} was trained with {has} {what}, but this run has {wanted}; set what it "
-                "was trained with, or give another decoder"
+                f"train.decoder_weights={source} was trained with {has} {what}, but this run has {wanted}; change the "
+                "setting to match, or give another decoder"
             )
     return found
 
 
 def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[str, Any]:
-    """Writes the model with the published decoder as what every round learned; returns the manifest's content.
+    """Write the model with the published decoder as the result of every round; return the content of the manifest.
 
     Args:
-        run: run folder that has its encoder and concepts.
-        config: its configuration.
-        weights_sha256: of the encoder.
+        run: run folder with encoder and concepts.
+        config: the run's configuration.
+        weights_sha256: hash of the encoder's weights.
     """
     source = config.train.decoder_weights
     assert source is not None

@@ -9,11 +9,11 @@ from transfgu_ray.tracking.runs import log_epochs
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Register the model in MLflow; return what the manifest says of it."""
+    """Register the model in MLflow; return the content of the manifest."""
     run, tracked = job.run, job.tracked
     assert tracked is not None
     job.progress.expect(1)
-    # Epochs that an interrupted call had trained but not logged.
+    # An interrupted call may have trained epochs without logging them.
     history = json.loads(run.folder.read_bytes("train/history.json"))
     log_epochs(tracked, history)
     metrics = json.loads(run.folder.read_bytes("metrics.json"))

@@ -1,4 +1,4 @@
-"""The stages in order: what is finished is kept, what is missing is made, and each manifest is written last."""
+"""The runner of stages: finished ones are kept, missing ones are run in order, and each manifest is written last."""
 
 import contextlib
 import logging
@@ -35,16 +35,16 @@ def run_stages(
 ) -> dict[str, dict[str, Any]]:
     """Bring stages up to date and return the manifests of those that last.
 
-    A stage finished with the same settings and input is left alone, after its files were held against what it wrote:
-    damaged ones are made again. MLflow records the call when it includes `register`, the last stage of a whole run.
+    A stage finished with the same settings and input is kept. Its files are compared with their checksums, and
+    damaged ones are made again. MLflow records the call if it includes `register`, the last stage of a whole run.
 
     Args:
         run: run folder and configuration.
-        stages: neighbours, in order; what feeds one of them is made with it.
-        address: Ray to use.
+        stages: consecutive stages, in order; stages that feed one of them are run with it.
+        address: address of the Ray cluster; None = start a local one.
         reporter: shows progress.
-        overwrite: make again what was made with other settings.
-        trial: what a sweep wants of the run.
+        overwrite: run stages again that were finished with other settings.
+        trial: what a sweep needs of the run.
 
     Raises:
         TransfguError: settings, data, weights or run folder are unusable.
@@ -65,7 +65,7 @@ def run_stages(
     pending |= _discard_damaged(run, stages, pending=pending, reporter=reporter)
     to_make = _to_make(run, stages, pending)
     if to_make:
-        # Before anything is started: bad weights and sizes, and missing labels, are told at once.
+        # Before Ray starts, so that bad weights or sizes and missing labels are reported at once.
         weights = resolve_weights(run, to_make)
         with _tracked(run, to_make, trial) as tracked, ray_session(address, config.runtime) as resources:
             for stage in to_make:
@@ -85,7 +85,9 @@ def run_stages(
                 )
                 same_again = _run_stage(STAGES[stage], job, reporter)
                 if not same_again:
-                    reporter.note(f"{stage}: other bytes than before, so the stages after it are made again too")
+                    reporter.note(
+                        f"{stage}: rebuilt with other content than before, so the stages after it are run again too"
+                    )
                     break
         if not same_again:
             return run_stages(run, stages, address=address, reporter=reporter, overwrite=overwrite, trial=trial)
@@ -93,7 +95,7 @@ def run_stages(
 
 
 def _to_make(run: Run, stages: Sequence[str], pending: set[str]) -> list[str]:
-    """The pending stages in order, each after what feeds it; and what was named that feeds one yet to be made."""
+    """Return the stages to run, in order: pending ones, their feeders, and named feeders of unfinished stages."""
     wanted = set(pending)
     for stage in STAGES:
         if stage.feeds is None or not stage.is_wanted(run.config):
@@ -105,7 +107,11 @@ def _to_make(run: Run, stages: Sequence[str], pending: set[str]) -> list[str]:
 
 
 def _require_before(run: Run, first: str, fingerprints: Mapping[str, str]) -> None:
-    """Refuses to go on from stages that were made of something else."""
+    """Refuse to continue from earlier stages that were run with other settings or input.
+
+    Raises:
+        ArtifactError: an earlier stage is unfinished or out of date.
+    """
     for stage in STAGES.before(first):
         if STAGES[stage].feeds is not None:
             continue
@@ -122,7 +128,7 @@ def _is_current(run: Run, stage: str, *, fingerprint: str, overwrite: bool) -> b
     if manifest is None:
         return False
     if manifest["fingerprint"] == fingerprint:
-        # Other names change what is told of the masks, not the masks: nothing that was segmented is cleared.
+        # Other names change the scores, not the masks: keep everything that was segmented.
         return manifest.get("names_sha256") == run.names_sha256(stage)
     if not overwrite:
         raise ArtifactError(
@@ -134,7 +140,7 @@ def _is_current(run: Run, stage: str, *, fingerprint: str, overwrite: bool) -> b
 
 
 def _discard_damaged(run: Run, stages: Sequence[str], *, pending: set[str], reporter: Reporter) -> set[str]:
-    """Return those of the named stages whose files are no longer what they wrote, after removing these files.
+    """Delete the damaged files of the named stages; return the stages that had any.
 
     Raises:
         ArtifactError: a file of a stage before the named ones is damaged.
@@ -146,9 +152,7 @@ def _discard_damaged(run: Run, stages: Sequence[str], *, pending: set[str], repo
         if stage not in stages:
             run.require_whole(stage)
         elif damaged := run.damaged_files(stage):
-            reporter.note(
-                f"{stage}: {damaged[0]}{and_more(damaged)}: damaged or deleted since they were written, made again"
-            )
+            reporter.note(f"{stage}: {damaged[0]}{and_more(damaged)}: damaged or deleted after writing; rebuilding")
             run.discard(stage, damaged)
             found.add(stage)
     return found
@@ -165,7 +169,7 @@ def _tracked(run: Run, to_make: Sequence[str], trial: Trial | None) -> Iterator[
 
 
 def _run_stage(stage: Stage, job: StageJob, reporter: Reporter) -> bool:
-    """Run a stage and write its manifest; return False where it was mended, but its files are not the same again."""
+    """Run a stage and write its manifest; return False if rebuilt files differ from those before the damage."""
     started = time.perf_counter()
     with (
         logged_stage(stage.name),

@@ -1,4 +1,4 @@
-"""Photographs, their labels and masks of any method -> confusion matrices and sample masks, one unit at a time."""
+"""Photographs, labels and the masks of any method -> confusion matrices and sample masks, one unit at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,20 +30,20 @@ from transfgu_ray.runs.tables import build_table, confusions_schema
 from transfgu_ray.storage import Folder
 
 CONFUSIONS = "confusions"
-# The photographs of the best and of the worst scores, segmented again to be looked at.
+# The photographs with the best and the worst scores, segmented again to be shown.
 EXTREMES = "extremes"
-_PHOTOS_A_UNIT = 16
-# How the published codes resize photographs before the centre crop; labels are always resized by nearest neighbour.
+_PHOTOS_PER_UNIT = 16
+# How the published code resizes photographs before the centre crop; labels always use nearest neighbour.
 _RESAMPLING = {"picie": Image.Resampling.BILINEAR, "stego": Image.Resampling.NEAREST}
-# Shown masks and photographs are at most this wide or high.
+# Longest side of the masks and photographs shown, px.
 _SAMPLE_PX = 480
 
 
 class Scorer(PartWorker):
-    """One unit of photographs -> one part of the table of confusions, and the sample masks among them.
+    """A worker: one unit of photographs -> one part of the table of confusions, and the masks of samples.
 
-    Subclasses implement `predict`, and name in `shown` the methods that samples are made of. The run folder must hold a
-    model.
+    Subclasses implement `predict`, and list in `shown` the methods whose masks go into samples. The run folder must
+    hold a model.
     """
 
     shown: ClassVar[tuple[str, ...]] = ()
@@ -54,20 +54,20 @@ class Scorer(PartWorker):
         super().__init__(config, run_uri, **part)
         self._num_classes = num_classes
         self._num_concepts = len(load_model_config(Folder(self.run.uri_of("model"))).kinds)
-        # Nothing is scored where there are no classes.
+        # Without classes nothing is scored, so no labels are read.
         self._label_table = self.config.label_table if num_classes else None
         self._samples = samples
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
-        """Mask of each method for each image, at the scored size."""
+        """Return the mask of each method for each image, at the scored size."""
         raise NotImplementedError
 
     def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """What else to keep of a sample, on any grid: class ids, or shares 0-255."""
+        """Return further maps to store for a sample, on any grid: class ids, or shares 0-255."""
         return {}
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's samples, then its part; nothing is counted where there are no classes."""
+        """Write the unit's samples, then its part; without classes nothing is counted."""
         stats, limits = PartStats(), self.config.data
         image_ids, images, targets = [], [], []
         decoded = decode_labelled(photos, stats, limits=limits, table=self._label_table)
@@ -87,7 +87,7 @@ class Scorer(PartWorker):
     def _count(
         self, image_id: str, target: np.ndarray, *, masks: dict[str, np.ndarray], columns: dict[str, list[Any]]
     ) -> None:
-        """Enters the photograph's confusion matrices, one a method."""
+        """Add the photograph's confusion matrices to the columns, one per method."""
         small = resize_label(target, self.config.evaluate_image_size)
         for method, mask in masks.items():
             confusion = confusion_matrix(small, mask, num_classes=self._num_classes, num_concepts=self._num_concepts)
@@ -119,7 +119,7 @@ def _mask_image(mask: np.ndarray) -> Image.Image:
 
 
 def frame(image: Image.Image, target: np.ndarray | None, config: RunConfig) -> tuple[Image.Image, np.ndarray | None]:
-    """What of the photograph and its label the protocol looks at; all that follows sees nothing else of them."""
+    """Return the part of a photograph and its label that the protocol scores; everything after sees only that part."""
     resampling = _RESAMPLING.get(config.evaluate.protocol)
     if resampling is None:
         return image, target
@@ -130,7 +130,7 @@ def frame(image: Image.Image, target: np.ndarray | None, config: RunConfig) -> t
 
 
 def token_batches(model: SegmentationModel, images: list[Image.Image], batch_size: int) -> Iterator[torch.Tensor]:
-    """What the model's decoder reads of the images, (b, hw, c), batch by batch."""
+    """Yield the decoder's input tokens of the images, (b, hw, c), batch by batch."""
     if not images:
         return
     working = np.stack([to_working(image, model.config.image_size) for image in images])
@@ -139,20 +139,20 @@ def token_batches(model: SegmentationModel, images: list[Image.Image], batch_siz
 
 
 def choose_samples(image_ids: list[str], count: int, seed: int) -> dict[str, str]:
-    """Photographs to show, drawn by the seed: image_id -> number, 00, 01, ... in order of name."""
+    """Draw the photographs to show by the seed: image_id -> number, 00, 01, ... in order of the list."""
     chosen = np.random.default_rng(seed).permutation(len(image_ids))[:count]
     return {image_ids[i]: f"{number:02d}" for number, i in enumerate(sorted(chosen))}
 
 
 def choose_extremes(image_ids: list[str], scores: np.ndarray, count: int) -> dict[str, str]:
-    """The photographs of the highest and of the lowest scores: image_id -> best_0, ... and worst_0, ...
+    """Choose the photographs with the highest and the lowest scores: image_id -> best_0, ... and worst_0, ...
 
-    No photograph is both; of equal scores the first come first.
+    No photograph is in both groups; equal scores are ranked in the order of the list.
 
     Args:
-        image_ids: of the scored photographs.
-        scores: of each.
-        count: at most so many of either.
+        image_ids: the scored photographs.
+        scores: score of each photograph.
+        count: largest number per group.
     """
     order = np.argsort(-scores, kind="stable")
     count = min(count, len(image_ids) // 2)
@@ -174,16 +174,16 @@ def score_photos(
     arguments: Mapping[str, Any] | None = None,
     table: str = CONFUSIONS,
 ) -> TableResult:
-    """Bring the table of confusions up to date, one part per unit; without labels it stays empty, and samples are made.
+    """Bring the table of confusions up to date, one part per unit; without labels only samples are made.
 
     Args:
-        job: of a folder that holds the model; the table and the samples go there.
-        images: photographs to score, or to choose from.
-        samples: those of them to look at, and the name of each among the samples.
-        scored: whether they have labels.
-        scorer: makes the masks.
-        arguments: of the scorer, beside those of every one.
-        table: its name.
+        job: job on a folder that holds the model; the table and the samples are written there.
+        images: photographs to score, or to choose samples from.
+        samples: the photographs to show, each with its name among the samples.
+        scored: whether the photographs have labels.
+        scorer: class that makes the masks.
+        arguments: arguments of this scorer beside those of every scorer.
+        table: name of the table.
     """
     if not scored:
         images = [image for image in images if image.image_id in samples]
@@ -192,16 +192,16 @@ def score_photos(
         job,
         table,
         images=images,
-        images_per_part=_PHOTOS_A_UNIT,
+        images_per_part=_PHOTOS_PER_UNIT,
         worker=scorer,
         arguments=given | dict(arguments or {}),
     )
 
 
 def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, csr_array]:
-    """Confusion matrices of each method, a flat row a photograph that has a labelled pixel; see `photo_counts`.
+    """Read the confusion matrices of each method, a flat row per photograph with a labelled pixel; see `photo_counts`.
 
-    The rows of all methods are the same photographs. Empty where no pixel is labelled.
+    Row i is the same photograph for all methods. Empty if no pixel is labelled.
     """
     parts: dict[str, list[csr_array]] = {}
     for name in part_files(run, CONFUSIONS):
@@ -220,6 +220,6 @@ def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, c
 
 
 def read_scored_ids(run: Folder) -> list[str]:
-    """image_id of each row of `read_counts`."""
+    """Read the image_id of each row of `read_counts`."""
     parts = (read_part(run, name, ["image_id"])["image_id"].to_pylist() for name in part_files(run, CONFUSIONS))
     return [image_id for part in parts for image_id in dict.fromkeys(part)]

@@ -1,4 +1,4 @@
-"""The class tokens of a group, spilled to the local disks of Ray actors: an actor holds one block of its shard."""
+"""The class tokens of a group, spilled to the local disks of Ray actors; each has one block of its shard in memory."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.tables import vectors
 from transfgu_ray.storage import Folder
 
-# A killed actor is started again, spills its shard again and repeats its call, which changes nothing anywhere.
+# Restarts of a killed actor, which spills its shard and repeats its call; calls have no side effects.
 _MAX_RESTARTS = 3
 
 
@@ -29,8 +29,8 @@ class Piece:
     """The points of one part.
 
     Attributes:
-        name: the part's file.
-        first_row: number of its first point in the group.
+        name: file of the part.
+        first_row: index of its first point in the group.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Rows `start` to `stop` of a group, and the parts that hold them."""
+    """A shard: rows `start` to `stop` of a group, and the parts that hold them."""
 
     start: int
     stop: int
@@ -47,11 +47,11 @@ class ShardPlan:
 
 
 def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[ShardPlan]:
-    """Splits a group at multiples of `BLOCK_ROWS` into at most `num_shards` runs of as many blocks.
+    """Split a group at multiples of `BLOCK_ROWS` into at most `num_shards` shards of nearly equal size.
 
     Args:
-        parts: name, and number of points of the group, of each part in order.
-        num_shards: how many shards are wanted.
+        parts: name of each part in order, and its number of points of the group.
+        num_shards: number of shards wanted.
     """
     edges = list(itertools.accumulate((rows for _, rows in parts), initial=0))
     total = edges[-1]
@@ -73,12 +73,12 @@ def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[Shard
 
 
 def read_points(run: Folder, name: str, kind: str) -> np.ndarray:
-    """Class tokens of one kind in a part of the features, float16 (n, d), in order."""
+    """Read the class tokens of one kind from a part of the features, float16 (n, d), in order."""
     return vectors(read_part(run, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"])
 
 
 class PointShard:
-    """One shard. Its points lie in a file without a name, which is gone when the process is, however it ends."""
+    """One shard. Its points are in an unnamed file, which vanishes with the process, however that ends."""
 
     def __init__(self, run_uri: str, kind: str, *, plan: ShardPlan, threads: int, use_gpu: bool) -> None:
         import faiss
@@ -91,21 +91,21 @@ class PointShard:
         self._spilled: tuple[io.BufferedRandom, int] | None = None
 
     def load(self) -> tuple[float, bool]:
-        """Spills the points; returns the largest magnitude in them, and whether a GPU will be used."""
+        """Spill the points; return their largest magnitude, and whether a GPU will be used."""
         return lloyd.largest_value(self._blocks()), self._use_gpu
 
     def sum_nearest(self, centroids: np.ndarray) -> lloyd.ClusterSums:
-        """See `lloyd.sum_nearest`."""
+        """Return `lloyd.sum_nearest` of the shard."""
         return lloyd.sum_nearest(self._blocks(), centroids, self._use_gpu)
 
     def farthest(self, centroids: np.ndarray, concept: int, most: int) -> lloyd.FarPoints:
-        """See `lloyd.farthest`."""
+        """Return `lloyd.farthest` of the shard."""
         return lloyd.farthest(
             self._blocks(), self._plan.start, centroids=centroids, concept=concept, most=most, use_gpu=self._use_gpu
         )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The points of some rows of the group, those of other shards left out; float16 (n, d)."""
+        """Return the points of those of the group's rows that are in this shard, float16 (n, d)."""
         file, width = self._file()
         own = rows[(rows >= self._plan.start) & (rows < self._plan.stop)] - self._plan.start
         points = np.empty((len(own), width), np.float16)
@@ -117,7 +117,7 @@ class PointShard:
     def train_on(
         self, rows: np.ndarray, num_concepts: int, *, how: KMeans, start: np.ndarray | None, others: list[Any]
     ) -> np.ndarray:
-        """`train` on some rows of the group, a few at a time of which come from the other shards, in their order."""
+        """Run `train` on some rows of the group, fetched in order from all shards, a block at a time."""
         import ray
 
         _, width = self._file()
@@ -129,14 +129,14 @@ class PointShard:
         return train(points, num_concepts, how=replace(how, use_gpu=self._use_gpu), start=start)
 
     def peak_mb(self) -> int:
-        """Peak resident memory of this process so far, MB."""
+        """Return the peak resident memory of this process so far, MB."""
         return peak_memory_mb()
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """Runs of `BLOCK_ROWS` points, the last one shorter; each is overwritten by the next."""
+        """Yield blocks of `BLOCK_ROWS` points, the last one shorter; each is overwritten by the next."""
         file, width = self._file()
         file.seek(0)
-        # Read, not mapped: pages of a map count as this process's memory.
+        # Read rather than mapped: mapped pages count as memory of this process.
         block = np.empty((lloyd.BLOCK_ROWS, width), np.float16)
         while num_bytes := file.readinto(block.data):
             yield block[: num_bytes // block[0].nbytes]
@@ -145,7 +145,7 @@ class PointShard:
         if self._spilled is None:
             width = 0
             with self._disk_errors():
-                # Typed as its wrapper is on Windows; on POSIX it is the file itself.
+                # As Any: the stubs give the type of the Windows wrapper; on POSIX it is the file itself.
                 opened: Any = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
                 file: io.BufferedRandom = opened
             for piece in self._plan.pieces:
@@ -171,7 +171,7 @@ class PointShard:
 
 
 class ActorShards(lloyd.ShardedPoints):
-    """Shards in Ray actors; only centroids, sums and the drawn sample travel."""
+    """The shards as Ray actors; only centroids, sums and the drawn sample cross the network."""
 
     def __init__(self, actors: list[Any], num_points: int) -> None:
         self._actors = actors
@@ -188,7 +188,7 @@ class ActorShards(lloyd.ShardedPoints):
         how: KMeans,
         start: np.ndarray | None,
     ) -> np.ndarray:
-        """On the first actor."""
+        """Train on the first actor."""
         import ray
 
         first, *others = self._actors
@@ -196,15 +196,15 @@ class ActorShards(lloyd.ShardedPoints):
         return centroids
 
     def sum_nearest(self, centroids: np.ndarray) -> list[lloyd.ClusterSums]:
-        """One pass of all actors over their points."""
+        """Run one pass of all actors over their points."""
         return self._all("sum_nearest", centroids)
 
     def farthest(self, centroids: np.ndarray, concept: int, most: int) -> list[lloyd.FarPoints]:
-        """One pass of all actors over their points."""
+        """Run one pass of all actors over their points."""
         return self._all("farthest", centroids, concept, most)
 
     def peak_mb(self) -> int:
-        """Highest peak memory of an actor so far, MB."""
+        """Return the highest peak memory of any actor so far, MB."""
         peaks: list[int] = self._all("peak_mb")
         return max(peaks)
 
@@ -218,12 +218,12 @@ class ActorShards(lloyd.ShardedPoints):
 def actor_shards(
     run: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources
 ) -> Iterator[ActorShards]:
-    """The points of one kind in as many actors as a stage may have; they end with the context.
+    """Yield the points of one kind in as many actors as a stage may have; they end with the context.
 
     Args:
         run: the run folder.
-        kind: of the crops.
-        parts: name, and number of points of this kind, of each part of the features in order.
+        kind: kind of the crops.
+        parts: name of each part of the features in order, and its number of points of this kind.
         resources: workers, threads and GPUs.
 
     Raises:
@@ -231,7 +231,7 @@ def actor_shards(
     """
     import ray
 
-    # One that is killed is replaced; Ray asks for both numbers.
+    # Ray needs both numbers to replace a killed actor and repeat its call.
     worker: Any = ray.remote(PointShard).options(
         num_cpus=WORKER_CPUS,
         num_gpus=resources.gpus_per_worker,

@@ -1,4 +1,4 @@
-"""images -> tokens: what the decoder reads of whole photographs, for a training that crops tokens, not photographs."""
+"""images -> tokens: the decoder's input for whole photographs, so that training can crop tokens, not photographs."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ from transfgu_ray.runs.tables import build_table, tokens_schema
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Write the tokens of whole photographs; return what the manifest says of them."""
+    """Write the tokens of whole photographs; return the content of the manifest."""
     if job.backbone is not None:
         job.folder.write_bytes(BACKBONE, job.backbone)
     result = table_of_photographs(job, TOKENS, worker=TokenCacher)
@@ -32,9 +32,9 @@ def run_stage(job: StageJob) -> dict[str, Any]:
 
 
 class TokenCacher(PartWorker):
-    """One unit of photographs -> one part of the token table, row by row the photographs of the bank's part.
+    """A worker: one unit of photographs -> one part of the token table, with the same rows as the bank's part.
 
-    One row a row group, so that training reads single images.
+    One row per row group, so that training can read single images.
     """
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
@@ -43,10 +43,10 @@ class TokenCacher(PartWorker):
         self._backbone = load_run_backbone(self.run, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Writes the unit's part.
+        """Write the unit's part.
 
         Raises:
-            DataError: other photographs can be read than when the bank was made.
+            DataError: the readable photographs are not the same as when the bank was made.
         """
         config, stats = self.config, PartStats()
         image_ids, working = [], []
@@ -75,5 +75,5 @@ class TokenCacher(PartWorker):
         (image_id, *_) = sorted(set(image_ids) ^ set(labelled))
         now = {refusal["image_id"]: refusal["reason"] for refusal in stats.refused}.get(image_id, "readable")
         raise DataError(
-            f"{image_id} is not as it was when the bank was labelled (now: {now}); restore it or use another run folder"
+            f"{image_id} has changed since the bank was labelled (now: {now}); restore it or use another run folder"
         )

@@ -17,18 +17,18 @@ from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking import runs as tracking
 
-# What is kept of the manifest of cached tokens.
+# Keys kept from the manifest of cached tokens.
 _OF_TOKENS = ("bytes", "parts", "parts_resumed", "seconds", "peak_memory_mb")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training left beside the model.
+    """The results of training beside the model.
 
     Attributes:
         history: losses of every epoch.
         peak_memory_mb: peak resident memory of worker 0, MB.
-        resumed_at_epoch: epoch that the last start of the workers began with; 0 if it was the first.
+        resumed_at_epoch: epoch at which the workers last started; 0 if they were never restarted.
     """
 
     history: list[dict[str, float]]
@@ -44,21 +44,21 @@ def train(
     max_restarts: int,
     sibling: Run | None = None,
 ) -> TrainResult:
-    """Train, or continue an interrupted training, and write the model.
+    """Train, or resume an interrupted training, and write the model.
 
     Args:
-        job: of a run with a finished bank. Its progress gets a sign of life every few seconds in which steps are done.
-        model_config: goes into the model folder.
-        on_epoch: called in this process with the history of all epochs so far, whenever there is more of it.
-        max_restarts: how often the workers are started again where one fails.
-        sibling: run of another seed with a bank of the same photographs. A second student learns from it, and the
-            history tells what both of an epoch are worth without labels; the first student is not touched by it.
+        job: job of a run with a finished bank. Its progress gets a sign of life every few seconds while steps are done.
+        model_config: written to the model folder.
+        on_epoch: called in this process with the history of all epochs so far, whenever it has grown.
+        max_restarts: how often the workers are restarted after one fails.
+        sibling: run with another seed and a bank of the same photographs. A second student learns from it, and the
+            history gets label-free scores of every epoch; the first student is not affected.
 
     Raises:
-        DataError: losses that are NaN or infinite, again after a restart from the last checkpoint.
+        DataError: losses are NaN or infinite, and again after a restart from the last checkpoint.
     """
     folder, resources = job.folder, job.resources
-    # Ray Train continues whatever it finds under a name, finished or not; so the name says what is trained.
+    # Ray Train resumes whatever it finds under a name, finished or not; so the name identifies what is trained.
     name = f"rounds-{job.fingerprint[:16]}"
     files = [path for path, _ in folder.files("train", recursive=True)]
     ours = {path for path in files if path.startswith(f"train/{name}/")}
@@ -71,7 +71,7 @@ def train(
         "config": job.config,
         "model": model_config,
         "threads": resources.threads,
-        # Two students read for themselves.
+        # Each of two students has readers of its own.
         "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
@@ -86,7 +86,7 @@ def train(
     seen = 0
 
     def on_change(history: list[dict[str, float]]) -> None:
-        # After a failure the history starts again at a checkpoint.
+        # After a failure the history goes back to the last checkpoint.
         nonlocal seen
         if len(history) > seen:
             on_epoch(history)
@@ -102,17 +102,17 @@ def train(
     state = read_state(result.checkpoint)
     model = Folder(folder.uri_of("model"))
     trained = state["bootstrap"]["trained"]
-    # A single round has no teacher: what round 0 learned is the result.
+    # With a single round there is no teacher: the student of round 0 is the result.
     save_decoder(model, trained or state["bootstrap"]["student"], config=model_config, name="decoder_round_0")
     save_decoder(model, state["bootstrap"]["student"], config=model_config)
     folder.write_json(HISTORY, state["history"])
-    # Of no use to a finished run.
+    # A finished run has no use for it.
     folder.delete(PULSE)
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
-    """Train the decoder, or import a published one; return what the manifest says of it."""
+    """Train the decoder, or import a published one; return the content of the manifest."""
     run, config, resources = job.run, job.config, job.resources
     weights_sha256 = run.require("extract")["weights_sha256"]
     if config.train.decoder_weights is not None:
@@ -123,7 +123,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     kinds, _ = read_concepts(run.folder)
     if job.backbone is not None:
         run.folder.write_bytes(BACKBONE, job.backbone)
-    # Deleted with their manifest when this stage is finished, so that this one keeps what was there.
+    # The manifest of the tokens is deleted with them once this stage is finished, so this one keeps its entries.
     tokens = run.manifest("tokens")
     cached = {} if tokens is None else {"cached_tokens": {name: tokens[name] for name in _OF_TOKENS}}
     reported = 0
@@ -141,8 +141,8 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         job,
         model_config(config, kinds, weights_sha256),
         on_epoch=on_epoch,
-        # A trial that is stopped in the middle must not take new workers for those that it loses: whoever should free
-        # them has not yet heard of them. Tune starts it again instead.
+        # A trial that is being stopped must not replace the workers that it loses: Ray's cleaner would not know of the
+        # new ones and would never free them. Tune restarts the whole trial instead.
         max_restarts=MAX_RESTARTS if job.trial is None else 0,
         sibling=None if job.trial is None else job.trial.sibling,
     )

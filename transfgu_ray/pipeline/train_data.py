@@ -1,4 +1,4 @@
-"""Training samples: augmented crops, or their tokens, and scores, read on Ray's CPUs."""
+"""Training samples: augmented crops, or their tokens, and scores, read by Ray tasks."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ from transfgu_ray.engine.parts import part_files, part_name, read_row, read_tabl
 from transfgu_ray.images import decode_rgb, to_working
 from transfgu_ray.storage import Folder, read_file
 
-# The table of cached tokens; part by part and row by row that of the bank.
+# The table of cached tokens, with the same parts and rows as the bank.
 TOKENS = "tokens"
 
 
 def bank_index(run: Folder) -> pa.Table:
-    """Where each image of the bank is: unit and row of its part. One row an image, in order."""
+    """Return the place of each image in the bank: unit, and row in its part. One row per image, in order."""
     units: list[int] = []
     rows: list[int] = []
     for unit, name in enumerate(part_files(run, "labels")):
@@ -32,7 +32,7 @@ def bank_index(run: Folder) -> pa.Table:
 
 
 def bank_image_ids(run: Folder) -> list[str]:
-    """image_id of every image of the bank, in order."""
+    """Read the image_id of every image of the bank, in order."""
     image_ids: list[str] = read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
     return image_ids
 
@@ -46,21 +46,21 @@ def load_train_data(
     epoch: int,
     grid_hw: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Some training samples.
+    """Load some training samples.
 
-    A sample's augmentation is fixed by seed, epoch and position in the epoch, so it does not depend on which task
+    A sample's augmentation is fixed by seed, epoch and position in the epoch, so it does not depend on the task that
     makes it.
 
     Args:
         places: rows of `bank_index`.
-        positions: of each in the epoch.
+        positions: position of each sample in the epoch.
         run_uri: the run folder.
-        config: of the run.
-        epoch: its index.
+        config: the run's configuration.
+        epoch: index of the epoch.
         grid_hw: patch grid of a crop.
 
     Returns:
-        scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or where tokens are cached, tokens: float16 (b, hw, c).
+        scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or with cached tokens, tokens: float16 (b, hw, c).
     """
     torch.set_num_threads(1)
     run, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
@@ -73,7 +73,7 @@ def load_train_data(
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
             cached = read_row(run, part_name(TOKENS, place["unit"]), place["row"])
-            assert cached["image_id"] == record["image_id"], "the tokens are of another bank"
+            assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
                 tokens,
@@ -97,7 +97,7 @@ def load_train_data(
 def read_photos(
     places: pa.Table, run: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
-    """Whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
+    """Read the whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
     rows = [read_row(run, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
     return np.stack([_read_photo(row["path"], config, size) for row in rows])
 

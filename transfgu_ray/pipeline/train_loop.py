@@ -1,4 +1,4 @@
-"""labels -> model: bootstrapping rounds under Ray Train, all rounds in one fit."""
+"""The training loop of each Ray Train worker: batches, students, checkpoints and label-free measurements."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +26,14 @@ from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_tr
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
-# Where an epoch met a loss that is no number.
+# Records epochs with a loss that was NaN or infinite.
 STUMBLE = "train/stumble.json"
-# Samples a reading task; keeps a task's output to tens of MB at K = 171.
+# Samples per reading task; limits the output of a task to tens of MB at K = 171.
 _CROPS_PER_TASK = 32
 
 
 def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
-    """What the finished model says of itself."""
+    """Return the configuration of the finished model."""
     return ModelConfig(
         image_size=config.inference_size,
         kinds=(*kinds, "none") if config.has_background else tuple(kinds),
@@ -48,7 +48,7 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """Train; this function runs in each Ray Train worker."""
     import ray.train
     import ray.train.torch
 
@@ -93,7 +93,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         if len(students) > 1 and rank == 0
         else None
     )
-    _stop_where_it_stumbled_twice(run)
+    _stop_after_second_stumble(run)
     pulse = Pulse(run) if rank == 0 else lambda **_: None
     for epoch in epochs:
         try:
@@ -117,29 +117,29 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def _stumble(run: Folder, words: str) -> None:
-    """Notes a loss that is no number: Ray Train starts the workers again at the last checkpoint."""
+    """Record a loss that is NaN or infinite, to be found when Ray Train restarts from the last checkpoint."""
     times = (run.read_json(STUMBLE) or {"times": 0})["times"]
     run.write_json(STUMBLE, {"words": words, "times": times + 1})
 
 
-def _stop_where_it_stumbled_twice(run: Folder) -> None:
-    """A fault of the machine passes; what comes again from the same checkpoint will always come.
+def _stop_after_second_stumble(run: Folder) -> None:
+    """Refuse to train on after a second stumble: a machine fault passes, but one that repeats always will.
 
     Raises:
-        DataError: the losses were no numbers twice.
+        DataError: a loss was NaN or infinite, and again after a restart.
     """
     stumble = run.read_json(STUMBLE) or {"times": 0}
     if stumble["times"] > 1:
-        # Who asks for it again, knowing this, has it tried again.
+        # If the user runs the command again despite the error, it gets another try.
         run.delete(STUMBLE)
         raise DataError(
             f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
-            "look at these photographs"
+            "check these photographs"
         )
 
 
 class _Learner:
-    """A student and the bank that it learns from."""
+    """A student and the batches of the bank that it learns from."""
 
     def __init__(self, bootstrap: Bootstrap, index: pa.Table, *, run: Folder, config: RunConfig, feed: dict[str, Any]):
         self.bootstrap = bootstrap
@@ -165,7 +165,7 @@ class _Learner:
         backbone: Backbone | None,
         pulse: Callable[..., None],
     ) -> dict[str, float]:
-        """One epoch; the mean of each loss term.
+        """Train for one epoch; return the mean of each loss term.
 
         Raises:
             FloatingPointError: a loss is NaN or infinite; the message names the photographs of the batch.
@@ -190,7 +190,7 @@ class _Learner:
 def _new_measure(
     run: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
 ) -> LabelFreeMeasure:
-    """Photographs of the bank that are the same in every trial."""
+    """Return the label-free measure, on photographs of the bank that are the same in every trial."""
     index = bank_index(run)
     chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_MEASURED])
     photos = read_photos(index.take(pa.array(chosen)), run, config=config, size=model.image_size)
@@ -202,7 +202,7 @@ def _new_measure(
 
 
 def _measure(measure: LabelFreeMeasure, students: Sequence[nn.Module], *, num_classes: int) -> dict[str, float]:
-    """What a student is worth without labels: each component, and their score."""
+    """Score the student without labels; return each component and the score."""
     decoders = [lambda tokens, grid_hw, of=of.eval(): of(tokens, grid_hw)[0] for of in students]
     student, sibling = map(measure.labels, decoders)
     components = {
@@ -221,7 +221,7 @@ def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encode
 
 
 def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
-    """Return how a student of the run learns."""
+    """Return the settings with which a student of the run learns."""
     train = config.train
     return BootstrapSettings(
         learning_rate=train.learning_rate,
@@ -238,7 +238,7 @@ def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
 def _tokens(
     batch: dict[str, torch.Tensor], encoder: Encoder, *, token_window: int | None, backbone: Backbone | None
 ) -> torch.Tensor:
-    """What the decoder reads of a batch: the tokens that came with it, or those of its images."""
+    """Return the decoder's input for a batch: its cached tokens, or those of its images."""
     if "tokens" in batch:
         return batch["tokens"].float()
     return read_tokens(encoder, batch["image"], window=token_window, backbone=backbone)
@@ -256,10 +256,10 @@ def _batches(
     num_readers: int,
     device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This worker's batches of every epoch, one epoch after the other, in the order that seed and epoch fix."""
+    """Yield this worker's batches of every epoch, one epoch after the other, in the order set by seed and epoch."""
     repeats = config.train.epoch_repeats
     steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
-    # A batch is one task or several.
+    # A batch comes from one task or several.
     slices = [slice(start, start + _CROPS_PER_TASK) for start in range(0, per_worker, _CROPS_PER_TASK)]
 
     def calls() -> Iterator[dict[str, Any]]:
@@ -273,7 +273,7 @@ def _batches(
                 per_worker=per_worker,
                 world_size=world_size,
             )[rank]
-            # The position tells apart the visits of an image that an epoch repeats.
+            # The position distinguishes repeated visits of an image within an epoch.
             position = np.arange(order.size).reshape(order.shape) * world_size + rank
             for step, part in itertools.product(range(steps), slices):
                 places = index.take(pa.array(order[step, part]))
