@@ -3,6 +3,7 @@ import pytest
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import build_config
 from transfgu_ray.planning.plan import Cluster, plan_stages
+from transfgu_ray.runs.stages import STAGES
 
 PIECES = {
     "start_stage": 10.0, "start_training": 20.0, "windows": 25.0, "kept_windows": 8.0, "decode": 0.01, "cut": 0.001,
@@ -23,6 +24,11 @@ def plan(*settings, cluster=TWO, num_images=100, num_scored=10, **pieces):
             config, PIECES | pieces, num_images=num_images, num_scored=num_scored, embed_dim=96, cluster=cluster
         )
     }
+
+
+def test_plan_stages__are_those_of_the_table_in_its_order():
+    # The last two, pages and the registry, cost next to nothing.
+    assert list(plan()) == list(STAGES.lasting[: STAGES.lasting.index("report")])
 
 
 def test_plan_stages__by_hand():

@@ -27,6 +27,7 @@ from transfgu_ray.engine.stream import Photo, split_units, stream_units
 from transfgu_ray.models.weights import ENCODER, resolve_encoder
 from transfgu_ray.pipeline.concepts import cluster
 from transfgu_ray.pipeline.features import FeatureExtractor
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder
 
@@ -42,7 +43,7 @@ _SMALL = (
     "train.round_epochs=[1]",
     "evaluate.num_samples=2",
 )
-_STAGES = ("extract", "concepts", "labels", "train")
+_STAGES = STAGES.lasting[: STAGES.lasting.index("evaluate")]
 _UNITS = 24
 # Of ViT-S/8.
 _WIDTH = 384
@@ -121,22 +122,26 @@ def measure_ray(device: str) -> Measurements:
     one: list[float] = []
     two: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        photos, run = Path(folder) / "photos", Folder(f"{folder}/run")
+        photos, run_folder = Path(folder) / "photos", Folder(f"{folder}/run")
         _write_photographs(photos, _UNITS * config.extract.images_per_part)
-        run.write_bytes(ENCODER, resolve_encoder(config))
+        run_folder.write_bytes(ENCODER, resolve_encoder(config))
         names = sorted(path.name for path in photos.iterdir())
         units = split_units([ImageRef(name, None, -1) for name in names], config.extract.images_per_part)
         with ray_session(None, RuntimeConfig.model_validate({"device": device})) as resources:
             parts = []
             for _ in range(_ROUNDS):
-                loop.append(_plain_loop(run, photos, config=config, units=units, resources=resources))
+                loop.append(_plain_loop(run_folder, photos, config=config, units=units, resources=resources))
                 for workers, seconds in ((1, one), (2, two)):
                     seconds.append(
                         _under_ray(
-                            run, photos, config=config, units=units, resources=replace(resources, num_workers=workers)
+                            run_folder,
+                            photos,
+                            config=config,
+                            units=units,
+                            resources=replace(resources, num_workers=workers),
                         )
                     )
-                    parts.append([run.read_bytes(part_name("features", unit)) for unit in range(len(units))])
+                    parts.append([run_folder.read_bytes(part_name("features", unit)) for unit in range(len(units))])
     return Measurements(
         targets=[
             Target("Ray: pipeline / plain loop", "<=", 1.10, median(a / b for a, b in zip(one, loop, strict=True))),
@@ -156,12 +161,12 @@ def measure_concepts(device: str) -> Measurements:
     rows, parts = 5_000_000, 500
     config = build_config(get_preset("paper"), None, ["data.region_mode=no_prior", "concepts.num_iterations=3"])
     with tempfile.TemporaryDirectory() as folder:
-        run = Folder(folder)
+        run_folder = Folder(folder)
         for part in range(parts):
-            run.write_bytes(part_name("features", part), _features_part(part, rows // parts))
+            run_folder.write_bytes(part_name("features", part), _features_part(part, rows // parts))
         start = time.perf_counter()
         with ray_session(None, RuntimeConfig.model_validate({"device": device})) as resources:
-            job = Job(folder=run, config=config, root=run, resources=resources, fingerprint="")
+            job = Job(folder=run_folder, config=config, root=run_folder, resources=resources, fingerprint="")
             groups, peak_mb = cluster(job, rows)
     return Measurements(
         targets=[Target(f"concepts: GB a worker, {rows:,} x {_WIDTH}", "<=", 2.0, peak_mb / 1024)],
@@ -191,15 +196,15 @@ def _features_part(number: int, rows: int) -> pa.Buffer:
     return to_parquet(build_table(columns, features_schema(_WIDTH)), {})
 
 
-def _arguments(run: Folder, config: RunConfig) -> dict[str, Any]:
-    return {"config": config, "run_uri": run.uri, "table": "features", "fingerprint": ""}
+def _arguments(run_folder: Folder, config: RunConfig) -> dict[str, Any]:
+    return {"config": config, "run_uri": run_folder.uri, "table": "features", "fingerprint": ""}
 
 
 def _plain_loop(
-    run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+    run_folder: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
     """Return seconds per unit, reading included."""
-    extractor = FeatureExtractor(**_arguments(run, config), device=resources.device, threads=resources.threads)
+    extractor = FeatureExtractor(**_arguments(run_folder, config), device=resources.device, threads=resources.threads)
     start = time.perf_counter()
     for unit, refs in enumerate(units):
         read = [Photo(ref.image_id, (photos / ref.image_id).read_bytes(), None, None) for ref in refs]
@@ -208,7 +213,7 @@ def _plain_loop(
 
 
 def _under_ray(
-    run: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
+    run_folder: Folder, photos: Path, *, config: RunConfig, units: Sequence[Sequence[ImageRef]], resources: Resources
 ) -> float:
     """Return seconds per unit from the first finished one to the last, so that starting processes does not count."""
     numbered = dict(enumerate(units))
@@ -218,7 +223,7 @@ def _under_ray(
             Folder(str(photos)),
             numbered,
             worker=FeatureExtractor,
-            arguments=_arguments(run, config),
+            arguments=_arguments(run_folder, config),
             resources=resources,
         )
     ]

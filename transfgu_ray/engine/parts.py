@@ -157,7 +157,7 @@ class PartWorker(UnitWorker):
 
     Attributes:
         config: the run's configuration.
-        run: the run folder.
+        run_folder: the run folder.
     """
 
     def __init__(
@@ -165,14 +165,14 @@ class PartWorker(UnitWorker):
     ) -> None:
         super().__init__(device, threads)
         self.config = config
-        self.run = Folder(run_uri)
+        self.run_folder = Folder(run_uri)
         self._table = table
         self._fingerprint = fingerprint
 
     def write(self, unit: int, table: pa.Table, *, stats: PartStats, row_group_size: int | None = None) -> bytes:
         """Write the unit's part atomically; return the number of refused photographs as bytes, for the progress."""
         metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
-        self.run.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
+        self.run_folder.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
         return str(len(stats.refused)).encode()
 
 
@@ -244,36 +244,36 @@ def build_table_of_parts(
     return TableResult(total, num_rows, len(units), len(present), peak_mb)
 
 
-def part_files(run: Folder, table: str) -> list[str]:
+def part_files(run_folder: Folder, table: str) -> list[str]:
     """Return the names of a table's parts, in order of unit."""
-    return [name for name, _ in run.files(table) if name.endswith(".parquet")]
+    return [name for name, _ in run_folder.files(table) if name.endswith(".parquet")]
 
 
-def read_table(run: Folder, table: str, columns: list[str]) -> pa.Table:
+def read_table(run_folder: Folder, table: str, columns: list[str]) -> pa.Table:
     """Read some columns of all parts, in order."""
-    return pa.concat_tables([read_part(run, name, columns) for name in part_files(run, table)])
+    return pa.concat_tables([read_part(run_folder, name, columns) for name in part_files(run_folder, table)])
 
 
-def read_part(run: Folder, name: str, columns: list[str]) -> pa.Table:
+def read_part(run_folder: Folder, name: str, columns: list[str]) -> pa.Table:
     """Read some columns of one part."""
-    return run.read(name, partial(pq.read_table, columns=columns)).replace_schema_metadata()
+    return run_folder.read(name, partial(pq.read_table, columns=columns)).replace_schema_metadata()
 
 
-def read_row(run: Folder, name: str, row: int) -> dict[str, Any]:
+def read_row(run_folder: Folder, name: str, row: int) -> dict[str, Any]:
     """Read one row of a part written with one row per row group."""
     record: dict[str, Any]
-    (record,) = run.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
+    (record,) = run_folder.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
     return record
 
 
-def read_footer(run: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
+def read_footer(run_folder: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
     """Return the stats and number of rows of a part; None if it is damaged or from other settings or input.
 
     Raises:
         ArtifactError: the storage does not answer.
     """
     try:
-        footer = run.read(name, pq.read_metadata)
+        footer = run_folder.read(name, pq.read_metadata)
         metadata = footer.metadata or {}
         if metadata.get(b"fingerprint") != fingerprint.encode():
             return None

@@ -86,16 +86,16 @@ def new_trainer(
     )
 
 
-def drop_torn(run: Folder, name: str) -> None:
+def drop_torn(run_folder: Folder, name: str) -> None:
     """Delete a training whose record of checkpoints is damaged, so that it starts afresh.
 
     Ray Train writes that record in place; a kill during the write would make every later start fail.
     """
     record = f"{name}/checkpoint_manager_snapshot.json"
     try:
-        run.read_json(record)
+        run_folder.read_json(record)
     except ValueError:
-        run.delete(name)
+        run_folder.delete(name)
 
 
 def read_state(checkpoint: "Checkpoint", device: Any = "cpu") -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Pulse:
 
 
 @contextmanager
-def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
+def watched_json(run_folder: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
     """Call `on_change` with the content of a file that workers write, whenever it changes, until the context ends."""
     seen: bytes | None = None
 
@@ -140,7 +140,7 @@ def watched_json(run: Folder, name: str, on_change: Callable[[Any], None]) -> It
         content = None
         # The file may not exist yet, and a failing storage is reported by the training itself.
         with suppress(OSError, ArtifactError):
-            content = run.read_bytes(name)
+            content = run_folder.read_bytes(name)
         if content is not None and content != seen:
             on_change(json.loads(content))
             seen = content

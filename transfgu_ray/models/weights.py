@@ -32,14 +32,14 @@ def resolve_backbone(config: RunConfig) -> bytes | None:
     return dump_resnet(random_resnet(config.seed) if source == "random" else load_resnet(_read(source), source))
 
 
-def load_run_backbone(run: Folder, config: RunConfig, device: str) -> "Backbone | None":
+def load_run_backbone(run_folder: Folder, config: RunConfig, device: str) -> "Backbone | None":
     """Return the backbone in a run folder, on a device; None where the student reads the prior."""
     if config.train.backbone == "prior":
         return None
     from transfgu_ray.algorithms.encoder.resnet import load_backbone
 
     return load_backbone(
-        run.read_bytes(BACKBONE), run.uri_of(BACKBONE), precision=config.encoder.precision, device=device
+        run_folder.read_bytes(BACKBONE), run_folder.uri_of(BACKBONE), precision=config.encoder.precision, device=device
     )
 
 
@@ -118,11 +118,11 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
     return with_interpolation(data, source, config.pos_embed_interpolation)
 
 
-def load_run_encoder(run: Folder, precision: str, device: str) -> "Encoder":
+def load_run_encoder(run_folder: Folder, precision: str, device: str) -> "Encoder":
     """Return the encoder in a run folder, on a device."""
     from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 
-    return load_encoder(run.read_bytes(ENCODER), run.uri_of(ENCODER), precision=precision, device=device)
+    return load_encoder(run_folder.read_bytes(ENCODER), run_folder.uri_of(ENCODER), precision=precision, device=device)
 
 
 def weights_file_sha256(config: EncoderConfig) -> str | None:

@@ -74,10 +74,10 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
     Returns:
         The atlas's entry in the manifest, and the highest peak memory of any worker, MB.
     """
-    run = job.folder
-    kinds, centroids = read_concepts(run)
-    found = _scan_parts(run, kinds, centroids=centroids, resources=job.resources)
-    pictures = _pictures(run, found)
+    run_folder = job.folder
+    kinds, centroids = read_concepts(run_folder)
+    found = _scan_parts(run_folder, kinds, centroids=centroids, resources=job.resources)
+    pictures = _pictures(run_folder, found)
     result = build_table_of_parts(
         replace(job, progress=Heartbeat(job.progress)),
         _TABLE,
@@ -96,15 +96,15 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
         }
         for won, row, order in zip(found.patches, found.followed, followers, strict=True)
     ]
-    run.write_json(ATLAS, {"concepts": concepts})
+    run_folder.write_json(ATLAS, {"concepts": concepts})
     content = {"photographs": result.stats.images, "pictures": result.num_rows}
     return content, max(found.peak_mb, result.peak_mb)
 
 
-def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resources: Resources) -> _Scan:
+def _scan_parts(run_folder: Folder, kinds: list[str], *, centroids: np.ndarray, resources: Resources) -> _Scan:
     import ray
 
-    count = len(part_files(run, "labels"))
+    count = len(part_files(run_folder, "labels"))
     # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = _scan
     task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
@@ -112,14 +112,14 @@ def _scan_parts(run: Folder, kinds: list[str], *, centroids: np.ndarray, resourc
     given = ray.put((kinds, centroids))
     with unwrapped_errors():
         scans: list[_Scan] = ray.get(
-            [task.remote(run.uri, given, parts=parts, threads=resources.threads) for parts in runs]
+            [task.remote(run_folder.uri, given, parts=parts, threads=resources.threads) for parts in runs]
         )
     return functools.reduce(_Scan.merge, scans)
 
 
 def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int) -> _Scan:
     torch.set_num_threads(threads)
-    run, (kinds, centroids) = Folder(run_uri), given
+    run_folder, (kinds, centroids) = Folder(run_uri), given
     num_concepts = len(kinds)
     found = _Scan(
         Best.none(CROPS_PER_CONCEPT, num_concepts),
@@ -128,7 +128,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
         np.zeros((num_concepts, num_concepts), np.int64),
     )
     for part in parts:
-        bank = read_part(run, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
+        bank = read_part(run_folder, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
         means = np.zeros((bank.num_rows, num_concepts), np.float32)
         patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
         for row, record in enumerate(bank.to_pylist()):
@@ -138,7 +138,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
             patches, followed = patches + won, followed + pairs
         found = found.merge(
             _Scan(
-                _nearest(run, part, kinds=np.array(kinds), centroids=centroids),
+                _nearest(run_folder, part, kinds=np.array(kinds), centroids=centroids),
                 strongest_responses(means, part, MAPS_PER_CONCEPT),
                 patches,
                 followed,
@@ -148,8 +148,8 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
     return found
 
 
-def _nearest(run: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
-    table = read_part(run, part_name("features", part), ["image_id", "kind", "cls_token"])
+def _nearest(run_folder: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
+    table = read_part(run_folder, part_name("features", part), ["image_id", "kind", "cls_token"])
     if not table.num_rows:
         return Best.none(CROPS_PER_CONCEPT, len(kinds))
     of_image = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -158,13 +158,13 @@ def _nearest(run: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray
     return nearest_crops(tokens, of_image, may_be=may_be, centroids=centroids, part=part, num_kept=CROPS_PER_CONCEPT)
 
 
-def _pictures(run: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
+def _pictures(run_folder: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
     """Return the pictures to make from each photograph."""
     pictures: dict[str, list[dict[str, Any]]] = {}
     for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
         columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
         for part in np.unique(best.parts[np.isfinite(best.values)]).tolist():
-            rows = read_part(run, part_name(table, part), columns)
+            rows = read_part(run_folder, part_name(table, part), columns)
             for rank, concept in np.argwhere(np.isfinite(best.values) & (best.parts == part)).tolist():
                 row = int(best.rows[rank, concept])
                 record = rows.slice(row, 1).to_pylist()[0]
@@ -206,6 +206,6 @@ class ExamplePainter(PartWorker):
             picture = image.copy()
             picture.thumbnail((_MAP_PX, _MAP_PX))
             part, row = wanted["place"]
-            scores = decode_bank_row(read_row(self.run, part_name("labels", part), row))[1][wanted["concept_id"]]
+            scores = decode_bank_row(read_row(self.run_folder, part_name("labels", part), row))[1][wanted["concept_id"]]
             picture = spotlight(picture, scores.numpy())
         return encode(picture, "WEBP", quality=75)

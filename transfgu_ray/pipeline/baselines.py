@@ -59,14 +59,14 @@ class PatchFeatures:
     """The patch features of a run's baselines.
 
     Args:
-        run: run folder with its encoder.
+        run_folder: run folder with its encoder.
         config: the run's configuration.
         device: where to compute.
     """
 
-    def __init__(self, run: Folder, config: RunConfig, device: str) -> None:
+    def __init__(self, run_folder: Folder, config: RunConfig, device: str) -> None:
         precision = config.encoder.precision
-        self._encoder = encoder = load_run_encoder(run, precision, device)
+        self._encoder = encoder = load_run_encoder(run_folder, precision, device)
         self.grid_hw = encoder.grid_hw(config.data.image_size)
         self.device = device
         self._batch_size = config.cam.batch_size
@@ -75,10 +75,10 @@ class PatchFeatures:
             if name == "patch_tokens":
                 self._of[name] = encoder.patch_tokens
             elif name == "decoder_tokens":
-                backbone = load_run_backbone(run, config, device)
+                backbone = load_run_backbone(run_folder, config, device)
                 self._of[name] = partial(read_tokens, encoder, window=config.train.token_window, backbone=backbone)
             elif name == "random_vit":
-                data, source = run.read_bytes(ENCODER), run.uri_of(ENCODER)
+                data, source = run_folder.read_bytes(ENCODER), run_folder.uri_of(ENCODER)
                 self._of[name] = load_untrained(
                     data, source, seed=config.seed, precision=precision, device=device
                 ).patch_tokens
@@ -148,7 +148,7 @@ class PatchSampler(PartWorker):
     def __init__(self, config: RunConfig, run_uri: str, *, patches_per_photo: int, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._patches_per_photo = patches_per_photo
-        self._features = PatchFeatures(self.run, config, self.device)
+        self._features = PatchFeatures(self.run_folder, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the unit's part."""
@@ -242,13 +242,13 @@ def cluster_patches(
 
     faiss.omp_set_num_threads(threads)
     torch.set_num_threads(threads)
-    run, device = Folder(run_uri), "cuda" if use_gpu else "cpu"
+    run_folder, device = Folder(run_uri), "cuda" if use_gpu else "cpu"
     how = kmeans_settings(config, use_gpu)
     centroids: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for name in config.evaluate.baselines:
         used = _VIEWS if name == "iic" else ("patch_tokens", *_VIEWS) if name == "picie" else (name,)
-        points = [_read_features(run, column) for column in used]
+        points = [_read_features(run_folder, column) for column in used]
         if name == "iic":
             centroids[name] = fit_iic(points[0], points[1], num_clusters=num_clusters, seed=config.seed, device=device)
         elif name == "picie":
@@ -256,7 +256,7 @@ def cluster_patches(
                 points[0], points[1], view_2=points[2], num_clusters=num_clusters, how=how, device=device
             )
         elif name == "mask_contrast":
-            photos = read_table(run, _TABLE, ["image_id"])["image_id"].to_numpy()
+            photos = read_table(run_folder, _TABLE, ["image_id"])["image_id"].to_numpy()
             _, photos = np.unique(photos, return_inverse=True)
             num_background = config.num_background + config.has_background
             centroids[name], masks = fit_masks(
@@ -272,6 +272,6 @@ def cluster_patches(
     return centroids, counts
 
 
-def _read_features(run: Folder, column: str) -> np.ndarray:
+def _read_features(run_folder: Folder, column: str) -> np.ndarray:
     """Read one column of the table of drawn patches, float32 (patches, width)."""
-    return np.ascontiguousarray(vectors(read_table(run, _TABLE, [column])[column]), dtype=np.float32)
+    return np.ascontiguousarray(vectors(read_table(run_folder, _TABLE, [column])[column]), dtype=np.float32)

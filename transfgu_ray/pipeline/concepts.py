@@ -76,10 +76,10 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """
     import ray
 
-    run, config, resources = job.folder, job.config, job.resources
+    run_folder, config, resources = job.folder, job.config, job.resources
     groups = concept_groups(config)
     # Most runs are small enough to skip the counting.
-    parts = _count_parts(run, resources) if num_rows > config.concepts.init_points else {}
+    parts = _count_parts(run_folder, resources) if num_rows > config.concepts.init_points else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if totals[kind] > config.concepts.init_points]
     small = {kind: count for kind, count in groups.items() if kind not in large}
@@ -91,11 +91,11 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
         task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
         fitted, peak_mb = ray.get(
-            task.remote(run.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu)
+            task.remote(run_folder.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu)
         )
         job.progress(len(small))
     for kind in large:
-        with actor_shards(run, kind, parts=parts[kind], resources=resources) as points:
+        with actor_shards(run_folder, kind, parts=parts[kind], resources=resources) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
                 groups[kind],
@@ -106,18 +106,18 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
             peak_mb = max(peak_mb, points.peak_mb())
         job.progress(1)
     ordered = {kind: fitted[kind] for kind in groups}
-    _write_concepts(run, ordered)
+    _write_concepts(run_folder, ordered)
     return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
 
 
-def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str, int]]]:
+def _count_parts(run_folder: Folder, resources: Resources) -> dict[str, list[tuple[str, int]]]:
     """Return the name and number of crops of every part, in order, for each kind of crop."""
     import ray
 
-    names = part_files(run, "features")
+    names = part_files(run_folder, "features")
     task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
     shares = even_ranges(len(names), resources.num_workers)
-    runs = ray.get([task.remote(run.uri, names[share.start : share.stop]) for share in shares])
+    runs = ray.get([task.remote(run_folder.uri, names[share.start : share.stop]) for share in shares])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
     kinds = set(itertools.chain.from_iterable(counts.values()))
     return {kind: [(name, of_part.get(kind, 0)) for name, of_part in counts.items()] for kind in kinds}
@@ -125,8 +125,8 @@ def _count_parts(run: Folder, resources: Resources) -> dict[str, list[tuple[str,
 
 def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
     """Count the crops of each kind in some parts."""
-    run = Folder(run_uri)
-    counted = (pc.value_counts(read_part(run, name, ["kind"])["kind"]).to_pylist() for name in names)
+    run_folder = Folder(run_uri)
+    counted = (pc.value_counts(read_part(run_folder, name, ["kind"])["kind"]).to_pylist() for name in names)
     return [{entry["values"]: entry["counts"] for entry in part} for part in counted]
 
 
@@ -137,16 +137,16 @@ def _fit_in_memory(
     import faiss
 
     faiss.omp_set_num_threads(threads)
-    run = Folder(run_uri)
-    names = part_files(run, "features")
+    run_folder = Folder(run_uri)
+    names = part_files(run_folder, "features")
     fitted = {}
     for kind, count in groups.items():
-        points = np.concatenate([read_points(run, name, kind) for name in names])
+        points = np.concatenate([read_points(run_folder, name, kind) for name in names])
         fitted[kind] = fit_concepts(points.astype(np.float32), count, how=kmeans_settings(config, use_gpu), group=kind)
     return fitted, peak_memory_mb()
 
 
-def _write_concepts(run: Folder, fitted: dict[str, Clustering]) -> None:
+def _write_concepts(run_folder: Folder, fitted: dict[str, Clustering]) -> None:
     centroids = np.concatenate([group.centroids for group in fitted.values()])
     num_crops = np.concatenate([group.num_crops for group in fitted.values()])
     table = build_table(
@@ -158,7 +158,7 @@ def _write_concepts(run: Folder, fitted: dict[str, Clustering]) -> None:
         },
         concepts_schema(centroids.shape[1]),
     )
-    run.write_bytes("concepts.parquet", to_parquet(table, {}))
+    run_folder.write_bytes("concepts.parquet", to_parquet(table, {}))
 
 
 def _describe(group: Clustering) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _describe(group: Clustering) -> dict[str, Any]:
     }
 
 
-def read_concepts(run: Folder) -> tuple[list[str], np.ndarray]:
+def read_concepts(run_folder: Folder) -> tuple[list[str], np.ndarray]:
     """Read the kind and centroid of every concept, in order of concept_id."""
-    table = run.read("concepts.parquet", pq.read_table)
+    table = run_folder.read("concepts.parquet", pq.read_table)
     return table["kind"].to_pylist(), vectors(table["centroid"]).copy()

@@ -101,12 +101,12 @@ class Evaluator(Scorer):
 
     def __init__(self, config: RunConfig, run_uri: str, *, centroids: dict[str, np.ndarray], **part: Any) -> None:
         super().__init__(config, run_uri, **part)
-        self._labeller = load_labeller(self.run, self.config, self.device)
-        model = Folder(self.run.uri_of("model"))
+        self._labeller = load_labeller(self.run_folder, self.config, self.device)
+        model = Folder(self.run_folder.uri_of("model"))
         self._models = [load_model(model, self.device, name) for name in ("decoder_round_0", "decoder")]
         self._centroids = centroids
         if centroids:
-            self._baselines = BaselineMapper(PatchFeatures(self.run, self.config, self.device), centroids)
+            self._baselines = BaselineMapper(PatchFeatures(self.run_folder, self.config, self.device), centroids)
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
         """Return the masks of each image at the scored size: of the stages, refined, of the baselines."""

@@ -86,7 +86,7 @@ class FeatureExtractor(PartWorker):
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
-        self._encoder = load_run_encoder(self.run, config.encoder.precision, self.device)
+        self._encoder = load_run_encoder(self.run_folder, config.encoder.precision, self.device)
         height, width = config.data.image_size
         self._crop_size = config.extract_crop_size
         # Whole images are larger than crops: batch as many as have about the same number of pixels.

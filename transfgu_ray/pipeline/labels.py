@@ -59,10 +59,10 @@ RESPONSES: dict[str, Callable[..., Response]] = {
 }
 
 
-def load_labeller(run: Folder, config: RunConfig, device: str) -> Labeller:
+def load_labeller(run_folder: Folder, config: RunConfig, device: str) -> Labeller:
     """Load the labeller of a run that has its encoder and concepts."""
-    encoder = load_run_encoder(run, config.encoder.precision, device)
-    kinds, centroids = read_concepts(run)
+    encoder = load_run_encoder(run_folder, config.encoder.precision, device)
+    kinds, centroids = read_concepts(run_folder)
     voting = config.cam.response == "windows"
     on_device = torch.from_numpy(centroids).to(device)
     # With votes some concept wins everywhere, so Eq. 8 finds a background only if the foreground excludes concepts.
@@ -87,7 +87,7 @@ class BankBuilder(PartWorker):
     def __init__(self, config: RunConfig, run_uri: str, *, root_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._root = Folder(root_uri)
-        self._labeller = load_labeller(self.run, config, self.device)
+        self._labeller = load_labeller(self.run_folder, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the unit's part."""

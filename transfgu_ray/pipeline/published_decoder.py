@@ -57,24 +57,24 @@ def check_decoder(config: RunConfig, encoder: bytes) -> ReleasedDecoder:
     return found
 
 
-def import_decoder(run: Folder, config: RunConfig, weights_sha256: str) -> dict[str, Any]:
+def import_decoder(run_folder: Folder, config: RunConfig, weights_sha256: str) -> dict[str, Any]:
     """Write the model with the published decoder as the result of every round; return the content of the manifest.
 
     Args:
-        run: run folder with encoder and concepts.
+        run_folder: run folder with encoder and concepts.
         config: the run's configuration.
         weights_sha256: hash of the encoder's weights.
     """
     source = config.train.decoder_weights
     assert source is not None
-    state = check_decoder(config, run.read_bytes(ENCODER)).state
+    state = check_decoder(config, run_folder.read_bytes(ENCODER)).state
     if config.has_background:
         state = background_last(state)
-    kinds, _ = read_concepts(run)
+    kinds, _ = read_concepts(run_folder)
     described = replace(model_config(config, kinds, weights_sha256), norm_eps=NORM_EPS)
     for name in ("decoder_round_0", "decoder"):
-        save_decoder(Folder(run.uri_of("model")), state, config=described, name=name)
-    run.write_bytes(HISTORY, b"[]")
+        save_decoder(Folder(run_folder.uri_of("model")), state, config=described, name=name)
+    run_folder.write_bytes(HISTORY, b"[]")
     return {
         "rows_in": 0,
         "rows_out": 0,

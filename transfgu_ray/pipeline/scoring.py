@@ -53,7 +53,7 @@ class Scorer(PartWorker):
     ) -> None:
         super().__init__(config, run_uri, **part)
         self._num_classes = num_classes
-        self._num_concepts = len(load_model_config(Folder(self.run.uri_of("model"))).kinds)
+        self._num_concepts = len(load_model_config(Folder(self.run_folder.uri_of("model"))).kinds)
         # Without classes nothing is scored, so no labels are read.
         self._label_table = self.config.label_table if num_classes else None
         self._samples = samples
@@ -104,14 +104,14 @@ class Scorer(PartWorker):
         folder = f"samples/{self._samples[image_id]}"
         scale = min(1.0, _SAMPLE_PX / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        self.run.write_bytes(f"{folder}/photo.jpg", encode(image.resize(size), "JPEG", quality=88))
-        self.run.write_json(f"{folder}/sample.json", {"image_id": image_id})
+        self.run_folder.write_bytes(f"{folder}/photo.jpg", encode(image.resize(size), "JPEG", quality=88))
+        self.run_folder.write_json(f"{folder}/sample.json", {"image_id": image_id})
         labelled = {name: masks[name] for name in self.shown} | ({} if target is None else {"truth": target})
         for name, mask in labelled.items():
             shown = _mask_image(mask).resize(size, Image.Resampling.NEAREST)
-            self.run.write_bytes(f"{folder}/{name}.png", encode(shown, "PNG"))
+            self.run_folder.write_bytes(f"{folder}/{name}.png", encode(shown, "PNG"))
         for name, values in self.sample_maps(image).items():
-            self.run.write_bytes(f"{folder}/{name}.png", encode(_mask_image(values), "PNG"))
+            self.run_folder.write_bytes(f"{folder}/{name}.png", encode(_mask_image(values), "PNG"))
 
 
 def _mask_image(mask: np.ndarray) -> Image.Image:
@@ -198,14 +198,14 @@ def score_photos(
     )
 
 
-def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, csr_array]:
+def read_counts(run_folder: Folder, num_classes: int, num_concepts: int) -> dict[str, csr_array]:
     """Read the confusion matrices of each method, a flat row per photograph with a labelled pixel; see `photo_counts`.
 
     Row i is the same photograph for all methods. Empty if no pixel is labelled.
     """
     parts: dict[str, list[csr_array]] = {}
-    for name in part_files(run, CONFUSIONS):
-        table = read_part(run, name, confusions_schema().names)
+    for name in part_files(run_folder, CONFUSIONS):
+        table = read_part(run_folder, name, confusions_schema().names)
         photo = table["image_id"].combine_chunks().dictionary_encode()
         photos, method = photo.indices.to_numpy(), table["method"].to_numpy()
         class_id, concept_id, pixels = (table[name].to_numpy() for name in ("class_id", "concept_id", "pixels"))
@@ -219,7 +219,9 @@ def read_counts(run: Folder, num_classes: int, num_concepts: int) -> dict[str, c
     return {each: stack_counts(counts) for each, counts in parts.items()}
 
 
-def read_scored_ids(run: Folder) -> list[str]:
+def read_scored_ids(run_folder: Folder) -> list[str]:
     """Read the image_id of each row of `read_counts`."""
-    parts = (read_part(run, name, ["image_id"])["image_id"].to_pylist() for name in part_files(run, CONFUSIONS))
+    parts = (
+        read_part(run_folder, name, ["image_id"])["image_id"].to_pylist() for name in part_files(run_folder, CONFUSIONS)
+    )
     return [image_id for part in parts for image_id in dict.fromkeys(part)]

@@ -72,9 +72,9 @@ def plan_shards(parts: Sequence[tuple[str, int]], num_shards: int) -> list[Shard
     ]
 
 
-def read_points(run: Folder, name: str, kind: str) -> np.ndarray:
+def read_points(run_folder: Folder, name: str, kind: str) -> np.ndarray:
     """Read the class tokens of one kind from a part of the features, float16 (n, d), in order."""
-    return vectors(read_part(run, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"])
+    return vectors(read_part(run_folder, name, ["kind", "cls_token"]).filter(pc.field("kind") == kind)["cls_token"])
 
 
 class PointShard:
@@ -84,7 +84,7 @@ class PointShard:
         import faiss
 
         faiss.omp_set_num_threads(threads)
-        self._run = Folder(run_uri)
+        self._run_folder = Folder(run_uri)
         self._kind = kind
         self._plan = plan
         self._use_gpu = use_gpu and has_gpu()
@@ -149,7 +149,7 @@ class PointShard:
                 opened: Any = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
                 file: io.BufferedRandom = opened
             for piece in self._plan.pieces:
-                points = read_points(self._run, piece.name, self._kind)
+                points = read_points(self._run_folder, piece.name, self._kind)
                 width = points.shape[1]
                 own = points[max(self._plan.start - piece.first_row, 0) : self._plan.stop - piece.first_row]
                 with self._disk_errors():
@@ -216,12 +216,12 @@ class ActorShards(lloyd.ShardedPoints):
 
 @contextmanager
 def actor_shards(
-    run: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources
+    run_folder: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources
 ) -> Iterator[ActorShards]:
     """Yield the points of one kind in as many actors as a stage may have; they end with the context.
 
     Args:
-        run: the run folder.
+        run_folder: the run folder.
         kind: kind of the crops.
         parts: name of each part of the features in order, and its number of points of this kind.
         resources: workers, threads and GPUs.
@@ -240,7 +240,7 @@ def actor_shards(
     )
     use_gpu = resources.device == "cuda"
     actors = [
-        worker.remote(run.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu)
+        worker.remote(run_folder.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu)
         for plan in plan_shards(parts, resources.num_workers)
     ]
     try:

@@ -39,8 +39,8 @@ class TokenCacher(PartWorker):
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
-        self._encoder = load_run_encoder(self.run, config.encoder.precision, self.device)
-        self._backbone = load_run_backbone(self.run, config, self.device)
+        self._encoder = load_run_encoder(self.run_folder, config.encoder.precision, self.device)
+        self._backbone = load_run_backbone(self.run_folder, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the unit's part.
@@ -69,7 +69,7 @@ class TokenCacher(PartWorker):
         return self.write(unit, build_table(columns, tokens_schema()), stats=stats, row_group_size=1)
 
     def _check_as_in_the_bank(self, unit: int, image_ids: list[str], stats: PartStats) -> None:
-        labelled = read_part(self.run, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
+        labelled = read_part(self.run_folder, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
         if image_ids == labelled:
             return
         (image_id, *_) = sorted(set(image_ids) ^ set(labelled))

@@ -20,20 +20,20 @@ from transfgu_ray.storage import Folder, read_file
 TOKENS = "tokens"
 
 
-def bank_index(run: Folder) -> pa.Table:
+def bank_index(run_folder: Folder) -> pa.Table:
     """Return the place of each image in the bank: unit, and row in its part. One row per image, in order."""
     units: list[int] = []
     rows: list[int] = []
-    for unit, name in enumerate(part_files(run, "labels")):
-        count = run.read(name, pq.read_metadata).num_rows
+    for unit, name in enumerate(part_files(run_folder, "labels")):
+        count = run_folder.read(name, pq.read_metadata).num_rows
         units += [unit] * count
         rows += range(count)
     return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
 
 
-def bank_image_ids(run: Folder) -> list[str]:
+def bank_image_ids(run_folder: Folder) -> list[str]:
     """Read the image_id of every image of the bank, in order."""
-    image_ids: list[str] = read_table(run, "labels", ["image_id"])["image_id"].to_pylist()
+    image_ids: list[str] = read_table(run_folder, "labels", ["image_id"])["image_id"].to_pylist()
     return image_ids
 
 
@@ -63,16 +63,16 @@ def load_train_data(
         scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or with cached tokens, tokens: float16 (b, hw, c).
     """
     torch.set_num_threads(1)
-    run, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
+    run_folder, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
-        record = read_row(run, part_name("labels", place["unit"]), place["row"])
+        record = read_row(run_folder, part_name("labels", place["unit"]), place["row"])
         _, maps = decode_bank_row(record)
         if config.has_background:
             maps = add_background(maps, config.cam.background_threshold)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
-            cached = read_row(run, part_name(TOKENS, place["unit"]), place["row"])
+            cached = read_row(run_folder, part_name(TOKENS, place["unit"]), place["row"])
             assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
@@ -95,10 +95,10 @@ def load_train_data(
 
 
 def read_photos(
-    places: pa.Table, run: Folder, *, config: RunConfig, size: tuple[int, int]
+    places: pa.Table, run_folder: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
     """Read the whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
-    rows = [read_row(run, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
+    rows = [read_row(run_folder, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
     return np.stack([_read_photo(row["path"], config, size) for row in rows])
 
 

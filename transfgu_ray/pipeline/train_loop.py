@@ -54,13 +54,13 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(settings["threads"])
     config: RunConfig = settings["config"]
-    run = Folder(settings["run_uri"])
+    run_folder = Folder(settings["run_uri"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    encoder = load_run_encoder(run, config.encoder.precision, str(device))
+    encoder = load_run_encoder(run_folder, config.encoder.precision, str(device))
     reads_backbone = settings["sibling"] is not None or config.train.features == "live"
-    backbone = load_run_backbone(run, config, str(device)) if reads_backbone else None
+    backbone = load_run_backbone(run_folder, config, str(device)) if reads_backbone else None
     model: ModelConfig = settings["model"]
     checkpoint = ray.train.get_checkpoint()
     state: dict[str, Any] = {"history": []} if checkpoint is None else read_state(checkpoint, device)
@@ -82,19 +82,19 @@ def train_loop(settings: dict[str, Any]) -> None:
         bootstrap = _new_bootstrap(own, model, encoder)
         if name in state:
             bootstrap.load_state_dict(state[name])
-        return _Learner(bootstrap, bank_index(folder), run=folder, config=own, feed=feed)
+        return _Learner(bootstrap, bank_index(folder), run_folder=folder, config=own, feed=feed)
 
     learners = {"bootstrap": new_learner("bootstrap", settings)}
     if settings["sibling"] is not None:
         learners["sibling"] = new_learner("sibling", settings["sibling"])
     students = [learner.bootstrap.student for learner in learners.values()]
     measure = (
-        _new_measure(run, config, model=model, encoder=encoder, backbone=backbone)
+        _new_measure(run_folder, config, model=model, encoder=encoder, backbone=backbone)
         if len(students) > 1 and rank == 0
         else None
     )
-    _stop_after_second_stumble(run)
-    pulse = Pulse(run) if rank == 0 else lambda **_: None
+    _stop_after_second_stumble(run_folder)
+    pulse = Pulse(run_folder) if rank == 0 else lambda **_: None
     for epoch in epochs:
         try:
             terms, *_ = [
@@ -102,7 +102,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                 for learner in learners.values()
             ]
         except FloatingPointError as error:
-            _stumble(run, str(error))
+            _stumble(run_folder, str(error))
             raise
         measured = {} if measure is None else _measure(measure, students, num_classes=len(model.kinds))
         history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
@@ -113,25 +113,25 @@ def train_loop(settings: dict[str, Any]) -> None:
             kept = {**of_students, "history": history, **facts}
         report_state(history[-1], kept)
         if rank == 0:
-            run.write_json(HISTORY, history)
+            run_folder.write_json(HISTORY, history)
 
 
-def _stumble(run: Folder, words: str) -> None:
+def _stumble(run_folder: Folder, words: str) -> None:
     """Record a loss that is NaN or infinite, to be found when Ray Train restarts from the last checkpoint."""
-    times = (run.read_json(STUMBLE) or {"times": 0})["times"]
-    run.write_json(STUMBLE, {"words": words, "times": times + 1})
+    times = (run_folder.read_json(STUMBLE) or {"times": 0})["times"]
+    run_folder.write_json(STUMBLE, {"words": words, "times": times + 1})
 
 
-def _stop_after_second_stumble(run: Folder) -> None:
+def _stop_after_second_stumble(run_folder: Folder) -> None:
     """Refuse to train on after a second stumble: a machine fault passes, but one that repeats always will.
 
     Raises:
         DataError: a loss was NaN or infinite, and again after a restart.
     """
-    stumble = run.read_json(STUMBLE) or {"times": 0}
+    stumble = run_folder.read_json(STUMBLE) or {"times": 0}
     if stumble["times"] > 1:
         # If the user runs the command again despite the error, it gets another try.
-        run.delete(STUMBLE)
+        run_folder.delete(STUMBLE)
         raise DataError(
             f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
             "check these photographs"
@@ -141,10 +141,12 @@ def _stop_after_second_stumble(run: Folder) -> None:
 class _Learner:
     """A student and the batches of the bank that it learns from."""
 
-    def __init__(self, bootstrap: Bootstrap, index: pa.Table, *, run: Folder, config: RunConfig, feed: dict[str, Any]):
+    def __init__(
+        self, bootstrap: Bootstrap, index: pa.Table, *, run_folder: Folder, config: RunConfig, feed: dict[str, Any]
+    ):
         self.bootstrap = bootstrap
         self._token_window = config.train.token_window
-        self._run, self._seed = run, config.seed
+        self._run_folder, self._seed = run_folder, config.seed
         repeats = config.train.epoch_repeats
         self._steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, feed["world_size"])
         self._order = {
@@ -154,7 +156,7 @@ class _Learner:
             "per_worker": per_worker,
             "world_size": feed["world_size"],
         }
-        self._batches = _batches(index, run.uri, config=config, **feed)
+        self._batches = _batches(index, run_folder.uri, config=config, **feed)
 
     def learn(
         self,
@@ -183,17 +185,17 @@ class _Learner:
 
     def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:
         order = sample_order(self._seed, epoch.index, **self._order)[rank, step]
-        names = bank_image_ids(self._run)
+        names = bank_image_ids(self._run_folder)
         return sorted({names[place] for place in order})
 
 
 def _new_measure(
-    run: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
+    run_folder: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
 ) -> LabelFreeMeasure:
     """Return the label-free measure, on photographs of the bank that are the same in every trial."""
-    index = bank_index(run)
+    index = bank_index(run_folder)
     chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_MEASURED])
-    photos = read_photos(index.take(pa.array(chosen)), run, config=config, size=model.image_size)
+    photos = read_photos(index.take(pa.array(chosen)), run_folder, config=config, size=model.image_size)
     return LabelFreeMeasure(
         torch.from_numpy(photos).to(encoder.device),
         lambda images: read_tokens(encoder, images, window=model.token_window, backbone=backbone),

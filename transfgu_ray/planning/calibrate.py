@@ -70,7 +70,7 @@ class Calibrator(UnitWorker):
     def __init__(self, config: RunConfig, run_uri: str, *, device: str, threads: int) -> None:
         super().__init__(device, threads)
         self._config = config
-        self._run = Folder(run_uri)
+        self._run_folder = Folder(run_uri)
         self._extractor = FeatureExtractor(
             config, run_uri, table="features", fingerprint="", device=device, threads=threads
         )
@@ -102,7 +102,7 @@ class Calibrator(UnitWorker):
 
     def _time_labels(self, images: Sequence[Any]) -> dict[str, float]:
         config = self._config
-        labeller = load_labeller(self._run, config, self.device)
+        labeller = load_labeller(self._run_folder, config, self.device)
         batch = self._batch(images, config.cam_image_size, config.cam.batch_size)
 
         def label(count: int) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ class Calibrator(UnitWorker):
             "views": 0.0,
         }
         if config.evaluate.baselines:
-            features = PatchFeatures(self._run, config, self.device)
+            features = PatchFeatures(self._run_folder, config, self.device)
             whole = list(self._batch(images, config.data.image_size, config.cam.batch_size).cpu().numpy())
             found["baselines"] = seconds_per_item(lambda count: list(features(whole[:count])), len(whole))
             rngs = [np.random.default_rng(0)] * len(whole)
@@ -126,8 +126,8 @@ class Calibrator(UnitWorker):
 
     def _time_training(self, image: Any) -> dict[str, float]:
         config = self._config
-        encoder = load_run_encoder(self._run, config.encoder.precision, self.device)
-        backbone = load_run_backbone(self._run, config, self.device)
+        encoder = load_run_encoder(self._run_folder, config.encoder.precision, self.device)
+        backbone = load_run_backbone(self._run_folder, config, self.device)
         train, window = config.train, config.train.token_window
         model = model_config(config, ["any"] * config.num_concepts, "")
         student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
@@ -204,13 +204,13 @@ def calibrate(
     spread = np.linspace(0, len(images) - 1, at_once * _PHOTOS_PER_WORKER).astype(int).reshape(at_once, -1)
     units = {unit: [images[i] for i in dict.fromkeys(row.tolist())] for unit, row in enumerate(spread)}
     with tempfile.TemporaryDirectory() as folder:
-        run = Folder(folder)
-        run.write_bytes(ENCODER, encoder)
+        run_folder = Folder(folder)
+        run_folder.write_bytes(ENCODER, encoder)
         if backbone is not None:
-            run.write_bytes(BACKBONE, backbone)
-        _write_stand_in_concepts(run, config)
+            run_folder.write_bytes(BACKBONE, backbone)
+        _write_stand_in_concepts(run_folder, config)
         start = time.perf_counter()
-        arguments = {"run_uri": run.uri, "config": config}
+        arguments = {"run_uri": run_folder.uri, "config": config}
         results = list(stream_units(root, units, worker=Calibrator, arguments=arguments, resources=resources))
         wall = time.perf_counter() - start
         found = [json.loads(result.result) for result in results]
@@ -219,7 +219,7 @@ def calibrate(
             return {"refused": found[0]["refused"]}
         pieces = {name: median(values[name] for values in timed) for name in timed[0]}
         start = time.perf_counter()
-        new_trainer(_idle_loop, {}, storage=Folder(run.uri_of("train")), name="idle", resources=resources).fit()
+        new_trainer(_idle_loop, {}, storage=Folder(run_folder.uri_of("train")), name="idle", resources=resources).fit()
         training = time.perf_counter() - start
     return pieces | {
         "workers": at_once,
@@ -228,8 +228,8 @@ def calibrate(
     }
 
 
-def _write_stand_in_concepts(run: Folder, config: RunConfig) -> None:
-    encoder = load_run_encoder(run, config.encoder.precision, "cpu")
+def _write_stand_in_concepts(run_folder: Folder, config: RunConfig) -> None:
+    encoder = load_run_encoder(run_folder, config.encoder.precision, "cpu")
     kinds = [kind for kind, count in concept_groups(config).items() for _ in range(count)]
     columns = {
         "concept_id": np.arange(len(kinds), dtype=np.int32),
@@ -238,7 +238,7 @@ def _write_stand_in_concepts(run: Folder, config: RunConfig) -> None:
         "num_crops": np.ones(len(kinds), dtype=np.int64),
     }
     table = build_table(columns, concepts_schema(encoder.embed_dim))
-    run.write_bytes("concepts.parquet", to_parquet(table, {}))
+    run_folder.write_bytes("concepts.parquet", to_parquet(table, {}))
 
 
 def _idle_loop(settings: dict[str, Any]) -> None:

@@ -113,9 +113,9 @@ def _short(concept: int, name: str | None) -> str:
     return str(concept) if name is None else f"{concept} {name}"
 
 
-def _pictures(run: Folder) -> tuple[defaultdict[tuple[str, int], list[dict[str, Any]]], int]:
+def _pictures(run_folder: Folder) -> tuple[defaultdict[tuple[str, int], list[dict[str, Any]]], int]:
     """Return the pictures of each kind and concept that fit in the page, best first, and the number of all pictures."""
-    parts = [pq.read_table(pa.BufferReader(run.read_bytes(name))) for name, _ in run.files("atlas")]
+    parts = [pq.read_table(pa.BufferReader(run_folder.read_bytes(name))) for name, _ in run_folder.files("atlas")]
     rows = pa.concat_tables([atlas_schema().empty_table(), *(p.replace_schema_metadata() for p in parts)]).to_pylist()
     # Every concept's best picture comes before any second one.
     rows.sort(key=lambda row: (row["rank"], row["what"], row["concept_id"]))

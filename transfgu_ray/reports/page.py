@@ -58,39 +58,43 @@ def within_bytes(pictures: Iterable[bytes], most: int) -> int:
     return sum(1 for _ in itertools.takewhile(lambda num_bytes: num_bytes <= most, total))
 
 
-def sample_numbers(run: Folder) -> list[str]:
+def sample_numbers(run_folder: Folder) -> list[str]:
     """Return the names of the sample photographs that the seed chose: 00, 01, ..."""
-    return [name for name in sample_names(run) if name.isdigit()]
+    return [name for name in sample_names(run_folder) if name.isdigit()]
 
 
-def sample_names(run: Folder) -> list[str]:
+def sample_names(run_folder: Folder) -> list[str]:
     """Return the names of all sample photographs of a run: 00, 01, ..., then best_0, ..., worst_0, ..."""
-    return sorted({name.split("/")[1] for name, _ in run.files("samples", recursive=True) if name.count("/") == 2})
+    return sorted(
+        {name.split("/")[1] for name, _ in run_folder.files("samples", recursive=True) if name.count("/") == 2}
+    )
 
 
-def sample_photo(run: Folder, number: str) -> Image.Image:
+def sample_photo(run_folder: Folder, number: str) -> Image.Image:
     """Return a sample photograph at the size of its masks."""
-    return Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/photo.jpg")), formats=FORMATS).convert("RGB")
+    return Image.open(io.BytesIO(run_folder.read_bytes(f"samples/{number}/photo.jpg")), formats=FORMATS).convert("RGB")
 
 
-def sample_mask(run: Folder, number: str, *, name: str, photo: Image.Image, colours: np.ndarray) -> Image.Image | None:
+def sample_mask(
+    run_folder: Folder, number: str, *, name: str, photo: Image.Image, colours: np.ndarray
+) -> Image.Image | None:
     """Return a sample photograph under one of its masks; None where there is no such mask.
 
     Args:
-        run: a run folder.
+        run_folder: a run folder.
         number: name of the sample.
         name: `initial`, `trained`, `bootstrapped` or `truth`.
         photo: the photograph.
         colours: uint8 RGB of each class id, (classes, 3).
     """
-    if not run.exists(f"samples/{number}/{name}.png"):
+    if not run_folder.exists(f"samples/{number}/{name}.png"):
         return None
-    return overlay(photo, sample_labels(run, number, name), colours=colours, opacity=0.7)
+    return overlay(photo, sample_labels(run_folder, number, name), colours=colours, opacity=0.7)
 
 
-def sample_labels(run: Folder, number: str, name: str) -> np.ndarray:
+def sample_labels(run_folder: Folder, number: str, name: str) -> np.ndarray:
     """Return one of the masks of a sample photograph, class ids (height, width)."""
-    return np.asarray(Image.open(io.BytesIO(run.read_bytes(f"samples/{number}/{name}.png")), formats=FORMATS))
+    return np.asarray(Image.open(io.BytesIO(run_folder.read_bytes(f"samples/{number}/{name}.png")), formats=FORMATS))
 
 
 def strip_jpeg(panels: Sequence[Image.Image]) -> bytes:

@@ -145,22 +145,22 @@ def names_line(names: Names) -> str | None:
     )
 
 
-def _photo(run: Folder, name: str, *, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
+def _photo(run_folder: Folder, name: str, *, colours: dict[str, np.ndarray], mious: dict[str, float]) -> dict[str, Any]:
     """Write the strip of a sample photograph, and return its panels as JPEG."""
-    photo, group, _ = sample_photo(run, name), *name.rpartition("_")[::2]
-    image_id = run.read_json(f"samples/{name}/sample.json")["image_id"]
+    photo, group, _ = sample_photo(run_folder, name), *name.rpartition("_")[::2]
+    image_id = run_folder.read_json(f"samples/{name}/sample.json")["image_id"]
     panels: dict[str, Image.Image | None] = {"photograph": photo}
-    panels["prior attention"] = spotlight(photo, sample_labels(run, name, "prior") / 255)
-    coarse = Image.fromarray(sample_labels(run, name, "pseudo_label").astype(np.int32))
+    panels["prior attention"] = spotlight(photo, sample_labels(run_folder, name, "prior") / 255)
+    coarse = Image.fromarray(sample_labels(run_folder, name, "pseudo_label").astype(np.int32))
     patches = np.asarray(coarse.resize(photo.size, Image.Resampling.NEAREST))
     pred = colours["pred"]
     panels["pseudo-label"] = overlay(photo, patches, colours=pred, opacity=0.7)
     for mask in _MASKS:
         panels[mask] = sample_mask(
-            run, name, name=mask, photo=photo, colours=colours["truth" if mask == "truth" else "pred"]
+            run_folder, name, name=mask, photo=photo, colours=colours["truth" if mask == "truth" else "pred"]
         )
     seen = {title: panel for title, panel in panels.items() if panel is not None}
-    run.write_bytes(f"samples/strip_{name}.jpg", strip_jpeg(list(seen.values())))
+    run_folder.write_bytes(f"samples/strip_{name}.jpg", strip_jpeg(list(seen.values())))
     jpegs = {title: strip_jpeg([panel]) for title, panel in seen.items()}
     width, height = Image.open(io.BytesIO(jpegs["photograph"])).size
     return {

@@ -10,11 +10,12 @@ from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.reports.ablations import FULL, VARIANTS
 from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SHARED
 
 # Variants differ only in training.
-_STAGES = (*SHARED, "train", "evaluate")
+_STAGES = STAGES.lasting[: STAGES.lasting.index("report")]
 
 
 def ablate(

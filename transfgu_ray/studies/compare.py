@@ -53,7 +53,7 @@ class VersionScorer(Scorer):
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
-        self._model = load_model(Folder(self.run.uri_of("model")), self.device)
+        self._model = load_model(Folder(self.run_folder.uri_of("model")), self.device)
 
     def predict(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
         """Return the mask of each image at the scored size."""

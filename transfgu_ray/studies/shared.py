@@ -8,9 +8,11 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.progress import Reporter
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 
-SHARED = ("extract", "concepts", "labels")
+# All that comes before training and lasts.
+SHARED = STAGES.lasting[: STAGES.lasting.index("train")]
 
 
 class SharedStages:

@@ -13,6 +13,7 @@ from transfgu_ray.errors import TransfguError
 from transfgu_ray.pipeline.context import Trial
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import assignments
@@ -20,7 +21,7 @@ from transfgu_ray.tracking.runs import RECORD
 
 # CPUs of a trial's own process, which only waits for others.
 DRIVER_CPUS = 0.1
-TRIAL_STAGES = ("train", "evaluate", "report", "register")
+TRIAL_STAGES = STAGES.lasting[STAGES.lasting.index("train") :]
 # Trials take a point as text, since Tune would search its lists for values to vary.
 POINT = "point"
 # Far from the seeds that users choose.

@@ -18,7 +18,7 @@ SQLITE = "sqlite:///"
 _SERVER = "MLFLOW_TRACKING_URI"
 
 
-def tracking_uri(run: Folder, config: RunConfig) -> str:
+def tracking_uri(run_folder: Folder, config: RunConfig) -> str:
     """Return the configured URI, else $MLFLOW_TRACKING_URI, else that of a sqlite store beside a local run folder.
 
     Raises:
@@ -28,11 +28,11 @@ def tracking_uri(run: Folder, config: RunConfig) -> str:
     if configured:
         refuse_credentials("the tracking URI", configured)
         return configured
-    if "://" in run.uri:
+    if "://" in run_folder.uri:
         raise ConfigError(
             "a run folder at a URI needs a tracking server: set --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return f"{SQLITE}{Path(run.uri).parent / 'mlflow.db'}"
+    return f"{SQLITE}{Path(run_folder.uri).parent / 'mlflow.db'}"
 
 
 @contextlib.contextmanager

@@ -105,14 +105,14 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
         raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
 
 
-def _log_model(run: Folder, folder: Path, *, name: str, run_id: str) -> str:
+def _log_model(run_folder: Folder, folder: Path, *, name: str, run_id: str) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     code = Path(__file__).with_name("pyfunc.py")
     folder.mkdir()
-    model = Folder(run.uri_of("model"))
+    model = Folder(run_folder.uri_of("model"))
     for file in filter(model.exists, _MODEL_FILES):
         (folder / file).write_bytes(model.read_bytes(file))
     depth = np.uint8 if len(load_model_config(model).kinds) <= 256 else np.uint16

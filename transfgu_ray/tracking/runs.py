@@ -34,17 +34,17 @@ class Tracked:
     run_id: str
 
 
-def begin(run: Folder, config: RunConfig, parent: Tracked | None = None) -> Tracked:
+def begin(run_folder: Folder, config: RunConfig, parent: Tracked | None = None) -> Tracked:
     """Continue the MLflow run of a run folder, or begin a new one if the configuration changed.
 
     Args:
-        run: the run folder.
+        run_folder: the run folder.
         config: its configuration.
         parent: run of the sweep, for a trial.
     """
     identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
-    with answering(tracking_uri(run, config)):
-        return open_run(run, config, identity=identity, tags={} if parent is None else {PARENT: parent.run_id})
+    with answering(tracking_uri(run_folder, config)):
+        return open_run(run_folder, config, identity=identity, tags={} if parent is None else {PARENT: parent.run_id})
 
 
 def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tags: Mapping[str, str]) -> Tracked:
