@@ -33,6 +33,7 @@ def list_datasets(context: typer.Context) -> None:
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which dataset; see `transfgu datasets`.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Its root, as --data of a run.")],
+    *,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
