@@ -58,9 +58,9 @@ def test_atlas__maps_are_of_the_photographs_that_respond_most(finished: Run) -> 
         assert [row["value"] for row in rows] == pytest.approx(sorted(means[:, concept])[::-1][:MAPS_PER_CONCEPT])
         picture = Image.open(io.BytesIO(rows[0]["picture"]))
         assert (picture.format, picture.size) == ("WEBP", (96, 72))
-    told = json.loads(finished.folder.read_bytes("atlas.json"))["concepts"]
-    assert [each["patch_share"] for each in told] == pytest.approx(np.bincount(winners, minlength=4) / len(winners))
-    for concept, each in enumerate(told):
+    entries = json.loads(finished.folder.read_bytes("atlas.json"))["concepts"]
+    assert [each["patch_share"] for each in entries] == pytest.approx(np.bincount(winners, minlength=4) / len(winners))
+    for concept, each in enumerate(entries):
         assert all(other != concept and 0 < share <= 1 for other, share in each["followed_by"])
     manifest = finished.require("evaluate")["atlas"]
     assert manifest["pictures"] == len(table_of(finished, "atlas"))

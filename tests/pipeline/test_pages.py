@@ -36,9 +36,9 @@ def run(finished: Run, tmp_path: Path) -> Run:
 def times(run: Run) -> dict[Path, int]:
     """Return the time of writing of each file that does not depend on names."""
     files = (path for path in Path(run.folder.path).rglob("*") if path.is_file())
-    told = {"metrics.json", "report.html", "atlas.html", "names.yaml"}
-    told |= {f"{stage}.{ending}" for stage in ("evaluate", "report") for ending in ("json", "files.json")}
-    return {path: path.stat().st_mtime_ns for path in files if path.name not in told and "strip_" not in path.name}
+    renamed = {"metrics.json", "report.html", "atlas.html", "names.yaml"}
+    renamed |= {f"{stage}.{ending}" for stage in ("evaluate", "report") for ending in ("json", "files.json")}
+    return {path: path.stat().st_mtime_ns for path in files if path.name not in renamed and "strip_" not in path.name}
 
 
 def test_rename__rebuilds_scores_and_pages_and_segments_nothing(run: Run) -> None:
@@ -120,14 +120,14 @@ def test_predictor__masks_follow_the_names(run: Run, voc: Path, tmp_path: Path) 
 
 def test_evaluate__shows_the_best_and_the_worst_photographs(finished: Run) -> None:
     folder = finished.folder
-    told = {
+    shown = {
         name: json.loads(folder.read_bytes(f"samples/{name}/sample.json"))["image_id"]
         for name in ("00", "01", "best_0", "worst_0")
     }
     # Of three photographs one is best and one is worst.
     assert not folder.exists("samples/best_1")
-    assert told["best_0"] != told["worst_0"]
-    for name in told:
+    assert shown["best_0"] != shown["worst_0"]
+    for name in shown:
         for file in ("photo.jpg", "truth.png", "initial.png", "trained.png", "bootstrapped.png"):
             assert folder.exists(f"samples/{name}/{file}")
         prior, patches = (

@@ -195,8 +195,8 @@ class ExamplePainter(PartWorker):
                 row |= {"image_id": photo.image_id, "picture": self._picture(image, wanted)}
                 for name, value in row.items():
                     columns[name].append(value)
-        columns["box_xyxy"] = np.array(columns["box_xyxy"], dtype=np.int32).reshape(-1, 4)  # type: ignore[assignment]
-        return self.write(unit, build_table(columns, atlas_schema()), stats=stats)
+        boxes = np.array(columns["box_xyxy"], dtype=np.int32).reshape(-1, 4)
+        return self.write(unit, build_table(columns | {"box_xyxy": boxes}, atlas_schema()), stats=stats)
 
     def _picture(self, image: Image.Image, wanted: dict[str, Any]) -> bytes:
         if wanted["what"] == "crop":

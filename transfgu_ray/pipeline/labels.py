@@ -65,7 +65,7 @@ def load_labeller(run_folder: Folder, config: RunConfig, device: str) -> Labelle
     kinds, centroids = read_concepts(run_folder)
     voting = config.cam.response == "windows"
     on_device = torch.from_numpy(centroids).to(device)
-    # With votes some concept wins everywhere, so Eq. 8 finds a background only if the foreground excludes concepts.
+    # With votes some concept wins everywhere, so Eq. 8 finds a background only if concepts are excluded there.
     excluding = config.cam.exclusion and (
         config.region_mode == "things_and_stuff" or (voting and config.has_background)
     )

@@ -123,7 +123,7 @@ def _stumble(run_folder: Folder, words: str) -> None:
 
 
 def _stop_after_second_stumble(run_folder: Folder) -> None:
-    """Refuse to train on after a second stumble: a machine fault passes, but one that repeats always will.
+    """Refuse to continue after a second stumble: a machine fault passes, one in data or settings repeats.
 
     Raises:
         DataError: a loss was NaN or infinite, and again after a restart.
