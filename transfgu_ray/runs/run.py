@@ -32,7 +32,7 @@ class Run:
 
     @classmethod
     def open(cls, uri: str, config: RunConfig | None, overwrite: bool = False) -> "Run":
-        """Opens a run folder, or makes one; its configuration is written before anything else.
+        """Open a run folder, or make one; its configuration is written before anything else.
 
         Args:
             uri: local path or URI.
@@ -54,11 +54,11 @@ class Run:
         return _KIND.stored(uri)
 
     def fingerprint(self, stage: str, inputs: str) -> str:
-        """Hash of every setting and input that the stage's output depends on."""
+        """Return the hash of every setting and input that the output of a stage depends on."""
         return _hash([self._sections(stage), inputs])
 
     def settings_key(self, stage: str) -> str:
-        """Sixteen hex digits that name every setting that the stage's output depends on."""
+        """Return sixteen hex digits that identify every setting the output of a stage depends on."""
         return _hash([self._sections(stage)])[:16]
 
     def _sections(self, stage: str) -> dict[str, Any]:
@@ -74,13 +74,13 @@ class Run:
         return flat | ({"seed": self.config.seed} if is_random else {})
 
     def names_sha256(self, stage: str) -> str | None:
-        """Hash of the names of concepts; None where there are none, or the stage does not depend on them."""
+        """Return the hash of the concept names; None if there are none, or the stage does not depend on them."""
         if not STAGES[stage].reads_names or not self.folder.exists(NAMES):
             return None
         return hashlib.sha256(self.folder.read_bytes(NAMES)).hexdigest()
 
     def copy_stage(self, source: "Run", stage: str) -> None:
-        """Takes over a finished stage of another run, its manifest last."""
+        """Copy a finished stage of another run, its manifest last."""
         for output in STAGES[stage].outputs:
             self.copy_output(source, output)
         if source.folder.exists(record_name(stage)):
@@ -88,12 +88,12 @@ class Run:
         self.folder.copy_from(source.folder, f"{stage}.json")
 
     def copy_output(self, source: "Run", output: str) -> None:
-        """Takes over a file, or the files of a table, of another run."""
+        """Copy a file, or the files of a table, of another run."""
         for name, _ in source.folder.files(output):
             self.folder.copy_from(source.folder, name)
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """A finished stage's manifest; None where there is none, or it is damaged."""
+        """Return the manifest of a finished stage; None if there is none, or it is damaged."""
         try:
             manifest = self.folder.read_json(f"{stage}.json")
         except ValueError:
@@ -101,7 +101,7 @@ class Run:
         return manifest if isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) else None
 
     def require(self, stage: str) -> dict[str, Any]:
-        """The manifest of a stage that another needs.
+        """Return the manifest of a stage that another one needs.
 
         Raises:
             ArtifactError: the stage has not finished.
@@ -114,7 +114,7 @@ class Run:
         return manifest
 
     def clear(self, stage: str) -> None:
-        """Removes the stage's manifest first, then its outputs."""
+        """Delete the manifest of a stage first, then its outputs."""
         for name in (f"{stage}.json", record_name(stage), *STAGES[stage].outputs):
             self.folder.delete(name)
 
@@ -140,9 +140,9 @@ class Run:
         return manifest
 
     def damaged_files(self, stage: str) -> list[str]:
-        """Files of a finished stage that are gone or no longer what it wrote; none where an older version made it.
+        """Return the files of a finished stage that are missing or changed; none if it has no checksums.
 
-        A record that is damaged itself is written again if all files are as the manifest says; else all of them count.
+        If the record of checksums is damaged but all files are as the manifest says, it is rewritten; else all count.
         """
         manifest = self.manifest(stage)
         if manifest is None or "files_sha256" not in manifest:
@@ -158,7 +158,7 @@ class Run:
         return []
 
     def require_whole(self, stage: str) -> None:
-        """Refuses a finished stage whose files are no longer what it wrote.
+        """Refuse a finished stage whose files have changed since.
 
         Raises:
             ArtifactError: some are not; the message names the first, and what makes it again.
@@ -170,7 +170,7 @@ class Run:
             )
 
     def discard(self, stage: str, damaged: list[str]) -> None:
-        """Removes damaged files of a finished stage and then its manifest, so that they are made again.
+        """Delete the damaged files of a finished stage and then its manifest, so that they are made again.
 
         In this order a kill in between leaves a stage that lacks files, not one that would go on with damaged ones.
         """
@@ -185,7 +185,7 @@ class Run:
         self.folder.delete(f"{stage}.json")
 
     def _files(self, stage: str) -> dict[str, int]:
-        """Bytes of each file that the stage has left, Ray Train's own storage and the like aside."""
+        """Return the size in bytes of each file of a stage that checksums are kept of."""
         found: dict[str, int] = {}
         for output in STAGES[stage].outputs:
             # The stage train itself leaves nothing deeper.
@@ -198,7 +198,7 @@ class Run:
 
 
 def and_more(damaged: Sequence[str]) -> str:
-    """How many files beside the first are damaged, in words."""
+    """Return the phrase that counts the damaged files after the first."""
     return f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
 
 
