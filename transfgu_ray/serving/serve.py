@@ -12,7 +12,6 @@ import asyncio
 import base64
 import importlib
 import json
-import logging
 import signal
 import socket
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.images import EXTENSIONS, ImageRefused, NotAnImage, TooManyPixels, decode_rgb, encode
@@ -187,7 +187,7 @@ def start(model: Folder, name: str, *, host: str, port: int, limits: Limits, res
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    divert_ray_loggers()
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
     deployment: Any = serve.deployment(

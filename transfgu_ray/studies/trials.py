@@ -12,6 +12,7 @@ from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, ray_session
 from transfgu_ray.errors import TransfguError
 from transfgu_ray.pipeline.context import Trial
 from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.runs.logs import kept_log
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
@@ -182,7 +183,8 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         sibling = shared.bank(sibling_of(run.config)) if objective == "score" else None
         tags = {"objective": objective, "sweep": folder.uri}
         trial = Trial(settings["parent"], tags, sibling, on_epoch)
-        run_stages(run, TRIAL_STAGES, address=None, reporter=SilentReporter(), trial=trial)
+        with kept_log(run.folder, "trial"):
+            run_stages(run, TRIAL_STAGES, address=None, reporter=SilentReporter(), trial=trial)
     except Exception as error:
         sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
         trials.fail(point, sentence.splitlines()[0])

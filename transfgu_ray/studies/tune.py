@@ -1,7 +1,6 @@
 """A sweep: shared stages are run once, then Ray Tune makes one ordinary run folder per point."""
 
 import json
-import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED
 from transfgu_ray.config.base import difference, flatten
 from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.engine.trainer import MAX_RESTARTS
@@ -194,8 +194,8 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
 
     from transfgu_ray.studies.search import Ended, NewPoints, new_scheduler, to_text
 
-    # It would show the tracebacks of failed trials, which have noted the reason.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Into the log: the terminal gets the reason of each failed trial in one sentence.
+    divert_ray_loggers()
 
     def on_end(point: dict[str, Any], otherwise: str) -> None:
         trials.end(point, otherwise)
