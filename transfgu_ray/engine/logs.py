@@ -54,15 +54,26 @@ def diverted_prints() -> Iterator[None]:
         yield
         return
 
+    last: dict[Any, tuple[str, int]] = {}
+
     def log(data: dict[str, Any]) -> None:
-        # Noise: the autoscaler prints a page every five seconds, and every process prints where its log level is from.
+        # The autoscaler prints a page every five seconds, and every process says which environment it obeys.
         if data.get("pid") == "autoscaler":
             return
-        level = logging.WARNING if data.get("is_err") else logging.INFO
-        who = data.get("actor_name") or data.get("task_name") or "worker"
+        process = data.get("actor_name") or data.get("task_name") or "worker", data.get("ip"), data.get("pid")
         for line in data.get("lines") or ():
-            if (text := str(line).rstrip()) and "Set ray log level from environment" not in text:
-                _LOGGER.log(level, "%s, node %s, pid %s: %s", who, data.get("ip"), data.get("pid"), text)
+            text = str(line).rstrip()
+            if not text or "Set ray log level from environment" in text:
+                continue
+            said, times = last.get(process, ("", 0))
+            # Some processes repeat a line every second, for hours.
+            if text == said:
+                last[process] = text, times + 1
+                continue
+            if times > 1:
+                _LOGGER.info("%s, node %s, pid %s: (%d times)", *process, times)
+            last[process] = text, 1
+            _LOGGER.info("%s, node %s, pid %s: %s", *process, text)
 
     dispatcher.remove_handler(_PRINTED)
     dispatcher.add_handler("transfgu_ray", log)
