@@ -233,7 +233,7 @@ def test_datasets__lists_and_checks(
         assert words in capsys.readouterr().out
     next(tmp_path.glob("annotations/val2017/*.png")).unlink()
     message = refusal(capsys, monkeypatch, "datasets", "check", "coco80", str(tmp_path), "--quiet")
-    assert message.endswith("is no usable copy of coco80: 1 files are not as they should be\n")
+    assert message.endswith("is not a usable copy of coco80: 1 files were refused\n")
 
 
 def test_probe__prints_what_it_measured(

@@ -81,5 +81,5 @@ def test_extractor__a_photograph_without_its_label_is_refused(data: Path, tmp_pa
 
 
 def test_config__labelled_windows_need_labels() -> None:
-    with pytest.raises(ConfigError, match=r"extract\.windows=ground_truth needs labels, which dataset folder has not"):
+    with pytest.raises(ConfigError, match=r"extract\.windows=ground_truth needs labels, but dataset folder has none"):
         build_config(get_preset("tiny_cpu"), None, ["extract.windows=ground_truth"])
