@@ -60,11 +60,7 @@ def train(
     folder, resources = job.folder, job.resources
     # Ray Train resumes whatever it finds under a name, finished or not; so the name identifies what is trained.
     name = f"rounds-{job.fingerprint[:16]}"
-    files = [path for path, _ in folder.files("train", recursive=True)]
-    ours = {path for path in files if path.startswith(f"train/{name}/")}
-    for path in files:
-        if path not in ours and not (ours and path in (HISTORY, STUMBLE)):
-            folder.delete(path)
+    _discard_other_trainings(folder, name)
     drop_torn(folder, f"train/{name}")
     settings = {
         "run_uri": folder.uri,
@@ -100,15 +96,28 @@ def train(
         result = trainer.fit()
     assert result.checkpoint is not None
     state = read_state(result.checkpoint)
-    model = Folder(folder.uri_of("model"))
-    trained = state["bootstrap"]["trained"]
-    # With a single round there is no teacher: the student of round 0 is the result.
-    save_decoder(model, trained or state["bootstrap"]["student"], config=model_config, name="decoder_round_0")
-    save_decoder(model, state["bootstrap"]["student"], config=model_config)
+    _write_decoders(Folder(folder.uri_of("model")), state["bootstrap"], model_config)
     folder.write_json(HISTORY, state["history"])
     # A finished run has no use for it.
     folder.delete(PULSE)
     return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
+
+
+def _discard_other_trainings(folder: Folder, name: str) -> None:
+    """Delete what trainings of other names left; the history and the stumbles too, unless training `name` began."""
+    files = [path for path, _ in folder.files("train", recursive=True)]
+    ours = {path for path in files if path.startswith(f"train/{name}/")}
+    for path in files:
+        if path not in ours and not (ours and path in (HISTORY, STUMBLE)):
+            folder.delete(path)
+
+
+def _write_decoders(model: Folder, bootstrap: dict[str, Any], model_config: ModelConfig) -> None:
+    """Write the student of round 0 and that of the last round, from the state of a bootstrap."""
+    # With a single round there is no teacher: the student of round 0 is the result.
+    trained = bootstrap["trained"] or bootstrap["student"]
+    save_decoder(model, trained, config=model_config, name="decoder_round_0")
+    save_decoder(model, bootstrap["student"], config=model_config)
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
