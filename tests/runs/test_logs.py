@@ -128,6 +128,23 @@ def test_kept_log__on_an_object_store_it_is_written_while_the_command_works(monk
     assert log_of(caught.value) == folder.uri_of(name)
 
 
+def test_kept_log__on_an_object_store_an_unchanged_one_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_UPLOAD_SECONDS", 0.02)
+    folder = Folder("memory://kept-log/quiet")
+    sent: list[str] = []
+    write = Folder.write_bytes
+
+    def counted(self: Folder, name: str, content: bytes) -> None:
+        sent.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(Folder, "write_bytes", counted)
+    with kept_log(folder, "run"):
+        time.sleep(0.6)
+    # The empty file, what is logged at the start and, where it came later, the second line, and the end.
+    assert 2 <= len(sent) <= 5
+
+
 def test_formatter__a_cycle_of_causes_ends() -> None:
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__cause__ = other, one

@@ -125,12 +125,16 @@ def kept_log(folder: Folder, command: str) -> Iterator[None]:
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
 
+        sent: dict[Path, int] = {}
+
         def upload() -> None:
             # A failing storage is reported by the work itself.
             with suppress(OSError, ArtifactError):
                 for part in (file, Path(f"{file}.1")):
-                    if not folder.is_local and part.exists():
+                    # Most often nothing was logged since the last time.
+                    if not folder.is_local and part.exists() and sent.get(part) != (changed := part.stat().st_mtime_ns):
                         folder.write_bytes(f"{LOGS}/{part.name}", part.read_bytes())
+                        sent[part] = changed
 
         try:
             with repeated(upload, seconds=_UPLOAD_SECONDS, name="log upload", once_more=True):
