@@ -23,6 +23,10 @@ from transfgu_ray.runs.stages import STAGES
 TINY = (
     "encoder.overrides={embed_dim: 24, depth: 2, num_heads: 3, patch_size: 8}",
     "data.image_size=[64, 64]",
+    "cam.image_size=[64, 64]",
+    "train.image_size=[64, 64]",
+    "train.inference_size=[32, 32]",
+    "train.last_batch=fill",
     "extract.window_fracs=[0.5, 0.3]",
     "extract.images_per_part=2",
     "concepts.num_concepts=4",

@@ -10,7 +10,7 @@ from transfgu_ray.algorithms.rounds.losses import diversity_loss
 
 PACKAGE = Path(__file__).resolve().parents[1] / "transfgu_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-THIRD_PARTY = {"numpy", "scipy", "torch", "torchvision", "timm", "faiss", "safetensors", "jaxtyping"}
+THIRD_PARTY = {"numpy", "scipy", "torch", "torchvision", "timm", "faiss", "safetensors", "jaxtyping", "sklearn"}
 # From the top of the house to the ground: a room may import what stands below its own line, never beside or above it.
 FLOORS = (
     ("cli",),

@@ -1,13 +1,16 @@
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from tests.builders import make_hostile_folder
 from transfgu_ray.images import (
     ImageRefused,
+    Resampling,
     centre_crop,
     cut_crops,
     decode_label,
@@ -186,8 +189,9 @@ def test_decode_rgb__hostile_folder(tmp_path):
             _decode((tmp_path / name).read_bytes(), min_side_px=32, max_pixels=120_000_000)
 
 
-def test_to_working__squashes_to_height_and_width_channels_first():
-    working = to_working(_photo(), (32, 96))
+@pytest.mark.parametrize("resample", get_args(Resampling))
+def test_to_working__squashes_to_height_and_width_channels_first(resample):
+    working = to_working(_photo(), (32, 96), resample)
     assert working.shape == (3, 32, 96)
     assert working.dtype == np.uint8
     assert working[:, 28, 8].tolist() == list(RED)
@@ -203,10 +207,29 @@ def test_to_square__centre_of_the_longer_side():
     np.testing.assert_array_equal(np.asarray(tall)[::2, ::2], pixels.transpose(1, 0, 2)[3:7])
 
 
-def test_cut_crops__windows_of_the_image_resized():
-    working = to_working(_photo(), (48, 64))
+def test_to_working__by_hand():
+    image = Image.fromarray(np.arange(0, 180, 10, dtype=np.uint8).reshape(2, 3, 3).repeat(3, 0).repeat(3, 1))
+    pixels = np.asarray(image)
+    # Six rows to three: means of two; nine columns to three: the middle one, since nothing is antialiased.
+    half = to_working(image, (3, 3), "bilinear").transpose(1, 2, 0)
+    np.testing.assert_array_equal(half, np.rint(pixels[:, 1::3].reshape(3, 2, 3, 3).mean(1)))
+    nearest = to_working(image, (4, 4), "nearest").transpose(1, 2, 0)
+    # Rounded down: rows 0, 1.5, 3, 4.5 and columns 0, 2.25, 4.5, 6.75.
+    np.testing.assert_array_equal(nearest, pixels[[0, 1, 3, 4]][:, [0, 2, 4, 6]])
+
+
+@pytest.mark.parametrize(("length", "size"), [(375, 320), (500, 320), (33, 64), (7, 7), (640, 123)])
+def test_resize_label__is_torchs_nearest(length, size):
+    ids = np.random.default_rng(0).integers(0, 255, (length, 50), dtype=np.uint8)
+    want = torch.nn.functional.interpolate(torch.from_numpy(ids)[None, None].float(), (size, 50))[0, 0]
+    np.testing.assert_array_equal(resize_label(ids, (size, 50)), want)
+
+
+@pytest.mark.parametrize("resample", get_args(Resampling))
+def test_cut_crops__windows_of_the_image_resized(resample):
+    working = to_working(_photo(), (48, 64), "bicubic")
     boxes = np.array([[0, 0, 16, 16], [32, 16, 64, 48], [0, 24, 24, 48]], dtype=np.int32)
-    crops = cut_crops(working, boxes, 16)
+    crops = cut_crops(working, boxes, 16, resample)
     assert crops.shape == (3, 3, 16, 16)
     # The first keeps its size and so its pixels; the others have one colour, except where the filter blends.
     assert np.array_equal(crops[0], working[:, :16, :16])

@@ -3,11 +3,15 @@
 import io
 import struct
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int16, UInt8
+from jaxtyping import Int16, Int64, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+# How photographs and crops change size. bicubic: antialiased (ours); bilinear: without antialias; nearest: the pixel
+# whose index is the rounded-down one (both released).
+Resampling = Literal["bicubic", "bilinear", "nearest"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Pillow goes by content, not by name, and decodes fifty formats; for EPS it has another program run the file.
@@ -97,10 +101,38 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     return grey
 
 
-def to_working(image: Image.Image, size_hw: tuple[int, int]) -> UInt8[np.ndarray, "3 h w"]:
-    """Resize a photograph to (height, width) without keeping proportions, antialiased bicubic, channels first."""
-    resized = image.resize((size_hw[1], size_hw[0]), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+def to_working(image: Image.Image, size_hw: tuple[int, int], resample: Resampling) -> UInt8[np.ndarray, "3 h w"]:
+    """Resize a photograph to (height, width) without keeping proportions, channels first; see `Resampling`."""
+    return np.ascontiguousarray(_resize(np.asarray(image), size_hw, resample).transpose(2, 0, 1))
+
+
+def _resize(pixels: UInt8[np.ndarray, "y x 3"], size_hw: tuple[int, int], resample: Resampling) -> np.ndarray:
+    height, width = size_hw
+    if resample == "nearest":
+        return _take_nearest(pixels, size_hw)
+    if resample == "bicubic":
+        resized: np.ndarray = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+        return resized
+    # Imported late: commands that only read pictures start without it.
+    import torch
+    from torch.nn.functional import interpolate
+
+    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).unsqueeze(0).float()
+    smooth = interpolate(planes, size_hw, mode="bilinear", align_corners=False)[0]
+    return smooth.round_().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _take_nearest(pixels: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    rows, columns = (_nearest_rows(length, side) for length, side in zip(pixels.shape, size_hw, strict=False))
+    taken: np.ndarray = pixels[rows][:, columns]
+    return taken
+
+
+def _nearest_rows(length: int, resized: int) -> Int64[np.ndarray, " resized"]:
+    """Return the source index of each pixel along a side, as torch and OpenCV choose it: rounded down in float32."""
+    rows = np.floor(np.arange(resized, dtype=np.float32) * np.float32(length / resized)).astype(np.int64)
+    last: Int64[np.ndarray, " resized"] = np.minimum(rows, length - 1)
+    return last
 
 
 def to_square(image: Image.Image, size_px: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
@@ -123,17 +155,15 @@ def centre_crop(image: Image.Image, size_px: int, resample: int) -> Image.Image:
 
 
 def cut_crops(
-    working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int
+    working: UInt8[np.ndarray, "3 h w"], boxes: np.ndarray, crop_size: int, resample: Resampling
 ) -> UInt8[np.ndarray, "n 3 crop crop"]:
-    """Cut windows (x0, y0, x1, y1) of the working image and resize each to a square, antialiased bicubic."""
-    image = Image.fromarray(working.transpose(1, 2, 0))
-    size = (crop_size, crop_size)
+    """Cut windows (x0, y0, x1, y1) of the working image and resize each to a square; see `Resampling`."""
+    pixels = working.transpose(1, 2, 0)
     crops = np.empty((len(boxes), 3, crop_size, crop_size), dtype=np.uint8)
     for crop, box in zip(crops, boxes, strict=True):
-        # Cut before resizing: with resize(box=...) the filter would read pixels outside the window.
+        # Cut before resizing, so that no filter reads pixels outside the window.
         left, top, right, bottom = map(int, box)
-        window = image.crop((left, top, right, bottom))
-        crop[:] = np.asarray(window.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        crop[:] = _resize(pixels[top:bottom, left:right], (crop_size, crop_size), resample).transpose(2, 0, 1)
     return crops
 
 
@@ -178,5 +208,5 @@ def _runs(ids: np.ndarray) -> list[str]:
 
 
 def resize_label(label: UInt8[np.ndarray, "y x"], size_hw: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    """Resize label ids, nearest neighbour."""
-    return np.asarray(Image.fromarray(label).resize((size_hw[1], size_hw[0]), Image.Resampling.NEAREST))
+    """Resize label ids to the nearest pixel, as the published evaluation does; see `Resampling`."""
+    return _take_nearest(label, size_hw)

@@ -58,7 +58,7 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("extract.window_fracs=[]", r"extract\.window_fracs=\[\].*at least 1 item"),
         ("train.learning_rate=.nan", r"train\.learning_rate=nan: must be greater than 0"),
         ("train.dropout=1", r"train\.dropout=1: must be less than 1"),
-        ("train=3", "train in --set train=3 must hold settings of that section, such as `crop_size:`"),
+        ("train=3", "train in --set train=3 must hold settings of that section, such as `image_size:`"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("data.region_mode=everything", r"data\.region_mode='everything': must be 'things_and_stuff', 'things_only'"),
         ("evaluate.protocol=cause", r"evaluate\.protocol='cause': must be 'transfgu', 'picie' or 'stego'"),
@@ -99,8 +99,23 @@ def test_build_config__reports_every_problem_at_once():
             ["concepts.max_points=11", "concepts.init_points=10"],
             r"max_points=11 must be at most .*init_points=10",
         ),
-        (["cam.response=windows", "cam.keep_mass=0.5"], "keep_mass have no use when cam.response is windows"),
-        (["cam.response=windows", "cam.gradient_scale=0.125"], "gradient_scale .* no use when cam.response is windows"),
+        (["cam.response=windows", "cam.keep_mass=0.5"], "keep_mass, .* no use when cam.response is windows"),
+        (["cam.response=windows", "cam.zeroed=map"], "cam.zeroed have no use when cam.response is windows"),
+        (["train.augment.blur_kernel=4"], "blur_kernel=4 must be odd"),
+        (["train.augment.crop_scale=[0.04,1]"], "crop_scale must begin at 0.1 or more when train.augment.crop is side"),
+        (["train.num_epochs=2"], "num_epochs=2 must be at least the 3 epochs of round 0"),
+        (
+            ["concepts.photographs=all"],
+            "needs a dataset whose training photographs are a selection, and folder is none",
+        ),
+        (
+            ["concepts.algorithm=mini_batch", "concepts.max_points=9"],
+            "max_points must be null when concepts.algorithm is mini_batch",
+        ),
+        (
+            ["cam.response=windows", "cam.gradient_scale=0.125"],
+            "gradient_scale, .* no use when cam.response is windows",
+        ),
         (
             ["evaluate.baselines=[iic,mask_contrast]"],
             "mask_contrast clusters foreground masks, but there are none when data.region_mode is no_prior",
@@ -172,16 +187,25 @@ def test_build_config__refuses_a_missing_file_and_accepts_an_empty_one(tmp_path)
 def test_run_config__sizes_that_follow_the_working_size():
     config = _set("data.image_size=[320,640]")
     assert config.extract_crop_size == 160
-    assert config.cam_image_size == (320, 640)
-    assert config.train_crop_size == config.evaluate_image_size == (160, 320)
-    config = _set("train.crop_size=[64,96]", "cam.image_size=[480,480]", "extract.crop_size=224")
-    assert config.train_crop_size == config.evaluate_image_size == (64, 96)
+    # The published code labels, trains and scores at half the size that it cuts windows at.
+    assert config.cam_image_size == config.train_image_size == config.evaluate_image_size == (160, 320)
+    assert config.train_crop_size == (80, 160)
+    config = _set("train.image_size=[64,96]", "cam.image_size=[480,480]", "extract.crop_size=224")
+    assert (config.train_crop_size, config.evaluate_image_size) == ((32, 48), (64, 96))
     assert config.cam_image_size == (480, 480)
     assert config.extract_crop_size == 224
     for protocol in ("picie", "stego"):
         config = _set("data.image_size=[320,640]", f"evaluate.protocol={protocol}")
         assert config.evaluate_image_size == (320, 320)
         assert _set(f"evaluate.protocol={protocol}", "evaluate.image_size=[96,96]").evaluate_image_size == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "want"), [(None, (3, 2, 2)), (7, (3, 2, 2)), (6, (3, 2)), (5, (3, 2)), (4, (3,)), (99, (3, 2, 2))]
+)
+def test_run_config__only_rounds_that_fit_whole_are_trained(num_epochs, want):
+    settings = ["train.round_epochs=[3,2,2]"] + ([f"train.num_epochs={num_epochs}"] if num_epochs else [])
+    assert _set(*settings).whole_rounds == want
 
 
 def test_run_config__background_concepts_of_each_region_mode():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from transfgu_ray.config.presets import get_preset
 from transfgu_ray.datasets import DATASETS, VOID, named_dataset
 
 # IIC's and PiCIE's coarse class of each of COCO-Stuff's 182 ids, in order.
@@ -125,15 +126,20 @@ def test_settings__rounds_add_up_to_the_supplement(name):
     for kind, total in epochs.items():
         if name.startswith(kind):
             paper, released = (DATASETS[name].settings[preset] for preset in ("paper", "released"))
-            assert sum(paper["train.round_epochs"]) == sum(released["train.round_epochs"]) == total
+            assert paper["train.num_epochs"] == released["train.num_epochs"] == total
+            assert paper["train.round_epochs"] == released["train.round_epochs"]
+            # Only VOC's last round does not end with the training.
+            assert sum(paper["train.round_epochs"]) == (102 if kind == "voc" else total)
             assert (paper["train.batch_size"], paper["train.learning_rate"]) == row[kind]
 
 
 def test_settings__voc_rounds_end_where_the_epoch_is_a_multiple():
     intervals = [5, 5, 5, 5, 4, 4, 4, 4, 4, 3]
-    starts = [epoch for epoch in range(5, 100) if epoch % intervals[epoch // 10] == 0]
-    rounds = np.diff([0, *starts, 100]).tolist()
-    assert list(DATASETS["voc"].settings["released"]["train.round_epochs"]) == rounds
+    starts = [epoch for epoch in range(5, 103) if epoch % intervals[min(epoch // 10, 9)] == 0]
+    assert list(DATASETS["voc"].settings["released"]["train.round_epochs"]) == np.diff([0, *starts]).tolist()
+    # The round that begins with epoch 99 would have one epoch of three.
+    voc = get_preset("released", "voc")
+    assert (sum(voc.whole_rounds), voc.whole_rounds[-1]) == (99, 3)
 
 
 def test_named_benchmark__merges_and_leaves_out():

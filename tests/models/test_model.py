@@ -109,14 +109,14 @@ def test_segment__each_photograph_at_its_own_size():
     masks = model.segment(photos)
     assert [mask.shape for mask in masks] == [(72, 96), (131, 50), (32, 32)]
     assert {mask.dtype for mask in masks} == {np.dtype(np.uint8)}
-    working = torch.from_numpy(to_working(photos[1], (32, 48)))[None]
+    working = torch.from_numpy(to_working(photos[1], (32, 48), model.config.resample))[None]
     assert np.array_equal(masks[1], upsample_argmax(model.class_maps(working)[0], (131, 50)).numpy())
 
 
 def test_photo_maps__squashes_or_slides():
     model = _segmenter()
     photo = scene((120, 75), np.random.default_rng(0))[0]
-    squashed = torch.from_numpy(to_working(photo, (32, 48)))[None]
+    squashed = torch.from_numpy(to_working(photo, (32, 48), model.config.resample))[None]
     assert torch.equal(model.photo_maps(photo, sliding=False), model.class_maps(squashed)[0])
     # 75 px are 10 patches of 8 px, the last of them stretched; 120 px are 15.
     assert model.photo_maps(photo, sliding=True).shape == (4, 10, 15)

@@ -8,7 +8,7 @@ from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import WeightsError
 from transfgu_ray.models.weights import resolve_encoder, weights_file_sha256
 
-BUNDLED = build_config(RunConfig(), None, ["encoder.weights=bundled"])
+BUNDLED = build_config(RunConfig(), None, ["encoder.weights=bundled", "encoder.pos_embed_interpolation=timm"])
 
 
 def test_resolve_encoder__bundled_weights_lie_in_the_package(tmp_path, monkeypatch):
@@ -42,7 +42,10 @@ def test_resolve_encoder__carries_how_positions_are_interpolated(tmp_path, weigh
     assert load_encoder(data, "e").pos_embed_interpolation == "dino"
 
 
-def test_resolve_encoder__refuses_to_interpolate_positions_that_are_not_there():
+def test_resolve_encoder__interpolation_has_no_effect_without_positions():
     settings = ["encoder.name=vit_small_patch16_dinov3", "encoder.weights=random", "encoder.overrides={depth: 1}"]
-    with pytest.raises(WeightsError, match="pos_embed_interpolation=dino, but this encoder has no learned positions"):
-        resolve_encoder(build_config(RunConfig(), None, [*settings, "encoder.pos_embed_interpolation=dino"]))
+    timm, dino = (
+        resolve_encoder(build_config(RunConfig(), None, [*settings, f"encoder.pos_embed_interpolation={how}"]))
+        for how in ("timm", "dino")
+    )
+    assert timm == dino

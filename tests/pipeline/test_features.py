@@ -17,7 +17,7 @@ from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.models.weights import ENCODER, resolve_encoder
 from transfgu_ray.pipeline.features import FeatureExtractor
-from transfgu_ray.pipeline.inputs import list_labelled
+from transfgu_ray.pipeline.inputs import list_clustered
 from transfgu_ray.runs.run import Run
 
 
@@ -34,7 +34,7 @@ def extract(folder: Path, data: Path, *settings: str) -> tuple[list[dict], dict]
     def read(name: str) -> bytes | None:
         return (data / name).read_bytes() if (data / name).exists() else None
 
-    listing = list_labelled(run.config)
+    listing = list_clustered(run.config)
     assert listing is not None
     worker.process(0, [Photo(each.image_id, read(each.image_id), read(each.label_id), None) for each in listing.images])
     part = pq.read_table(folder / "features/part-000000.parquet")

@@ -59,7 +59,8 @@ def expected_tokens(run: Run, photographs: Path) -> dict[str, np.ndarray]:
     """Return the tokens that inference reads for each photograph of the bank, one at a time."""
     encoder, found = load_run_encoder(run.folder, "float32", "cpu"), {}
     for image_id in bank_image_ids(run.folder):
-        image = to_working(decode_rgb((photographs / image_id).read_bytes(), 32, 10**6), run.config.train_crop_size)
+        photo = decode_rgb((photographs / image_id).read_bytes(), 32, 10**6)
+        image = to_working(photo, run.config.train_crop_size, "bilinear")
         found[image_id] = read_tokens(encoder, torch.from_numpy(image)[None], window=16)[0].numpy()
     return found
 

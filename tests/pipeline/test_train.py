@@ -80,7 +80,7 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
             world_size=world_size,
         )[rank]
         positions = (np.arange(4 * 2 // world_size) * world_size + rank).reshape(2, -1)
-        for rows, position in zip(order, positions, strict=True):
+        for step, (rows, position) in enumerate(zip(order, positions, strict=True)):
             found.append(
                 load_train_data(
                     index.take(rows),
@@ -88,6 +88,7 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
                     run_uri=run.folder.uri,
                     config=config,
                     epoch=epoch.index,
+                    step=step,
                     grid_hw=grid_hw(config),
                 )
             )

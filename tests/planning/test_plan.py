@@ -36,8 +36,8 @@ def test_plan_stages__by_hand():
     # 800 crops and 100 photographs, 50 photographs and 400 crops per worker: 10 + 50 * (0.01 + 0.04) + 400 * 0.01.
     assert (stages["extract"].forwards, stages["extract"].seconds) == (900, pytest.approx(16.5))
     assert stages["extract"].num_bytes == 800 * (2 * 96 + 60)
-    # 8 concepts, 50 iterations, 3 restarts, 800 points of width 96.
-    assert stages["concepts"].seconds == pytest.approx(1e-9 * 8 * 150 * 800 * 96)
+    # 8 concepts, 100 iterations, 800 points of width 96.
+    assert stages["concepts"].seconds == pytest.approx(1e-9 * 8 * 100 * 800 * 96)
     assert (stages["labels"].forwards, stages["labels"].num_bytes) == (100, 100_000)
     assert stages["labels"].seconds == pytest.approx(15)
     # 3 epochs of 5 steps of 10 images per worker; on average 0.5 per image for the step, 0.2 to read, 0.02 to feed.
@@ -76,7 +76,7 @@ def test_plan_stages__windows_vote_in_labels():
 
 def test_plan_stages__baselines_read_the_training_photographs_too():
     plain, more = plan()["evaluate"], plan("evaluate.baselines=[patch_tokens, raw_colour]")["evaluate"]
-    kmeans = 1e-9 * 8 * 150 * 50_000 * 96
+    kmeans = 1e-9 * 8 * 100 * 50_000 * 96
     assert more.seconds - plain.seconds == pytest.approx(10 + 50 * 0.51 + 5 * 0.5 + 2 * kmeans)
     assert more.forwards - plain.forwards == 220
 
@@ -84,14 +84,14 @@ def test_plan_stages__baselines_read_the_training_photographs_too():
 def test_plan_stages__wider_decoder_tokens_take_longer_to_cluster():
     plain, more = (plan("evaluate.baselines=[decoder_tokens]", *wide)["evaluate"] for wide in ((), RESNET))
     # 3840 channels instead of 96.
-    assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 150 * 50_000 * 96)
+    assert more.seconds - plain.seconds == pytest.approx(39 * 1e-9 * 8 * 100 * 50_000 * 96)
     assert more.forwards == plain.forwards
 
 
 def test_plan_stages__two_views_of_the_training_photographs_for_heads_that_share_their_tokens():
     plain = plan("evaluate.baselines=[patch_tokens]")["evaluate"]
     more = plan("evaluate.baselines=[patch_tokens, iic, picie]", views=0.2)["evaluate"]
-    kmeans = 1e-9 * 8 * 150 * 50_000 * 96
+    kmeans = 1e-9 * 8 * 100 * 50_000 * 96
     assert more.seconds - plain.seconds == pytest.approx(50 * 0.2 + 2 * kmeans)
     assert more.forwards - plain.forwards == 200
 

@@ -28,7 +28,9 @@ def measure(device: str) -> Measurements:
     """Measure crops per second relative to the bare encoder at the same batch, without foreground prior."""
     encoder = build_encoder(device)
     boxes, _ = enumerate_windows(SIDE, SIDE, _FRACS)
-    crops = np.concatenate([cut_crops(image.numpy(), boxes, SIDE // 2) for image in working_images(_PHOTOGRAPHS)])
+    crops = np.concatenate(
+        [cut_crops(image.numpy(), boxes, SIDE // 2, "bilinear") for image in working_images(_PHOTOGRAPHS)]
+    )
     batches = torch.split(torch.from_numpy(crops).to(device), _BATCH)
     photos = [Photo(f"{i}.jpg", data, None, None) for i, data in enumerate(jpeg_photographs(_PHOTOGRAPHS))]
     config = RunConfig(

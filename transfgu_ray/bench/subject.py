@@ -41,14 +41,16 @@ def jpeg_photographs(count: int, size: tuple[int, int] = (500, 375)) -> list[byt
 
 def working_images(count: int) -> UInt8[Tensor, "b 3 y x"]:
     """Return photographs squashed to squares of `SIDE` px."""
-    images = [to_working(Image.open(io.BytesIO(data)), (SIDE, SIDE)) for data in jpeg_photographs(count)]
+    images = [to_working(Image.open(io.BytesIO(data)), (SIDE, SIDE), "bilinear") for data in jpeg_photographs(count)]
     return torch.from_numpy(np.stack(images))
 
 
 def window_concepts(encoder: Encoder, count: int) -> Float[Tensor, "k d"]:
     """Return concepts near the class tokens of windows."""
     boxes, _ = enumerate_windows(SIDE, SIDE, (0.5, 0.4))
-    crops = torch.from_numpy(np.concatenate([cut_crops(image.numpy(), boxes, 64) for image in working_images(4)]))
+    crops = torch.from_numpy(
+        np.concatenate([cut_crops(image.numpy(), boxes, 64, "bilinear") for image in working_images(4)])
+    )
     tokens = torch.cat([encoder.cls_tokens(part.to(encoder.device)) for part in torch.split(crops, 32)]).cpu()
     generator = torch.Generator().manual_seed(0)
     picked = tokens[torch.randint(len(tokens), (count,), generator=generator)]

@@ -3,7 +3,7 @@
 The first line of its docstring describes it in `transfgu presets`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transfgu_ray.config.base import flatten, merge_settings, parse_config
@@ -29,22 +29,22 @@ _TINY_VIT = EncoderConfig(
     name="vit_tiny_patch16_224",
     weights="random",
     overrides={"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8},
+    pos_embed_interpolation="timm",
 )
 
 
 def paper() -> RunConfig:
-    """The paper and its supplement: ViT-S/8 DINO at 640 px, crops at 320 px. Sized for GPUs; score: not run."""
+    """The text of the paper and its supplement, and the published code where the text is silent. Score: not run."""
     return RunConfig(preset="paper")
 
 
 def released() -> RunConfig:
-    """The paper with the departures of its published code. Sized for GPUs; score: not run."""
+    """What the published code computes. Score: not run."""
     return RunConfig(
         preset="released",
-        encoder=EncoderConfig(pos_embed_interpolation="dino"),
-        # A mean over a batch of 8 photographs divides its gradient; four fifths of a map's mass are kept.
-        cam=CamConfig(gradient_scale=1 / 8, keep_mass=0.8, exclusion=False),
-        train=TrainConfig(alpha_schedule="restart", diversity="upper_triangle"),
+        extract=ExtractConfig(window_layout="patches"),
+        cam=CamConfig(gradient_scale=1 / 8, keep_mass=0.8, zeroed="map", exclusion=False),
+        train=TrainConfig(round_0="total", alpha_schedule="restart", diversity="upper_triangle"),
     )
 
 
@@ -58,7 +58,7 @@ def tiny_cpu() -> RunConfig:
         data=DataConfig(image_size=(128, 128)),
         encoder=_TINY_VIT,
         extract=ExtractConfig(batch_size=64),
-        concepts=ConceptsConfig(num_concepts=8),
+        concepts=ConceptsConfig(num_concepts=8, seed=None),
         cam=CamConfig(batch_size=8),
         train=TrainConfig(batch_size=16, learning_rate=1e-3, round_epochs=(2, 1, 1)),
     )
@@ -72,7 +72,7 @@ def demo() -> RunConfig:
     """
     return RunConfig(
         preset="demo",
-        data=DataConfig(dataset="scenes", image_size=(96, 96)),
+        data=DataConfig(dataset="scenes", image_size=(96, 96), resample="bicubic"),
         encoder=EncoderConfig(
             name="vit_tiny_patch16_224",
             weights="bundled",
@@ -80,20 +80,25 @@ def demo() -> RunConfig:
             overrides={"embed_dim": 128, "depth": 2, "num_heads": 4, "patch_size": 8, "pos_embed": "none"},
         ),
         extract=ExtractConfig(window_fracs=(0.5, 0.4), foreground_prior="patch_contrast", batch_size=64),
-        concepts=ConceptsConfig(num_concepts=None),
-        cam=CamConfig(response="windows", batch_size=8),
+        # More restarts and fewer iterations than the published code: 1.0 mIoU more for the bank (seed 0).
+        concepts=ConceptsConfig(num_concepts=None, seed=None, num_iterations=50, num_redos=3),
+        cam=CamConfig(image_size=(96, 96), response="windows", batch_size=8),
         train=TrainConfig(
             # Whole scenes: at half size an object would be three patches wide.
+            image_size=(96, 96),
             crop_size=(96, 96),
             batch_size=16,
             learning_rate=5e-4,
             round_epochs=(6, 8),
             # The size of the local views that the bundled prior was trained on.
             token_window=24,
+            # Over the published choices these gain 2.2 mIoU with so few epochs and photographs (seed 0).
+            class_init="orthogonal",
+            optimiser="fresh",
             # Halves the time of an epoch; over three seeds as good as reading every crop.
             features="cached",
             decoder_heads=4,
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0),
+            augment=AugmentConfig(crop="area", crop_scale=(0.8, 1.0), jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0),
         ),
         evaluate=EvaluateConfig(baselines=("patch_tokens", "decoder_tokens", "random_vit", "raw_colour")),
         # One core per worker: two ranks of one thread are faster than one of two.
@@ -119,9 +124,13 @@ def get_preset(name: str, dataset: str = "folder") -> RunConfig:
     settings = DATASETS[dataset].settings.get(name)
     if settings is None:
         return preset
-    values = preset.model_dump(mode="json")
     # The paper's K is the number of classes.
-    for key, value in {"data.dataset": dataset, "concepts.num_concepts": None, **settings}.items():
+    return _with(preset, {"data.dataset": dataset, "concepts.num_concepts": None, **settings})
+
+
+def _with(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    values = config.model_dump(mode="json")
+    for key, value in settings.items():
         section, field = key.split(".")
         values[section][field] = value
     return parse_config(values, RunConfig)

@@ -1,11 +1,13 @@
 """The configuration of a run: one strict section per stage, every field with unit, range and source.
 
-"paper" cites TransFGU (Yin et al., ECCV 2022), "suppl." its supplement, "released" the published code,
-"ours" a choice of this project. The defaults are the paper's.
+"paper" cites TransFGU (Yin et al., ECCV 2022), "suppl." its supplement, "released" the published code (commit ea49bcd),
+"ours" a choice of this project. The defaults are the paper's where it speaks and the published code's where it is
+silent, since its numbers came from that code.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from transfgu_ray.config.base import C, Fraction, Positive, Section, merge_settings, parse_config, tuple_field
 from transfgu_ray.datasets import DATASETS, PAIRED, DatasetSpec, named_dataset
 from transfgu_ray.datasets.paired import read_names
+from transfgu_ray.images import Resampling
 
 # "none" is for pos_embed; timm refuses values that do not suit the key.
 Override = Positive | Literal["none"]
@@ -37,6 +40,11 @@ class DataConfig(Section):
     )
     image_size: tuple[Positive, Positive] = tuple_field(
         "working (height, width) in px that photographs are squashed to (released: 640 x 640)", (640, 640)
+    )
+    resample: Resampling = Field(
+        "bilinear",
+        description="how photographs and windows are resized. bilinear: without antialias (released: ResizeTensor); "
+        "bicubic: antialiased (ours); nearest: the nearest pixel",
     )
     region_mode: RegionMode | None = Field(
         None, description="regions that get concepts (4.2); null = the dataset's own mode (folder: no_prior)"
@@ -81,10 +89,9 @@ class EncoderConfig(Section):
         description="changes to the timm architecture, for small encoders; pos_embed: none = no positions (ours)",
     )
     pos_embed_interpolation: Literal["timm", "dino"] = Field(
-        "timm",
+        "dino",
         description="resampling of positions learned at another size: timm = antialiased bicubic to the size; "
-        "dino = bicubic by a scale factor with DINO's offset of 0.1 (released); encoders without learned positions "
-        "take only timm",
+        "dino = bicubic by a scale factor with DINO's offset of 0.1 (released); no effect without learned positions",
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the encoder's forward pass")
 
@@ -98,16 +105,27 @@ class ExtractConfig(Section):
         "training photographs, the upper bound in the supplement's Quality of Cropping, not for comparable scores",
     )
     window_fracs: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = tuple_field(
-        "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2)", (0.5, 0.4, 0.3, 0.2)
+        "beta: window side / min(H, W) (paper: 0.5, 0.4, 0.3, 0.2; released VOC: 0.6, 0.5, 0.4, 0.3)",
+        (0.5, 0.4, 0.3, 0.2),
     )
     crop_size: Positive | None = Field(
         None, description="side in px a crop is resized to; null = half the shorter working side (paper)"
+    )
+    window_layout: Literal["half_steps", "patches"] = Field(
+        "half_steps",
+        description="half_steps: squares of the exact side, half a side apart (4.2); patches: on the patch grid with "
+        "the patches at both ends, so about one patch larger (released: generate_box_anchors)",
+    )
+    resample: Resampling | None = Field(
+        None,
+        description="how the photograph that windows are cut from is resized; null = data.resample (released: nearest "
+        "for COCO)",
     )
     foreground_prior: Literal["attention", "patch_contrast"] = Field(
         "attention", description="attention: class-token attention above its mean (paper); patch_contrast: ours"
     )
     foreground_min_frac: Fraction = Field(0.5, description="a crop is foreground if more than this part is (paper)")
-    background_min_frac: Fraction = Field(0.8, description="a crop is background if at least this part is (paper)")
+    background_min_frac: Fraction = Field(0.8, description="a crop is background if more than this part is (paper)")
     batch_size: Positive = Field(
         32, description="crops per encoder forward pass; part of the run's identity, since it changes last bits"
     )
@@ -129,13 +147,29 @@ class ConceptsConfig(Section):
     granularity: Literal["fine", "super"] = Field(
         "fine", description="classes that are scored: the dataset's own, or the coarser ones that group them (ours)"
     )
-    num_iterations: Positive = Field(50, description="Lloyd iterations (ours; FAISS default 25)")
-    num_redos: Positive = Field(3, description="restarts, of which the lowest objective wins (ours)")
+    photographs: Literal["split", "all"] = Field(
+        "split",
+        description="whose crops are clustered. split: of the training photographs; all: of all photographs of which "
+        "the training split is a selection (released for coco_stuff27_curated)",
+    )
+    algorithm: Literal["faiss", "mini_batch"] = Field(
+        "faiss",
+        description="faiss: Lloyd's iterations over all crops (released for COCO and VOC); mini_batch: scikit-learn's "
+        "MiniBatchKMeans, with all crops of a group in the memory of one worker (released for Cityscapes and LIP)",
+    )
+    seed: int | None = Field(
+        1, ge=0, lt=2**31, description="seed of k-means (released: 1, and 0 for mini_batch); null = the run's"
+    )
+    num_iterations: Positive = Field(100, description="Lloyd iterations, or passes in mini-batches (released: niter)")
+    num_redos: Positive = Field(
+        1,
+        description="runs, the lowest objective wins (released: 1); first centroids of mini_batch (released: 3)",
+    )
     min_crops: Positive = Field(1, description="a concept with fewer crops is starved and seeded again (ours)")
     init_points: Positive = Field(
         262_144,
         description="most crops of a group that one worker clusters; a larger group starts from this many drawn at "
-        "random, then all workers run Lloyd iterations over all of its crops (ours)",
+        "random, then all workers run Lloyd iterations over all of its crops (ours); no bound for mini_batch",
     )
     max_points: Positive | None = Field(
         None, description="cap on the crops used per group, at most init_points; null = all (paper)"
@@ -146,7 +180,13 @@ class CamConfig(Section):
     """Response maps of all K concepts from one forward pass of the encoder (Eq. 4-8)."""
 
     image_size: tuple[Positive, Positive] | None = Field(
-        None, strict=False, description="(height, width) in px of the labelled image; null = data.image_size"
+        None,
+        strict=False,
+        description="(height, width) in px of the labelled photograph; null = half of data.image_size (released)",
+    )
+    resample: Resampling | None = Field(
+        None,
+        description="how the labelled photograph is resized; null = data.resample (released: nearest for COCO)",
     )
     response: Literal["gradient", "windows"] = Field(
         "gradient",
@@ -154,10 +194,21 @@ class CamConfig(Section):
         "is nearest to the concept, for small priors whose class token cannot be traced to patches (ours)",
     )
     gradient_scale: float = Field(
-        1.0, gt=0.0, description="factor on the gradient (Eq. 5-7: 1; released: 1/8, its batch mean)"
+        1.0,
+        gt=0.0,
+        description="factor on the gradient (Eq. 5-7: 1; released: its mean over a batch, 1/8, and 1/2 for Cityscapes "
+        "and LIP)",
+    )
+    zeroed: Literal["cam", "map"] = Field(
+        "cam",
+        description="what is 0 where the gradient is positive. cam: the Grad-CAM (Eq. 7 adds the attention "
+        "everywhere); map: the attention too (released: get_grad_mask)",
     )
     keep_mass: float | None = Field(
-        None, gt=0.0, le=1.0, description="share of a CAM's mass that is kept, highest values first; null = all (paper)"
+        None,
+        gt=0.0,
+        le=1.0,
+        description="share of a CAM's mass that is kept, highest first; null = all (Eq. 7; released: 0.8)",
     )
     background_threshold: Fraction = Field(0.1, description="T_bg of Eq. 8 (paper: 0.1)")
     exclusion: bool = Field(
@@ -167,33 +218,81 @@ class CamConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation (4.2 Data Augmentation; values of the released code)."""
+    """Training augmentation (4.2 Data Augmentation; the values of the released code: data_augment, img_aug)."""
 
-    crop_scale: tuple[Fraction, Fraction] = tuple_field("area range of the random resized crop", (0.4, 1.0))
-    flip_prob: Fraction = Field(0.5, description="probability of a horizontal flip")
-    jitter_prob: Fraction = Field(0.3, description="probability of colour jitter 0.8 / 0.8 / 0.8 / 0.2")
-    grey_prob: Fraction = Field(0.2, description="probability of dropping colour")
-    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, sigma 1-2 px")
+    crop: Literal["side", "area"] = Field(
+        "side",
+        description="side: of the photograph's shape, sides in tenths of its sides (released); area: a share of its "
+        "area, ratio 3/4 to 4/3, as torchvision's RandomResizedCrop (ours)",
+    )
+    crop_scale: tuple[Fraction, Fraction] = tuple_field(
+        "range of the crop's side, its upper end excluded (released: 0.4, 0.5 ... 0.9), or of its area", (0.4, 1.0)
+    )
+    flip_prob: Fraction = Field(0.5, description="probability of a horizontal flip (released)")
+    colour: Literal["step", "crop"] = Field(
+        "step",
+        description="step: on the whole photograph, one draw for all photographs of a step (released, where a step is "
+        "one GPU's share); crop: on the crop, a draw for each (ours)",
+    )
+    jitter_prob: Fraction = Field(0.3, description="probability of colour jitter 0.8 / 0.8 / 0.8 / 0.2 (released)")
+    grey_prob: Fraction = Field(0.2, description="probability of dropping colour (released)")
+    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, sigma 1-2 px (released)")
+    blur_kernel: Positive = Field(3, description="side of the blur's kernel in px, odd (released: 3)")
 
 
 class TrainConfig(Section):
     """Segmenter decoder, bootstrapped in rounds (3.3)."""
 
+    image_size: tuple[Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="(height, width) in px of the photograph that crops are cut from; null = half of data.image_size "
+        "(released)",
+    )
     crop_size: tuple[Positive, Positive] | None = Field(
-        None, strict=False, description="(height, width) in px of a training crop; null = half of data.image_size"
+        None,
+        strict=False,
+        description="(height, width) in px of a training crop; null = half of train.image_size (4.2)",
     )
     inference_size: tuple[Positive, Positive] | None = Field(
         None,
         strict=False,
-        description="(height, width) in px that the finished model squashes photographs to; null = the crop's "
-        "(released: twice that)",
+        description="(height, width) in px that the finished model squashes photographs to; null = train.image_size "
+        "(released)",
     )
-    batch_size: Positive = Field(256, description="images per step over all workers (suppl.: 256; VOC 512)")
-    learning_rate: float = Field(1e-4, gt=0.0, description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5)")
-    weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term (released)")
+    batch_size: Positive = Field(
+        256, description="images per step over all workers (suppl.: 256; VOC 512; released LIP-5, LIP-16: 512)"
+    )
+    learning_rate: float = Field(
+        1e-4,
+        gt=0.0,
+        description="Adam, constant (suppl.: 1e-4; Cityscapes 5e-5, LIP 2e-5; released: LIP-5 1e-4, curated COCO "
+        "2.2e-4)",
+    )
+    weight_decay: float = Field(5e-4, ge=0.0, description="Adam's L2 term, not of biases and norms (released)")
     gradient_clamp: float = Field(1.0, gt=0.0, description="gradient entries are clamped to +- this (released)")
     round_epochs: tuple[Positive, ...] = tuple_field(
         "epochs of each round; round 0 has no teacher (released COCO: 3, then 2)", (3, 2, 2, 2)
+    )
+    num_epochs: Positive | None = Field(
+        None,
+        description="epochs in all (suppl.: COCO 200, VOC and LIP 100, Cityscapes 50); a round that would not fit "
+        "whole is not begun, so that the model is the end of a round (ours; released: the best epoch on validation "
+        "labels). null = all rounds",
+    )
+    last_batch: Literal["drop", "fill"] = Field(
+        "drop",
+        description="photographs of an epoch that do not fill a step. drop: they are left out (released: drop_last); "
+        "fill: one more step, filled from the epoch's start (ours)",
+    )
+    round_0: Literal["cross_entropy", "total"] = Field(
+        "cross_entropy",
+        description="loss of round 0. cross_entropy: Eq. 9; total: also diversity and uncertainty (released)",
+    )
+    optimiser: Literal["kept", "fresh"] = Field(
+        "kept",
+        description="Adam's moments when a round begins. kept: one optimiser for all rounds (released); fresh: a new "
+        "one (ours)",
     )
     epoch_repeats: Positive = Field(1, description="passes over the photographs per epoch (released VOC: 20)")
     token_window: Positive | None = Field(
@@ -226,7 +325,14 @@ class TrainConfig(Section):
     )
     decoder_layers: Positive = Field(2, description="transformer layers of the segmenter")
     decoder_heads: Positive = Field(6, description="attention heads of the segmenter")
-    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="dropout of the segmenter")
+    dropout: float = Field(
+        0.1, ge=0.0, lt=1.0, description="dropout of the segmenter's attention, projections and MLP (released: 0.1)"
+    )
+    class_init: Literal["shared_length", "orthogonal"] = Field(
+        "shared_length",
+        description="class embeddings at first. shared_length: random, together of length 1 (released: orthogonal_ on "
+        "a (1, K, d) tensor); orthogonal: orthogonal to each other, each of length 1 (ours)",
+    )
     alpha: tuple[Fraction, Fraction] = tuple_field(
         "weight of the peer loss, from first to last epoch (suppl.: 0.03 to 0.1); [0, 0] leaves it out (Table 5)",
         (0.03, 0.1),
@@ -362,8 +468,11 @@ class RunConfig(Section):
                 f"concepts.max_points={most} must be at most concepts.init_points={held}, the crops that one worker "
                 "clusters; raise concepts.init_points, or set concepts.max_points to null to use all crops"
             )
-        if self.cam.response == "windows" and (self.cam.gradient_scale != 1 or self.cam.keep_mass is not None):
-            raise ValueError("cam.gradient_scale and cam.keep_mass have no use when cam.response is windows")
+        of_gradient = {"gradient_scale": 1, "keep_mass": None, "zeroed": "cam"}
+        if self.cam.response == "windows" and any(
+            getattr(self.cam, name) != plain for name, plain in of_gradient.items()
+        ):
+            raise ValueError(f"cam.{', cam.'.join(of_gradient)} have no use when cam.response is windows")
         if self.train.decoder_weights is not None and self.train.token_window is not None:
             raise ValueError(
                 "train.token_window must be null when train.decoder_weights is set, which reads patch tokens"
@@ -376,6 +485,24 @@ class RunConfig(Section):
         low, high = self.train.augment.crop_scale
         if not 0 < low <= high:
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
+        if self.train.augment.crop == "side" and round(10 * low) < 1:
+            raise ValueError("train.augment.crop_scale must begin at 0.1 or more when train.augment.crop is side")
+        if self.train.augment.blur_kernel % 2 == 0:
+            raise ValueError(f"train.augment.blur_kernel={self.train.augment.blur_kernel} must be odd")
+        if self.train.num_epochs is not None and self.train.num_epochs < self.train.round_epochs[0]:
+            raise ValueError(
+                f"train.num_epochs={self.train.num_epochs} must be at least the {self.train.round_epochs[0]} epochs of "
+                "round 0 in train.round_epochs"
+            )
+        if self.concepts.photographs == "all" and self.data.spec.list_all is None:
+            raise ValueError(
+                "concepts.photographs=all needs a dataset whose training photographs are a selection, and "
+                f"{dataset} is none; use split"
+            )
+        if self.concepts.algorithm == "mini_batch" and most is not None:
+            raise ValueError(
+                "concepts.max_points must be null when concepts.algorithm is mini_batch, which uses all crops"
+            )
         colours = ("jitter_prob", "grey_prob", "blur_prob")
         if self.train.features == "cached" and any(getattr(self.train.augment, name) for name in colours):
             raise ValueError(
@@ -459,20 +586,56 @@ class RunConfig(Section):
         return self.extract.crop_size or min(self.data.image_size) // 2
 
     @property
+    def _half_size(self) -> tuple[int, int]:
+        height, width = self.data.image_size
+        return height // 2, width // 2
+
+    @property
     def cam_image_size(self) -> tuple[int, int]:
         """(height, width) in px at which response maps are computed."""
-        return self.cam.image_size or self.data.image_size
+        return self.cam.image_size or self._half_size
+
+    @property
+    def extract_resample(self) -> Resampling:
+        """How the photograph that windows are cut from is resized."""
+        return self.extract.resample or self.data.resample
+
+    @property
+    def cam_resample(self) -> Resampling:
+        """How the labelled photograph is resized."""
+        return self.cam.resample or self.data.resample
+
+    @property
+    def kmeans_seed(self) -> int:
+        """Seed of k-means: its own, else the run's."""
+        return self.seed if self.concepts.seed is None else self.concepts.seed
+
+    @property
+    def whole_rounds(self) -> tuple[int, ...]:
+        """Epochs of each round that is trained: those that end by train.num_epochs.
+
+        The published VOC training ends one epoch after a restart. Since no label may choose an epoch here, the result
+        has to be the end of a whole round, and nothing after it is trained.
+        """
+        rounds, most = self.train.round_epochs, self.train.num_epochs
+        ends = itertools.accumulate(rounds)
+        return rounds if most is None else tuple(n for n, end in zip(rounds, ends, strict=True) if end <= most)
+
+    @property
+    def train_image_size(self) -> tuple[int, int]:
+        """(height, width) in px of the photograph that training crops are cut from."""
+        return self.train.image_size or self._half_size
 
     @property
     def train_crop_size(self) -> tuple[int, int]:
         """(height, width) in px of a training crop."""
-        height, width = self.data.image_size
+        height, width = self.train_image_size
         return self.train.crop_size or (height // 2, width // 2)
 
     @property
     def inference_size(self) -> tuple[int, int]:
         """(height, width) in px that the finished model squashes photographs to."""
-        return self.train.inference_size or self.train_crop_size
+        return self.train.inference_size or self.train_image_size
 
     @property
     def evaluate_image_size(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from transfgu_ray.datasets.dataset import VOID, DatasetSpec, supplement
+from transfgu_ray.datasets.dataset import MINI_BATCH, VOID, DatasetSpec, recipes, supplement
 from transfgu_ray.datasets.listing import Listing, photos_of
 from transfgu_ray.storage import Folder
 
@@ -29,7 +29,6 @@ _NAMES = (
     "road", "sidewalk", "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel", "pole",
     "polegroup", "traffic light", "traffic sign", "vegetation", "terrain", "sky", *_THINGS,
 )  # fmt: skip
-_ROW = supplement(256, 5e-5, (1,) * 50) | {"data.image_size": (640, 1280)}
 
 CITYSCAPES_27 = DatasetSpec(
     name="cityscapes27",
@@ -41,15 +40,15 @@ CITYSCAPES_27 = DatasetSpec(
     class_names=_NAMES,
     class_kinds=tuple("thing" if name in _THINGS else "stuff" for name in _NAMES),
     class_of_id=dict.fromkeys(range(_FIRST_ID), VOID) | {_FIRST_ID + i: i for i in range(len(_NAMES))},
-    settings={
-        "paper": _ROW,
-        "released": _ROW
-        | {
-            "cam.image_size": (320, 640),
-            "train.crop_size": (160, 320),
-            "train.inference_size": (320, 640),
+    settings=recipes(
+        supplement(256, 5e-5, 50),
+        silent={
+            "data.image_size": (640, 1280),
+            "train.round_epochs": (1,) * 50,
             "train.epoch_repeats": 20,
-        },
-    },
+        }
+        | MINI_BATCH,
+        released={"cam.gradient_scale": 1 / 2},
+    ),
     num_images={"train": 2_975, "val": 500},
 )

@@ -5,9 +5,10 @@ the 91 ids of things COCO uses 80.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from transfgu_ray.datasets.dataset import DatasetSpec, supplement
+from transfgu_ray.datasets.dataset import DatasetSpec, recipes, supplement
 from transfgu_ray.datasets.listing import Listing, photos_named, read_list, read_list_file
 from transfgu_ray.storage import Folder
 
@@ -85,21 +86,22 @@ _EXPECTS = (
 )
 _CURATED_EXPECTS = (
     "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps), "
-    "curated/{train,val}2017/Coco164kFull_Stuff_Coarse_7.txt"
+    "curated/{train,val}2017/Coco164kFull_Stuff_Coarse_7.txt, annotations/instances_{train,val}2017.json"
 )
 _ANNOTATED = {"train": 117_266, "val": 4_952}
 # teacher_update_interval 3,3,3,2 of the published code, one value per 10 epochs.
 _ROUNDS = (*[3] * 10, *[2] * 85)
-_RELEASED: dict[str, Any] = {
-    "cam.image_size": (320, 320),
-    "train.crop_size": (160, 160),
-    "train.inference_size": (320, 320),
-}
+_SILENT: dict[str, Any] = {"extract.resample": "nearest", "cam.resample": "nearest"}
 
 
-def _settings(released_rounds: tuple[int, ...], **released: Any) -> dict[str, dict[str, Any]]:
-    row = supplement(256, 1e-4, _ROUNDS)
-    return {"paper": row, "released": row | _RELEASED | {"train.round_epochs": released_rounds} | released}
+def _settings(
+    round_epochs: tuple[int, ...],
+    *,
+    silent: Mapping[str, Any] | None = None,
+    released: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    rounds = {"train.round_epochs": round_epochs}
+    return recipes(supplement(256, 1e-4, 200), silent={**_SILENT, **rounds, **(silent or {})}, released=released)
 
 
 def _list_annotated(root: Folder, split: str, granularity: str) -> tuple[Listing, str]:
@@ -139,7 +141,8 @@ COCO_STUFF_27_CURATED = DatasetSpec(
     expects=_CURATED_EXPECTS,
     list_split=_list_curated,
     num_images={"train": 49_629, "val": 2_175},
-    settings=_settings((1,) * 200, **{"train.learning_rate": 2.2e-4}),
+    settings=_settings((1,) * 200, silent={"concepts.photographs": "all"}, released={"train.learning_rate": 2.2e-4}),
+    list_all=_list_annotated,
     **_STUFF_27,
 )
 COCO_STUFF_171 = DatasetSpec(
@@ -165,6 +168,6 @@ COCO_80 = DatasetSpec(
     # Unlabelled pixels are void, all stuff is background (released).
     class_of_id=dict.fromkeys(range(len(_THING_NAMES), len(_NAME_OF_ID)), 0)
     | {i: class_id for class_id, i in enumerate(_USED_THINGS, start=1)},
-    settings=_settings(_ROUNDS, **{"train.uncertainty": "foreground"}),
+    settings=_settings(_ROUNDS, released={"train.uncertainty": "foreground"}),
     num_images=_ANNOTATED,
 )

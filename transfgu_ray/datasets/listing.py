@@ -73,7 +73,9 @@ def open_root(uri: str) -> Folder:
     return root
 
 
-def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | None = None) -> Listing:
+def list_images(
+    uri: str, spec: DatasetSpec, *, split: str, granularity: str | None = None, whole: bool = False
+) -> Listing:
     """Return the photographs of a split, in order of image_id.
 
     Args:
@@ -81,13 +83,15 @@ def list_images(uri: str, spec: DatasetSpec, *, split: str, granularity: str | N
         spec: the dataset.
         split: one of its splits; "" for a dataset without splits.
         granularity: labels to go with the photographs, `fine` or `super`; None for none.
+        whole: whether to list all photographs of which the split is a selection; see `DatasetSpec.list_all`.
 
     Raises:
         DataError: the root, a list or the folder of labels is missing, or there is no photograph.
     """
     root = open_root(uri)
+    list_split = (whole and spec.list_all) or spec.list_split
     try:
-        listing, masks = spec.list_split(root, split, granularity or "fine")
+        listing, masks = list_split(root, split, granularity or "fine")
     except ListMissing as missing:
         raise DataError(f"{uri} has no readable {missing}; dataset {spec.name} expects {spec.expects}") from None
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -18,7 +19,7 @@ from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.rounds.segmenter import Classifier, MaskTransformer
 from transfgu_ray.algorithms.scores.upsampling import slide, upsample_argmax
 from transfgu_ray.errors import ArtifactError, WeightsError
-from transfgu_ray.images import to_working
+from transfgu_ray.images import Resampling, to_working
 from transfgu_ray.storage import Folder
 
 FORMAT = "transfgu-model-1"
@@ -39,6 +40,9 @@ class ModelConfig:
         decoder: `segmenter` or `classifier`.
         backbone: `prior`, or `resnet50_fpn` where the decoder reads backbone.safetensors instead of the encoder.
         norm_eps: epsilon of the norms in the decoder's blocks.
+        qkv_bias: whether the decoder's queries, keys and values have biases.
+        resample: how photographs are resized, see `images.Resampling`. Models of version 0.1 do not say any of the last
+            three: the defaults are theirs.
     """
 
     image_size: tuple[int, int]
@@ -51,6 +55,8 @@ class ModelConfig:
     decoder: str = "segmenter"
     backbone: str = "prior"
     norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    resample: Resampling = "bicubic"
 
     @property
     def background_id(self) -> int | None:
@@ -95,7 +101,7 @@ class SegmentationModel(nn.Module):
     def segment(self, photos: list[Image.Image]) -> list[UInt8[np.ndarray, "h w"]]:
         """Return the class id of every pixel, at each photograph's own size."""
         size = self.config.image_size
-        maps = self.class_maps(self._to_device([to_working(photo, size) for photo in photos]))
+        maps = self.class_maps(self._to_device([to_working(photo, size, self.config.resample) for photo in photos]))
         return [self.to_mask(each, photo) for each, photo in zip(maps, photos, strict=True)]
 
     def photo_maps(self, photo: Image.Image, sliding: bool) -> Float[Tensor, "k h w"]:
@@ -108,7 +114,7 @@ class SegmentationModel(nn.Module):
         """
         window, patch = self.config.image_size, self.encoder.patch_size
         if not sliding:
-            return self.class_maps(self._to_device([to_working(photo, window)]))[0]
+            return self.class_maps(self._to_device([to_working(photo, window, self.config.resample)]))[0]
         sides = (photo.height, photo.width)
         scale = max(1.0, *(least / side for least, side in zip(window, sides, strict=True)))
         height, width = (
@@ -118,7 +124,7 @@ class SegmentationModel(nn.Module):
         )
         return slide(
             self.class_maps,
-            self._to_device([to_working(photo, (height, width))])[0],
+            self._to_device([to_working(photo, (height, width), self.config.resample)])[0],
             window_hw=window,
             patch_size=patch,
         )
@@ -132,8 +138,14 @@ class SegmentationModel(nn.Module):
         return torch.from_numpy(np.stack(images)).to(self.encoder.device)
 
 
-def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> nn.Module:
-    """Return the untrained decoder that a configuration describes, for an encoder of width `embed_dim`."""
+def build_decoder(config: ModelConfig, embed_dim: int, **training: Any) -> nn.Module:
+    """Return the untrained decoder that a configuration describes, for an encoder of width `embed_dim`.
+
+    Args:
+        config: of the model.
+        embed_dim: width of the encoder.
+        training: `dropout` and `class_init` of a segmenter; see `MaskTransformer`.
+    """
     width, num_classes = token_dim(embed_dim, config.token_window), len(config.kinds)
     decoder: nn.Module
     if config.decoder == "classifier":
@@ -141,7 +153,13 @@ def build_decoder(config: ModelConfig, embed_dim: int, dropout: float = 0.0) -> 
     else:
         layers, heads = config.decoder_layers, config.decoder_heads
         decoder = MaskTransformer(
-            num_classes, width, num_layers=layers, num_heads=heads, dropout=dropout, norm_eps=config.norm_eps
+            num_classes,
+            width,
+            num_layers=layers,
+            num_heads=heads,
+            norm_eps=config.norm_eps,
+            qkv_bias=config.qkv_bias,
+            **training,
         )
     return decoder if config.backbone == "prior" else PyramidDecoder(decoder, width)
 

@@ -112,10 +112,10 @@ def read_encoder(config: EncoderConfig, seed: int) -> bytes:
         data = _read_weights(source)
         vit = load_vit(data, source, name=name, overrides=overrides)
     # Refuses anything but a plain vision transformer.
-    Encoder(vit, pos_embed_interpolation=config.pos_embed_interpolation)
+    encoder = Encoder(vit)
     # Our own files hold their architecture and are kept as they are.
     data = data if is_encoder_file(data) else dump_encoder(vit, name, overrides=overrides)
-    return with_interpolation(data, source, config.pos_embed_interpolation)
+    return data if encoder.vit.pos_embed is None else with_interpolation(data, source, config.pos_embed_interpolation)
 
 
 def load_run_encoder(run_folder: Folder, precision: str, device: str) -> "Encoder":

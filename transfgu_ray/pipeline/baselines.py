@@ -154,7 +154,7 @@ class PatchSampler(PartWorker):
         """Write the unit's part."""
         stats, data, features = PartStats(), self.config.data, self._features
         working = {
-            photo.image_id: to_working(image, data.image_size)
+            photo.image_id: to_working(image, data.image_size, data.resample)
             for photo, image in decode_photos(photos, stats, limits=data)
         }
         # Positions in the list, refused photographs included, so that a refusal does not change other draws.

@@ -49,7 +49,8 @@ def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
     """Return the k-means settings of a run."""
     concepts = config.concepts
     return KMeans(
-        seed=config.seed,
+        seed=config.kmeans_seed,
+        algorithm=concepts.algorithm,
         num_iterations=concepts.num_iterations,
         num_redos=concepts.num_redos,
         min_crops=concepts.min_crops,
@@ -62,7 +63,7 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """Read the features of a run and write concepts.parquet.
 
     A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger group are spread
-    over all workers.
+    over all workers, unless they are clustered in mini-batches.
 
     Args:
         job: job of the run.
@@ -79,7 +80,8 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     run_folder, config, resources = job.folder, job.config, job.resources
     groups = concept_groups(config)
     # Most runs are small enough to skip the counting.
-    parts = _count_parts(run_folder, resources) if num_rows > config.concepts.init_points else {}
+    spread = config.concepts.algorithm == "faiss" and num_rows > config.concepts.init_points
+    parts = _count_parts(run_folder, resources) if spread else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if totals[kind] > config.concepts.init_points]
     small = {kind: count for kind, count in groups.items() if kind not in large}

@@ -76,11 +76,11 @@ def table_of_photographs(
     )
 
 
-def table_content(job: StageJob, result: TableResult) -> dict[str, Any]:
-    """Return the manifest's content for a table of the training photographs."""
+def table_content(listing: Listing, result: TableResult) -> dict[str, Any]:
+    """Return the manifest's content for a table of the photographs of a listing."""
     stats = result.stats
     return {
-        **refusals(stats, job.listing.refused),
+        **refusals(stats, listing.refused),
         "rows_out": result.num_rows,
         "images": stats.images,
         "dropped": stats.dropped,

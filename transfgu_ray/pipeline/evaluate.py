@@ -116,11 +116,11 @@ class Evaluator(Scorer):
             of_image = {name: upsample_argmax(m, scored) for name, m in zip(STAGE_NAMES, maps, strict=True)}
             if self.config.evaluate.refinement == "pamr":
                 of_image[REFINED] = refined_argmax(
-                    maps[-1], torch.from_numpy(to_working(image, scored)).to(self.device)
+                    maps[-1], torch.from_numpy(to_working(image, scored, self.config.data.resample)).to(self.device)
                 )
             masks.append(of_image)
         if self._centroids and images:
-            working = [to_working(image, self.config.data.image_size) for image in images]
+            working = [to_working(image, self.config.data.image_size, self.config.data.resample) for image in images]
             for of_image, of_baselines in zip(masks, self._baselines(working), strict=True):
                 named = zip(self._centroids, of_baselines, strict=True)
                 of_image |= {name: upsample_argmax(m, scored) for name, m in named}
@@ -129,7 +129,7 @@ class Evaluator(Scorer):
     def sample_maps(self, image: Image.Image) -> dict[str, np.ndarray]:
         """Return the foreground prior, 0-255, and the pseudo-label of each patch."""
         config, encoder = self.config, self._labeller.encoder
-        working = to_working(image, config.cam_image_size)
+        working = to_working(image, config.cam_image_size, config.cam_resample)
         images = torch.from_numpy(working[None]).to(self.device)
         tokens, grid_hw = encoder.prefix(images), encoder.grid_hw(config.cam_image_size)
         row = encoder.class_row(tokens, grid_hw)
@@ -145,7 +145,7 @@ class Evaluator(Scorer):
         if not images:
             return []
         for _, batch in batched_rows(
-            np.stack([to_working(i, config.cam_image_size) for i in images]), config.cam.batch_size
+            np.stack([to_working(i, config.cam_image_size, config.cam_resample) for i in images]), config.cam.batch_size
         ):
             # Encoded and decoded as in the bank, so that exactly the stored pseudo-labels are scored.
             scores = decode_scores(*encode_scores(self._labeller(torch.from_numpy(batch).to(self.device))[0]))

@@ -12,6 +12,7 @@ from transfgu_ray.algorithms.concepts.windows import (
     DROPPED,
     classify_regions,
     classify_windows,
+    enumerate_patch_windows,
     enumerate_windows,
     foreground_fracs,
     region_boxes,
@@ -27,7 +28,7 @@ from transfgu_ray.errors import DataError
 from transfgu_ray.images import cut_crops, resize_label, to_working
 from transfgu_ray.models.weights import ENCODER, load_run_encoder, weights_file_sha256
 from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
-from transfgu_ray.pipeline.inputs import list_labelled
+from transfgu_ray.pipeline.inputs import list_clustered
 from transfgu_ray.runs.tables import build_table, features_schema
 
 
@@ -39,14 +40,15 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     # Written once: all workers and the finished model read this file.
     assert job.encoder is not None
     job.folder.write_bytes(ENCODER, job.encoder)
-    result = table_of_photographs(job, "features", worker=FeatureExtractor, listing=list_labelled(config))
-    require_some(result.stats, len(job.listing.images))
-    content = table_content(job, result)
+    listing = list_clustered(config) or job.listing
+    result = table_of_photographs(job, "features", worker=FeatureExtractor, listing=listing)
+    require_some(result.stats, len(listing.images))
+    content = table_content(listing, result)
     _require_most(content, config.runtime.max_refused_share)
     return content | {
         "weights_sha256": read_safetensors(job.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
-        "other_files_passed_over": job.listing.num_other_files,
+        "other_files_passed_over": listing.num_other_files,
     }
 
 
@@ -91,7 +93,12 @@ class FeatureExtractor(PartWorker):
         self._crop_size = config.extract_crop_size
         # Whole images are larger than crops: batch as many as have about the same number of pixels.
         self._image_batch = max(1, config.extract.batch_size * self._crop_size**2 // (height * width))
-        self._boxes, self._fracs = enumerate_windows(height, width, config.extract.window_fracs)
+        fracs, grid_hw = config.extract.window_fracs, self._encoder.grid_hw((height, width))
+        self._boxes, self._fracs = (
+            enumerate_windows(height, width, fracs)
+            if config.extract.window_layout == "half_steps"
+            else enumerate_patch_windows(grid_hw, self._encoder.patch_size, fracs)
+        )
         self._label_table = config.label_table if config.extract.windows == "ground_truth" else None
         # A GPU encodes crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
         on_gpu = self.device == "cuda"
@@ -106,7 +113,7 @@ class FeatureExtractor(PartWorker):
                 labels.append(resize_label(classes, config.data.image_size))
             image_ids.append(photo.image_id)
             sizes.append((image.height, image.width))
-            working.append(to_working(image, config.data.image_size))
+            working.append(to_working(image, config.data.image_size, config.extract_resample))
         windows = self._regions(labels, stats) if labels else self._sliding(working, stats)
         kept = [(i, c) for i, of_image in enumerate(windows) for c in range(len(of_image.kinds))]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
@@ -221,7 +228,9 @@ class FeatureExtractor(PartWorker):
                 yield foreground_fracs(self._boxes, mask, encoder.patch_size)
 
     def _crops(self, working: list[np.ndarray], boxes: list[np.ndarray], pairs: np.ndarray) -> torch.Tensor:
-        crops = [cut_crops(working[i], boxes[i][c : c + 1], self._crop_size)[0] for i, c in pairs]
+        crops = [
+            cut_crops(working[i], boxes[i][c : c + 1], self._crop_size, self.config.data.resample)[0] for i, c in pairs
+        ]
         return self._host_tensor(np.stack(crops))
 
     def _host_tensor(self, images: np.ndarray) -> torch.Tensor:

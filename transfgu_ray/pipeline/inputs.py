@@ -1,7 +1,7 @@
 """The inputs of stages beside their settings: photographs, labels and weights, checked before anything starts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transfgu_ray.algorithms.concepts.windows import enumerate_windows
 from transfgu_ray.config.run import RunConfig
@@ -20,24 +20,32 @@ from transfgu_ray.runs.stages import STAGES
 
 
 def list_training(config: RunConfig) -> Listing:
-    """Return the photographs of the training split, without labels.
+    """Return the photographs of the training split, without labels; see `_cut`.
 
     Raises:
         DataError: there are no photographs.
     """
-    return list_images(config.data.root, config.data.spec, split=config.data.spec.train_split)
+    split = config.data.spec.train_split
+    return _cut(config, split, list_images(config.data.root, config.data.spec, split=split))
 
 
-def list_labelled(config: RunConfig) -> Listing | None:
-    """Return the training photographs with their labels; None unless windows are cut by labels.
+def list_clustered(config: RunConfig) -> Listing | None:
+    """Return the photographs whose crops are clustered, with labels where these cut the windows.
+
+    None: they are the training photographs, and no label is needed.
 
     Raises:
         DataError: there are no photographs, or their labels are missing.
     """
-    if config.extract.windows != "ground_truth":
+    whole, by_labels = config.concepts.photographs == "all", config.extract.windows == "ground_truth"
+    if not whole and not by_labels:
         return None
     return list_images(
-        config.data.root, config.data.spec, split=config.data.spec.train_split, granularity=config.concepts.granularity
+        config.data.root,
+        config.data.spec,
+        split=config.data.spec.train_split,
+        granularity=config.concepts.granularity if by_labels else None,
+        whole=whole,
     )
 
 
@@ -48,7 +56,7 @@ def scored_split(config: RunConfig) -> str | None:
 
 
 def list_scored(config: RunConfig) -> Listing | None:
-    """Return the scored photographs with their labels; None for a dataset without labels.
+    """Return the scored photographs with their labels; None for a dataset without labels. See `_cut`.
 
     Raises:
         DataError: the split or its labels are missing.
@@ -56,7 +64,17 @@ def list_scored(config: RunConfig) -> Listing | None:
     split = scored_split(config)
     if split is None:
         return None
-    return list_images(config.data.root, config.data.spec, split=split, granularity=config.concepts.granularity)
+    granularity = config.concepts.granularity
+    return _cut(config, split, list_images(config.data.root, config.data.spec, split=split, granularity=granularity))
+
+
+def _cut(config: RunConfig, split: str, listing: Listing) -> Listing:
+    """Where concepts come from all photographs, cut a selection to those among them, as the released code does."""
+    if config.concepts.photographs == "split":
+        return listing
+    whole = list_images(config.data.root, config.data.spec, split=split, whole=True)
+    known = {image.image_id for image in whole.images}
+    return replace(listing, images=tuple(image for image in listing.images if image.image_id in known))
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def resolve_weights(run: Run, to_make: Sequence[str]) -> Weights:
     """
     config = run.config
     if "extract" in to_make:
-        list_labelled(config)
+        list_clustered(config)
     if "evaluate" in to_make:
         list_scored(config)
     encoder = resolve_encoder(config) if "extract" in to_make else None
@@ -96,7 +114,10 @@ def stage_inputs(run: Run, listing: Listing) -> dict[str, str]:
     If a weights file is missing, the hash that the run recorded is used.
     """
     encoder = weights_file_sha256(run.config.encoder) or (run.manifest("extract") or {}).get("weights_file_sha256")
-    inputs = dict.fromkeys(STAGES.names, f"{listing.fingerprint} {encoder}")
+    photographs = listing.fingerprint
+    if run.config.concepts.photographs == "all" and (clustered := list_clustered(run.config)) is not None:
+        photographs += f" {clustered.fingerprint}"
+    inputs = dict.fromkeys(STAGES.names, f"{photographs} {encoder}")
     train, recorded, own = run.config.train, run.manifest("train") or {}, []
     if train.backbone != "prior":
         own.append(backbone_file_sha256(train) or recorded.get("backbone_file_sha256"))
@@ -113,7 +134,8 @@ def check_early(config: RunConfig, listing: Listing) -> None:
     Raises:
         ConfigError: more concepts are wanted than the photographs can give crops for.
     """
-    if config.extract.windows == "ground_truth":
+    # Windows on the patch grid cannot be counted before the encoder is known.
+    if config.extract.windows == "ground_truth" or config.extract.window_layout == "patches":
         return
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
     most = windows * len(listing.images)

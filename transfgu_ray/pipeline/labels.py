@@ -28,7 +28,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     """Write the pseudo-label bank; return the content of the manifest."""
     result = table_of_photographs(job, "labels", worker=BankBuilder, root_uri=job.root.uri)
     require_some(result.stats, len(job.listing.images))
-    return table_content(job, result) | {"weights_sha256": job.run.require("extract")["weights_sha256"]}
+    return table_content(job.listing, result) | {"weights_sha256": job.run.require("extract")["weights_sha256"]}
 
 
 def _gradient(
@@ -36,7 +36,11 @@ def _gradient(
 ) -> Response:
     cam = config.cam
     return GradientResponse(
-        encoder=encoder, centroids=centroids, gradient_scale=cam.gradient_scale, keep_mass=cam.keep_mass
+        encoder=encoder,
+        centroids=centroids,
+        gradient_scale=cam.gradient_scale,
+        keep_mass=cam.keep_mass,
+        zeroed=cam.zeroed,
     )
 
 
@@ -99,7 +103,7 @@ class BankBuilder(PartWorker):
             columns["path"].append(self._root.uri_of(photo.image_id))
             columns["height_px"].append(image.height)
             columns["width_px"].append(image.width)
-            working.append(to_working(image, config.cam_image_size))
+            working.append(to_working(image, config.cam_image_size, config.cam_resample))
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):
             for scores, foreground in halved(self._labeller, torch.from_numpy(batch).to(self.device), stats.halve):
                 begun = columns["image_id"][len(columns["grid_h"]) :]

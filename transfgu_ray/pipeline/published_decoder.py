@@ -1,12 +1,10 @@
 """A decoder published with the paper, used instead of training: checked against the run and written as its model."""
 
 import hashlib
-from dataclasses import replace
 from typing import Any
 
 from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 from transfgu_ray.algorithms.rounds.published import (
-    NORM_EPS,
     ReleasedDecoder,
     background_last,
     read_released_decoder,
@@ -71,7 +69,7 @@ def import_decoder(run_folder: Folder, config: RunConfig, weights_sha256: str) -
     if config.has_background:
         state = background_last(state)
     kinds, _ = read_concepts(run_folder)
-    described = replace(model_config(config, kinds, weights_sha256), norm_eps=NORM_EPS)
+    described = model_config(config, kinds, weights_sha256)
     for name in ("decoder_round_0", "decoder"):
         save_decoder(Folder(run_folder.uri_of("model")), state, config=described, name=name)
     run_folder.write_bytes(HISTORY, b"[]")

@@ -133,7 +133,7 @@ def token_batches(model: SegmentationModel, images: list[Image.Image], batch_siz
     """Yield the decoder's input tokens of the images, (b, hw, c), batch by batch."""
     if not images:
         return
-    working = np.stack([to_working(image, model.config.image_size) for image in images])
+    working = np.stack([to_working(image, model.config.image_size, model.config.resample) for image in images])
     for _, batch in batched_rows(working, batch_size):
         yield model.read_tokens(torch.from_numpy(batch).to(model.encoder.device))
 

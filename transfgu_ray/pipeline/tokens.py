@@ -28,7 +28,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         job.folder.write_bytes(BACKBONE, job.backbone)
     result = table_of_photographs(job, TOKENS, worker=TokenCacher)
     num_bytes = sum(size for _, size in job.folder.files(TOKENS))
-    return table_content(job, result) | {"bytes": num_bytes}
+    return table_content(job.listing, result) | {"bytes": num_bytes}
 
 
 class TokenCacher(PartWorker):
@@ -52,7 +52,7 @@ class TokenCacher(PartWorker):
         image_ids, working = [], []
         for photo, image in decode_photos(photos, stats, limits=config.data):
             image_ids.append(photo.image_id)
-            working.append(to_working(image, config.train_crop_size))
+            working.append(to_working(image, config.train_crop_size, config.data.resample))
         self._check_as_in_the_bank(unit, image_ids, stats)
         tokens: list[bytes] = []
         for _, batch in batched_rows(np.array(working), config.cam.batch_size):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transfgu_ray.algorithms.rounds.schedule import steps_per_epoch
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.engine.trainer import MAX_RESTARTS, PULSE, drop_torn, new_trainer, read_state, watched_json
@@ -12,7 +11,7 @@ from transfgu_ray.models.model import ModelConfig, save_decoder
 from transfgu_ray.models.weights import BACKBONE, backbone_file_sha256
 from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.context import StageJob
-from transfgu_ray.pipeline.train_loop import HISTORY, STUMBLE, model_config, train_loop
+from transfgu_ray.pipeline.train_loop import HISTORY, STUMBLE, epoch_steps, model_config, train_loop
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking import runs as tracking
@@ -128,7 +127,8 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         from transfgu_ray.pipeline.published_decoder import import_decoder
 
         return import_decoder(run.folder, config, weights_sha256)
-    job.progress.expect(sum(config.train.round_epochs))
+    rounds = config.whole_rounds
+    job.progress.expect(sum(rounds))
     kinds, _ = read_concepts(run.folder)
     if job.backbone is not None:
         run.folder.write_bytes(BACKBONE, job.backbone)
@@ -156,8 +156,8 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         sibling=None if job.trial is None else job.trial.sibling,
     )
     images = run.require("labels")["images"]
-    visits = images * config.train.epoch_repeats
-    steps, per_worker = steps_per_epoch(visits, config.train.batch_size, resources.train_workers)
+    steps, per_worker = epoch_steps(config, images, resources.train_workers)
+    unfilled = steps * per_worker * resources.train_workers - images * config.train.epoch_repeats
     return {
         "rows_in": images,
         "rows_out": images,
@@ -165,10 +165,14 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         **cached,
         "peak_memory_mb": result.peak_memory_mb,
         "epochs": len(result.history),
+        # Only whole rounds are trained, so the model is the student of the last epoch; no label is looked at.
+        "model_epoch": sum(rounds) - 1,
+        "model_round": len(rounds) - 1,
         "resumed_at_epoch": result.resumed_at_epoch,
         "steps_per_epoch": steps,
         "images_per_step": per_worker * resources.train_workers,
-        "images_repeated_to_fill_an_epoch": steps * per_worker * resources.train_workers - visits,
+        "images_repeated_to_fill_an_epoch": max(0, unfilled),
+        "images_left_out_of_an_epoch": max(0, -unfilled),
         "train_workers": resources.train_workers,
         "last_losses": result.history[-1],
         "weights_sha256": weights_sha256,

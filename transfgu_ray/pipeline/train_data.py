@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
-from transfgu_ray.algorithms.labels.bank import add_background, decode_scores
+from transfgu_ray.algorithms.labels.bank import add_background, decode_scores, normalise
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
@@ -18,6 +18,8 @@ from transfgu_ray.storage import Folder, read_file
 
 # The table of cached tokens, with the same parts and rows as the bank.
 TOKENS = "tokens"
+# Tells the draws of a step's colours from those of its samples.
+_COLOUR = 1
 
 
 def bank_index(run_folder: Folder) -> pa.Table:
@@ -44,12 +46,13 @@ def load_train_data(
     run_uri: str,
     config: RunConfig,
     epoch: int,
+    step: int,
     grid_hw: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Load some training samples.
+    """Load some training samples of one step.
 
-    A sample's augmentation is fixed by seed, epoch and position in the epoch, so it does not depend on the task that
-    makes it.
+    A sample's augmentation is fixed by seed, epoch, step and position in the epoch, so it does not depend on the task
+    that makes it.
 
     Args:
         places: rows of `bank_index`.
@@ -57,10 +60,12 @@ def load_train_data(
         run_uri: the run folder.
         config: the run's configuration.
         epoch: index of the epoch.
+        step: number of the step in the epoch.
         grid_hw: patch grid of a crop.
 
     Returns:
-        scores: float16 (b, k, h, w); image: uint8 (b, 3, y, x), or with cached tokens, tokens: float16 (b, hw, c).
+        scores: float16 (b, k, h, w), in [0, 1] over each crop, with the background of Eq. 8; image: uint8 (b, 3, y, x),
+            or with cached tokens, tokens: float16 (b, hw, c).
     """
     torch.set_num_threads(1)
     run_folder, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
@@ -68,8 +73,6 @@ def load_train_data(
     for place, position in zip(places.to_pylist(), positions, strict=True):
         record = read_row(run_folder, part_name("labels", place["unit"]), place["row"])
         _, maps = decode_bank_row(record)
-        if config.has_background:
-            maps = add_background(maps, config.cam.background_threshold)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
             cached = read_row(run_folder, part_name(TOKENS, place["unit"]), place["row"])
@@ -78,17 +81,28 @@ def load_train_data(
             crop, cropped = augment_tokens(
                 tokens,
                 maps,
-                image_hw=config.data.image_size,
+                image_hw=config.train_image_size,
                 grid_hw=grid_hw,
-                crop_scale=how.crop_scale,
-                flip_prob=how.flip_prob,
+                how=how,
                 rng=rng,
             )
             sample = {"tokens": crop.half().numpy()}
         else:
-            image = torch.from_numpy(_read_photo(record["path"], config, config.data.image_size))
-            crop, cropped = augment(image, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng)
+            image = torch.from_numpy(_read_photo(record["path"], config, config.train_image_size))
+            crop, cropped = augment(
+                image,
+                maps,
+                crop_hw=config.train_crop_size,
+                grid_hw=grid_hw,
+                how=how,
+                rng=rng,
+                step_rng=np.random.default_rng([config.seed, epoch, step, _COLOUR]),
+            )
             sample = {"image": crop.numpy()}
+        # Each crop is normalised on its own, and only then gets its background (released: *_bootstrap_loss).
+        (cropped,) = normalise(cropped.unsqueeze(0))
+        if config.has_background:
+            cropped = add_background(cropped, config.cam.background_threshold)
         for name, values in (sample | {"scores": cropped.half().numpy()}).items():
             seen.setdefault(name, []).append(values)
     return {name: np.stack(values) for name, values in seen.items()}
@@ -104,7 +118,7 @@ def read_photos(
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
-    return to_working(photo, size)
+    return to_working(photo, size, config.data.resample)
 
 
 def decode_bank_row(record: dict[str, Any]) -> tuple[UInt8[np.ndarray, "k h w"], torch.Tensor]:

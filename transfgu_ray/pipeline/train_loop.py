@@ -28,8 +28,17 @@ from transfgu_ray.storage import Folder
 HISTORY = "train/history.json"
 # Records epochs with a loss that was NaN or infinite.
 STUMBLE = "train/stumble.json"
+# Epsilon of the norms in the decoder's blocks (released: torch's default).
+NORM_EPS = 1e-5
 # Samples per reading task; limits the output of a task to tens of MB at K = 171.
 _CROPS_PER_TASK = 32
+
+
+def epoch_steps(config: RunConfig, num_images: int, world_size: int) -> tuple[int, int]:
+    """Return (steps, images per worker and step) of an epoch; see `steps_per_epoch`."""
+    train = config.train
+    visits = num_images * train.epoch_repeats
+    return steps_per_epoch(visits, train.batch_size, world_size=world_size, last_batch=train.last_batch)
 
 
 def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> ModelConfig:
@@ -44,6 +53,9 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
         token_window=config.train.token_window,
         decoder=config.train.decoder,
         backbone=config.train.backbone,
+        norm_eps=NORM_EPS,
+        qkv_bias=False,
+        resample=config.data.resample,
     )
 
 
@@ -67,7 +79,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     history: list[dict[str, float]] = state["history"]
     resumed_at_epoch = len(history)
     train = config.train
-    epochs = schedule(train.round_epochs, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
+    epochs = schedule(config.whole_rounds, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
     feed = {
         "epochs": epochs,
         "rank": rank,
@@ -148,7 +160,7 @@ class _Learner:
         self._token_window = config.train.token_window
         self._run_folder, self._seed = run_folder, config.seed
         repeats = config.train.epoch_repeats
-        self._steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, feed["world_size"])
+        self._steps, per_worker = epoch_steps(config, len(index), feed["world_size"])
         self._order = {
             "num_images": len(index),
             "repeats": repeats,
@@ -218,8 +230,14 @@ def _new_bootstrap(config: RunConfig, model_config: ModelConfig, encoder: Encode
     from ray.train.torch import prepare_model
 
     torch.manual_seed(config.seed)
-    student = build_decoder(model_config, encoder.embed_dim, config.train.dropout).to(encoder.device)
-    return Bootstrap(student, bootstrap_settings(config), wrap=prepare_model)
+    return Bootstrap(new_student(config, model_config, encoder), bootstrap_settings(config), wrap=prepare_model)
+
+
+def new_student(config: RunConfig, model_config: ModelConfig, encoder: Encoder) -> nn.Module:
+    """Return the student of a run with its initial weights, on the encoder's device."""
+    train = config.train
+    student = build_decoder(model_config, encoder.embed_dim, dropout=train.dropout, class_init=train.class_init)
+    return student.to(encoder.device)
 
 
 def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
@@ -233,6 +251,8 @@ def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
         omega_2=train.omega_2,
         seed=config.seed,
         diversity=train.diversity,
+        round_0=train.round_0,
+        optimiser=train.optimiser,
         foreground_above=config.cam.background_threshold if train.uncertainty == "foreground" else None,
     )
 
@@ -260,7 +280,7 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield this worker's batches of every epoch, one epoch after the other, in the order set by seed and epoch."""
     repeats = config.train.epoch_repeats
-    steps, per_worker = steps_per_epoch(len(index) * repeats, config.train.batch_size, world_size)
+    steps, per_worker = epoch_steps(config, len(index), world_size)
     # A batch comes from one task or several.
     slices = [slice(start, start + _CROPS_PER_TASK) for start in range(0, per_worker, _CROPS_PER_TASK)]
 
@@ -282,6 +302,7 @@ def _batches(
                 yield {
                     "places": places,
                     "positions": position[step, part],
+                    "step": step,
                     "run_uri": run_uri,
                     "config": config,
                     "epoch": epoch.index,

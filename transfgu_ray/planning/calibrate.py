@@ -26,13 +26,12 @@ from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitWorker, stream_units
 from transfgu_ray.engine.trainer import new_trainer
 from transfgu_ray.images import to_working
-from transfgu_ray.models.model import build_decoder
 from transfgu_ray.models.weights import BACKBONE, ENCODER, load_run_backbone, load_run_encoder
 from transfgu_ray.pipeline.baselines import PatchFeatures
 from transfgu_ray.pipeline.concepts import concept_groups
 from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.pipeline.labels import load_labeller
-from transfgu_ray.pipeline.train_loop import bootstrap_settings, model_config
+from transfgu_ray.pipeline.train_loop import bootstrap_settings, model_config, new_student
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet
 from transfgu_ray.storage import Folder
 
@@ -83,7 +82,7 @@ class Calibrator(UnitWorker):
         if not images:
             return json.dumps({"refused": stats.refused}).encode()
         found = {"decode": self._time_decoding(photos)}
-        working = np.stack([to_working(image, config.data.image_size) for image in images])
+        working = np.stack([to_working(image, config.data.image_size, config.data.resample) for image in images])
         found |= self._extractor.time_pieces(working, seconds_per_item)
         found |= self._time_labels(images) | self._time_training(images[0]) | self._time_kmeans()
         found["inside"] = time.perf_counter() - started
@@ -92,12 +91,12 @@ class Calibrator(UnitWorker):
     def _time_decoding(self, photos: list[Photo]) -> float:
         def decode(count: int) -> None:
             for _, image in decode_photos(photos[:count], PartStats(), limits=self._config.data):
-                to_working(image, self._config.data.image_size)
+                to_working(image, self._config.data.image_size, self._config.data.resample)
 
         return seconds_per_item(decode, len(photos))
 
     def _batch(self, images: Sequence[Any], size: tuple[int, int], most: int) -> torch.Tensor:
-        working = np.stack([to_working(image, size) for image in images])
+        working = np.stack([to_working(image, size, self._config.data.resample) for image in images])
         return torch.from_numpy(np.resize(working, (most, *working.shape[1:]))).to(self.device)
 
     def _time_labels(self, images: Sequence[Any]) -> dict[str, float]:
@@ -130,9 +129,9 @@ class Calibrator(UnitWorker):
         backbone = load_run_backbone(self._run_folder, config, self.device)
         train, window = config.train, config.train.token_window
         model = model_config(config, ["any"] * config.num_concepts, "")
-        student = build_decoder(model, encoder.embed_dim, train.dropout).to(self.device)
+        student = new_student(config, model, encoder)
         bootstrap = Bootstrap(student, bootstrap_settings(config))
-        epochs = schedule(train.round_epochs, train.alpha)
+        epochs = schedule(config.whole_rounds, train.alpha)
         grid_hw = encoder.grid_hw(config.train_crop_size)
         crops = self._batch([image], config.train_crop_size, train.batch_size)
         scores = torch.rand(len(crops), len(model.kinds), *grid_hw, device=self.device)
@@ -149,17 +148,17 @@ class Calibrator(UnitWorker):
                 upsample_argmax(maps, config.evaluate_image_size)
 
         how, rng = Augmentation(**train.augment.model_dump()), np.random.default_rng(0)
-        photo = torch.from_numpy(to_working(image, config.data.image_size))
+        photo = torch.from_numpy(to_working(image, config.train_image_size, config.data.resample))
         maps = torch.rand(len(model.kinds), *encoder.grid_hw(config.cam_image_size))
 
         def sample(count: int) -> None:
             for _ in range(count):
-                augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng)
+                augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng, step_rng=rng)
 
         found = {"read_tokens": seconds_per_item(read, len(crops)), "sample": seconds_per_item(sample, 8)}
         found["first_round_step"] = seconds_per_item(step, len(crops))
         found["mask"] = seconds_per_item(decode, config.evaluate.batch_size)
-        if len(train.round_epochs) > 1:
+        if len(config.whole_rounds) > 1:
             # There is a teacher from the second round on.
             bootstrap.begin_epoch(next(epoch for epoch in epochs if epoch.starts_round), rank=0)
         reads = 1

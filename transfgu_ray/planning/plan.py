@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.algorithms.encoder.tokens import token_dim
-from transfgu_ray.algorithms.rounds.schedule import steps_per_epoch
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import list_images, open_root
 from transfgu_ray.engine.session import ray_session
@@ -13,6 +12,7 @@ from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS, OF_TWO_VIEWS, feature_of
 from transfgu_ray.pipeline.inputs import list_scored
+from transfgu_ray.pipeline.train_loop import epoch_steps
 
 # Bytes of a row of features without its class token (`tables.features_schema`).
 _ROW_BYTES = 60
@@ -97,9 +97,8 @@ def _plan_training(config: RunConfig, pieces: dict[str, Any], *, num_images: int
     train, ranks = config.train, cluster.train_workers
     if train.decoder_weights is not None:
         return StagePlan("train", 0, 0, 0.0)
-    visits = num_images * train.epoch_repeats
-    steps, per_worker = steps_per_epoch(visits, train.batch_size, ranks)
-    epochs = sum(train.round_epochs)
+    steps, per_worker = epoch_steps(config, num_images, ranks)
+    epochs = sum(config.whole_rounds)
     cached = train.features == "cached"
     first = train.round_epochs[0] * pieces["first_round_step"] + (epochs - train.round_epochs[0]) * pieces["step"]
     per_image = first / epochs + (0.0 if cached else pieces["read_tokens"])

@@ -85,7 +85,7 @@ class VersionMeasurer(UnitWorker):
 
     def _measure(self, uri: str, images: list[Image.Image], batch_size: int) -> dict[str, Any]:
         model = load_model(Folder(uri), self.device)
-        working = np.stack([to_working(image, model.config.image_size) for image in images])
+        working = np.stack([to_working(image, model.config.image_size, model.config.resample) for image in images])
         measure = LabelFreeMeasure(
             torch.from_numpy(working).to(self.device), model.read_tokens, model.encoder.grid_hw(model.config.image_size)
         )

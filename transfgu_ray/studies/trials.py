@@ -31,7 +31,8 @@ _SIBLING_SEED = 1_000_000
 
 def sibling_of(config: RunConfig) -> RunConfig:
     """Return the same settings with another seed, and so other concepts, another bank and another student."""
-    return config.model_copy(update={"seed": config.seed + _SIBLING_SEED})
+    concepts = config.concepts.model_copy(update={"seed": None})
+    return config.model_copy(update={"seed": config.seed + _SIBLING_SEED, "concepts": concepts})
 
 
 def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
@@ -170,7 +171,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     point, objective = json.loads(values[POINT]), settings["objective"]
     run = trials.begin(point)
     # The last epoch is reported after scoring, or a scheduler would stop a trained trial before it is scored.
-    epochs, reported = sum(run.config.train.round_epochs) - 1, 0
+    epochs, reported = sum(run.config.whole_rounds) - 1, 0
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         nonlocal reported

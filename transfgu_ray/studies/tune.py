@@ -209,7 +209,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
         "parent": sweep.parent,
         "objective": plan.objective,
     }
-    epochs = sum(base.train.round_epochs)
+    epochs = sum(base.whole_rounds)
     if points is None:
         search = NewPoints(plan.space, base.seed, metric=plan.objective, **trials.for_search(plan.objective))
         space, num_samples = {}, num_trials

@@ -1,12 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from tests.builders import random_images, tiny_encoder
 from transfgu_ray.algorithms.baselines import views
 from transfgu_ray.algorithms.baselines.views import token_views
-from transfgu_ray.algorithms.rounds.augment import Augmentation
 
-UNCOLOURED = Augmentation(crop_scale=(1.0, 1.0), flip_prob=1.0, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
+UNCOLOURED = replace(views.VIEWS, crop_scale=(1.0, 1.0), flip_prob=1.0, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
 
 
 def _rngs(count):

@@ -71,9 +71,9 @@ def test_foreground_fracs__equal_to_counting_pixels():
     ],
 )
 def test_classify_windows__bounds_of_the_paper(region_mode, want):
-    # "More than 50 %" excludes 0.5; "at least 80 %" includes 0.2.
-    fracs = np.array([0.0, 0.2, 0.21, 0.5, 0.51, 1.0])
-    assert classify_windows(fracs, region_mode, foreground_min_frac=0.5, background_min_frac=0.8) == want
+    # "More than 50 %" excludes 0.5; of the background, here more than 75 %, 0.25 is excluded. Floats hold both.
+    fracs = np.array([0.0, 0.24, 0.25, 0.5, 0.51, 1.0])
+    assert classify_windows(fracs, region_mode, foreground_min_frac=0.5, background_min_frac=0.75) == want
 
 
 def test_to_original__scales_each_axis():

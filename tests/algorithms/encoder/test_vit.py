@@ -192,7 +192,8 @@ def test_encoder__interpolates_positions_as_dino(name, patch):
 @pytest.mark.parametrize(
     ("name", "overrides"), [("vit_small_patch16_dinov3", {}), ("vit_tiny_patch16_224", {"pos_embed": "none"})]
 )
-def test_encoder__refuses_to_interpolate_positions_that_are_not_there(name, overrides):
+def test_encoder__interpolation_has_no_effect_without_positions(name, overrides):
     vit = random_vit(name, {"depth": 1, "embed_dim": 48, "num_heads": 3} | overrides, seed=0)
-    with pytest.raises(WeightsError, match=r"pos_embed_interpolation=dino, but this encoder has no learned positions"):
-        Encoder(vit, pos_embed_interpolation="dino")
+    images = random_images(1, 48, 64)
+    timm, dino = (Encoder(vit, pos_embed_interpolation=how).all_tokens(images) for how in ("timm", "dino"))
+    assert torch.equal(timm, dino)

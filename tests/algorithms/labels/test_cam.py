@@ -77,11 +77,17 @@ def test_attention_gradients__more_concepts_than_one_chunk():
     torch.testing.assert_close(attention_gradients(row, centroids), apart, rtol=1e-4, atol=1e-7)
 
 
-def _maps(centroids, gradient_scale=1.0, keep_mass=None):
+def _maps(centroids, gradient_scale=1.0, keep_mass=None, zeroed="cam"):
     encoder, images = tiny_encoder(), random_images(2, 32, 24)
     row = _row(encoder, images)
     return response_maps(
-        encoder, row, centroids=centroids, grid_hw=(4, 3), gradient_scale=gradient_scale, keep_mass=keep_mass
+        encoder,
+        row,
+        centroids=centroids,
+        grid_hw=(4, 3),
+        gradient_scale=gradient_scale,
+        keep_mass=keep_mass,
+        zeroed=zeroed,
     )
 
 
@@ -100,6 +106,14 @@ def test_response_maps__equal_the_formula(centroids):
         cam = scale * (-gradients).clamp(min=0)
         want = cam + (attention / attention.max(1, keepdim=True).values)[:, None]
         torch.testing.assert_close(_maps(centroids, scale), want.view(2, 6, 4, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_response_maps__zeroed_whole_where_the_gradient_is_positive(centroids):
+    gradients = plain_gradients(tiny_encoder(), random_images(2, 32, 24), centroids)[:, :, 1:].view(2, 6, 4, 3)
+    want = _maps(centroids, keep_mass=0.8) * (gradients <= 0)
+    got = _maps(centroids, keep_mass=0.8, zeroed="map")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert 0.2 < (got == 0).float().mean() < 0.8
 
 
 def test_response_maps__permuting_concepts_permutes_maps(centroids):

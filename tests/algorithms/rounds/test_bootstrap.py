@@ -66,6 +66,16 @@ def test_step__round_0_is_cross_entropy_on_the_bank_and_later_rounds_the_total()
     assert terms["loss"] == terms["total"] != terms["cross_entropy"]
 
 
+def test_step__round_0_may_train_by_diversity_and_uncertainty_too():
+    bootstrap = _bootstrap(round_0="total")
+    bootstrap.begin_epoch(FIRST, rank=0)
+    terms = bootstrap.step(*_batch(), epoch=FIRST, step=0)
+    # Without a teacher there are no negatives: the peer term is cross-entropy, whatever alpha.
+    assert terms["peer"] == terms["cross_entropy"]
+    want = terms["cross_entropy"] + terms["diversity"] + 0.3 * terms["uncertainty"]
+    assert terms["loss"] == terms["total"] == pytest.approx(want, abs=1e-6)
+
+
 def _step_in_round(number, **changes):
     """Terms of a step and the student after it, in a round without or with a teacher."""
     bootstrap, epoch = _bootstrap(**changes), Epoch(number, number, number > 0, 0.05)
@@ -116,7 +126,12 @@ def test_step__updates_equal_a_plain_rewrite():
         bootstrap.step(*_batch(seed=step), epoch=FIRST, step=step)
 
     torch.random.set_rng_state(state)
-    optimiser = torch.optim.Adam(plain.train().parameters(), lr=5e-3, weight_decay=0.05)
+    groups = [
+        {"params": [weight for weight in plain.parameters() if weight.ndim > 1]},
+        {"params": [weight for weight in plain.parameters() if weight.ndim == 1], "weight_decay": 0},
+    ]
+    plain.train()
+    optimiser = torch.optim.Adam(groups, lr=5e-3, weight_decay=0.05)
     for step in range(4):
         tokens, scores = _batch(seed=step)
         logits, _ = plain(tokens, (4, 4))
@@ -159,8 +174,9 @@ def test_step__nan_raises_before_the_update():
     assert _equal(before, bootstrap.student.state_dict())
 
 
-def test_begin_epoch__round_turn_copies_the_student_and_starts_it_again():
-    bootstrap = _bootstrap()
+@pytest.mark.parametrize("optimiser", ["kept", "fresh"])
+def test_begin_epoch__round_turn_copies_the_student_and_starts_it_again(optimiser):
+    bootstrap = _bootstrap(optimiser=optimiser)
     initial = _weights(bootstrap.student)
     _train(bootstrap, EPOCHS[:2])
     trained = _weights(bootstrap.student)
@@ -172,8 +188,9 @@ def test_begin_epoch__round_turn_copies_the_student_and_starts_it_again():
     assert _equal(initial, bootstrap.student.state_dict())
     assert not bootstrap.teacher.training
     assert bootstrap.student.training
-    # Adam's moments belong to the previous student.
-    assert bootstrap.state_dict()["optimiser"]["state"] == {}
+    # The published code goes on with the moments of the previous student.
+    moments = bootstrap.state_dict()["optimiser"]["state"]
+    assert (moments == {}) == (optimiser == "fresh")
 
 
 def test_begin_epoch__teacher_is_a_frozen_copy_and_round_0_is_remembered():

@@ -32,18 +32,20 @@ def test_schedule__no_peer_weight_at_all(how):
 
 
 @pytest.mark.parametrize(
-    ("num_images", "batch_size", "world_size", "want"),
+    ("num_visits", "batch_size", "world_size", "fill", "drop"),
     [
-        (10, 4, 1, (3, 4)),
-        (10, 4, 2, (3, 2)),
-        (8, 4, 2, (2, 2)),
-        (10, 5, 2, (3, 2)),  # the batch is rounded down to whole images per worker
-        (5, 256, 1, (1, 5)),  # fewer images than a batch
-        (3, 2, 4, (1, 1)),  # more workers than images
+        (10, 4, 1, (3, 4), (2, 4)),
+        (10, 4, 2, (3, 2), (2, 2)),
+        (8, 4, 2, (2, 2), (2, 2)),
+        (10, 5, 2, (3, 2), (2, 2)),  # the batch is rounded down to whole images per worker
+        (5, 256, 1, (1, 5), (1, 5)),  # fewer images than a batch
+        (3, 2, 4, (1, 1), (1, 1)),  # more workers than images
+        (20 * 1464, 512, 4, (58, 128), (57, 128)),  # the published VOC training
     ],
 )
-def test_steps_per_epoch__cases(num_images, batch_size, world_size, want):
-    assert steps_per_epoch(num_images, batch_size, world_size) == want
+def test_steps_per_epoch__cases(num_visits, batch_size, world_size, fill, drop):
+    for last_batch, want in (("fill", fill), ("drop", drop)):
+        assert steps_per_epoch(num_visits, batch_size, world_size=world_size, last_batch=last_batch) == want
 
 
 def test_sample_order__every_image_once_and_the_last_step_filled_from_the_start():
@@ -55,10 +57,21 @@ def test_sample_order__every_image_once_and_the_last_step_filled_from_the_start(
     assert flat[10:].tolist() == flat[:2].tolist()
 
 
-def test_sample_order__repeats_are_fresh_permutations():
+def test_sample_order__repeats_are_shuffled_together():
+    # A list repeated before it is shuffled, as the published code does: a step may hold an image twice.
     order = sample_order(0, 0, num_images=6, repeats=3, steps=3, per_worker=6, world_size=1)[0]
-    assert [sorted(row) for row in order.tolist()] == [list(range(6))] * 3
-    assert len({tuple(row) for row in order.tolist()}) == 3
+    assert sorted(order.reshape(-1)) == sorted([*range(6)] * 3)
+    assert any(len(set(row)) < 6 for row in order.tolist())
+
+
+def test_sample_order__leaves_out_what_fills_no_step():
+    order = sample_order(0, 0, num_images=10, repeats=1, steps=2, per_worker=4, world_size=1)[0]
+    assert order.shape == (2, 4)
+    assert len(set(order.reshape(-1).tolist())) == 8
+    # Another epoch leaves out others.
+    assert set(order.reshape(-1)) != set(
+        sample_order(0, 1, num_images=10, repeats=1, steps=2, per_worker=4, world_size=1).reshape(-1)
+    )
 
 
 def test_sample_order__depends_on_seed_and_epoch_alone():

@@ -3,18 +3,37 @@ import torch
 from transfgu_ray.algorithms.rounds.segmenter import Classifier, MaskTransformer
 
 
-def _decoder(num_classes=5, dropout=0.0, seed=0):
+def _decoder(num_classes=5, dropout=0.0, seed=0, **settings):
     torch.manual_seed(seed)
-    return MaskTransformer(num_classes, 24, num_layers=2, num_heads=3, dropout=dropout).eval()
+    return MaskTransformer(num_classes, 24, num_layers=2, num_heads=3, dropout=dropout, **settings).eval()
 
 
 def _tokens(b=2, n=12):
     return torch.randn(b, n, 24, generator=torch.Generator().manual_seed(5))
 
 
-def test_mask_transformer__class_embeddings_start_orthogonal():
-    embeddings = _decoder(num_classes=7).cls_emb[0]
+def test_mask_transformer__class_embeddings_start_orthogonal_where_asked():
+    embeddings = _decoder(num_classes=7, class_init="orthogonal").cls_emb[0]
     torch.testing.assert_close(embeddings @ embeddings.T, torch.eye(7), rtol=0, atol=1e-5)
+
+
+def test_mask_transformer__class_embeddings_start_with_a_length_of_1_together():
+    embeddings = _decoder(num_classes=7).cls_emb[0]
+    torch.testing.assert_close(embeddings.norm(), torch.tensor(1.0))
+    assert (embeddings.norm(dim=1) - 7**-0.5).abs().max() < 0.15
+    assert (embeddings @ embeddings.T).fill_diagonal_(0).abs().max() > 1e-3
+
+
+def test_mask_transformer__has_the_weights_of_the_published_decoder():
+    names = set(_decoder().state_dict())
+    assert not any(name.endswith("qkv.bias") for name in names)
+    # Version 0.1 had biases there.
+    assert {f"blocks.{i}.attn.qkv.bias" for i in range(2)} == set(_decoder(qkv_bias=True).state_dict()) - names
+
+
+def test_mask_transformer__dropout_reaches_the_attention():
+    decoder = _decoder(dropout=0.5)
+    assert {block.attn.attn_drop.p for block in decoder.blocks} == {0.5}
 
 
 def test_mask_transformer__more_classes_than_dimensions():

@@ -12,14 +12,26 @@ def _ramps(num=2, h=4, w=4):
     return torch.arange(num * h * w, dtype=torch.float32).view(num, h, w)
 
 
+def _how(scale, flip_prob):
+    return Augmentation(
+        crop="area",
+        crop_scale=scale,
+        flip_prob=flip_prob,
+        jitter_prob=0.0,
+        grey_prob=0.0,
+        blur_prob=0.0,
+        blur_kernel=3,
+        colour="step",
+    )
+
+
 def _augment(tokens, scores, seed, image_hw=(64, 64), grid_hw=(4, 4), scale=SCALE, flip_prob=0.0):
     return augment_tokens(
         tokens,
         scores,
         image_hw=image_hw,
         grid_hw=grid_hw,
-        crop_scale=scale,
-        flip_prob=flip_prob,
+        how=_how(scale, flip_prob),
         rng=np.random.default_rng(seed),
     )
 
@@ -66,9 +78,11 @@ def test_augment_tokens__flip_turns_tokens_and_scores():
 @pytest.mark.parametrize("seed", range(6))
 def test_augment_tokens__see_the_region_that_augment_draws(seed):
     scores = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(seed))
-    how = Augmentation(SCALE, flip_prob=0.5, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
+    how, rng = _how(SCALE, 0.5), np.random.default_rng(seed)
     image = torch.zeros(3, 96, 128, dtype=torch.uint8)
-    _, want = augment(image, scores, crop_hw=(48, 64), grid_hw=(6, 8), how=how, rng=np.random.default_rng(seed))
+    _, want = augment(
+        image, scores, crop_hw=(48, 64), grid_hw=(6, 8), how=how, rng=rng, step_rng=np.random.default_rng(0)
+    )
     got, cropped = _augment(scores, scores, seed, (96, 128), (6, 8), flip_prob=0.5)
     assert torch.equal(cropped, want)
     assert torch.equal(got, want.flatten(1).T)

@@ -8,10 +8,19 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from transfgu_ray.algorithms.encoder.vit import Encoder
-from transfgu_ray.algorithms.rounds.augment import Augmentation, augment, recolour
+from transfgu_ray.algorithms.rounds.augment import Augmentation, augment, recolour, to_bytes
 
-# The settings of TransFGU's released training, so that the baselines see what it sees.
-VIEWS = Augmentation(crop_scale=(0.4, 1.0), flip_prob=0.5, jitter_prob=0.3, grey_prob=0.2, blur_prob=0.2)
+# The settings of TransFGU's released training, but each view has colours of its own.
+VIEWS = Augmentation(
+    crop="side",
+    crop_scale=(0.4, 1.0),
+    flip_prob=0.5,
+    jitter_prob=0.3,
+    grey_prob=0.2,
+    blur_prob=0.2,
+    blur_kernel=3,
+    colour="crop",
+)
 
 
 def token_views(
@@ -32,10 +41,10 @@ def token_views(
     """
     height, width = images.shape[2:]
     grid_hw = encoder.grid_hw((height, width))
-    whole = torch.stack([recolour(image, VIEWS, rng) for image, rng in zip(images, rngs, strict=True)])
+    whole = torch.stack([to_bytes(recolour(i / 255, VIEWS, rng)) for i, rng in zip(images, rngs, strict=True)])
     maps = torch.unflatten(encoder.patch_tokens(whole.to(encoder.device)).cpu().transpose(1, 2), 2, grid_hw)
     pairs = [
-        augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng)
+        augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng, step_rng=rng)
         for image, tokens, rng in zip(images, maps, rngs, strict=True)
     ]
     first = encoder.patch_tokens(torch.stack([crop for crop, _ in pairs]).to(encoder.device)).cpu()

@@ -42,8 +42,10 @@ class KMeans:
 
     Attributes:
         seed: fixes samples and first centroids.
-        num_iterations: Lloyd iterations per run.
-        num_redos: runs; the one with the lowest objective wins.
+        algorithm: "faiss" = Lloyd's, by FAISS; "mini_batch" = Sculley's (WWW 2010), by scikit-learn.
+        num_iterations: Lloyd iterations per run, or passes over all points in mini-batches.
+        num_redos: runs, of which the one with the lowest objective wins; with mini-batches first centroids to choose
+            from.
         min_crops: points that a concept needs; one with fewer is seeded anew.
         max_points: cap on the points used; None = all.
         use_gpu: whether FAISS may compute on a CUDA device.
@@ -51,6 +53,7 @@ class KMeans:
 
     seed: int
     num_iterations: int
+    algorithm: str = "faiss"
     num_redos: int = 1
     min_crops: int = 0
     max_points: int | None = None
@@ -172,7 +175,9 @@ def draw_rows(num_points: int, most: int, seed: int) -> Int64[np.ndarray, " m"]:
 def train(
     points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, start: Float32[np.ndarray, "k d"] | None
 ) -> Float32[np.ndarray, "k d"]:
-    """Run FAISS k-means over all points; return the best of `how.num_redos` runs, or of a single run from `start`."""
+    """Run k-means over all points; return the best of `how.num_redos` runs, or of a single run from `start`."""
+    if how.algorithm == "mini_batch":
+        return _train_mini_batch(points, num_concepts, how=how, start=start)
     # FAISS samples 256 points per centroid unless told otherwise.
     kmeans = faiss.Kmeans(
         points.shape[1],
@@ -187,6 +192,26 @@ def train(
     kmeans.train(np.ascontiguousarray(points), init_centroids=start)
     assert kmeans.centroids is not None
     return kmeans.centroids.reshape(num_concepts, -1).copy()
+
+
+def _train_mini_batch(
+    points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, start: Float32[np.ndarray, "k d"] | None
+) -> Float32[np.ndarray, "k d"]:
+    """Run scikit-learn's MiniBatchKMeans; each centroid is the mean of the points that it labels (released code)."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    kmeans = MiniBatchKMeans(
+        num_concepts,
+        init="k-means++" if start is None else start,
+        n_init=how.num_redos if start is None else 1,
+        max_iter=how.num_iterations,
+        random_state=how.seed,
+    ).fit(points)
+    centroids: np.ndarray = kmeans.cluster_centers_.astype(np.float32)
+    # A centroid without points stays where it is, and is found starved.
+    for concept in np.unique(kmeans.labels_):
+        centroids[concept] = points[kmeans.labels_ == concept].mean(0)
+    return centroids
 
 
 def not_finite(group: str) -> DataError:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
@@ -47,6 +48,66 @@ def _starts(length: int, side: float, side_px: int) -> list[int]:
     # Counted in real numbers: rounding the side first would lose or add a window at small sizes.
     steps = math.ceil((length - side) / (side / 2) - 1e-9)
     return [min(round(i * side / 2), length - side_px) for i in range(steps)] + [length - side_px]
+
+
+def enumerate_patch_windows(
+    grid_hw: tuple[int, int], patch_size: int, window_fracs: Sequence[float]
+) -> tuple[Int32[np.ndarray, "n 4"], Float[np.ndarray, " n"]]:
+    """Lay out windows as the published code does: on the patch grid, with both end patches.
+
+    A window of b = floor(beta * min(h, w)) patches lies around a patch, half of b to each side, and keeps both patches
+    at its ends and all but the last pixel: 8 (b + 1) - 1 px on patches of 8 px. Centres lie on multiples of b / 2;
+    where these leave patches at the far edge, one more row or column is flush with it.
+
+    Args:
+        grid_hw: patch grid (h, w) of the image.
+        patch_size: side of a patch in px.
+        window_fracs: values of beta in (0, 1].
+
+    Returns:
+        Boxes (x0, y0, x1, y1) in px, half-open, and the beta of each, by beta, then row by row.
+
+    Reference: `generate_box_anchors` and the crop scripts of the released code. Departures: none.
+    """
+    boxes, fracs = [], []
+    for frac in window_fracs:
+        # As theirs: the smaller of the two products, rounded down.
+        side = int(min(grid_hw[0] * frac, grid_hw[1] * frac))
+        rows, columns = (_centres(length, side) for length in grid_hw)
+        for y, row in rows.items():
+            for x, column in columns.items():
+                steps, edges = (row.on_step, column.on_step), (row.on_edge, column.on_edge)
+                kept = (
+                    all(steps) or (steps[0] and edges[1]) or (steps[1] and edges[0]) or (row.at_end and column.at_end)
+                )
+                if kept:
+                    left, top, right, bottom = (
+                        patch_size * (math.ceil(x - side / 2)),
+                        patch_size * (math.ceil(y - side / 2)),
+                        patch_size * (math.floor(x + side / 2) + 1) - 1,
+                        patch_size * (math.floor(y + side / 2) + 1) - 1,
+                    )
+                    boxes.append((left, top, right, bottom))
+                    fracs.append(frac)
+    return np.array(boxes, dtype=np.int32).reshape(-1, 4), np.array(fracs, dtype=np.float64)
+
+
+class _Centre(NamedTuple):
+    """Whether a centre lies on a step of the published layout, whether its window touches an edge, and the far one."""
+
+    on_step: bool
+    on_edge: bool
+    at_end: bool
+
+
+def _centres(length: int, side: int) -> dict[int, _Centre]:
+    """Return the patches that a window of `side` patches can lie around along `length` patches."""
+    half = side / 2
+    return {
+        at: _Centre(at % half == 0, at == half or at + half == length - 1, at + half == length - 1)
+        for at in range(length)
+        if half <= at and at + half < length
+    }
 
 
 def window_shares(
@@ -99,7 +160,7 @@ def classify_windows(
         region_mode: things_and_stuff keeps both groups; things_only keeps the foreground; all_foreground and
             no_prior keep every window, as `foreground` and `any`.
         foreground_min_frac: a window is foreground if more of it than this is (paper: 0.5).
-        background_min_frac: a window is background if at least this much of it is (paper: 0.8).
+        background_min_frac: a window is background if more of it than this is (paper: 0.8).
 
     Reference: 4.2, Foreground prior.
     """
@@ -112,7 +173,7 @@ def classify_windows(
     for frac in fracs:
         if frac > foreground_min_frac:
             kinds.append(FOREGROUND)
-        elif keep_background and 1 - frac >= background_min_frac:
+        elif keep_background and 1 - frac > background_min_frac:
             kinds.append(BACKGROUND)
         else:
             kinds.append(DROPPED)

@@ -29,15 +29,14 @@ def embed_patches(
         vit: made with `dynamic_img_size=True`.
         patches: output of its patch embedding.
         interpolation: how positions learned on another grid are resized: "timm", antialiased bicubic; "dino", see
-            `dino_positions`.
+            `dino_positions`. Without learned positions there is no difference.
     """
-    if interpolation == "timm":
+    if interpolation == "timm" or vit.pos_embed is None:
         # Eva also returns its rotations, which `run_blocks` computes separately.
         placed = vit._pos_embed(patches)[0] if isinstance(vit, Eva) else vit._pos_embed(patches)
         embedded: Tensor = vit.norm_pre(placed)
         return embedded
     grid_hw = (patches.shape[1], patches.shape[2])
-    assert vit.pos_embed is not None, "Encoder refuses such a model"
     with_prefix = not vit.no_embed_class
     positions = dino_positions(
         vit.pos_embed,

@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         pos_embed_interpolation: "timm" or "dino", for learned positions at other sizes; see `blocks.embed_patches`.
 
     Raises:
-        WeightsError: the model has no class token, blocks of another kind, or no learned positions to interpolate.
+        WeightsError: the model has no class token or blocks of another kind.
     """
 
     mean: Tensor
@@ -70,11 +70,6 @@ class Encoder(nn.Module):
             raise WeightsError(
                 f"the last block of this encoder is a {type(last).__name__} with {type(attn).__name__}, "
                 "whose class-token gradient is not implemented; use a plain pre-norm ViT"
-            )
-        if pos_embed_interpolation != "timm" and vit.pos_embed is None:
-            raise WeightsError(
-                f"encoder.pos_embed_interpolation={pos_embed_interpolation}, but this encoder has no learned positions "
-                "to interpolate; leave it at timm"
             )
         self.vit = vit.eval().requires_grad_(False)
         self.precision = precision

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, UInt8
 from torch import Tensor
 
-# Code of the concept that wins a patch. With 64 codes an image takes 100 to 115 kB at K = 171 on 40 x 40 patches, and
+# Code of the concepts that win a patch. With 64 codes an image takes 100 to 115 kB at K = 171 on 40 x 40 patches, and
 # the target changes on fewer than 0.5 % of the patches when a trained teacher is added.
 _TOP_CODE = 63
 # Smallest positive float16.
@@ -38,9 +38,9 @@ def encode_scores(
     """Encode scores in [0, 1] for storage: one code per concept and patch, and each patch's range as float16.
 
     Code 0 is a score of 0; code c >= 1 is low + sqrt((c - 1) / 62) * (high - low), where low is the patch's lowest
-    positive score and high its highest. Only a patch's winner (the first concept with the highest score) has code 63,
-    so the argmax is exact. The square root spends the codes on the concepts that can win once the teacher is added:
-    most maps lie at a patch's floor, the attention that all concepts share.
+    positive score and high its highest. Only a patch's winners (more than one where scores are equal) have code 63, so
+    the argmax, the first of them, is exact. The square root spends the codes on the concepts that can win once the
+    teacher is added: most maps lie at a patch's floor, the attention that all concepts share.
 
     Returns:
         Codes, low, high.
@@ -49,7 +49,7 @@ def encode_scores(
     positive = scores.ceil()
     lowest = torch.sub(scores, positive, alpha=2).add_(2).amin(1)
     low = torch.where(lowest > 1, 0.0, lowest).half()
-    winning, winner = scores.max(1, keepdim=True)
+    winning = scores.amax(1, keepdim=True)
     high = winning.squeeze(1).half()
     # Positive float16 order like their bits. Where rounding leaves no range, the floor goes down by one step.
     bits = torch.where(winning.squeeze(1) > 0, high.view(torch.int16).clamp(min=1), 0).to(torch.int16)
@@ -58,7 +58,7 @@ def encode_scores(
     floor, span = low.float().unsqueeze(1), (high.float() - low.float()).unsqueeze(1)
     shares = (scores - floor).div_(span.clamp(min=_SMALLEST_HALF)).clamp_(0, 1)
     codes = shares.square_().mul_(_TOP_CODE - 1).round_().add_(1).clamp_(max=_TOP_CODE - 1).mul_(positive)
-    return codes.to(torch.uint8).scatter_(1, winner, _TOP_CODE), low, high
+    return codes.to(torch.uint8).masked_fill_(scores == winning, _TOP_CODE), low, high
 
 
 def decode_scores(

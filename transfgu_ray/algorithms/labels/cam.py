@@ -58,12 +58,14 @@ class GradientResponse:
         centroids: one row per concept, on the encoder's device.
         gradient_scale: see `response_maps`.
         keep_mass: see `response_maps`.
+        zeroed: see `response_maps`.
     """
 
     encoder: Encoder
     centroids: Float[Tensor, "k d"]
     gradient_scale: float = 1.0
     keep_mass: float | None = None
+    zeroed: str = "cam"
 
     def __call__(
         self, images: UInt8[Tensor, "b 3 y x"], row: ClassRow, grid_hw: tuple[int, int]
@@ -76,6 +78,7 @@ class GradientResponse:
             grid_hw=grid_hw,
             gradient_scale=self.gradient_scale,
             keep_mass=self.keep_mass,
+            zeroed=self.zeroed,
         )
 
 
@@ -88,6 +91,7 @@ def response_maps(
     grid_hw: tuple[int, int],
     gradient_scale: float,
     keep_mass: float | None,
+    zeroed: str,
 ) -> Float[Tensor, "b k h w"]:
     """Return the Grad-CAM of each concept plus the attention divided by its per-image maximum (Eq. 7).
 
@@ -96,11 +100,13 @@ def response_maps(
         row: the last block's class row of b images.
         centroids: concept centroids.
         grid_hw: patch grid of the images.
-        gradient_scale: factor on the gradient; 1/8 reproduces the released code's batch mean.
+        gradient_scale: factor on the gradient; 1/8 reproduces the released code's mean over a batch of 8.
         keep_mass: share of a CAM's mass to keep, largest patches first; None keeps all.
+        zeroed: what is 0 where the gradient is positive: "cam" = the CAM, "map" = the attention too (`get_grad_mask`
+            of the released code).
 
     Returns:
-        Maps >= 0; the CAM is zero where the gradient is positive.
+        Maps >= 0.
     """
     gradients = attention_gradients(row, centroids)[:, :, encoder.vit.num_prefix_tokens :]
     cam = (-gradient_scale * gradients).clamp_(min=0)
@@ -108,7 +114,8 @@ def response_maps(
         cam = keep_top_mass(cam, keep_mass)
     attention = encoder.patch_attention(row, grid_hw)
     attention = attention / attention.amax((1, 2), keepdim=True)
-    return torch.unflatten(cam, -1, grid_hw) + attention.unsqueeze(1)
+    maps = torch.unflatten(cam, -1, grid_hw) + attention.unsqueeze(1)
+    return maps if zeroed == "cam" else maps * (torch.unflatten(gradients, -1, grid_hw) <= 0)
 
 
 def keep_top_mass(maps: Float[Tensor, "b k n"], share: float) -> Float[Tensor, "b k n"]:

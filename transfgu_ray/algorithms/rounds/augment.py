@@ -1,4 +1,4 @@
-"""Joint augmentation of a photograph and its score maps (4.2 Data Augmentation), from an explicit generator."""
+"""Joint augmentation of a photograph and its score maps (4.2 Data Augmentation), from explicit generators."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,19 +7,26 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as transforms
 
+# Sides of crops are drawn in tenths of the photograph's (released).
+_SIDE_STEPS = 10
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Probabilities and ranges; see `AugmentConfig`."""
 
+    crop: str
     crop_scale: tuple[float, float]
     flip_prob: float
     jitter_prob: float
     grey_prob: float
     blur_prob: float
+    blur_kernel: int
+    colour: str
 
 
 def augment(
@@ -30,48 +37,69 @@ def augment(
     grid_hw: tuple[int, int],
     how: Augmentation,
     rng: np.random.Generator,
+    step_rng: np.random.Generator,
 ) -> tuple[UInt8[Tensor, "3 crop_y crop_x"], Float[Tensor, "k grid_h grid_w"]]:
-    """Cut a random resized crop from the image and its scores; flip both and recolour the image at random.
+    """Cut a random crop from the image and its scores and resize it; flip both and recolour the image at random.
 
     Args:
         image: working image, RGB 0-255.
         scores: score maps of the same image, on any grid.
-        crop_hw: size of the crop in px.
+        crop_hw: size of the crop in px; resized bilinearly without antialias (released).
         grid_hw: patch grid of the crop; RoIAlign resamples the scores to it.
         how: probabilities and ranges.
-        rng: the only source of randomness.
+        rng: of the sample: crop, flip, and colour where each crop has its own.
+        step_rng: of colour where all photographs of a step share it; its state must be the same for each of them.
     """
-    top, left, height, width = random_crop_box(image.shape[1], image.shape[2], scale=how.crop_scale, rng=rng)
-    crop = transforms.resized_crop(image, top, left, height, width, list(crop_hw), antialias=True)
-    cropped = crop_maps(
-        scores, (left, top, left + width, top + height), image_hw=(image.shape[1], image.shape[2]), grid_hw=grid_hw
-    )
+    height, width = image.shape[1], image.shape[2]
+    top, left, h, w = random_crop_box(height, width, how=how, rng=rng)
+    pixels = image.float() / 255
+    if how.colour == "step":
+        pixels = recolour(pixels, how, step_rng)
+    window = pixels[None, :, top : top + h, left : left + w]
+    crop = interpolate(window, crop_hw, mode="bilinear", align_corners=False)[0]
+    cropped = crop_maps(scores, (left, top, left + w, top + h), image_hw=(height, width), grid_hw=grid_hw)
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
-    return recolour(crop, how, rng), cropped
+    if how.colour == "crop":
+        crop = recolour(crop, how, rng)
+    return to_bytes(crop), cropped
 
 
-def recolour(image: UInt8[Tensor, "3 y x"], how: Augmentation, rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
-    """Apply colour jitter, greyscale and blur, each at random; pixels keep their places."""
+def to_bytes(pixels: Float[Tensor, "3 y x"]) -> UInt8[Tensor, "3 y x"]:
+    """Return RGB 0-1 as RGB 0-255, rounded."""
+    return (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def recolour(image: Float[Tensor, "3 y x"], how: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 y x"]:
+    """Apply colour jitter, greyscale and blur (sigma 1 to 2 px) to RGB 0-1, each at random; no pixel moves."""
     if rng.random() < how.jitter_prob:
         image = _jitter(image, rng)
     if rng.random() < how.grey_prob:
         image = transforms.rgb_to_grayscale(image, num_output_channels=3)
     if rng.random() < how.blur_prob:
         sigma = rng.uniform(1.0, 2.0)
-        image = transforms.gaussian_blur(image, kernel_size=[9, 9], sigma=[sigma, sigma])
+        image = transforms.gaussian_blur(image, kernel_size=[how.blur_kernel] * 2, sigma=[sigma, sigma])
     return image
 
 
 def random_crop_box(
-    height: int, width: int, *, scale: tuple[float, float], rng: np.random.Generator
+    height: int, width: int, *, how: Augmentation, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw the (top, left, height, width) in px of a crop with an area share in `scale` and a ratio of 3/4 to 4/3.
+    """Draw the (top, left, height, width) in px of a crop.
 
-    Reference: Szegedy et al. (2015), as in torchvision's RandomResizedCrop; after ten misses, the whole image.
+    "side": of the image's shape; its sides are a share of the image's, drawn from `how.crop_scale` in steps of 0.1
+    without the upper end (released code). "area": an area share in `how.crop_scale` and a ratio of 3/4 to 4/3 (Szegedy
+    et al., 2015, as in torchvision's RandomResizedCrop; after ten misses, the whole image).
     """
+    low, high = how.crop_scale
+    if how.crop == "side":
+        first, end = (round(share * _SIDE_STEPS) for share in (low, high))
+        # Where both ends are the same step it is all there is.
+        share = rng.integers(first, max(end, first + 1)) / _SIDE_STEPS
+        h, w = (int(np.float32(share) * np.float32(side)) for side in (height, width))
+        return int((height - h) * rng.random()), int((width - w) * rng.random()), h, w
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
+        area = height * width * rng.uniform(low, high)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -94,7 +122,7 @@ def crop_maps(
     return cropped
 
 
-def _jitter(image: UInt8[Tensor, "3 y x"], rng: np.random.Generator) -> UInt8[Tensor, "3 y x"]:
+def _jitter(image: Float[Tensor, "3 y x"], rng: np.random.Generator) -> Float[Tensor, "3 y x"]:
     # Strengths 0.8, 0.8, 0.8 and 0.2, in random order (released code).
     steps: list[Callable[[Tensor], Tensor]] = [
         lambda x: transforms.adjust_brightness(x, rng.uniform(0.2, 1.8)),

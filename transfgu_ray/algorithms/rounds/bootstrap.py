@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from transfgu_ray.algorithms.rounds.losses import LossWeights, bootstrap_targets, foreground_patches, total_loss
@@ -20,13 +20,15 @@ class BootstrapSettings:
 
     Attributes:
         learning_rate: Adam's rate.
-        weight_decay: Adam's L2 term.
+        weight_decay: Adam's L2 term, of all parameters but biases and norms (`get_params_groups` of the released code).
         gradient_clamp: bound on the magnitude of each gradient entry.
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
         seed: fixes dropout and the shuffles of the peer loss.
         diversity: pairs of the diversity loss; see `diversity_loss`.
         foreground_above: T_bg for the patches that count in the uncertainty loss, see `foreground_patches`; None = all.
+        round_0: loss of round 0: "cross_entropy" (Eq. 9), or "total": diversity and uncertainty too (released code).
+        optimiser: at the start of a round Adam's moments are "kept" (released code) or "fresh".
     """
 
     learning_rate: float
@@ -37,6 +39,8 @@ class BootstrapSettings:
     seed: int
     diversity: str = "all_pairs"
     foreground_above: float | None = None
+    round_0: str = "cross_entropy"
+    optimiser: str = "kept"
 
 
 class Bootstrap:
@@ -64,22 +68,25 @@ class Bootstrap:
 
     def _new_optimiser(self) -> torch.optim.Adam:
         settings = self._settings
-        return torch.optim.Adam(
-            self.student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        parameters = list(self.student.named_parameters())
+        free = [value for name, value in parameters if name.endswith(".bias") or value.ndim == 1]
+        decayed = [value for name, value in parameters if not (name.endswith(".bias") or value.ndim == 1)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+        return torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     def begin_epoch(self, epoch: Epoch, rank: int) -> None:
         """Start a new round if the epoch does, and seed the epoch's dropout.
 
         In a new round the teacher becomes a frozen copy of the student (no average, no momentum), and the student
-        starts again from its initial weights with a fresh optimiser.
+        starts again from its initial weights.
         """
         if epoch.starts_round:
             if epoch.round == 1:
                 self.trained = copy.deepcopy(self.student.state_dict())
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
             self.student.load_state_dict(self.initial)
-            self._optimiser = self._new_optimiser()
+            if self._settings.optimiser == "fresh":
+                self._optimiser = self._new_optimiser()
         self._parallel.train()
         torch.manual_seed(int(np.random.SeedSequence([self._settings.seed, epoch.index, rank]).generate_state(1)[0]))
 
@@ -88,8 +95,8 @@ class Bootstrap:
     ) -> dict[str, float]:
         """Update the student once; return each loss term.
 
-        Round 0 trains by cross-entropy on the bank (Eq. 9), later rounds by the total loss (Eq. 16) on
-        bootstrapped targets.
+        Later rounds than 0 train by the total loss (Eq. 16) on bootstrapped targets. Round 0 has no peer term: its
+        negatives need a teacher in the released code, and Eq. 9 has none.
 
         Args:
             tokens: the decoder's input for each crop, float32, row by row; see `read_tokens`.
@@ -104,8 +111,7 @@ class Bootstrap:
         with torch.no_grad():
             guidance = None if self.teacher is None else self.teacher(tokens, grid_hw)[0]
             targets = bootstrap_targets(scores.float(), guidance)
-        rng = np.random.default_rng([self._settings.seed, epoch.index, step])
-        shuffle = torch.from_numpy(rng.permutation(scores.shape[1])).to(targets.device)
+        shuffle = self.draw_shuffle(epoch, step, num_classes=scores.shape[1]).to(targets.device)
         logits, classes = self._parallel(tokens, grid_hw)
         above = self._settings.foreground_above
         foreground = None if above is None else foreground_patches(scores.float(), above)
@@ -115,11 +121,14 @@ class Bootstrap:
             classes,
             targets=targets,
             shuffle=shuffle,
-            weights=LossWeights(alpha=epoch.alpha, omega_1=settings.omega_1, omega_2=settings.omega_2),
+            weights=LossWeights(
+                alpha=epoch.alpha if epoch.round else 0.0, omega_1=settings.omega_1, omega_2=settings.omega_2
+            ),
             pairs=settings.diversity,
             foreground=foreground,
         )
-        loss = terms["cross_entropy"] if epoch.round == 0 else terms["total"]
+        plain = epoch.round == 0 and settings.round_0 == "cross_entropy"
+        loss = terms["cross_entropy"] if plain else terms["total"]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch.index}, step {step}")
         self._optimiser.zero_grad(set_to_none=True)
@@ -127,6 +136,11 @@ class Bootstrap:
         nn.utils.clip_grad_value_(self.student.parameters(), settings.gradient_clamp)
         self._optimiser.step()
         return {name: term.item() for name, term in terms.items()} | {"loss": loss.item()}
+
+    def draw_shuffle(self, epoch: Epoch, step: int, *, num_classes: int) -> Int64[Tensor, " k"]:
+        """Draw the permutation of the K maps that makes a step's negatives; see `peer_loss`."""
+        rng = np.random.default_rng([self._settings.seed, epoch.index, step])
+        return torch.from_numpy(rng.permutation(num_classes))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next epoch needs, as tensors and plain Python."""

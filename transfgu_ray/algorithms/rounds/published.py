@@ -10,15 +10,12 @@ from transfgu_ray.algorithms.encoder.checkpoints import misfit, not_finite, read
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.errors import WeightsError
 
-# The published blocks use torch's LayerNorm with its default.
-NORM_EPS = 1e-5
-
 
 class ReleasedDecoder(NamedTuple):
     """A published decoder.
 
     Attributes:
-        state: for a `MaskTransformer` whose blocks have norms of `NORM_EPS`.
+        state: for a `MaskTransformer`.
         num_classes: K, plus one where there is a background channel.
         width: of the patch tokens that it reads.
         num_layers: transformer blocks.
@@ -40,8 +37,7 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
     Raises:
         WeightsError: the file cannot be read or is not such a state dict.
 
-    Reference: `models/mask_transformer/decoder.py` of the released code. Unlike Segmenter's, its blocks have no
-    biases of queries, keys and values; here they are zero, which is equivalent.
+    Reference: `models/mask_transformer/decoder.py` of the released code.
     """
     state = read_checkpoint(data, source)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -51,8 +47,7 @@ def read_released_decoder(data: bytes, source: str) -> ReleasedDecoder:
         raise WeightsError(f"{source} is not a published decoder: it has no cls_emb of shape (1, classes, width)")
     _, num_classes, width = embeddings.shape
     num_layers = len({key.split(".")[1] for key in state if re.match(r"blocks\.\d+\.", key)})
-    biases = {f"blocks.{i}.attn.qkv.bias": embeddings.new_zeros(3 * width) for i in range(num_layers)}
-    state = biases | {key: value.float() for key, value in state.items()}
+    state = {key: value.float() for key, value in state.items()}
     with torch.random.fork_rng(devices=[]):
         # Shapes do not depend on the number of heads.
         wanted = MaskTransformer(num_classes, width, num_layers=num_layers, num_heads=1).state_dict()

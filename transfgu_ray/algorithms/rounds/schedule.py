@@ -48,22 +48,30 @@ def schedule(round_epochs: Sequence[int], alpha: tuple[float, float], alpha_sche
     return epochs
 
 
-def steps_per_epoch(num_images: int, batch_size: int, world_size: int) -> tuple[int, int]:
-    """Return (steps, images per worker and step) of an epoch that covers every image at least once.
+def steps_per_epoch(num_visits: int, batch_size: int, *, world_size: int, last_batch: str) -> tuple[int, int]:
+    """Return (steps, images per worker and step) of an epoch, at least one of each.
 
-    The batch is limited to the number of images and rounded down to whole images per worker (at least one).
+    The batch is limited to the number of visits and rounded down to whole images per worker.
+
+    Args:
+        num_visits: images in an epoch, repeats included.
+        batch_size: images per step over all workers.
+        world_size: workers.
+        last_batch: what becomes of visits that do not fill a step: "drop" = they are left out (released), "fill" = one
+            more step, filled from the start of the epoch.
     """
-    per_worker = max(1, min(batch_size, num_images) // world_size)
-    return -(-num_images // (per_worker * world_size)), per_worker
+    per_worker = max(1, min(batch_size, num_visits) // world_size)
+    whole, rest = divmod(num_visits, per_worker * world_size)
+    return max(1, whole + (rest > 0 and last_batch == "fill")), per_worker
 
 
 def sample_order(
     seed: int, epoch: int, *, num_images: int, repeats: int, steps: int, per_worker: int, world_size: int
 ) -> Int64[np.ndarray, "world steps batch"]:
-    """Return the image indices of every worker and step: fresh permutations, the last step filled from the start.
+    """Return the image indices of every worker and step, from one permutation of all visits.
 
-    The result depends on the arguments alone, so a resumed epoch sees the same images.
+    Visits that do not fill a step are left out; where steps need more, they begin again. The result depends on the
+    arguments alone, so a resumed epoch sees the same images.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = np.concatenate([rng.permutation(num_images) for _ in range(repeats)])
+    order = np.random.default_rng([seed, epoch]).permutation(num_images * repeats) % num_images
     return np.resize(order, (steps, world_size, per_worker)).transpose(1, 0, 2).astype(np.int64)

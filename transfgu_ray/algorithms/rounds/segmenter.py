@@ -20,8 +20,12 @@ class MaskTransformer(nn.Module):
         d_encoder: width of the encoder's patch tokens and of the decoder.
         num_layers: transformer blocks (released: 2).
         num_heads: attention heads (released: 6); must divide d_encoder.
-        dropout: dropout in MLP and projections (released: 0.1).
-        norm_eps: epsilon of the blocks' norms (ours: 1e-6; released: 1e-5).
+        dropout: dropout in attention, projections and MLP (released: 0.1).
+        norm_eps: epsilon of the blocks' norms (released: 1e-5).
+        qkv_bias: whether queries, keys and values have biases (Segmenter; released: no).
+        class_init: class embeddings at first: "shared_length" = one random direction in R^(K d) of length 1, so that
+            each is 1 / sqrt(K) long on average (released: torch's orthogonal_ on a (1, K, d) tensor); "orthogonal" =
+            orthogonal to each other, of length 1.
     """
 
     def __init__(
@@ -32,7 +36,9 @@ class MaskTransformer(nn.Module):
         num_layers: int = 2,
         num_heads: int = 6,
         dropout: float = 0.1,
-        norm_eps: float = 1e-6,
+        norm_eps: float = 1e-5,
+        qkv_bias: bool = False,
+        class_init: str = "shared_length",
     ) -> None:
         super().__init__()
         d = d_encoder
@@ -43,8 +49,9 @@ class MaskTransformer(nn.Module):
             Block(
                 d,
                 num_heads,
-                qkv_bias=True,
+                qkv_bias=qkv_bias,
                 proj_drop=dropout,
+                attn_drop=dropout,
                 norm_layer=norm,  # type: ignore[arg-type]  # timm declares a class but calls any factory
             )
             for _ in range(num_layers)
@@ -56,9 +63,10 @@ class MaskTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        # Orthogonal rows keep classes apart from the first step; more than d rows cannot all be orthogonal.
-        nn.init.orthogonal_(self.cls_emb[0])
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # More than d rows cannot all be orthogonal.
+        nn.init.orthogonal_(self.cls_emb if class_init == "shared_length" else self.cls_emb[0])
 
     def forward(
         self, patch_tokens: Float[Tensor, "b hw d"], grid_hw: tuple[int, int]

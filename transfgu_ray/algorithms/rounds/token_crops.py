@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from transfgu_ray.algorithms.rounds.augment import crop_maps, random_crop_box
+from transfgu_ray.algorithms.rounds.augment import Augmentation, crop_maps, random_crop_box
 
 
 def encode_tokens(tokens: Float[np.ndarray, "hw c"]) -> bytes:
@@ -23,8 +23,7 @@ def augment_tokens(
     *,
     image_hw: tuple[int, int],
     grid_hw: tuple[int, int],
-    crop_scale: tuple[float, float],
-    flip_prob: float,
+    how: Augmentation,
     rng: np.random.Generator,
 ) -> tuple[Float[Tensor, "hw c"], Float[Tensor, "k grid_h grid_w"]]:
     """Cut and flip tokens as `augment`, with the same generator, would cut and flip the image.
@@ -37,19 +36,18 @@ def augment_tokens(
         scores: score maps of the same image, on any grid.
         image_hw: size in px of the image, in which the box is drawn.
         grid_hw: patch grid of the crop; RoIAlign resamples tokens and scores to it.
-        crop_scale: area share of the crop.
-        flip_prob: probability of a horizontal flip.
+        how: of which the crop and the flip are used.
         rng: the only source of randomness.
 
     Returns:
         Tokens of the crop, row by row, and its scores.
     """
-    top, left, height, width = random_crop_box(*image_hw, scale=crop_scale, rng=rng)
+    top, left, height, width = random_crop_box(*image_hw, how=how, rng=rng)
     box = (left, top, left + width, top + height)
     crop, cropped = (
         crop_maps(tokens, box, image_hw=image_hw, grid_hw=grid_hw),
         crop_maps(scores, box, image_hw=image_hw, grid_hw=grid_hw),
     )
-    if rng.random() < flip_prob:
+    if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
     return crop.flatten(1).T, cropped
