@@ -129,14 +129,14 @@ SPLIT = [[50, 40, 0, 10], [0, 0, 50, 10]]
 
 def test_metrics_json__merged_concepts_are_matched_as_one():
     plain, _ = _metrics(SPLIT, Names(FOUR, {}), "evaluate.unmatched=count")
-    # Class 0 has one of its two concepts.
-    assert plain["stages"]["bootstrapped"]["miou"] == pytest.approx((50 / 100 + 50 / 60) / 2)
+    # Class 0 has one of its two concepts; the other one and concept 3 are taken for two classes that are absent.
+    assert plain["stages"]["bootstrapped"]["miou"] == pytest.approx((50 / 100 + 50 / 60 + 0 + 0) / 4)
     assert plain["concept_names"] is None
     merged, of_photo = _metrics(SPLIT, Names(FOUR, {0: "cat", 1: "cat", 2: "dog"}), "evaluate.unmatched=count")
     for stage in STAGE_NAMES:
-        assert merged["stages"][stage]["miou"] == pytest.approx((90 / 100 + 50 / 60) / 2)
+        assert merged["stages"][stage]["miou"] == pytest.approx((90 / 100 + 50 / 60 + 0) / 3)
         assert merged["stages"][stage]["pixel_accuracy"] == pytest.approx(140 / 160)
-    assert of_photo == pytest.approx([(90 / 100 + 50 / 60) / 2])
+    assert of_photo == pytest.approx([(90 / 100 + 50 / 60 + 0) / 3])
     assert [row["concepts"] for row in merged["per_class"][:2]] == [[0, 1], [2]]
     assert merged["concept_names"] == {"0": "cat", "1": "cat", "2": "dog"}
     # Clusters of baselines have no names; foreground IoU needs none.

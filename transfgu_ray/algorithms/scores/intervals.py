@@ -1,8 +1,8 @@
 """Bootstrap intervals over photographs, from sparse confusion counts per photograph.
 
 Reference: Efron and Tibshirani (1993), percentile interval. Departures: concepts keep the classes that the whole split
-gave them. A resample repeats some photographs and misses others: with its own match, and without the rare classes that
-it misses, it would score higher than the split.
+gave them. A resample repeats some photographs and misses others: with a match of its own it would score higher than the
+split. A class that it misses has an IoU of 0 where it is predicted, as in any score.
 """
 
 from collections.abc import Callable, Iterator, Sequence

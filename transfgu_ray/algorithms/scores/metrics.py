@@ -1,14 +1,14 @@
 """Confusion matrix, match of concepts to classes, mIoU and pixel accuracy (4.1).
 
-Which classes are in the mean depends on the protocol, as in the published codes:
+The mean is over the classes that are present in the ground truth or predicted, as in the published codes (TransFGU's
+`get_result_metrics` is that of PiCIE, Cho et al., CVPR 2021): a class that is absent but predicted has an IoU of 0, and
+only a class that is neither has none. The codes have as many clusters as classes; with more, `unmatched` decides.
 
-- `transfgu`: classes that are present in the ground truth.
-- `picie` (Cho et al., CVPR 2021; `get_result_metrics`): also classes that are absent but predicted, with an IoU of 0;
-  only a class that is neither has no IoU. The code has as many clusters as classes; with more, `unmatched` decides.
-- `stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`): the same classes. If K exceeds the classes, all
-  left-over clusters form one more class of IoU 0, and their pixels are errors: that is `unmatched` = `count`.
-  Departure: its `update` drops predictions numbered past the class count before any match, so that the score depends on
-  the numbering of the clusters; here every concept takes part in the match.
+Protocols differ in the frame, the whole photograph or its centre square, which is no matter of this module. Beyond it,
+`stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`) makes one more class of IoU 0 of all left-over
+clusters, where their pixels are errors: under `unmatched` = `count`. Departure: its `update` drops predictions numbered
+past the class count before any match, so that the score depends on the numbering of the clusters; here every concept
+takes part in the match.
 
 The policy `unmatched` says what happens to the pixels of concepts without a class: under `discard` they leave the score
 (suppl., K), under `count` they are misses of their true class, and under `many_to_one` there are none.
@@ -28,10 +28,10 @@ class Score:
     """Scores of one confusion matrix, all in [0, 1].
 
     Attributes:
-        miou: mean IoU over the classes of the protocol.
+        miou: mean IoU over the classes present or predicted.
         pixel_accuracy: share of the scored pixels that are correct.
         coverage: share of the labelled pixels whose concept has a class; the others are left out or count as errors.
-        class_iou: IoU per class; NaN for a class that is not in the mean.
+        class_iou: IoU per class; NaN for a class that is neither present nor predicted.
         class_of_concept: class of each concept; -1 for a left-over concept.
     """
 
@@ -134,9 +134,7 @@ def score_matched(
     np.add.at(hits, classes, confusion[classes, concepts])
     np.add.at(taken, classes, confusion[:, concepts].sum(0))
     truth = confusion.sum(1) if unmatched == "count" else confusion[:, concepts].sum(1)
-    averaged = confusion.any(1)
-    if protocol != "transfgu":
-        averaged = averaged | (taken > 0)
+    averaged = confusion.any(1) | (taken > 0)
     iou = np.where(averaged, hits / np.maximum(truth + taken - hits, 1), np.nan)
     has_class_of_left_over = protocol == "stego" and unmatched == "count" and taken.sum() < labelled
     return Score(
