@@ -139,8 +139,11 @@ def test_metrics_json__merged_concepts_are_matched_as_one():
     assert of_photo == pytest.approx([(90 / 100 + 50 / 60 + 0) / 3])
     assert [row["concepts"] for row in merged["per_class"][:2]] == [[0, 1], [2]]
     assert merged["concept_names"] == {"0": "cat", "1": "cat", "2": "dog"}
-    # Clusters of baselines have no names; foreground IoU needs none.
-    assert merged["baselines"] == plain["baselines"]
+    # Clusters of baselines have no names; chance has the sizes of what is scored.
+    for name in ("raw_colour", "majority"):
+        assert merged["baselines"][name] == plain["baselines"][name]
+    # The cat's 90 pixels of 160 take 90 * 100 / 160 pixels of class 0, the dog's 50 of class 1.
+    assert merged["baselines"]["chance"]["pixel_accuracy"] == pytest.approx((90 * 100 + 50 * 60) / 160**2)
     assert merged["num_concepts"] == plain["num_concepts"] == 4
     assert score_table(merged)[0] == score_table(plain)[0]
 

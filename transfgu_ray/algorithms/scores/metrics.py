@@ -85,10 +85,46 @@ def score(
     Raises:
         ValueError: there is no labelled pixel.
     """
+    return score_matched(confusion, _match(confusion, unmatched, num_matched), unmatched=unmatched, protocol=protocol)
+
+
+def score_held_out(
+    halves: tuple[Int64[np.ndarray, "c k"], Int64[np.ndarray, "c k"]],
+    unmatched: str = "discard",
+    *,
+    protocol: str = "transfgu",
+    num_matched: int | None = None,
+) -> Score:
+    """Score each half of a split by the match of the other half, both as one confusion matrix of classes.
+
+    A match is fitted to the labels that it is scored on; this is the score without that. Where both halves give the
+    concepts the same classes, it is the score of the whole split.
+
+    Args:
+        halves: pixel counts of two halves of the photographs.
+        unmatched: see `score`. A concept without a pixel in a half is left over in the other under `many_to_one`.
+        protocol: see `score`.
+        num_matched: see `score`.
+
+    Returns:
+        The scores; `class_of_concept` is of the columns of that matrix, one a class and one of concepts left over.
+
+    Raises:
+        ValueError: there is no labelled pixel.
+    """
+    num_classes = len(halves[0])
+    merged = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+    for fitted, held_out in (halves, halves[::-1]):
+        # Class -1 is the last column.
+        np.add.at(merged.T, _match(fitted, unmatched, num_matched), held_out.T)
+    return score_matched(merged, np.append(np.arange(num_classes), -1), unmatched=unmatched, protocol=protocol)
+
+
+def _match(confusion: Int64[np.ndarray, "c k"], unmatched: str, num_matched: int | None) -> Int64[np.ndarray, " k"]:
     match = overlapping_classes if unmatched == "many_to_one" else match_concepts
     class_of_concept = np.full(confusion.shape[1], -1, dtype=np.int64)
     class_of_concept[:num_matched] = match(confusion[:, :num_matched])
-    return score_matched(confusion, class_of_concept, unmatched=unmatched, protocol=protocol)
+    return class_of_concept
 
 
 def score_merged(
@@ -146,17 +182,38 @@ def score_matched(
     )
 
 
-def chance_confusion(class_pixels: Int64[np.ndarray, " c"], num_concepts: int) -> Int64[np.ndarray, "c k"]:
-    """Return the expected confusion of labels drawn uniformly over the concepts, in units of 1 / K pixel.
+def chance_confusion(
+    class_pixels: Int64[np.ndarray, " c"], concept_pixels: Int64[np.ndarray, " k"]
+) -> Int64[np.ndarray, "c k"]:
+    """Return the expected confusion of labels with a model's concept sizes that know nothing of the truth.
 
-    Every concept is expected to take 1 / K of every class. The unit keeps the counts whole; no score depends on it.
+    Every concept takes of every class the share that it has of all pixels. Labels drawn uniformly over K concepts would
+    set the bar too low: a model that puts most pixels into one concept, as one with a background does, scores well
+    above them by its sizes alone, once that concept is matched to the largest class. What a match gains by fitting
+    accidents is not in it; see `score_held_out`.
+
+    Args:
+        class_pixels: pixels of each class.
+        concept_pixels: pixels that the model gives each concept.
+
+    Returns:
+        Counts in units that keep them whole, one part in `concept_pixels.sum()` of a pixel; no score depends on it.
     """
-    return np.repeat(class_pixels[:, None], num_concepts, axis=1)
+    # From 2^30 pixels on, the shares are rounded to what keeps all sums, those of resamples too, within int64.
+    excess = max(0, 2 * int(concept_pixels.sum()).bit_length() - 61)
+    expected: np.ndarray = class_pixels[:, None] * (concept_pixels >> excess)
+    return expected
 
 
 def majority_confusion(class_pixels: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, "c 1"]:
     """Return the confusion of one concept that takes every pixel; a match gives it the commonest class (an oracle)."""
     return class_pixels[:, None]
+
+
+def dead_concepts(confusion: Int64[np.ndarray, "c k"]) -> list[int]:
+    """Return the concepts that win no labelled pixel, ascending."""
+    dead: list[int] = np.flatnonzero(~confusion.any(0)).tolist()
+    return dead
 
 
 def foreground_iou(
