@@ -1,12 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.scores import intervals
-from transfgu_ray.algorithms.scores.intervals import photo_counts
+from transfgu_ray.algorithms.scores.intervals import mean_interval, photo_counts, resampled_counts, total_counts
+from transfgu_ray.algorithms.scores.metrics import score, score_matched
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.models.names import Names
-from transfgu_ray.reports.ablations import aggregate
+from transfgu_ray.reports.ablations import ScoredRun, aggregate
 from transfgu_ray.reports.score_tables import score_lines, score_table, trust_table
 from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json, scores_by_method
 
@@ -257,53 +260,92 @@ def test_score_table__columns_without_a_value_are_left_out():
     ]
 
 
-def _seeds(*rights, **changes):
-    return [_metrics(_confusions(right)) | {"seed": seed} | changes for seed, right in enumerate(rights)]
+def _run(seed, matrices, **changes):
+    """Return a run with the same matrices, one a photograph, at every stage."""
+    where = photo, classes, concepts = np.nonzero(matrices)
+    of_stage = photo_counts(photo, classes, concept_id=concepts, pixels=matrices[where], shape=matrices.shape)
+    config, names, counts = _config(f"seed={seed}"), Names(tuple(KINDS), {}), dict.fromkeys(STAGE_NAMES, of_stage)
+    metrics = metrics_json(config, "val", num_images=3, counts=counts, names=names, weights_sha256="f" * 64)
+    return ScoredRun(metrics | changes, config, counts, names)
 
 
-def test_aggregate__mean_and_sample_deviation_by_hand():
-    runs = _seeds(2, 5, 8)
-    got = aggregate(runs)
+def _seeds(*rights):
+    """Return runs with `right` of the ten pixels of each class, on the same two photographs."""
+    one, next_one = np.eye(16, dtype=np.int64), np.roll(np.eye(16, dtype=np.int64), 1, axis=1)
+    return [_run(seed, np.stack([right * one + (10 - right) * next_one] * 2)) for seed, right in enumerate(rights)]
+
+
+def test_aggregate__mean_deviation_and_interval_by_hand():
+    got = aggregate(_seeds(6, 9, 9))
     assert (got["seeds"], got["dataset"], got["unmatched"]) == ([0, 1, 2], "scenes", "discard")
     assert (list(got["stages"]), list(got["baselines"])) == (list(STAGE_NAMES), ["chance", "majority"])
     assert got["refined"] is None
-    accuracy = [run["stages"]["trained"]["pixel_accuracy"] for run in runs]
-    mean = sum(accuracy) / 3
-    deviation = (sum((value - mean) ** 2 for value in accuracy) / 2) ** 0.5
-    assert got["stages"]["trained"]["pixel_accuracy"] == {
-        "mean": pytest.approx(mean),
-        "deviation": pytest.approx(deviation),
-    }
+    accuracy = got["stages"]["trained"]["pixel_accuracy"]
+    assert (accuracy["mean"], accuracy["deviation"]) == pytest.approx((0.8, (0.06 / 2) ** 0.5))
+    # The photographs are alike: what spreads are the means of three draws of the seeds.
+    assert 0.6 <= accuracy["interval"][0] < 0.8 < accuracy["interval"][1] <= 0.9
     assert got["stages"]["trained"]["coverage"] == {"mean": 1.0, "deviation": 0.0}
     assert set(got["baselines"]["chance"]) == {"miou", "pixel_accuracy", "coverage"}
 
 
-def test_aggregate__one_seed_has_no_deviation():
-    (run,) = _seeds(5, refined={"miou": 0.5, "pixel_accuracy": 0.6, "coverage": 1.0})
-    got = aggregate([run])
-    assert got["stages"]["initial"]["miou"] == {"mean": run["stages"]["initial"]["miou"], "deviation": None}
-    assert got["refined"]["pixel_accuracy"] == {"mean": 0.6, "deviation": None}
+def test_aggregate__interval_is_over_the_same_photographs_of_all_seeds():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 60, (5, 16, 16))
+    # Other predictions of the same truth.
+    runs = [_run(seed, rng.permuted(pixels, axis=2)) for seed in range(2)]
+    resampled = []
+    for run in runs:
+        counts, found = run.counts["trained"], run.metrics["stages"]["trained"]
+        split = score(total_counts(counts).reshape(16, 16))
+        assert split.miou == found["miou"]
+        mious = [
+            score_matched(total.reshape(16, 16), split.class_of_concept, unmatched="discard", protocol="transfgu").miou
+            for total in resampled_counts(counts, 0)
+        ]
+        resampled.append(mious)
+    want = mean_interval(np.array(resampled).T, 0)
+    assert aggregate(runs)["stages"]["trained"]["miou"]["interval"] == want
+
+
+def test_aggregate__one_seed_has_no_deviation_and_the_interval_of_its_photographs():
+    (run,) = _seeds(6)
+    refined = run.counts | {"refined": run.counts["trained"]}
+    metrics = run.metrics | {"refined": {"miou": 0.5, "pixel_accuracy": 0.6, "coverage": 1.0}}
+    got = aggregate([replace(run, metrics=metrics, counts=refined)])
+    initial = run.metrics["stages"]["initial"]
+    assert got["stages"]["initial"]["miou"] == {
+        "mean": initial["miou"],
+        "deviation": None,
+        "interval": pytest.approx([initial["miou"]] * 2),
+    }
+    assert got["refined"]["pixel_accuracy"]["mean"] == 0.6
+    assert "refined" not in got["baselines"]
 
 
 @pytest.mark.parametrize(
     "change", [{"dataset": "voc"}, {"recipe": "demo"}, {"protocol": "stego"}, {"unmatched": "count"}, {"num_images": 4}]
 )
 def test_aggregate__refuses_runs_that_differ_in_more_than_their_seed(change):
-    first, second = _seeds(5, 8)
+    first, second = _seeds(6, 9)
     ((name, value),) = change.items()
-    with pytest.raises(ConfigError, match=rf"more than their seed \({name}: {first[name]} and {value}\)"):
-        aggregate([first, second | change])
+    with pytest.raises(ConfigError, match=rf"more than their seed \({name}: {first.metrics[name]} and {value}\)"):
+        aggregate([first, replace(second, metrics=second.metrics | change)])
 
 
 def test_aggregate__refuses_what_has_no_mean():
-    first, second = _seeds(5, 8)
+    first, second = _seeds(6, 9)
+
+    def changed(**values):
+        return replace(second, metrics=second.metrics | values)
+
     with pytest.raises(ConfigError, match=r"two of the runs have the same seed \(0, 0\)"):
-        aggregate([first, second | {"seed": 0}])
+        aggregate([first, changed(seed=0)])
     with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
-        aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
-    for runs in (
-        [],
-        [metrics_json(RunConfig(), None, num_images=3, counts={}, names=Names(("any",) * 27, {}), weights_sha256="")],
-    ):
+        aggregate([first, changed(baselines={"chance": second.metrics["baselines"]["chance"]})])
+    for count in (2, 3):
+        with pytest.raises(ConfigError, match="different photographs"):
+            aggregate([first, _run(1, np.stack([np.eye(16, dtype=np.int64)] * count))])
+    unscored = metrics_json(RunConfig(), None, num_images=3, counts={}, names=second.names, weights_sha256="")
+    for runs in ([], [replace(first, metrics=unscored, counts={})]):
         with pytest.raises(ConfigError, match="only runs that are scored"):
             aggregate(runs)

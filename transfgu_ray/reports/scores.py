@@ -1,17 +1,19 @@
 """metrics.json: the scores that follow from confusion matrices."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.scores.intervals import (
     class_counts,
     halves,
     merge_concepts,
+    resampled_scores,
     score_intervals,
     total_counts,
     worst_decile,
@@ -95,18 +97,14 @@ def metrics_json(
 def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, Any]:
     is_thing = np.array([kind == "thing" for kind in config.class_kinds])
     is_background = np.array([kind in ("background", "none") for kind in names.kinds])
-    scores, numbers = {}, {}
-    for name, (of_method, confusion_of) in _methods(config, counts, names).items():
-        confusion = confusion_of(total_counts(of_method))
-        # The one class beyond the model's own holds the hidden concepts.
-        scores[name] = score_confusion(config, confusion, len(names.kinds))
-        score_of = partial(score_resample, config=config, confusion_of=confusion_of, found=scores[name])
-        intervals = score_intervals(of_method, config.seed, score_of)
+    methods, numbers = _methods(config, counts, names), {}
+    for name, method in methods.items():
+        intervals = score_intervals(method.counts, config.seed, method.score_of)
         numbers[name] = {
-            **_numbers(config, confusion, scores[name]),
+            **_numbers(config, method.confusion_of(total_counts(method.counts)), method.found),
             **dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True)),
-            "held_out": _held_out(config, of_method, confusion_of, len(names.kinds)),
-            "photo_miou": _photo_miou(of_method, score_of),
+            "held_out": _held_out(config, method, len(names.kinds)),
+            "photo_miou": _photo_miou(method),
         }
         if name in _OF_MODEL:
             own = total_counts(counts[name]).reshape(len(config.class_names), -1)
@@ -116,49 +114,89 @@ def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> di
                 "dead_concepts": dead,
                 "num_dead_concepts": len(dead),
             }
-    last = scores[STAGE_NAMES[-1]]
+    last = methods[STAGE_NAMES[-1]].found
     return {
-        "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
-        "refined": numbers.pop(REFINED, None),
-        "baselines": numbers,
+        **by_group(numbers),
         # By the number of each concept, even where several make one class.
         "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
     }
 
 
-def _methods(
-    config: RunConfig, counts: dict[str, csr_array], names: Names
-) -> dict[str, tuple[csr_array, Callable[[np.ndarray], np.ndarray]]]:
-    """Return counts of photographs for each method, and the confusion matrix that a sum of them makes."""
+def by_group(methods: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of methods as `stages`, `refined` (null where there is none) and `baselines`."""
+    return {
+        "stages": {name: methods[name] for name in STAGE_NAMES},
+        REFINED: methods.get(REFINED),
+        "baselines": {name: value for name, value in methods.items() if name not in _OF_MODEL},
+    }
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What is scored beside others.
+
+    Attributes:
+        counts: of each photograph; see `photo_counts`.
+        confusion_of: makes a confusion matrix of a sum of them.
+        found: scores of the split.
+        score_of: scores any sum of them by the match of the split.
+    """
+
+    counts: csr_array
+    confusion_of: Callable[[np.ndarray], np.ndarray]
+    found: Score
+    score_of: Callable[[np.ndarray], Score]
+
+
+def _methods(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, _Method]:
     num_classes = len(config.class_names)
 
     def to_matrix(cells: np.ndarray) -> np.ndarray:
         return cells.reshape(num_classes, -1)
 
-    found = {name: named_counts(each, names) if name in _OF_MODEL else each for name, each in counts.items()}
-    last = found[STAGE_NAMES[-1]]
+    def method(of_method: csr_array, confusion_of: Callable[[np.ndarray], np.ndarray]) -> _Method:
+        # The one class beyond the model's own holds the hidden concepts.
+        found = score_confusion(config, confusion_of(total_counts(of_method)), len(names.kinds))
+        score_of = partial(score_resample, config=config, confusion_of=confusion_of, found=found)
+        return _Method(of_method, confusion_of, found, score_of)
+
+    named = {name: named_counts(each, names) if name in _OF_MODEL else each for name, each in counts.items()}
+    last = named[STAGE_NAMES[-1]]
     # Every method's matrices have the same rows: the truth.
     truth, concept_pixels = class_counts(last, num_classes), to_matrix(total_counts(last)).sum(0)
     return {
-        **{name: (of_method, to_matrix) for name, of_method in found.items()},
-        "chance": (truth, partial(chance_confusion, concept_pixels=concept_pixels)),
-        "majority": (truth, majority_confusion),
+        **{name: method(of_method, to_matrix) for name, of_method in named.items()},
+        "chance": method(truth, partial(chance_confusion, concept_pixels=concept_pixels)),
+        "majority": method(truth, majority_confusion),
     }
 
 
-def _held_out(
-    config: RunConfig, counts: csr_array, confusion_of: Callable[[np.ndarray], np.ndarray], num_matched: int
-) -> dict[str, float] | None:
+def resampled_methods(
+    config: RunConfig, counts: dict[str, csr_array], names: Names, seed: int
+) -> dict[str, Float64[np.ndarray, "resamples 2"]]:
+    """Return mIoU and pixel accuracy of each method of metrics.json on resamples of the photographs.
+
+    Args:
+        config: see `metrics_json`.
+        counts: see `metrics_json`.
+        names: see `metrics_json`.
+        seed: of the draws; runs on the same photographs have the same resamples.
+    """
+    methods = _methods(config, counts, names)
+    return {name: resampled_scores(method.counts, seed, method.score_of) for name, method in methods.items()}
+
+
+def _held_out(config: RunConfig, method: _Method, num_matched: int) -> dict[str, float] | None:
     """Return the scores of each half of the photographs by the match of the other; None for a single photograph."""
-    if counts.shape[0] < 2:
+    if method.counts.shape[0] < 2:
         return None
-    one, other = (confusion_of(total_counts(half)) for half in halves(counts))
+    one, other = (method.confusion_of(total_counts(half)) for half in halves(method.counts))
     found = score_held_out((one, other), **_rule(config), num_matched=num_matched)
     return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy}
 
 
-def _photo_miou(counts: csr_array, score_of: Callable[[np.ndarray], Score]) -> dict[str, float]:
-    values = _photo_mious(counts, score_of)
+def _photo_miou(method: _Method) -> dict[str, float]:
+    values = _photo_mious(method.counts, method.score_of)
     worst, highest = worst_decile(values)
     return {"mean": float(values.mean()), "worst_decile": worst, "worst_decile_limit": highest}
 

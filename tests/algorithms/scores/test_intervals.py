@@ -128,7 +128,7 @@ def test_mean_interval__equals_a_plain_loop_over_seeds_and_photographs(monkeypat
         np.stack([resampled_scores(sparse(run), 5, score_of)[:, 0] for run in runs], axis=1),
         seed=5,
     )
-    photos, seeds = np.random.default_rng(5), np.random.default_rng(5).integers(3, size=(40, 3))
+    photos, seeds = np.random.default_rng(5), np.random.default_rng([5, 1]).integers(3, size=(40, 3))
     of_photos = [chosen for size in (32, 8) for chosen in photos.integers(7, size=(size, 7))]
     means = [
         np.mean([score_of(sum(runs[seed][photo] for photo in chosen).ravel()).miou for seed in of_seeds])

@@ -138,7 +138,7 @@ def mean_interval(values: Float64[np.ndarray, "resamples seeds"], seed: int) -> 
 
     Args:
         values: score of each seed on each resample of the photographs; see `resampled_scores`.
-        seed: of the draws of seeds.
+        seed: of the draws of seeds, which have a stream apart from those of photographs.
     """
-    drawn = np.random.default_rng(seed).integers(values.shape[1], size=values.shape)
+    drawn = np.random.default_rng([seed, 1]).integers(values.shape[1], size=values.shape)
     return percentile_interval(np.take_along_axis(values, drawn, axis=1).mean(1))
