@@ -74,6 +74,8 @@ def reported(folder: Path, names: tuple[str, ...]) -> Elements:
     model = ModelConfig((8, 8), ("any",) * len(names), 1, 1, "float32", "")
     save_decoder(Folder(run.folder.uri_of("model")), {}, config=model)
     scored = {"miou": 0.5, "miou_interval": None, "pixel_accuracy": 0.5, "coverage": 1.0, "super": None}
+    scored |= {"held_out": None, "photo_miou": {"mean": 0.5, "worst_decile": 0.5}}
+    scored |= {"dead_concepts": [], "num_dead_concepts": 0}
     metrics = {
         "scored": True, "dataset": names[0], "split": names[1], "granularity": "fine", "protocol": names[2],
         "unmatched": "count", "num_images": 1, "num_classes": len(names), "num_concepts": len(names),

@@ -129,18 +129,21 @@ SPLIT = [[50, 40, 0, 10], [0, 0, 50, 10]]
 
 def test_metrics_json__merged_concepts_are_matched_as_one():
     plain, _ = _metrics(SPLIT, Names(FOUR, {}), "evaluate.unmatched=count")
-    # Class 0 has one of its two concepts.
-    assert plain["stages"]["bootstrapped"]["miou"] == pytest.approx((50 / 100 + 50 / 60) / 2)
+    # Class 0 has one of its two concepts; the other one and concept 3 are taken for two classes that are absent.
+    assert plain["stages"]["bootstrapped"]["miou"] == pytest.approx((50 / 100 + 50 / 60 + 0 + 0) / 4)
     assert plain["concept_names"] is None
     merged, of_photo = _metrics(SPLIT, Names(FOUR, {0: "cat", 1: "cat", 2: "dog"}), "evaluate.unmatched=count")
     for stage in STAGE_NAMES:
-        assert merged["stages"][stage]["miou"] == pytest.approx((90 / 100 + 50 / 60) / 2)
+        assert merged["stages"][stage]["miou"] == pytest.approx((90 / 100 + 50 / 60 + 0) / 3)
         assert merged["stages"][stage]["pixel_accuracy"] == pytest.approx(140 / 160)
-    assert of_photo == pytest.approx([(90 / 100 + 50 / 60) / 2])
+    assert of_photo == pytest.approx([(90 / 100 + 50 / 60 + 0) / 3])
     assert [row["concepts"] for row in merged["per_class"][:2]] == [[0, 1], [2]]
     assert merged["concept_names"] == {"0": "cat", "1": "cat", "2": "dog"}
-    # Clusters of baselines have no names; foreground IoU needs none.
-    assert merged["baselines"] == plain["baselines"]
+    # Clusters of baselines have no names; chance has the sizes of what is scored.
+    for name in ("raw_colour", "majority"):
+        assert merged["baselines"][name] == plain["baselines"][name]
+    # The cat's 90 pixels of 160 take 90 * 100 / 160 pixels of class 0, the dog's 50 of class 1.
+    assert merged["baselines"]["chance"]["pixel_accuracy"] == pytest.approx((90 * 100 + 50 * 60) / 160**2)
     assert merged["num_concepts"] == plain["num_concepts"] == 4
     assert score_table(merged)[0] == score_table(plain)[0]
 

@@ -176,6 +176,10 @@ def test_mlflow__run_metrics_and_registered_model(finished: Run, tmp_path: Path)
     metrics = json.loads(finished.folder.read_bytes("metrics.json"))
     for name, scores in (metrics["stages"] | metrics["baselines"]).items():
         assert logged.data.metrics[f"{name}/miou"] == pytest.approx(scores["miou"])
+        assert logged.data.metrics[f"{name}/held_out/miou"] == pytest.approx(scores["held_out"]["miou"])
+        worst = scores["photo_miou"]["worst_decile"]
+        assert logged.data.metrics[f"{name}/photo_miou/worst_decile"] == pytest.approx(worst)
+        assert logged.data.metrics.get(f"{name}/num_dead_concepts") == scores.get("num_dead_concepts")
     losses = client.get_metric_history(registered["mlflow_run_id"], "train/loss")
     assert sorted(metric.step for metric in losses) == [0, 1]
     version = client.get_model_version(registered["model_name"], registered["model_version"])

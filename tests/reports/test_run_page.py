@@ -38,6 +38,9 @@ def test_report__shows_scores_photographs_classes_losses_and_stages(tmp_path):
     # Concept i has 70 of 130 pixels of class i; 60 are of the next concept, which is another class.
     assert "bootstrapped 38.97 [" in page.text
     assert "majority class" in page.text
+    # The two photographs are the halves, and by their own matches most concepts are of other classes.
+    assert "unused concepts initial 38.97" in page.text
+    assert re.search(r"bootstrapped 38\.97 \d+\.\d\d 33\.33 21\.67 0 ", page.text)
     # Each photograph by the match of both: 60 of 100 pixels, and 10 of 30.
     assert f"{HOSTILE} · mIoU 45.0 %" in page.text.replace("&quot;", '"')
     assert "b.jpg · mIoU 21.7 %" in page.text

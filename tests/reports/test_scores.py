@@ -1,13 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.scores import intervals
-from transfgu_ray.algorithms.scores.intervals import photo_counts
+from transfgu_ray.algorithms.scores.intervals import mean_interval, photo_counts, resampled_counts, total_counts
+from transfgu_ray.algorithms.scores.metrics import score, score_matched
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.models.names import Names
-from transfgu_ray.reports.ablations import aggregate
-from transfgu_ray.reports.score_tables import score_lines, score_table
+from transfgu_ray.reports.ablations import ScoredRun, aggregate
+from transfgu_ray.reports.score_tables import score_lines, score_table, trust_table
 from transfgu_ray.reports.scores import STAGE_NAMES, metrics_json, scores_by_method
 
 # Scenes: 12 classes of things, then 4 of stuff, with one concept per class.
@@ -65,10 +68,10 @@ def test_metrics_json__scores_of_both_granularities_worked_by_hand():
 def test_metrics_json__chance_and_the_majority_class_are_always_beside():
     got = _metrics(_confusions(right=8))
     assert list(got["baselines"]) == ["chance", "majority"]
-    # 158 pixels: 10 in each class but the last, which has 8; each of 16 concepts gets a sixteenth.
+    # 158 pixels: 10 in each class but the last and of each concept but the first, which have 8.
     chance, majority = got["baselines"].values()
-    assert chance["pixel_accuracy"] == pytest.approx(1 / 16)
-    assert chance["miou"] == pytest.approx((15 * 10 / (160 + 158 - 10) + 8 / (128 + 158 - 8)) / 16)
+    assert chance["pixel_accuracy"] == pytest.approx((15 * 100 + 64) / 158**2)
+    assert chance["miou"] == pytest.approx((15 * 100 / (2 * 1580 - 100) + 64 / (2 * 1264 - 64)) / 16)
     assert majority["pixel_accuracy"] == 10 / 158
     assert majority["miou"] == pytest.approx(10 / 158 / 16)
     # Three of a kind: the most frequent class is an animal.
@@ -98,30 +101,74 @@ def test_metrics_json__policy_and_protocol_reach_every_score():
             assert (scores["miou"], scores["pixel_accuracy"]) == pytest.approx((miou, accuracy))
             assert scores["miou_interval"] == pytest.approx([miou] * 2)
             assert scores["super"]["pixel_accuracy"] == pytest.approx(accuracy)
-        assert got["baselines"]["chance"]["coverage"] == pytest.approx(16 / 18)
+        # Of 160 pixels each concept left over has 16 and each other one 8; chance matches the larger ones first.
+        assert got["baselines"]["chance"]["coverage"] == pytest.approx((2 * 16 + 14 * 8) / 160)
+
+
+def _two_photographs(one, other):
+    """Return metrics.json of two photographs with the same matrices at every stage and of one baseline."""
+    matrices = np.stack([one, other])
+    where = photo, classes, concepts = matrices.nonzero()
+    counts = photo_counts(photo, classes, concept_id=concepts, pixels=matrices[where], shape=matrices.shape)
+    of_methods, names = dict.fromkeys((*STAGE_NAMES, "raw_colour"), counts), Names(tuple(KINDS), {})
+    return metrics_json(_config(), "val", num_images=2, counts=of_methods, names=names, weights_sha256="f" * 64)
 
 
 def test_metrics_json__intervals_keep_the_match_of_the_split():
-    # Two photographs with the concepts of two classes swapped; the first has more pixels.
-    confusions = np.zeros((2, 16, 16), dtype=np.int64)
-    confusions[0, [0, 1], [0, 1]] = 30
-    confusions[1, [0, 1], [1, 0]] = 10
-    photo, classes, concepts = confusions.nonzero()
-    counts = photo_counts(
-        photo, classes, concept_id=concepts, pixels=confusions[photo, classes, concepts], shape=confusions.shape
-    )
-    got = metrics_json(
-        _config(),
-        "val",
-        num_images=2,
-        counts=dict.fromkeys(STAGE_NAMES, counts),
-        names=Names(tuple(KINDS), {}),
-        weights_sha256="f" * 64,
-    )
+    # The concepts of two classes are swapped in the second photograph; the first has more pixels.
+    one, other = np.zeros((2, 16, 16), dtype=np.int64)
+    one[[0, 1], [0, 1]], other[[0, 1], [1, 0]] = 30, 10
+    got = _two_photographs(one, other)
     last = got["stages"]["bootstrapped"]
     assert last["pixel_accuracy"] == 0.75
     # A resample of the second photograph alone, with its own match, would be all correct.
     assert last["pixel_accuracy_interval"] == [0.0, 1.0]
+
+
+def test_metrics_json__held_out_match_and_photographs_worked_by_hand():
+    # Concepts 0 and 1 are classes 0 and 1 in one photograph and 1 and 0 in the other; concepts 3 and 5 are on both.
+    one, other = np.zeros((2, 16, 16), dtype=np.int64)
+    one[[0, 1, 3], [0, 1, 3]], other[[0, 1, 5], [1, 0, 5]] = (30, 30, 6), (10, 10, 4)
+    got = _two_photographs(one, other)
+    last = got["stages"]["bootstrapped"]
+    assert last["pixel_accuracy"] == 70 / 90
+    # Each half is one photograph: at most classes 3 and 5 are right, whose concepts the other half does not show.
+    assert last["held_out"]["pixel_accuracy"] < 0.2
+    # In the second photograph two classes are wrong and one right. The worst tenth is one photograph.
+    assert last["photo_miou"] == {"mean": pytest.approx(2 / 3), "worst_decile": 1 / 3, "worst_decile_limit": 1 / 3}
+    assert last["dead_concepts"] == [c for c in range(16) if c not in (0, 1, 3, 5)]
+    assert last["num_dead_concepts"] == 12
+    assert got["baselines"]["raw_colour"]["held_out"] == last["held_out"]
+    assert "dead_concepts" not in got["baselines"]["raw_colour"]
+    header, rows = trust_table(got)
+    assert header == ["method", "mIoU", "held-out mIoU", "mIoU of a photograph", "worst decile", "unused concepts"]
+    assert [row[0] for row in rows][2:] == ["bootstrapped", "k-means, colours", "chance", "majority class"]
+    assert (rows[2][3:], rows[3][3:]) == (["66.67", "33.33", "12"], ["66.67", "33.33", ""])
+    assert score_lines(got)[1] == (
+        f"bootstrapped: held-out mIoU {rows[2][2]} (matched on the other photographs), "
+        "worst decile of photographs 33.33, 12 of 16 concepts unused"
+    )
+
+
+def test_metrics_json__held_out_match_of_photographs_alike_is_that_of_the_split():
+    confusion = _confusions(right=8)["trained"]
+    last = _two_photographs(confusion, 2 * confusion)["stages"]["trained"]
+    assert last["held_out"] == {name: pytest.approx(last[name]) for name in ("miou", "pixel_accuracy")}
+    assert last["photo_miou"] == {
+        name: pytest.approx(last["miou"]) for name in ("mean", "worst_decile", "worst_decile_limit")
+    }
+    # A single photograph has no other half.
+    assert _metrics(_confusions(right=8))["stages"]["trained"]["held_out"] is None
+
+
+def test_metrics_json__background_of_eq_8_is_no_dead_concept():
+    config = build_config(RunConfig(), None, ["data.dataset=voc", "concepts.num_concepts=null"])
+    got = _metrics(dict.fromkeys(STAGE_NAMES, np.eye(21, 21, 1, dtype=np.int64)), config, KINDS[:1] * 20 + ["none"])
+    assert got["stages"]["trained"]["dead_concepts"] == [0]
+    alone = np.zeros((21, 21), dtype=np.int64)
+    alone[3, 7] = 5
+    got = _metrics(dict.fromkeys(STAGE_NAMES, alone), config, KINDS[:1] * 20 + ["none"])
+    assert got["stages"]["trained"]["num_dead_concepts"] == 19
 
 
 def test_metrics_json__backbone_is_what_the_student_reads():
@@ -178,7 +225,8 @@ def test_score_table__baselines_below_the_stages():
         _confusions(8) | {"raw_colour": np.eye(16, dtype=np.int64)[:, ::-1], "patch_tokens": _confusions(2)["initial"]}
     )
     assert set(metrics["baselines"]["raw_colour"]) == {
-        "miou", "miou_interval", "pixel_accuracy", "pixel_accuracy_interval", "coverage", "super"
+        "miou", "miou_interval", "pixel_accuracy", "pixel_accuracy_interval", "coverage", "super", "held_out",
+        "photo_miou",
     }  # fmt: skip
     header, rows = score_table(metrics)
     assert header == ["scenes val, %", "mIoU", "accuracy", "foreground IoU", "super mIoU", "coverage"]
@@ -189,6 +237,7 @@ def test_score_table__baselines_below_the_stages():
     assert rows[3] == ["k-means, colours", "100.00 [100.0, 100.0]", "100.00", "", "100.00", "100.00"]
     assert score_lines(metrics) == [
         f"protocol transfgu; {HUNGARIAN} not scored; [ ] 95 % of 1000 resamples of the photographs",
+        "bootstrapped: worst decile of photographs 68.33, 0 of 16 concepts unused",
         "bootstrapped is 0.68 x the best baseline (k-means, colours)",
         "objects at IoU >= 0.3: 12 of 12",
     ]
@@ -203,59 +252,100 @@ def test_score_table__columns_without_a_value_are_left_out():
     metrics = _metrics(dict.fromkeys(STAGE_NAMES, confusion), config, ["any"] * 2)
     assert score_table(metrics)[0] == ["voc val, %", "mIoU", "accuracy", "coverage"]
     # The cat has no concept, the chair one pixel of ten.
-    assert score_lines(metrics)[1:] == [
-        "bootstrapped is 0.89 x the best baseline (chance)",
+    # Chance: 190 of the chair's 200 and 9 of the background's 180 twentieths of a pixel.
+    assert metrics["baselines"]["chance"]["miou"] == pytest.approx((190 / 390 + 9 / 191) / 3)
+    assert score_lines(metrics)[2:] == [
+        "bootstrapped is 1.07 x the best baseline (chance)",
         "objects at IoU >= 0.3: 0 of 2",
     ]
 
 
-def _seeds(*rights, **changes):
-    return [_metrics(_confusions(right)) | {"seed": seed} | changes for seed, right in enumerate(rights)]
+def _run(seed, matrices, **changes):
+    """Return a run with the same matrices, one a photograph, at every stage."""
+    where = photo, classes, concepts = np.nonzero(matrices)
+    of_stage = photo_counts(photo, classes, concept_id=concepts, pixels=matrices[where], shape=matrices.shape)
+    config, names, counts = _config(f"seed={seed}"), Names(tuple(KINDS), {}), dict.fromkeys(STAGE_NAMES, of_stage)
+    metrics = metrics_json(config, "val", num_images=3, counts=counts, names=names, weights_sha256="f" * 64)
+    return ScoredRun(metrics | changes, config, counts, names)
 
 
-def test_aggregate__mean_and_sample_deviation_by_hand():
-    runs = _seeds(2, 5, 8)
-    got = aggregate(runs)
+def _seeds(*rights):
+    """Return runs with `right` of the ten pixels of each class, on the same two photographs."""
+    one, next_one = np.eye(16, dtype=np.int64), np.roll(np.eye(16, dtype=np.int64), 1, axis=1)
+    return [_run(seed, np.stack([right * one + (10 - right) * next_one] * 2)) for seed, right in enumerate(rights)]
+
+
+def test_aggregate__mean_deviation_and_interval_by_hand():
+    got = aggregate(_seeds(6, 9, 9))
     assert (got["seeds"], got["dataset"], got["unmatched"]) == ([0, 1, 2], "scenes", "discard")
     assert (list(got["stages"]), list(got["baselines"])) == (list(STAGE_NAMES), ["chance", "majority"])
     assert got["refined"] is None
-    accuracy = [run["stages"]["trained"]["pixel_accuracy"] for run in runs]
-    mean = sum(accuracy) / 3
-    deviation = (sum((value - mean) ** 2 for value in accuracy) / 2) ** 0.5
-    assert got["stages"]["trained"]["pixel_accuracy"] == {
-        "mean": pytest.approx(mean),
-        "deviation": pytest.approx(deviation),
-    }
+    accuracy = got["stages"]["trained"]["pixel_accuracy"]
+    assert (accuracy["mean"], accuracy["deviation"]) == pytest.approx((0.8, (0.06 / 2) ** 0.5))
+    # The photographs are alike: what spreads are the means of three draws of the seeds.
+    assert 0.6 <= accuracy["interval"][0] < 0.8 < accuracy["interval"][1] <= 0.9
     assert got["stages"]["trained"]["coverage"] == {"mean": 1.0, "deviation": 0.0}
     assert set(got["baselines"]["chance"]) == {"miou", "pixel_accuracy", "coverage"}
 
 
-def test_aggregate__one_seed_has_no_deviation():
-    (run,) = _seeds(5, refined={"miou": 0.5, "pixel_accuracy": 0.6, "coverage": 1.0})
-    got = aggregate([run])
-    assert got["stages"]["initial"]["miou"] == {"mean": run["stages"]["initial"]["miou"], "deviation": None}
-    assert got["refined"]["pixel_accuracy"] == {"mean": 0.6, "deviation": None}
+def test_aggregate__interval_is_over_the_same_photographs_of_all_seeds():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 60, (5, 16, 16))
+    # Other predictions of the same truth.
+    runs = [_run(seed, rng.permuted(pixels, axis=2)) for seed in range(2)]
+    resampled = []
+    for run in runs:
+        counts, found = run.counts["trained"], run.metrics["stages"]["trained"]
+        split = score(total_counts(counts).reshape(16, 16))
+        assert split.miou == found["miou"]
+        mious = [
+            score_matched(total.reshape(16, 16), split.class_of_concept, unmatched="discard", protocol="transfgu").miou
+            for total in resampled_counts(counts, 0)
+        ]
+        resampled.append(mious)
+    want = mean_interval(np.array(resampled).T, 0)
+    assert aggregate(runs)["stages"]["trained"]["miou"]["interval"] == want
+
+
+def test_aggregate__one_seed_has_no_deviation_and_the_interval_of_its_photographs():
+    (run,) = _seeds(6)
+    refined = run.counts | {"refined": run.counts["trained"]}
+    metrics = run.metrics | {"refined": {"miou": 0.5, "pixel_accuracy": 0.6, "coverage": 1.0}}
+    got = aggregate([replace(run, metrics=metrics, counts=refined)])
+    initial = run.metrics["stages"]["initial"]
+    assert got["stages"]["initial"]["miou"] == {
+        "mean": initial["miou"],
+        "deviation": None,
+        "interval": pytest.approx([initial["miou"]] * 2),
+    }
+    assert got["refined"]["pixel_accuracy"]["mean"] == 0.6
+    assert "refined" not in got["baselines"]
 
 
 @pytest.mark.parametrize(
     "change", [{"dataset": "voc"}, {"recipe": "demo"}, {"protocol": "stego"}, {"unmatched": "count"}, {"num_images": 4}]
 )
 def test_aggregate__refuses_runs_that_differ_in_more_than_their_seed(change):
-    first, second = _seeds(5, 8)
+    first, second = _seeds(6, 9)
     ((name, value),) = change.items()
-    with pytest.raises(ConfigError, match=rf"more than their seed \({name}: {first[name]} and {value}\)"):
-        aggregate([first, second | change])
+    with pytest.raises(ConfigError, match=rf"more than their seed \({name}: {first.metrics[name]} and {value}\)"):
+        aggregate([first, replace(second, metrics=second.metrics | change)])
 
 
 def test_aggregate__refuses_what_has_no_mean():
-    first, second = _seeds(5, 8)
+    first, second = _seeds(6, 9)
+
+    def changed(**values):
+        return replace(second, metrics=second.metrics | values)
+
     with pytest.raises(ConfigError, match=r"two of the runs have the same seed \(0, 0\)"):
-        aggregate([first, second | {"seed": 0}])
+        aggregate([first, changed(seed=0)])
     with pytest.raises(ConfigError, match=r"methods: .*majority and .*chance"):
-        aggregate([first, second | {"baselines": {"chance": second["baselines"]["chance"]}}])
-    for runs in (
-        [],
-        [metrics_json(RunConfig(), None, num_images=3, counts={}, names=Names(("any",) * 27, {}), weights_sha256="")],
-    ):
+        aggregate([first, changed(baselines={"chance": second.metrics["baselines"]["chance"]})])
+    for count in (2, 3):
+        with pytest.raises(ConfigError, match="different photographs"):
+            aggregate([first, _run(1, np.stack([np.eye(16, dtype=np.int64)] * count))])
+    unscored = metrics_json(RunConfig(), None, num_images=3, counts={}, names=second.names, weights_sha256="")
+    for runs in ([], [replace(first, metrics=unscored, counts={})]):
         with pytest.raises(ConfigError, match="only runs that are scored"):
             aggregate(runs)

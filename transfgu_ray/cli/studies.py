@@ -67,7 +67,7 @@ def ablate(
     )
     resnet = resnet if resnet == "random" else str(absolute(resnet))
     with at_work(target, "ablate"):
-        metrics = verb(
+        runs = verb(
             target,
             resolved,
             variants=only or list(VARIANTS),
@@ -76,7 +76,7 @@ def ablate(
             address=ray_address,
             reporter=terminal,
         )
-    tables = ablation_tables(metrics, notes)
+    tables = ablation_tables(runs, notes)
     target.write_bytes("ablations.md", tables.encode())
     terminal.note(tables)
     terminal.note(f"tables: {target.uri_of('ablations.md')}")

@@ -368,8 +368,9 @@ class EvaluateConfig(Section):
     split: str | None = Field(None, description="split to score; null = the dataset's own (voc: val)")
     protocol: Literal["transfgu", "picie", "stego"] = Field(
         "transfgu",
-        description="transfgu: the squashed photograph, mean over the classes present (paper); picie, stego: shorter "
-        "side resized to image_size, centre crop, mean over the classes present or predicted, as in their code",
+        description="transfgu: the squashed photograph, as in its code; picie, stego: shorter side resized to "
+        "image_size, centre crop, as in theirs. All average over the classes present or predicted; under stego with "
+        "unmatched=count, the concepts left over are one more class of IoU 0",
     )
     unmatched: Literal["discard", "count", "many_to_one"] = Field(
         "discard",

@@ -5,40 +5,64 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
+from transfgu_ray.algorithms.scores.intervals import class_counts, mean_interval
+from transfgu_ray.config.run import RunConfig
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, scores_by_method
+from transfgu_ray.models.names import Names
+from transfgu_ray.reports.scores import STAGE_NAMES, by_group, resampled_methods, scores_by_method
 
 # What runs have in common that differ only in their seed.
 _IDENTITY = (
     "dataset", "split", "granularity", "protocol", "unmatched", "num_images", "num_classes", "num_concepts", "recipe",
     "backbone", "concept_names",
 )  # fmt: skip
+# Of the resamples, which are the same for all seeds and variants.
+_SEED = 0
 
 
-def aggregate(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and sample deviation of runs that differ only in their seed.
+@dataclass(frozen=True)
+class ScoredRun:
+    """A scored run, one of several that differ only in their seed.
 
-    Args:
-        metrics: contents of their metrics.json, all scored.
+    Attributes:
+        metrics: content of its metrics.json.
+        config: its configuration.
+        counts: confusion matrices of each photograph, by method; see `metrics_json`.
+        names: names of its concepts.
+    """
+
+    metrics: dict[str, Any]
+    config: RunConfig
+    counts: dict[str, csr_array]
+    names: Names
+
+
+def aggregate(runs: Sequence[ScoredRun]) -> dict[str, Any]:
+    """Return mean, sample deviation and interval of runs that differ only in their seed.
 
     Returns:
         What the runs have in common, `seeds`, and under `stages`, `refined` and `baselines` for each method, for each
         of miou, pixel_accuracy and coverage, {"mean": ..., "deviation": ...}; the deviation (n - 1) of a single run is
-        null.
+        null. miou and pixel_accuracy also have `interval`, the mean's 95 % interval [low, high] over seeds and
+        photographs; see `mean_interval`.
 
     Raises:
-        ConfigError: there is no run, a run is not scored, two have the same seed, or they differ in more than the seed.
+        ConfigError: there is no run, a run is not scored, two have the same seed, they differ in more than the seed, or
+            were scored on other photographs.
     """
+    metrics = [run.metrics for run in runs]
     _check_same(metrics)
-    first = metrics[0]
-    return {name: first[name] for name in _IDENTITY} | {
+    _check_photographs(runs)
+    scores = [scores_by_method(each) for each in metrics]
+    resampled = [resampled_methods(run.config, run.counts, run.names, _SEED) for run in runs]
+    found = {
+        method: _spread([each[method] for each in scores], [each[method] for each in resampled]) for method in scores[0]
+    }
+    return {name: metrics[0][name] for name in _IDENTITY} | {
         "seeds": [each["seed"] for each in metrics],
-        "stages": _spread([each["stages"] for each in metrics]),
-        "refined": None
-        if first["refined"] is None
-        else _spread([{REFINED: each["refined"]} for each in metrics])[REFINED],
-        "baselines": _spread([each["baselines"] for each in metrics]),
+        **by_group(found),
     }
 
 
@@ -61,18 +85,22 @@ def _check_same(metrics: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _spread(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        method: {
-            name: {
-                "mean": float(np.mean(values)),
-                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            }
-            for name in ("miou", "pixel_accuracy", "coverage")
-            for values in [[each[method][name] for each in scores]]
-        }
-        for method in scores[0]
-    }
+def _check_photographs(runs: Sequence[ScoredRun]) -> None:
+    truths = [class_counts(run.counts[STAGE_NAMES[0]], len(run.config.class_names)) for run in runs]
+    if any(truth.shape != truths[0].shape or (truth != truths[0]).nnz for truth in truths):
+        raise ConfigError("the runs were scored on different photographs; give runs on the same data")
+
+
+def _spread(scores: Sequence[dict[str, Any]], resampled: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return mean, deviation and interval of one method's scores, from those of each run on the same resamples."""
+    found: dict[str, Any] = {}
+    for name in ("miou", "pixel_accuracy", "coverage"):
+        values = [each[name] for each in scores]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        found[name] = {"mean": float(np.mean(values)), "deviation": deviation}
+    for name, of_runs in zip(("miou", "pixel_accuracy"), np.stack(resampled, axis=-1).swapaxes(0, 1), strict=True):
+        found[name]["interval"] = mean_interval(of_runs, _SEED)
+    return found
 
 
 FULL = "full"
@@ -174,23 +202,22 @@ TABLES = (
 )
 
 
-def ablation_tables(metrics: Mapping[str, Sequence[dict[str, Any]]], notes: Sequence[str] = ()) -> str:
+def ablation_tables(runs: Mapping[str, Sequence[ScoredRun]], notes: Sequence[str] = ()) -> str:
     """Return the paper's tables with our figures, as Markdown.
 
     Args:
-        metrics: variant -> content of metrics.json of each seed's run; variants left out were not run.
+        runs: variant -> run of each seed; variants left out were not run.
         notes: lines to put above the tables.
     """
-    first = next(iter(metrics.values()))
-    one = first[0]
-    seeds = ", ".join(str(each["seed"]) for each in first)
+    found = {name: aggregate(of_seeds) for name, of_seeds in runs.items()}
+    one = next(iter(runs.values()))[0].metrics
+    seeds = ", ".join(map(str, next(iter(found.values()))["seeds"]))
     lines = [
         f"Dataset {one['dataset']}, split {one['split']}, recipe {one['recipe']}, K = {one['num_concepts']}, "
-        f"seeds {seeds}: mean ± sample deviation, %. The paper's figures were measured on another dataset with another "
-        "encoder; only the order of the rows can be compared.",
+        f"seeds {seeds}: mean ± sample deviation [95 % interval of the mean over seeds and photographs], %. The "
+        "paper's figures were measured on another dataset with another encoder; only their order can be compared.",
         *notes,
     ]
-    found = {name: aggregate(of_seeds) for name, of_seeds in metrics.items()}
     for table in TABLES:
         lines += ["", f"**{table.title}**", "", f"| | mIoU | accuracy | paper, {table.dataset}: mIoU / accuracy |"]
         lines.append("|---|---|---|---|")
@@ -207,4 +234,5 @@ def ablation_tables(metrics: Mapping[str, Sequence[dict[str, Any]]], notes: Sequ
 
 def _cell(score: Mapping[str, Any]) -> str:
     deviation = "" if score["deviation"] is None else f" ± {100 * score['deviation']:.1f}"
-    return f"{100 * score['mean']:.1f}{deviation}"
+    low, high = score["interval"]
+    return f"{100 * score['mean']:.1f}{deviation} [{100 * low:.1f}, {100 * high:.1f}]"

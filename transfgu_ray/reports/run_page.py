@@ -37,7 +37,7 @@ from transfgu_ray.reports.run_figures import (
     loss_alts,
     loss_figure,
 )
-from transfgu_ray.reports.score_tables import score_lines, score_table
+from transfgu_ray.reports.score_tables import score_lines, score_table, trust_table
 from transfgu_ray.reports.scores import photo_mious
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
@@ -86,6 +86,7 @@ def write_report(run: Run, counts: csr_array | None, scored_ids: Sequence[str]) 
         metrics=metrics,
         names_line=names_line(names),
         score_table=score_table(metrics) if metrics["scored"] else None,
+        trust_table=trust_table(metrics) if metrics["scored"] else None,
         score_lines=score_lines(metrics) if metrics["scored"] else [],
         manifests=manifests,
         refusals=list(refusals.items())[:_MAX_REFUSALS_SHOWN],

@@ -53,6 +53,26 @@ def score_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def trust_table(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows, one per method, in percent: scores on labels not matched on, and of single photographs.
+
+    Args:
+        metrics: content of the metrics.json of a scored run.
+    """
+    header = ["method", "mIoU", "held-out mIoU", "mIoU of a photograph", "worst decile", "unused concepts"]
+    return header, [
+        [
+            _TITLES.get(name, name),
+            percent(scores["miou"], None),
+            percent(scores["held_out"] and scores["held_out"]["miou"], None),
+            percent(scores["photo_miou"]["mean"], None),
+            percent(scores["photo_miou"]["worst_decile"], None),
+            str(scores.get("num_dead_concepts", "")),
+        ]
+        for name, scores in scores_by_method(metrics).items()
+    ]
+
+
 def percent(value: float | None, interval: list[float] | None) -> str:
     """Return a share in percent, and its interval where there is one; empty for None."""
     if value is None:
@@ -71,14 +91,14 @@ def protocol_line(metrics: dict[str, Any]) -> str:
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
-    """Return how a run was scored, its last stage against the best baseline, and how many object classes it found.
+    """Return how a run was scored, and of its last stage: how far it holds, the best baseline, object classes found.
 
     Chance and the majority class count as baselines. The last two lines are left out where they have no meaning.
 
     Args:
         metrics: content of the metrics.json of a scored run.
     """
-    lines = [protocol_line(metrics)]
+    lines = [protocol_line(metrics), _trust_line(metrics)]
     last, baselines = metrics["stages"][STAGE_NAMES[-1]]["miou"], metrics["baselines"]
     best = max(baselines, key=lambda name: baselines[name]["miou"])
     if baselines[best]["miou"] > 0:
@@ -89,3 +109,12 @@ def score_lines(metrics: dict[str, Any]) -> list[str]:
         found = sum(iou >= _FOUND_IOU for iou in objects)
         lines.append(f"objects at IoU >= {_FOUND_IOU}: {found} of {len(objects)}")
     return lines
+
+
+def _trust_line(metrics: dict[str, Any]) -> str:
+    last = metrics["stages"][STAGE_NAMES[-1]]
+    parts = [f"worst decile of photographs {percent(last['photo_miou']['worst_decile'], None)}"]
+    if last["held_out"]:
+        parts.insert(0, f"held-out mIoU {percent(last['held_out']['miou'], None)} (matched on the other photographs)")
+    parts.append(f"{last['num_dead_concepts']} of {metrics['num_concepts']} concepts unused")
+    return f"{STAGE_NAMES[-1]}: {', '.join(parts)}"

@@ -1,25 +1,31 @@
 """metrics.json: the scores that follow from confusion matrices."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.scores.intervals import (
     class_counts,
+    halves,
     merge_concepts,
+    resampled_scores,
     score_intervals,
     total_counts,
+    worst_decile,
 )
 from transfgu_ray.algorithms.scores.metrics import (
     Score,
     chance_confusion,
+    dead_concepts,
     foreground_iou,
     majority_confusion,
     score,
+    score_held_out,
     score_matched,
     score_merged,
 )
@@ -43,8 +49,13 @@ def metrics_json(
 ) -> dict[str, Any]:
     """Return the content of metrics.json; `stages`, `refined`, `baselines`, `per_class` are null if nothing was scored.
 
-    The baselines always hold `chance`, the expected score of labels drawn uniformly over the concepts, and `majority`,
-    the score of calling every pixel the most frequent true class; see `chance_confusion` and `majority_confusion`.
+    Beside the scores by the match of the whole split, every method has `held_out`, see `score_held_out` (null for a
+    single photograph), and `photo_miou`: mean of the photographs' own mIoU, mean and highest of its worst decile.
+    Stages and `refined` also list `dead_concepts`, which win no labelled pixel.
+
+    The baselines always hold `chance`, the expected score of labels with the last stage's concept sizes that know
+    nothing of the truth, and `majority`, the score of calling every pixel the most frequent true class; see
+    `chance_confusion` and `majority_confusion`.
 
     Args:
         config: the run's configuration.
@@ -84,46 +95,110 @@ def metrics_json(
 
 
 def _scores(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, Any]:
-    num_classes, kinds = len(config.class_names), names.kinds
     is_thing = np.array([kind == "thing" for kind in config.class_kinds])
-    is_background = np.array([kind in ("background", "none") for kind in kinds])
-    # Every method's matrices have the same rows: the truth.
-    truth = class_counts(counts[STAGE_NAMES[0]], num_classes)
+    is_background = np.array([kind in ("background", "none") for kind in names.kinds])
+    methods, numbers = _methods(config, counts, names), {}
+    for name, method in methods.items():
+        intervals = score_intervals(method.counts, config.seed, method.score_of)
+        numbers[name] = {
+            **_numbers(config, method.confusion_of(total_counts(method.counts)), method.found),
+            **dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True)),
+            "held_out": _held_out(config, method, len(names.kinds)),
+            "photo_miou": _photo_miou(method),
+        }
+        if name in _OF_MODEL:
+            own = total_counts(counts[name]).reshape(len(config.class_names), -1)
+            dead = dead_concepts(own[:, [kind != "none" for kind in names.kinds]])
+            numbers[name] |= {
+                "foreground_iou": foreground_iou(own, is_thing, is_background),
+                "dead_concepts": dead,
+                "num_dead_concepts": len(dead),
+            }
+    last = methods[STAGE_NAMES[-1]].found
+    return {
+        **by_group(numbers),
+        # By the number of each concept, even where several make one class.
+        "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
+    }
+
+
+def by_group(methods: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of methods as `stages`, `refined` (null where there is none) and `baselines`."""
+    return {
+        "stages": {name: methods[name] for name in STAGE_NAMES},
+        REFINED: methods.get(REFINED),
+        "baselines": {name: value for name, value in methods.items() if name not in _OF_MODEL},
+    }
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What is scored beside others.
+
+    Attributes:
+        counts: of each photograph; see `photo_counts`.
+        confusion_of: makes a confusion matrix of a sum of them.
+        found: scores of the split.
+        score_of: scores any sum of them by the match of the split.
+    """
+
+    counts: csr_array
+    confusion_of: Callable[[np.ndarray], np.ndarray]
+    found: Score
+    score_of: Callable[[np.ndarray], Score]
+
+
+def _methods(config: RunConfig, counts: dict[str, csr_array], names: Names) -> dict[str, _Method]:
+    num_classes = len(config.class_names)
 
     def to_matrix(cells: np.ndarray) -> np.ndarray:
         return cells.reshape(num_classes, -1)
 
-    methods: dict[str, tuple[csr_array, Callable[[np.ndarray], np.ndarray]]] = {
-        **{
-            name: (named_counts(of_method, names) if name in _OF_MODEL else of_method, to_matrix)
-            for name, of_method in counts.items()
-        },
-        "chance": (truth, partial(chance_confusion, num_concepts=len(kinds))),
-        "majority": (truth, majority_confusion),
-    }
-    numbers, scores = {}, {}
-    for name, (of_method, confusion_of) in methods.items():
-        confusion = confusion_of(total_counts(of_method))
+    def method(of_method: csr_array, confusion_of: Callable[[np.ndarray], np.ndarray]) -> _Method:
         # The one class beyond the model's own holds the hidden concepts.
-        scores[name] = score_confusion(config, confusion, len(kinds))
-        numbers[name] = _numbers(config, confusion, scores[name])
-        intervals = score_intervals(
-            of_method,
-            config.seed,
-            partial(score_resample, config=config, confusion_of=confusion_of, found=scores[name]),
-        )
-        numbers[name] |= dict(zip(("miou_interval", "pixel_accuracy_interval"), intervals, strict=True))
-        if name in _OF_MODEL:
-            own = to_matrix(total_counts(counts[name]))
-            numbers[name]["foreground_iou"] = foreground_iou(own, is_thing, is_background)
-    last = scores[STAGE_NAMES[-1]]
+        found = score_confusion(config, confusion_of(total_counts(of_method)), len(names.kinds))
+        score_of = partial(score_resample, config=config, confusion_of=confusion_of, found=found)
+        return _Method(of_method, confusion_of, found, score_of)
+
+    named = {name: named_counts(each, names) if name in _OF_MODEL else each for name, each in counts.items()}
+    last = named[STAGE_NAMES[-1]]
+    # Every method's matrices have the same rows: the truth.
+    truth, concept_pixels = class_counts(last, num_classes), to_matrix(total_counts(last)).sum(0)
     return {
-        "stages": {name: numbers.pop(name) for name in STAGE_NAMES},
-        "refined": numbers.pop(REFINED, None),
-        "baselines": numbers,
-        # By the number of each concept, even where several make one class.
-        "per_class": class_rows(config, replace(last, class_of_concept=last.class_of_concept[names.class_of])),
+        **{name: method(of_method, to_matrix) for name, of_method in named.items()},
+        "chance": method(truth, partial(chance_confusion, concept_pixels=concept_pixels)),
+        "majority": method(truth, majority_confusion),
     }
+
+
+def resampled_methods(
+    config: RunConfig, counts: dict[str, csr_array], names: Names, seed: int
+) -> dict[str, Float64[np.ndarray, "resamples 2"]]:
+    """Return mIoU and pixel accuracy of each method of metrics.json on resamples of the photographs.
+
+    Args:
+        config: see `metrics_json`.
+        counts: see `metrics_json`.
+        names: see `metrics_json`.
+        seed: of the draws; runs on the same photographs have the same resamples.
+    """
+    methods = _methods(config, counts, names)
+    return {name: resampled_scores(method.counts, seed, method.score_of) for name, method in methods.items()}
+
+
+def _held_out(config: RunConfig, method: _Method, num_matched: int) -> dict[str, float] | None:
+    """Return the scores of each half of the photographs by the match of the other; None for a single photograph."""
+    if method.counts.shape[0] < 2:
+        return None
+    one, other = (method.confusion_of(total_counts(half)) for half in halves(method.counts))
+    found = score_held_out((one, other), **_rule(config), num_matched=num_matched)
+    return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy}
+
+
+def _photo_miou(method: _Method) -> dict[str, float]:
+    values = _photo_mious(method.counts, method.score_of)
+    worst, highest = worst_decile(values)
+    return {"mean": float(values.mean()), "worst_decile": worst, "worst_decile_limit": highest}
 
 
 def named_counts(counts: csr_array, names: Names) -> csr_array:
@@ -149,7 +224,11 @@ def photo_mious(config: RunConfig, counts: csr_array, names: Names) -> np.ndarra
     score_of = partial(
         score_resample, config=config, confusion_of=lambda cells: cells.reshape(num_classes, -1), found=found
     )
-    return np.array([score_of(named[[photo]].toarray()[0]).miou for photo in range(named.shape[0])])
+    return _photo_mious(named, score_of)
+
+
+def _photo_mious(counts: csr_array, score_of: Callable[[np.ndarray], Score]) -> np.ndarray:
+    return np.array([score_of(counts[[photo]].toarray()[0]).miou for photo in range(counts.shape[0])])
 
 
 def _rule(config: RunConfig) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.engine.progress import Reporter
 from transfgu_ray.engine.session import ray_session
+from transfgu_ray.models.model import load_model_config
+from transfgu_ray.models.names import load_names
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.reports.ablations import FULL, VARIANTS
+from transfgu_ray.pipeline.scoring import read_counts
+from transfgu_ray.reports.ablations import FULL, VARIANTS, ScoredRun
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
@@ -27,8 +29,8 @@ def ablate(
     resnet: str,
     address: str | None,
     reporter: Reporter,
-) -> dict[str, list[dict[str, Any]]]:
-    """Run `FOLDER/seed_N/VARIANT` for every variant and seed; return the metrics.json of each seed by variant.
+) -> dict[str, list[ScoredRun]]:
+    """Run `FOLDER/seed_N/VARIANT` for every variant and seed; return the runs of the seeds by variant.
 
     Finished runs are kept, so that an interrupted call continues where it stopped.
 
@@ -44,7 +46,7 @@ def ablate(
     Raises:
         TransfguError: settings, data, weights or a run folder are unusable.
     """
-    metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    runs: dict[str, list[ScoredRun]] = {name: [] for name in variants}
     with ray_session(address, config.runtime):
         for seed in seeds:
             uris = {name: folder.uri_of(f"seed_{seed}/{name}") for name in (FULL, *variants)}
@@ -56,8 +58,16 @@ def ablate(
                 if name != FULL:
                     _copy_shared(Run.open(uris[FULL], build_config(config, None, [f"seed={seed}"])), run, reporter)
                 run_stages(run, _STAGES, address=address, reporter=reporter)
-                metrics[name].append(json.loads(run.folder.read_bytes("metrics.json")))
-    return metrics
+                runs[name].append(_scored(run))
+    return runs
+
+
+def _scored(run: Run) -> ScoredRun:
+    model = Folder(run.folder.uri_of("model"))
+    kinds = load_model_config(model).kinds
+    metrics = json.loads(run.folder.read_bytes("metrics.json"))
+    counts = read_counts(run.folder, len(run.config.class_names), len(kinds))
+    return ScoredRun(metrics, run.config, counts, load_names(model, kinds))
 
 
 def _copy_shared(source: Run, target: Run, reporter: Reporter) -> None:

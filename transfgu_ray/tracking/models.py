@@ -48,8 +48,8 @@ def register(
     folder, config = run.folder, run.config
     client, uri = connect(tracked.uri)
     for name, value in flatten(scores_by_method(metrics)).items():
-        # Intervals are lists, which cannot be MLflow metrics; metrics.json, logged below, holds them.
-        if isinstance(value, float):
+        # Lists, as of intervals, cannot be MLflow metrics; metrics.json, logged below, holds them.
+        if isinstance(value, int | float):
             client.log_metric(tracked.run_id, name.replace(".", "/"), value)
     log_files(client, tracked.run_id, ((name, folder.read_bytes(name)) for name in artifacts))
     name = config.tracking.model_name

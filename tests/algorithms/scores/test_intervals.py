@@ -4,11 +4,16 @@ import pytest
 from transfgu_ray.algorithms.scores import intervals
 from transfgu_ray.algorithms.scores.intervals import (
     class_counts,
+    halves,
+    mean_interval,
+    percentile_interval,
     photo_counts,
     resampled_counts,
+    resampled_scores,
     score_intervals,
     stack_counts,
     total_counts,
+    worst_decile,
 )
 from transfgu_ray.algorithms.scores.metrics import score
 
@@ -93,3 +98,52 @@ def test_score_intervals__one_photograph_leaves_nothing_to_draw(monkeypatch):
     counts = sparse(draw(1))
     found = score_of(total_counts(counts))
     assert score_intervals(counts, 0, score_of) == ([found.miou] * 2, [found.pixel_accuracy] * 2)
+
+
+@pytest.mark.parametrize("photos", [2, 7, 8])
+def test_halves__hold_each_photograph_once_and_never_change(photos):
+    # Photograph i has 2^i pixels.
+    counts = sparse(2 ** np.arange(photos)[:, None, None])
+    one, other = halves(counts)
+    assert (one.shape[0], other.shape[0]) == (photos // 2, photos - photos // 2)
+    assert total_counts(one)[0] + total_counts(other)[0] == 2**photos - 1
+    assert sorted([*one.data, *other.data]) == (2 ** np.arange(photos)).tolist()
+    again = sparse(3 ** np.arange(photos)[:, None, None])
+    order = np.random.default_rng(0).permutation(photos)
+    assert halves(again)[0].toarray().ravel().tolist() == [3**i for i in order[: photos // 2]]
+
+
+def test_worst_decile__worked_by_hand():
+    values = np.arange(21.0)[::-1] / 100
+    # A tenth of 21 is three, of 20 two.
+    assert worst_decile(values) == (pytest.approx(0.01), 0.02)
+    assert worst_decile(values[1:]) == (pytest.approx(0.005), 0.01)
+    assert worst_decile(np.array([0.4, 0.3])) == (0.3, 0.3)
+
+
+def test_mean_interval__equals_a_plain_loop_over_seeds_and_photographs(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 40)
+    runs = [draw(7, seed) for seed in range(3)]
+    got = mean_interval(
+        np.stack([resampled_scores(sparse(run), 5, score_of)[:, 0] for run in runs], axis=1),
+        seed=5,
+    )
+    photos, seeds = np.random.default_rng(5), np.random.default_rng([5, 1]).integers(3, size=(40, 3))
+    of_photos = [chosen for size in (32, 8) for chosen in photos.integers(7, size=(size, 7))]
+    means = [
+        np.mean([score_of(sum(runs[seed][photo] for photo in chosen).ravel()).miou for seed in of_seeds])
+        for chosen, of_seeds in zip(of_photos, seeds, strict=True)
+    ]
+    assert got == pytest.approx(np.percentile(means, (2.5, 97.5)))
+
+
+def test_mean_interval__has_the_spread_of_seeds_and_of_photographs():
+    rng = np.random.default_rng(0)
+    photographs, seeds = rng.normal(0, 0.03, (20_000, 1)), rng.normal(0, 0.04, (1, 200))
+    low, high = mean_interval(photographs + seeds, seed=0)
+    # Seeds share the photographs, so that more seeds do not average their spread away.
+    assert (high - low) / 2 == pytest.approx(1.96 * np.hypot(0.03, 0.04 / 200**0.5), rel=0.05)
+    # One seed leaves the photographs alone, and equal photographs the seeds.
+    assert mean_interval(photographs, seed=0) == percentile_interval(photographs[:, 0])
+    low, high = mean_interval(np.broadcast_to([0.4, 0.6], (20_000, 2)), seed=0)
+    assert (low, high) == (0.4, 0.6)

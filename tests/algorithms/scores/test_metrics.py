@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,14 +7,19 @@ import pytest
 from transfgu_ray.algorithms.scores.metrics import (
     chance_confusion,
     confusion_matrix,
+    dead_concepts,
     foreground_iou,
     majority_confusion,
     match_concepts,
     overlapping_classes,
     score,
+    score_held_out,
+    score_matched,
     score_merged,
 )
 
+# What the published code computes on drawn labels and predictions (commit ea49bcd); label -1 is void.
+GOLDEN = Path(__file__).parents[2] / "assets/golden/metrics.npz"
 # Concepts 0, 1, 2 are classes 0, 1, 2: IoU 4/6, 3/6, 5/8.
 CONFUSION = np.array([[4, 1, 0], [0, 3, 2], [1, 0, 5]])
 
@@ -131,17 +137,31 @@ def test_score__many_to_one_is_never_less_accurate_than_one_to_one():
 ABSENT = np.array([[4, 1, 0], [0, 0, 0], [0, 2, 3]])
 
 
-def test_score__protocols_differ_in_the_mean_over_absent_classes():
-    assert score(ABSENT).miou == pytest.approx((4 / 5 + 3 / 5) / 2)
-    for protocol in ("picie", "stego"):
+PROTOCOLS = ("transfgu", "picie", "stego")
+
+
+def test_score__a_class_is_left_out_only_where_it_is_neither_present_nor_predicted():
+    for protocol in PROTOCOLS:
         got = score(ABSENT, protocol=protocol)
         assert got.class_iou.tolist() == [4 / 5, 0.0, 3 / 5]
         assert got.miou == pytest.approx((4 / 5 + 0 + 3 / 5) / 3)
-    # Neither present nor predicted: in no mean.
-    for protocol in ("transfgu", "picie", "stego"):
-        got = score(np.diag([4, 0, 3]), protocol=protocol)
-        assert np.isnan(got.class_iou[1])
-        assert got.miou == 1.0
+        neither = score(np.diag([4, 0, 3]), protocol=protocol)
+        assert np.isnan(neither.class_iou[1])
+        assert neither.miou == 1.0
+
+
+@pytest.mark.parametrize("case", ["all_present", "class_2_absent_but_predicted"])
+def test_score__equals_the_published_code(case):
+    golden = np.load(GOLDEN)
+    target, pred = golden[f"{case}:label"].astype(int), golden[f"{case}:pred"].astype(int)
+    confusion = confusion_matrix(np.where(target < 0, 255, target), pred, num_classes=9, num_concepts=9)
+    assert np.array_equal(confusion, golden[f"{case}:histogram"])
+    got = score(confusion, protocol="transfgu")
+    assert got.class_of_concept.tolist() == golden[f"{case}:class_of_concept"].tolist()
+    # Its IoU are in the order of its clusters.
+    np.testing.assert_allclose(100 * got.class_iou[got.class_of_concept], golden[f"{case}:iou"], rtol=0, atol=1e-9)
+    miou_accuracy = 100 * np.array([got.miou, got.pixel_accuracy])
+    np.testing.assert_allclose(miou_accuracy, golden[f"{case}:miou_acc_percent"], rtol=0, atol=1e-9)
 
 
 def test_score__stego_makes_one_more_class_of_the_left_over_clusters():
@@ -180,51 +200,122 @@ def test_score__equals_the_published_codes_histograms(num_clusters):
         confusion[:absent] = 0
         miou, accuracy = published_histogram_scores(confusion)
         # Only STEGO over-clusters.
-        for protocol in ("stego", "picie")[: 2 if num_clusters == 3 else 1]:
+        for protocol in PROTOCOLS if num_clusters == 3 else ("stego",):
             got = score(confusion, "count", protocol=protocol)
             if absent < 2:
                 assert got.miou == pytest.approx(miou)
             assert got.pixel_accuracy == pytest.approx(accuracy)
 
 
-def test_score__chance_and_majority_worked_by_hand():
-    classes = np.array([6, 3, 0])
-    # Each concept takes a fifth of a class: a third of what is scored, a fifth of everything.
-    chance = chance_confusion(classes, 5)
-    assert score(chance, "discard").pixel_accuracy == pytest.approx(1 / 3)
-    assert score(chance, "discard").coverage == 3 / 5
-    got = score(chance, "count")
-    assert got.pixel_accuracy == pytest.approx(1 / 5)
-    # In fifths of a pixel: class 0 has 6 hits of 30 + 3, class 1 3 of 15 + 6.
-    assert got.miou == pytest.approx((6 / 33 + 3 / 21) / 2)
+def test_score__majority_worked_by_hand():
     for unmatched in ("discard", "count", "many_to_one"):
-        got = score(majority_confusion(classes), unmatched)
+        got = score(majority_confusion(np.array([6, 3, 0])), unmatched)
         assert (got.pixel_accuracy, got.coverage) == (6 / 9, 1.0)
         assert got.miou == pytest.approx((6 / 9 + 0) / 2)
 
 
-def test_score__chance_is_what_random_labels_come_to():
+def test_score__chance_worked_by_hand():
+    # Of every class half goes to concept 1 and a quarter to each of the others.
+    chance = chance_confusion(np.array([6, 3]), np.array([2, 4, 2]))
+    assert (chance / 8).tolist() == [[1.5, 3, 1.5], [0.75, 1.5, 0.75]]
+    got = score(chance, "count")
+    # The largest class gets the largest concept.
+    assert got.class_of_concept.tolist() in ([1, 0, -1], [-1, 0, 1])
+    assert got.class_iou.tolist() == [3 / (6 + 4.5 - 3), 0.75 / (3 + 2.25 - 0.75)]
+    assert (got.pixel_accuracy, got.coverage) == (3.75 / 9, 6.75 / 9)
+    assert score(chance, "discard").pixel_accuracy == 3.75 / 6.75
+    # Concepts of one size are what labels drawn uniformly are expected to give; sizes alone score more.
+    uniform = score(chance_confusion(np.array([6, 3]), np.array([1, 1, 1])), "count")
+    assert uniform.pixel_accuracy == pytest.approx(1 / 3)
+    assert uniform.miou < got.miou
+
+
+def test_score__chance_is_what_labels_of_the_same_sizes_come_to():
     rng, classes = np.random.default_rng(0), np.array([50_000, 30_000, 20_000])
-    drawn = rng.integers(0, 4, classes.sum())
+    sizes = np.array([60_000, 5_000, 25_000, 10_000])
+    drawn = rng.permutation(np.repeat(np.arange(4), sizes))
     random = confusion_matrix(np.repeat(np.arange(3), classes), drawn, num_classes=3, num_concepts=4)
-    for unmatched in ("discard", "count"):
-        want, got = score(random, unmatched), score(chance_confusion(classes, 4), unmatched)
+    for unmatched in ("discard", "count", "many_to_one"):
+        want, got = score(random, unmatched), score(chance_confusion(classes, sizes), unmatched)
         assert got.miou == pytest.approx(want.miou, abs=0.005)
         assert got.pixel_accuracy == pytest.approx(want.pixel_accuracy, abs=0.005)
         assert got.coverage == pytest.approx(want.coverage, abs=0.005)
+
+
+def test_chance_confusion__more_pixels_than_exact_products_could_count():
+    classes, sizes = np.array([6, 3]), np.array([2, 4, 3])
+    want = score(chance_confusion(classes, sizes), "count")
+    for times in (10**7, 10**9, 10**11):
+        chance = chance_confusion(classes * times, sizes * times)
+        assert 0 < sum(map(int, chance.flat)) < 2**62
+        assert score(chance, "count").miou == pytest.approx(want.miou)
+
+
+# The halves of `CONFUSION`, as those of two photographs.
+HALVES = np.array([[2, 0, 0], [0, 1, 2], [0, 0, 4]]), np.array([[2, 1, 0], [0, 2, 0], [1, 0, 1]])
+
+
+def test_score_held_out__is_the_score_where_both_halves_agree():
+    assert np.array_equal(HALVES[0] + HALVES[1], CONFUSION)
+    got, want = score_held_out(HALVES), score(CONFUSION)
+    assert (got.miou, got.pixel_accuracy, got.coverage) == (want.miou, want.pixel_accuracy, want.coverage)
+    assert got.class_iou.tolist() == want.class_iou.tolist()
+
+
+def test_score_held_out__worked_by_hand():
+    # By the first half concepts 0, 1, 2 are of classes 0, 1 and none, by the second of 1, 0 and none.
+    one, other = np.array([[8, 0, 1], [0, 6, 2]]), np.array([[1, 7, 0], [5, 2, 3]])
+    # The first half is scored as 1, 0, none: 6 pixels of class 1 are taken for 0, 8 of class 0 for 1. The second one as
+    # 0, 1, none: 1 of class 0 and 2 of class 1 are right, 7 and 5 wrong.
+    got = score_held_out((one, other), "count")
+    assert got.class_iou.tolist() == [1 / (17 + 12 - 1), 2 / (18 + 17 - 2)]
+    assert (got.pixel_accuracy, got.coverage) == (3 / 35, 29 / 35)
+    assert score_held_out((one, other), "discard").pixel_accuracy == 3 / 29
+    assert score_held_out((other, one), "count").miou == got.miou
+    # The last of two concepts may not have a class.
+    hidden = score_held_out((one[:, :2], one[:, :2]), "count", num_matched=1)
+    assert (hidden.pixel_accuracy, hidden.coverage) == (8 / 14, 8 / 14)
+
+
+@pytest.mark.parametrize("unmatched", ["discard", "count", "many_to_one"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_score_held_out__equals_relabelled_pixels(unmatched, protocol):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        halves = rng.integers(0, 9, (2, 3, 5)) * rng.integers(0, 2, (2, 1, 5))
+        targets, relabelled = [], []
+        for half, other in ((0, 1), (1, 0)):
+            class_of = score(halves[other], unmatched).class_of_concept
+            for class_id, concept in np.ndindex(3, 5):
+                targets += [class_id] * halves[half, class_id, concept]
+                relabelled += [class_of[concept] % 4] * halves[half, class_id, concept]
+        pixels = confusion_matrix(np.array(targets), np.array(relabelled), num_classes=3, num_concepts=4)
+        want = score_matched(pixels, np.array([0, 1, 2, -1]), unmatched=unmatched, protocol=protocol)
+        got = score_held_out(tuple(halves), unmatched, protocol=protocol)
+        assert (got.miou, got.pixel_accuracy, got.coverage) == (want.miou, want.pixel_accuracy, want.coverage)
+
+
+def test_score_held_out__is_never_more_accurate_and_shows_a_match_to_accidents():
+    # Concepts that know nothing of the classes: each match finds pixels that the other half does not have.
+    rng, found = np.random.default_rng(0), []
+    for _ in range(50):
+        halves = tuple(rng.poisson(3, (2, 8, 8)))
+        found.append([score_held_out(halves, "count").pixel_accuracy, score(sum(halves), "count").pixel_accuracy])
+        assert found[-1][0] <= found[-1][1]
+    held_out, whole = np.mean(found, axis=0)
+    assert held_out == pytest.approx(1 / 8, abs=0.01)
+    assert whole > 0.18
+
+
+def test_dead_concepts__are_those_without_a_pixel():
+    assert dead_concepts(np.array([[0, 1, 0, 0], [0, 0, 0, 2]])) == [0, 2]
+    assert dead_concepts(CONFUSION) == []
 
 
 def test_score__class_without_a_concept_counts_as_zero():
     got = score(np.array([[5, 0], [0, 5], [1, 1]]))
     assert got.class_iou.tolist() == [5 / 6, 5 / 6, 0.0]
     assert got.miou == pytest.approx(5 / 9)
-
-
-def test_score__absent_class_leaves_the_mean():
-    got = score(np.array([[4, 0, 0], [0, 0, 0], [0, 2, 2]]))
-    assert np.isnan(got.class_iou[1])
-    # The third concept is matched to the absent class, so its pixels are errors of class 2.
-    assert got.miou == pytest.approx((1.0 + 0.5) / 2)
 
 
 def test_score__refuses_a_split_without_labels():

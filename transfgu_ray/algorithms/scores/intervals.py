@@ -1,8 +1,8 @@
-"""Bootstrap intervals over photographs, from sparse confusion counts per photograph.
+"""Spread of a score over photographs and seeds, from sparse confusion counts per photograph.
 
-Reference: Efron and Tibshirani (1993), percentile interval. Departures: concepts keep the classes that the whole split
-gave them. A resample repeats some photographs and misses others: with its own match, and without the rare classes that
-it misses, it would score higher than the split.
+Reference: Efron and Tibshirani (1993), percentile interval of a bootstrap. Departures: concepts keep the classes that
+the whole split gave them. A resample repeats some photographs and misses others: with a match of its own it would score
+higher than the split. A class that it misses has an IoU of 0 where it is predicted, as in any score.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +73,22 @@ def class_counts(counts: csr_array, num_classes: int) -> csr_array:
     return csr_array((entries.data, (entries.row, entries.col // concepts)), shape=(counts.shape[0], num_classes))
 
 
+def halves(counts: csr_array) -> tuple[csr_array, csr_array]:
+    """Return the counts of two halves of the photographs.
+
+    They are the same for every model and seed: photograph i of n is in the first half if i is among the first n // 2
+    entries of `numpy.random.default_rng(0).permutation(n)`.
+    """
+    order, middle = np.random.default_rng(0).permutation(counts.shape[0]), counts.shape[0] // 2
+    return counts[order[:middle]], counts[order[middle:]]
+
+
+def worst_decile(values: Float64[np.ndarray, " n"]) -> tuple[float, float]:
+    """Return the mean and the highest of the lowest tenth of values, rounded up to whole values."""
+    lowest = np.sort(values)[: -(-len(values) // 10)]
+    return float(lowest.mean()), float(lowest[-1])
+
+
 def resampled_counts(counts: csr_array, seed: int) -> Iterator[Int64[np.ndarray, " cells"]]:
     """Yield the exact sum over each of RESAMPLES resamples: as many photographs as there are, with replacement.
 
@@ -111,3 +127,18 @@ def score_intervals(
     """Return 95 % intervals [low, high] of mIoU and pixel accuracy over photographs; see `resampled_scores`."""
     miou, pixel_accuracy = map(percentile_interval, resampled_scores(counts, seed, score_of).T)
     return miou, pixel_accuracy
+
+
+def mean_interval(values: Float64[np.ndarray, "resamples seeds"], seed: int) -> list[float]:
+    """Return the 95 % interval [low, high] of a score's mean over seeds, for other seeds and other photographs.
+
+    A two-level bootstrap: each resample draws seeds with replacement, and has drawn photographs, the same for all seeds
+    since they share the split. Of n seeds the drawn means spread by sqrt((n - 1) / n) of what they should, so that with
+    few seeds the interval is too narrow; one seed leaves the photographs alone.
+
+    Args:
+        values: score of each seed on each resample of the photographs; see `resampled_scores`.
+        seed: of the draws of seeds, which have a stream apart from those of photographs.
+    """
+    drawn = np.random.default_rng([seed, 1]).integers(values.shape[1], size=values.shape)
+    return percentile_interval(np.take_along_axis(values, drawn, axis=1).mean(1))

@@ -1,14 +1,14 @@
 """Confusion matrix, match of concepts to classes, mIoU and pixel accuracy (4.1).
 
-Which classes are in the mean depends on the protocol, as in the published codes:
+The mean is over the classes that are present in the ground truth or predicted, as in the published codes (TransFGU's
+`get_result_metrics` is that of PiCIE, Cho et al., CVPR 2021): a class that is absent but predicted has an IoU of 0, and
+only a class that is neither has none. The codes have as many clusters as classes; with more, `unmatched` decides.
 
-- `transfgu`: classes that are present in the ground truth.
-- `picie` (Cho et al., CVPR 2021; `get_result_metrics`): also classes that are absent but predicted, with an IoU of 0;
-  only a class that is neither has no IoU. The code has as many clusters as classes; with more, `unmatched` decides.
-- `stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`): the same classes. If K exceeds the classes, all
-  left-over clusters form one more class of IoU 0, and their pixels are errors: that is `unmatched` = `count`.
-  Departure: its `update` drops predictions numbered past the class count before any match, so that the score depends on
-  the numbering of the clusters; here every concept takes part in the match.
+Protocols differ in the frame, the whole photograph or its centre square, which is no matter of this module. Beyond it,
+`stego` (Hamilton et al., ICLR 2022; `UnsupervisedMetrics.compute`) makes one more class of IoU 0 of all left-over
+clusters, where their pixels are errors: under `unmatched` = `count`. Departure: its `update` drops predictions numbered
+past the class count before any match, so that the score depends on the numbering of the clusters; here every concept
+takes part in the match.
 
 The policy `unmatched` says what happens to the pixels of concepts without a class: under `discard` they leave the score
 (suppl., K), under `count` they are misses of their true class, and under `many_to_one` there are none.
@@ -28,10 +28,10 @@ class Score:
     """Scores of one confusion matrix, all in [0, 1].
 
     Attributes:
-        miou: mean IoU over the classes of the protocol.
+        miou: mean IoU over the classes present or predicted.
         pixel_accuracy: share of the scored pixels that are correct.
         coverage: share of the labelled pixels whose concept has a class; the others are left out or count as errors.
-        class_iou: IoU per class; NaN for a class that is not in the mean.
+        class_iou: IoU per class; NaN for a class that is neither present nor predicted.
         class_of_concept: class of each concept; -1 for a left-over concept.
     """
 
@@ -85,10 +85,46 @@ def score(
     Raises:
         ValueError: there is no labelled pixel.
     """
+    return score_matched(confusion, _match(confusion, unmatched, num_matched), unmatched=unmatched, protocol=protocol)
+
+
+def score_held_out(
+    halves: tuple[Int64[np.ndarray, "c k"], Int64[np.ndarray, "c k"]],
+    unmatched: str = "discard",
+    *,
+    protocol: str = "transfgu",
+    num_matched: int | None = None,
+) -> Score:
+    """Score each half of a split by the match of the other half, both as one confusion matrix of classes.
+
+    A match is fitted to the labels that it is scored on; this is the score without that. Where both halves give the
+    concepts the same classes, it is the score of the whole split.
+
+    Args:
+        halves: pixel counts of two halves of the photographs.
+        unmatched: see `score`. A concept without a pixel in a half is left over in the other under `many_to_one`.
+        protocol: see `score`.
+        num_matched: see `score`.
+
+    Returns:
+        The scores; `class_of_concept` is of the columns of that matrix, one a class and one of concepts left over.
+
+    Raises:
+        ValueError: there is no labelled pixel.
+    """
+    num_classes = len(halves[0])
+    merged = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+    for fitted, held_out in (halves, halves[::-1]):
+        # Class -1 is the last column.
+        np.add.at(merged.T, _match(fitted, unmatched, num_matched), held_out.T)
+    return score_matched(merged, np.append(np.arange(num_classes), -1), unmatched=unmatched, protocol=protocol)
+
+
+def _match(confusion: Int64[np.ndarray, "c k"], unmatched: str, num_matched: int | None) -> Int64[np.ndarray, " k"]:
     match = overlapping_classes if unmatched == "many_to_one" else match_concepts
     class_of_concept = np.full(confusion.shape[1], -1, dtype=np.int64)
     class_of_concept[:num_matched] = match(confusion[:, :num_matched])
-    return score_matched(confusion, class_of_concept, unmatched=unmatched, protocol=protocol)
+    return class_of_concept
 
 
 def score_merged(
@@ -134,9 +170,7 @@ def score_matched(
     np.add.at(hits, classes, confusion[classes, concepts])
     np.add.at(taken, classes, confusion[:, concepts].sum(0))
     truth = confusion.sum(1) if unmatched == "count" else confusion[:, concepts].sum(1)
-    averaged = confusion.any(1)
-    if protocol != "transfgu":
-        averaged = averaged | (taken > 0)
+    averaged = confusion.any(1) | (taken > 0)
     iou = np.where(averaged, hits / np.maximum(truth + taken - hits, 1), np.nan)
     has_class_of_left_over = protocol == "stego" and unmatched == "count" and taken.sum() < labelled
     return Score(
@@ -148,17 +182,38 @@ def score_matched(
     )
 
 
-def chance_confusion(class_pixels: Int64[np.ndarray, " c"], num_concepts: int) -> Int64[np.ndarray, "c k"]:
-    """Return the expected confusion of labels drawn uniformly over the concepts, in units of 1 / K pixel.
+def chance_confusion(
+    class_pixels: Int64[np.ndarray, " c"], concept_pixels: Int64[np.ndarray, " k"]
+) -> Int64[np.ndarray, "c k"]:
+    """Return the expected confusion of labels with a model's concept sizes that know nothing of the truth.
 
-    Every concept is expected to take 1 / K of every class. The unit keeps the counts whole; no score depends on it.
+    Every concept takes of every class the share that it has of all pixels. Labels drawn uniformly over K concepts would
+    set the bar too low: a model that puts most pixels into one concept, as one with a background does, scores well
+    above them by its sizes alone, once that concept is matched to the largest class. What a match gains by fitting
+    accidents is not in it; see `score_held_out`.
+
+    Args:
+        class_pixels: pixels of each class.
+        concept_pixels: pixels that the model gives each concept.
+
+    Returns:
+        Counts in units that keep them whole, one part in `concept_pixels.sum()` of a pixel; no score depends on it.
     """
-    return np.repeat(class_pixels[:, None], num_concepts, axis=1)
+    # From 2^30 pixels on, the shares are rounded to what keeps all sums, those of resamples too, within int64.
+    excess = max(0, 2 * int(concept_pixels.sum()).bit_length() - 61)
+    expected: np.ndarray = class_pixels[:, None] * (concept_pixels >> excess)
+    return expected
 
 
 def majority_confusion(class_pixels: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, "c 1"]:
     """Return the confusion of one concept that takes every pixel; a match gives it the commonest class (an oracle)."""
     return class_pixels[:, None]
+
+
+def dead_concepts(confusion: Int64[np.ndarray, "c k"]) -> list[int]:
+    """Return the concepts that win no labelled pixel, ascending."""
+    dead: list[int] = np.flatnonzero(~confusion.any(0)).tolist()
+    return dead
 
 
 def foreground_iou(
