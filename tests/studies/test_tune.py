@@ -117,6 +117,8 @@ def test_tune__a_scheduler_that_stops_trials_frees_everything(tmp_path: Path) ->
     trials = {trial["point"]["train.learning_rate"]: trial for trial in found["sweep"]}
     assert trials.keys() == set(RATES)
     statuses = [trial["status"] for trial in trials.values()]
+    # Another call would leave all of them alone.
+    assert Trials(Folder(str(folder)), base).ended == {trial["id"] for trial in found["sweep"]}
     assert set(statuses) == {"finished", "stopped"}, trials
     assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
     stopped = {rate: trial["epochs"] for rate, trial in trials.items() if trial["status"] == "stopped"}
@@ -186,6 +188,8 @@ def test_trials__are_named_by_their_settings_and_remember_how_they_ended(base: R
     trials.fail(points[0], "the loss is nan")
     trials.end(points[0], "failed")
     trials.end(points[1], "stopped")
+    # The training that is torn from a stopped trial fails, maybe after Tune has reported the stop.
+    trials.fail(points[1], "actor died")
     trials.folder_of(trials.id_of(points[2])).write_bytes("register.json", b'{"seconds": 1.0}')
     trials.end(points[2], "stopped")
     again = Trials(folder, base)
