@@ -37,6 +37,7 @@ def test_plan__counts_photographs_and_windows(tmp_path: Path, local_ray: None) -
     assert stages["extract"]["forwards"] == 5 * 142
     assert stages["labels"]["forwards"] == 5
     assert all(stage["seconds"] > 0 for stage in stages.values())
+    assert (planned["card"], planned["all"]["gpu_seconds"]) == (None, {})
 
 
 @pytest.mark.ray

@@ -21,7 +21,8 @@ from transfgu_ray.cli.options import (
     named_settings,
     write_json,
 )
-from transfgu_ray.cli.terminal import Terminal, duration
+from transfgu_ray.cli.terminal import Terminal
+from transfgu_ray.cli.words import note_plan
 from transfgu_ray.errors import ConfigError, DataError
 
 
@@ -182,9 +183,18 @@ def plan(
     assignments: Set = [],  # noqa: B006
     weights: Weights = None,
     ray_address: Address = None,
+    gpu_tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            metavar="N",
+            help="Sustained, not peak, TFLOP/s of one GPU; bounds its hours from below where none is timed. Measure it "
+            "on the card: 0.0201 x crops_per_second.bare of `transfgu bench --only extract --json FILE`.",
+        ),
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
 ) -> None:
-    """Estimate forwards, bytes and hours of a run before it starts.
+    """Estimate forwards, operations, bytes and hours of a run before it starts.
 
     From a minute of timing on the machines at hand.
     """
@@ -192,22 +202,9 @@ def plan(
     from transfgu_ray.planning.plan import plan as verb
 
     named = named_settings(dataset, data, weights)
-    planned = verb(configure(preset, config, [*named, *assignments]), ray_address)
+    planned = verb(configure(preset, config, [*named, *assignments]), ray_address, gpu_tflops)
     write_json(json_file, planned)
-    stages = planned["stages"]
-    total = {name: sum(stage[name] for stage in stages) for name in ("forwards", "num_bytes", "seconds")}
-    total["seconds"] += planned["start_ray"]
-    rows = [
-        [row["stage"], f"{row['forwards']:,}", f"{row['num_bytes'] / 1e9:.3f}", duration(row["seconds"])]
-        for row in (*stages, {"stage": "all, with the start of Ray", **total})
-    ]
-    terminal = Terminal(quiet=False)
-    terminal.table(rows, ["stage", "encoder forwards", "GB kept", "time"])
-    terminal.note(
-        f"{planned['photographs']} photographs, {planned['scored']} scored or shown; {planned['workers']} workers, "
-        f"{planned['train_workers']} in training, on {planned['device']}; "
-        f"timed in {planned['calibration_seconds']:.0f} s"
-    )
+    note_plan(Terminal(quiet=False), planned)
 
 
 def bench(

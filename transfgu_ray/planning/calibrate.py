@@ -1,7 +1,6 @@
 """Timing of the pieces of a run on the machines at hand: each worker times them on a few photographs."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -86,7 +85,8 @@ class Calibrator(UnitWorker):
         found |= self._extractor.time_pieces(working, seconds_per_item)
         found |= self._time_labels(images) | self._time_training(images[0]) | self._time_kmeans()
         found["inside"] = time.perf_counter() - started
-        return json.dumps(found).encode()
+        card = torch.cuda.get_device_name() if self.device == "cuda" else None
+        return json.dumps(found | {"card": card}).encode()
 
     def _time_decoding(self, photos: list[Photo]) -> float:
         def decode(count: int) -> None:
@@ -161,10 +161,7 @@ class Calibrator(UnitWorker):
         if len(config.whole_rounds) > 1:
             # There is a teacher from the second round on.
             bootstrap.begin_epoch(next(epoch for epoch in epochs if epoch.starts_round), rank=0)
-        reads = 1
-        if window is not None:
-            reads = math.prod((side - window) // encoder.patch_size + 1 for side in config.train_crop_size)
-        return found | {"step": seconds_per_item(step, len(crops)), "token_forwards": reads}
+        return found | {"step": seconds_per_item(step, len(crops))}
 
     def _time_kmeans(self) -> dict[str, float]:
         """Return seconds per point, centroid, dimension and iteration."""
@@ -197,7 +194,8 @@ def calibrate(
         resources: workers and devices.
 
     Returns:
-        Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin.
+        Seconds by name; "workers": how many timed; "start_stage", "start_training": seconds until workers begin;
+        "card": names of the GPUs that timed, None on CPUs.
     """
     at_once = min(resources.num_workers, resources.num_cores)
     spread = np.linspace(0, len(images) - 1, at_once * _PHOTOS_PER_WORKER).astype(int).reshape(at_once, -1)
@@ -216,6 +214,7 @@ def calibrate(
         timed = [values for values in found if "inside" in values]
         if not timed:
             return {"refused": found[0]["refused"]}
+        cards = sorted({values.pop("card") for values in timed} - {None})
         pieces = {name: median(values[name] for values in timed) for name in timed[0]}
         start = time.perf_counter()
         new_trainer(_idle_loop, {}, storage=Folder(run_folder.uri_of("train")), name="idle", resources=resources).fit()
@@ -224,6 +223,7 @@ def calibrate(
         "workers": at_once,
         "start_stage": max(0.0, wall - max(values["inside"] for values in timed)),
         "start_training": training,
+        "card": ", ".join(cards) or None,
     }
 
 

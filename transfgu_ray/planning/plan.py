@@ -1,21 +1,35 @@
-"""Prediction of forwards, bytes and seconds of a run before it starts."""
+"""Prediction of forwards, operations, bytes and seconds of a run before it starts."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transfgu_ray.algorithms.encoder.tokens import token_dim
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import list_images, open_root
-from transfgu_ray.engine.session import ray_session
+from transfgu_ray.datasets.listing import open_root
+from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
-from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS, OF_TWO_VIEWS, feature_of
-from transfgu_ray.pipeline.inputs import list_scored
+from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
+from transfgu_ray.pipeline.inputs import list_clustered, list_scored, list_training
 from transfgu_ray.pipeline.train_loop import epoch_steps
+from transfgu_ray.planning.operations import VitShape, least_seconds, shape_of
+from transfgu_ray.planning.passes import (
+    Passes,
+    baseline_passes,
+    by_size,
+    crop_passes,
+    label_passes,
+    operations_of,
+    token_passes,
+)
 
 # Bytes of a row of features without its class token (`tables.features_schema`).
 _ROW_BYTES = 60
+
+
+# Numbers of GPUs that a run is planned for.
+GPUS = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -24,15 +38,20 @@ class StagePlan:
 
     Attributes:
         stage: its name.
-        forwards: number of images or crops through the encoder.
+        passes: images and crops through the encoder, those of one size together.
         num_bytes: bytes kept in the run folder.
         seconds: from the stage's start to its manifest.
     """
 
     stage: str
-    forwards: int
+    passes: tuple[Passes, ...]
     num_bytes: int
     seconds: float
+
+    @property
+    def forwards(self) -> int:
+        """Number of images and crops through the encoder."""
+        return sum(each.count for each in self.passes)
 
 
 @dataclass(frozen=True)
@@ -52,51 +71,67 @@ class Cluster:
     shares_cores: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """The numbers of photographs of a run.
+
+    Attributes:
+        clustered: whose windows are clustered.
+        training: to label and to train on.
+        scored: to score or show.
+    """
+
+    clustered: int
+    training: int
+    scored: int
+
+
 def plan_stages(
-    config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
+    config: RunConfig, pieces: dict[str, Any], *, photographs: Photographs, shape: VitShape, cluster: Cluster
 ) -> list[StagePlan]:
     """Return the predicted cost of each computing stage, in order.
 
     Args:
         config: of the run.
         pieces: result of `planning.calibrate.calibrate`.
-        num_images: number of photographs to train on.
-        num_scored: number of photographs to score or show.
-        embed_dim: width d of a class token.
+        photographs: how many there are.
+        shape: of the encoder.
         cluster: workers and cores.
     """
-    workers, start = cluster.num_workers, pieces["start_stage"]
-    crops = round(num_images * pieces["kept_windows"])
+    workers, start, embed_dim = cluster.num_workers, pieces["start_stage"], shape.width
+    clustered, num_images = photographs.clustered, photographs.training
+    crops = round(clustered * pieces["kept_windows"])
     with_foreground = config.region_mode not in ("all_foreground", "no_prior")
     per_photo = pieces["decode"] + (pieces["foreground"] if with_foreground else 0.0)
-    extract = start + (num_images * per_photo + crops * (pieces["cut"] + pieces["crop"])) / workers
+    extract = start + (clustered * per_photo + crops * (pieces["cut"] + pieces["crop"])) / workers
     passes = config.concepts.num_iterations * config.concepts.num_redos
     points = min(crops, config.concepts.max_points or crops)
     kmeans = pieces["kmeans"] * config.num_concepts * passes
     sharded = points > config.concepts.init_points
-    windows = config.cam.response == "windows"
-    label_forwards = num_images * (1 + (int(pieces["windows"]) if windows else 0))
     concepts = kmeans * points * embed_dim / (workers if sharded else 1)
+    # Contrast of the patches needs all of them.
+    by_class = config.extract.foreground_prior == "attention"
+    forwards = (crop_passes(config, crops), Passes(clustered * with_foreground, config.data.image_size, by_class))
     return [
-        StagePlan("extract", crops + num_images * with_foreground, crops * (2 * embed_dim + _ROW_BYTES), extract),
-        StagePlan("concepts", 0, 4 * embed_dim * config.num_concepts, concepts),
+        StagePlan("extract", forwards, crops * (2 * embed_dim + _ROW_BYTES), extract),
+        StagePlan("concepts", (), 4 * embed_dim * config.num_concepts, concepts),
         StagePlan(
             "labels",
-            label_forwards,
+            label_passes(config, pieces, num_images),
             round(num_images * pieces["bank_bytes"]),
             start + num_images * (pieces["decode"] + pieces["label"]) / workers,
         ),
-        _plan_training(config, pieces, num_images=num_images, cluster=cluster),
-        _plan_evaluation(
-            config, pieces, num_images=num_images, num_scored=num_scored, embed_dim=embed_dim, cluster=cluster
-        ),
+        _plan_training(config, pieces, num_images=num_images, shape=shape, cluster=cluster),
+        _plan_evaluation(config, pieces, photographs=photographs, shape=shape, cluster=cluster),
     ]
 
 
-def _plan_training(config: RunConfig, pieces: dict[str, Any], *, num_images: int, cluster: Cluster) -> StagePlan:
+def _plan_training(
+    config: RunConfig, pieces: dict[str, Any], *, num_images: int, shape: VitShape, cluster: Cluster
+) -> StagePlan:
     train, ranks = config.train, cluster.train_workers
     if train.decoder_weights is not None:
-        return StagePlan("train", 0, 0, 0.0)
+        return StagePlan("train", (), 0, 0.0)
     steps, per_worker = epoch_steps(config, num_images, ranks)
     epochs = sum(config.whole_rounds)
     cached = train.features == "cached"
@@ -107,24 +142,28 @@ def _plan_training(config: RunConfig, pieces: dict[str, Any], *, num_images: int
     # Where the workers leave no core free for reading and augmenting, computing and feeding take turns.
     per_step_image = max(per_image, feeding * ranks / free) if free > 0 else per_image + feeding
     seconds = pieces["start_training"] + epochs * steps * per_worker * per_step_image
-    forwards = (num_images if cached else epochs * steps * per_worker * ranks) * int(pieces["token_forwards"])
+    count = num_images if cached else epochs * steps * per_worker * ranks
     if cached:
         read = (pieces["decode"] + pieces["read_tokens"]) / cluster.num_workers
         seconds += pieces["start_stage"] + num_images * read
-    return StagePlan("train", forwards, 0, seconds)
+    return StagePlan("train", token_passes(config, shape, count, image_hw=config.train_crop_size), 0, seconds)
 
 
 def _plan_evaluation(
-    config: RunConfig, pieces: dict[str, Any], *, num_images: int, num_scored: int, embed_dim: int, cluster: Cluster
+    config: RunConfig, pieces: dict[str, Any], *, photographs: Photographs, shape: VitShape, cluster: Cluster
 ) -> StagePlan:
-    workers, baselines = cluster.num_workers, len(config.evaluate.baselines)
+    num_scored = photographs.scored
+    workers, baselines, embed_dim = cluster.num_workers, len(config.evaluate.baselines), shape.width
     per_photo = pieces["decode"] + pieces["label"] + pieces["read_tokens"] + 3 * pieces["mask"]
     if baselines:
         per_photo += pieces["baselines"]
     seconds = pieces["start_stage"] + num_scored * per_photo / workers
-    forwards = num_scored * (1 + int(pieces["token_forwards"]))
+    forwards = [
+        *label_passes(config, pieces, num_scored),
+        *token_passes(config, shape, num_scored, image_hw=config.inference_size),
+    ]
     if baselines:
-        drawn = min(num_images, MAX_PHOTOS)
+        drawn = min(photographs.training, MAX_PHOTOS)
         passes = config.concepts.num_iterations * config.concepts.num_redos
         kmeans = pieces["kmeans"] * MAX_POINTS * (config.num_concepts + config.has_background) * passes * embed_dim
         of_drawn = pieces["decode"] + pieces["baselines"] + pieces["views"]
@@ -133,18 +172,97 @@ def _plan_evaluation(
         wider = token_dim(embed_dim, config.train.token_window, config.train.backbone) / embed_dim - 1
         # An estimate: raw colours have only three dimensions, and heads take longer than k-means.
         seconds += kmeans * (baselines + of_decoder * wider)
-        features = len({feature_of(name) for name in config.evaluate.baselines})
-        forwards += (drawn + num_scored) * (features + of_decoder * (int(pieces["token_forwards"]) - 1))
-        forwards += drawn * (2 if any(name in OF_TWO_VIEWS for name in config.evaluate.baselines) else 0)
-    return StagePlan("evaluate", forwards, 0, seconds)
+        forwards += baseline_passes(config, shape, num_drawn=drawn, num_scored=num_scored)
+    return StagePlan("evaluate", tuple(forwards), 0, seconds)
 
 
-def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
-    """Predict forwards, bytes and seconds of each stage, from a calibration on the machines of the run.
+def _with_gpus(cluster: Cluster, num_gpus: int) -> Cluster:
+    """Return the cluster with another number of the same GPUs, each with as many cores as it has now."""
+    cores = max(1, cluster.num_cores * num_gpus // cluster.num_workers)
+    return replace(cluster, num_workers=num_gpus, train_workers=num_gpus, num_cores=cores)
+
+
+def predict(
+    config: RunConfig,
+    pieces: dict[str, Any],
+    *,
+    photographs: Photographs,
+    shape: VitShape,
+    resources: Resources,
+    start_ray: float,
+    gpu_tflops: float | None,
+) -> dict[str, Any]:
+    """Return the entries of `plan` that follow from a calibration: all but "photographs" and what comes after it.
+
+    Args:
+        config: of the run.
+        pieces: result of `planning.calibrate.calibrate`.
+        photographs: how many there are.
+        shape: of the encoder.
+        resources: workers and devices of the calibration.
+        start_ray: seconds that Ray took to start.
+        gpu_tflops: see `plan`.
+    """
+    card = pieces["card"]
+    here = Cluster(resources.num_workers, resources.train_workers, resources.num_cores, shares_cores=card is None)
+
+    def stages_on(cluster: Cluster) -> list[StagePlan]:
+        return plan_stages(config, pieces, photographs=photographs, shape=shape, cluster=cluster)
+
+    stages = stages_on(here)
+    operations = [operations_of(stage.passes, shape) for stage in stages]
+    on_gpus: dict[int, list[float]] = {}
+    if card is not None:
+        on_gpus = {n: [stage.seconds for stage in stages_on(_with_gpus(here, n))] for n in GPUS}
+    elif gpu_tflops is not None:
+        on_gpus = {n: [least_seconds(count, tflops=gpu_tflops, num_gpus=n) for count in operations] for n in GPUS}
+    # A lower bound has no start in it.
+    begin = 0.0 if card is None else start_ray
+    return {
+        "stages": [
+            {
+                "stage": stage.stage,
+                "forwards": stage.forwards,
+                "operations": operations[i],
+                "num_bytes": stage.num_bytes,
+                "seconds": stage.seconds,
+                "gpu_seconds": {n: seconds[i] for n, seconds in on_gpus.items()},
+            }
+            for i, stage in enumerate(stages)
+        ],
+        "all": {
+            "forwards": sum(stage.forwards for stage in stages),
+            "operations": sum(operations),
+            "num_bytes": sum(stage.num_bytes for stage in stages),
+            "seconds": start_ray + sum(stage.seconds for stage in stages),
+            "gpu_seconds": {n: begin + sum(seconds) for n, seconds in on_gpus.items()},
+        },
+        "passes": by_size([each for stage in stages for each in stage.passes], shape),
+        "start_ray": start_ray,
+        "workers": resources.num_workers,
+        "train_workers": resources.train_workers,
+        "device": resources.device,
+        "card": card,
+        "gpu_tflops": gpu_tflops if card is None else None,
+    }
+
+
+def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None) -> dict[str, Any]:
+    """Predict forwards, operations, bytes and seconds of each stage, from a calibration on the machines of the run.
+
+    Args:
+        config: of the run.
+        address: Ray to use; None = start a local one.
+        gpu_tflops: sustained speed of a GPU, 1e12 operations a second, above 0; not used where the calibration ran on
+            GPUs.
 
     Returns:
-        "stages": fields of each `StagePlan`; "start_ray": seconds; "photographs"; "scored"; "workers";
-        "train_workers"; "device"; "calibration_seconds"; "pieces": what was timed.
+        "stages": of each its "stage", "forwards" and "operations" (floating-point) of the encoder, "num_bytes",
+        "seconds" here, and "gpu_seconds" by number of GPUs: predicted from a calibration on GPUs, else a lower bound
+        from the operations and `gpu_tflops`, else empty; "all": the same summed, with the start of Ray in what was
+        timed; "passes": see `by_size`; "start_ray": seconds; "workers"; "train_workers"; "device"; "card": names of
+        the GPUs that were timed, or None; "gpu_tflops": as used; "photographs"; "scored"; "calibration_seconds";
+        "pieces": what was timed.
 
     Raises:
         TransfguError: settings, data or weights are unusable.
@@ -153,7 +271,7 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     from transfgu_ray.planning.calibrate import calibrate
 
     root = open_root(config.data.root)
-    images = list_images(config.data.root, config.data.spec, split=config.data.spec.train_split).images
+    images, clustered = list_training(config).images, list_clustered(config)
     scored = list_scored(config)
     num_scored = min(config.evaluate.num_samples, len(images)) if scored is None else len(scored.images)
     encoder, backbone = resolve_encoder(config), resolve_backbone(config)
@@ -164,22 +282,20 @@ def plan(config: RunConfig, address: str | None) -> dict[str, Any]:
     if "refused" in pieces:
         first = pieces["refused"][0]
         raise DataError(f"none of the photographs tried is usable; the first, {first['image_id']}: {first['reason']}")
-    on_gpu = resources.device == "cuda"
-    cluster = Cluster(resources.num_workers, resources.train_workers, resources.num_cores, shares_cores=not on_gpu)
-    embed_dim = load_encoder(encoder, config.encoder.weights).embed_dim
-    return {
-        "stages": [
-            vars(stage)
-            for stage in plan_stages(
-                config, pieces, num_images=len(images), num_scored=num_scored, embed_dim=embed_dim, cluster=cluster
-            )
-        ],
-        "start_ray": start_ray,
+    predicted = predict(
+        config,
+        pieces,
+        photographs=Photographs(
+            clustered=len(images if clustered is None else clustered.images), training=len(images), scored=num_scored
+        ),
+        shape=shape_of(load_encoder(encoder, config.encoder.weights)),
+        resources=resources,
+        start_ray=start_ray,
+        gpu_tflops=gpu_tflops,
+    )
+    return predicted | {
         "photographs": len(images),
         "scored": num_scored,
-        "workers": resources.num_workers,
-        "train_workers": resources.train_workers,
-        "device": resources.device,
         "calibration_seconds": time.perf_counter() - start,
         "pieces": pieces,
     }

@@ -100,8 +100,10 @@ class Trials:
         return run
 
     def fail(self, point: Mapping[str, Any], error: str) -> None:
-        """Note why a trial failed."""
-        self._write_note(self.id_of(point), {"point": dict(point), "status": "failed", "error": error})
+        """Note why a trial failed, unless it has ended already: when Tune stops a trial, its training fails."""
+        name = self.id_of(point)
+        if self._folder.read_json(_note_name(name))["status"] == "running":
+            self._write_note(name, {"point": dict(point), "status": "failed", "error": error})
 
     def end(self, point: Mapping[str, Any], otherwise: str) -> None:
         """Note the status of an ended trial: finished if its last stage is, else what Tune reports."""
