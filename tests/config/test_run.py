@@ -101,7 +101,6 @@ def test_build_config__reports_every_problem_at_once():
         ),
         (["cam.response=windows", "cam.keep_mass=0.5"], "keep_mass, .* no use when cam.response is windows"),
         (["cam.response=windows", "cam.zeroed=map"], "cam.zeroed have no use when cam.response is windows"),
-        (["train.augment.blur_kernel=4"], "blur_kernel=4 must be odd"),
         (["train.augment.crop_scale=[0.04,1]"], "crop_scale must begin at 0.1 or more when train.augment.crop is side"),
         (["train.num_epochs=2"], "num_epochs=2 must be at least the 3 epochs of round 0"),
         (

@@ -207,8 +207,10 @@ def decoder(folder: Path) -> Iterator[Row]:
         first = _released_segmenter(found.num_classes, found.width, found.num_layers).cls_emb
     theirs = arrays["init_lengths_of_class_embeddings"]
     # Another draw of the same distribution; all lengths together are always 1.
-    yield Row("decoder: mean length of first embeddings", abs(first.norm(dim=-1).mean().item() - theirs.mean()), 0.05)
-    yield Row("decoder: length of all first embeddings", abs(first.norm().item() - np.linalg.norm(theirs)), 1e-5)
+    yield Row(
+        "decoder: mean length of first embeddings", abs(first.norm(dim=-1).mean().item() - float(theirs.mean())), 0.05
+    )
+    yield Row("decoder: length of all first embeddings", abs(first.norm().item() - float(np.linalg.norm(theirs))), 1e-5)
 
 
 def _shuffle(idx_list: np.ndarray, things: bool) -> Tensor:

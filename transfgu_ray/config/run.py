@@ -218,7 +218,11 @@ class CamConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation (4.2 Data Augmentation; the values of the released code: data_augment, img_aug)."""
+    """Training augmentation (4.2 Data Augmentation; the values of the released code: data_augment, img_aug).
+
+    The colours of a step are drawn once for all of its photographs, and changed before the crops are cut (released,
+    where each GPU draws for its share of a step).
+    """
 
     crop: Literal["side", "area"] = Field(
         "side",
@@ -229,15 +233,9 @@ class AugmentConfig(Section):
         "range of the crop's side, its upper end excluded (released: 0.4, 0.5 ... 0.9), or of its area", (0.4, 1.0)
     )
     flip_prob: Fraction = Field(0.5, description="probability of a horizontal flip (released)")
-    colour: Literal["step", "crop"] = Field(
-        "step",
-        description="step: on the whole photograph, one draw for all photographs of a step (released, where a step is "
-        "one GPU's share); crop: on the crop, a draw for each (ours)",
-    )
     jitter_prob: Fraction = Field(0.3, description="probability of colour jitter 0.8 / 0.8 / 0.8 / 0.2 (released)")
     grey_prob: Fraction = Field(0.2, description="probability of dropping colour (released)")
-    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, sigma 1-2 px (released)")
-    blur_kernel: Positive = Field(3, description="side of the blur's kernel in px, odd (released: 3)")
+    blur_prob: Fraction = Field(0.2, description="probability of a Gaussian blur, 3 x 3 px, sigma 1-2 px (released)")
 
 
 class TrainConfig(Section):
@@ -288,11 +286,6 @@ class TrainConfig(Section):
     round_0: Literal["cross_entropy", "total"] = Field(
         "cross_entropy",
         description="loss of round 0. cross_entropy: Eq. 9; total: also diversity and uncertainty (released)",
-    )
-    optimiser: Literal["kept", "fresh"] = Field(
-        "kept",
-        description="Adam's moments when a round begins. kept: one optimiser for all rounds (released); fresh: a new "
-        "one (ours)",
     )
     epoch_repeats: Positive = Field(1, description="passes over the photographs per epoch (released VOC: 20)")
     token_window: Positive | None = Field(
@@ -488,8 +481,6 @@ class RunConfig(Section):
             raise ValueError("train.augment.crop_scale must be (low, high) with 0 < low <= high")
         if self.train.augment.crop == "side" and round(10 * low) < 1:
             raise ValueError("train.augment.crop_scale must begin at 0.1 or more when train.augment.crop is side")
-        if self.train.augment.blur_kernel % 2 == 0:
-            raise ValueError(f"train.augment.blur_kernel={self.train.augment.blur_kernel} must be odd")
         if self.train.num_epochs is not None and self.train.num_epochs < self.train.round_epochs[0]:
             raise ValueError(
                 f"train.num_epochs={self.train.num_epochs} must be at least the {self.train.round_epochs[0]} epochs of "

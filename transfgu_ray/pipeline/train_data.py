@@ -96,7 +96,7 @@ def load_train_data(
                 grid_hw=grid_hw,
                 how=how,
                 rng=rng,
-                step_rng=np.random.default_rng([config.seed, epoch, step, _COLOUR]),
+                colour_rng=np.random.default_rng([config.seed, epoch, step, _COLOUR]),
             )
             sample = {"image": crop.numpy()}
         # Each crop is normalised on its own, and only then gets its background (released: *_bootstrap_loss).

@@ -252,7 +252,6 @@ def bootstrap_settings(config: RunConfig) -> BootstrapSettings:
         seed=config.seed,
         diversity=train.diversity,
         round_0=train.round_0,
-        optimiser=train.optimiser,
         foreground_above=config.cam.background_threshold if train.uncertainty == "foreground" else None,
     )
 

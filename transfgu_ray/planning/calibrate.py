@@ -153,7 +153,7 @@ class Calibrator(UnitWorker):
 
         def sample(count: int) -> None:
             for _ in range(count):
-                augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng, step_rng=rng)
+                augment(photo, maps, crop_hw=config.train_crop_size, grid_hw=grid_hw, how=how, rng=rng, colour_rng=rng)
 
         found = {"read_tokens": seconds_per_item(read, len(crops)), "sample": seconds_per_item(sample, 8)}
         found["first_round_step"] = seconds_per_item(step, len(crops))

@@ -1,4 +1,3 @@
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,21 +7,18 @@ import torch
 from tests.builders import random_images
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment, crop_maps, random_crop_box
 
-PLAIN = Augmentation(
-    crop="area", crop_scale=(1.0, 1.0), flip_prob=0.0, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0, blur_kernel=9,
-    colour="crop",
-)  # fmt: skip
+PLAIN = Augmentation(crop="area", crop_scale=(1.0, 1.0), flip_prob=0.0, jitter_prob=0.0, grey_prob=0.0, blur_prob=0.0)
 
 
 def _scores(num_concepts=3, h=4, w=4):
     return torch.rand(num_concepts, h, w, generator=torch.Generator().manual_seed(0))
 
 
-def _augment(how, seed=0, image=None, scores=None, crop_hw=(32, 32), grid_hw=(4, 4), step_seed=0):
+def _augment(how, seed=0, image=None, scores=None, crop_hw=(32, 32), grid_hw=(4, 4), colour_seed=0):
     image = random_images(1, 32, 32)[0] if image is None else image
     scores = _scores() if scores is None else scores
-    rng, step_rng = np.random.default_rng(seed), np.random.default_rng(step_seed)
-    return augment(image, scores, crop_hw=crop_hw, grid_hw=grid_hw, how=how, rng=rng, step_rng=step_rng)
+    rng, colour_rng = np.random.default_rng(seed), np.random.default_rng(colour_seed)
+    return augment(image, scores, crop_hw=crop_hw, grid_hw=grid_hw, how=how, rng=rng, colour_rng=colour_rng)
 
 
 def _with(**changes):
@@ -62,8 +58,8 @@ def test_augment__scores_stay_on_their_pixels(seed, kind):
 
 def test_augment__colour_leaves_scores_alone():
     image, scores = random_images(1, 32, 32)[0], _scores()
-    for name, colour in itertools.product(("jitter_prob", "grey_prob", "blur_prob"), ("crop", "step")):
-        crop, cropped = _augment(_with(**{name: 1.0}, colour=colour), image=image, scores=scores)
+    for name in ("jitter_prob", "grey_prob", "blur_prob"):
+        crop, cropped = _augment(_with(**{name: 1.0}), image=image, scores=scores)
         assert crop.dtype == torch.uint8
         assert not torch.equal(crop, image)
         torch.testing.assert_close(cropped, scores)
@@ -75,7 +71,7 @@ def test_augment__grey_has_equal_channels_and_blur_is_smooth():
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])
     blurred, _ = _augment(_with(blur_prob=1.0), image=image)
-    assert blurred.float().std() < 0.5 * image.float().std()
+    assert blurred.float().std() < 0.6 * image.float().std()
 
 
 def test_augment__generator_is_the_only_randomness():
@@ -89,22 +85,18 @@ def test_augment__generator_is_the_only_randomness():
     assert not torch.equal(first[0], _augment(how, seed=5)[0])
 
 
-def test_augment__colour_of_a_step_is_drawn_once_and_before_the_crop():
+def test_augment__colour_comes_before_the_crop_from_a_generator_of_its_own():
     image = random_images(1, 40, 40)[0]
-    how = _with(colour="step", jitter_prob=1.0, blur_prob=1.0, blur_kernel=3)
+    how = _with(jitter_prob=1.0, blur_prob=1.0)
     whole, _ = _augment(how, image=image, crop_hw=(40, 40))
-    # Other samples of the step have the same colours, and the blur has seen pixels beyond their crops.
+    # Other samples of a step have the same colours, and the blur has seen pixels beyond their crops.
     halves = replace(how, crop="side", crop_scale=(0.5, 0.6))
     for seed in range(4):
         top, left, h, w = random_crop_box(40, 40, how=halves, rng=np.random.default_rng(seed))
         assert (h, w) == (20, 20)
         crop, _ = _augment(halves, seed, image, crop_hw=(20, 20))
         assert torch.equal(crop, whole[:, top : top + 20, left : left + 20])
-    assert not torch.equal(_augment(how, image=image, crop_hw=(40, 40), step_seed=1)[0], whole)
-    # Each crop has its own where it is drawn for crops, whatever the step's.
-    own = replace(halves, colour="crop")
-    one, other = (_augment(own, 0, image, crop_hw=(20, 20), step_seed=step)[0] for step in (0, 1))
-    assert torch.equal(one, other)
+    assert not torch.equal(_augment(how, image=image, crop_hw=(40, 40), colour_seed=1)[0], whole)
 
 
 def test_augment__resizes_crops_bilinearly_without_antialias():

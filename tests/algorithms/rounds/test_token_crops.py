@@ -20,8 +20,6 @@ def _how(scale, flip_prob):
         jitter_prob=0.0,
         grey_prob=0.0,
         blur_prob=0.0,
-        blur_kernel=3,
-        colour="step",
     )
 
 
@@ -81,7 +79,7 @@ def test_augment_tokens__see_the_region_that_augment_draws(seed):
     how, rng = _how(SCALE, 0.5), np.random.default_rng(seed)
     image = torch.zeros(3, 96, 128, dtype=torch.uint8)
     _, want = augment(
-        image, scores, crop_hw=(48, 64), grid_hw=(6, 8), how=how, rng=rng, step_rng=np.random.default_rng(0)
+        image, scores, crop_hw=(48, 64), grid_hw=(6, 8), how=how, rng=rng, colour_rng=np.random.default_rng(0)
     )
     got, cropped = _augment(scores, scores, seed, (96, 128), (6, 8), flip_prob=0.5)
     assert torch.equal(cropped, want)

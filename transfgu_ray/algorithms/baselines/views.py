@@ -18,8 +18,6 @@ VIEWS = Augmentation(
     jitter_prob=0.3,
     grey_prob=0.2,
     blur_prob=0.2,
-    blur_kernel=3,
-    colour="crop",
 )
 
 
@@ -44,7 +42,7 @@ def token_views(
     whole = torch.stack([to_bytes(recolour(i / 255, VIEWS, rng)) for i, rng in zip(images, rngs, strict=True)])
     maps = torch.unflatten(encoder.patch_tokens(whole.to(encoder.device)).cpu().transpose(1, 2), 2, grid_hw)
     pairs = [
-        augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng, step_rng=rng)
+        augment(image, tokens, crop_hw=(height, width), grid_hw=grid_hw, how=VIEWS, rng=rng, colour_rng=rng)
         for image, tokens, rng in zip(images, maps, rngs, strict=True)
     ]
     first = encoder.patch_tokens(torch.stack([crop for crop, _ in pairs]).to(encoder.device)).cpu()

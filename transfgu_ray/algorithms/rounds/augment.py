@@ -13,6 +13,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 # Sides of crops are drawn in tenths of the photograph's (released).
 _SIDE_STEPS = 10
+# Side of the blur's kernel in px (released).
+_BLUR_KERNEL = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,6 @@ class Augmentation:
     jitter_prob: float
     grey_prob: float
     blur_prob: float
-    blur_kernel: int
-    colour: str
 
 
 def augment(
@@ -37,9 +37,9 @@ def augment(
     grid_hw: tuple[int, int],
     how: Augmentation,
     rng: np.random.Generator,
-    step_rng: np.random.Generator,
+    colour_rng: np.random.Generator,
 ) -> tuple[UInt8[Tensor, "3 crop_y crop_x"], Float[Tensor, "k grid_h grid_w"]]:
-    """Cut a random crop from the image and its scores and resize it; flip both and recolour the image at random.
+    """Recolour an image at random, cut a random crop from it and its scores, resize it, and flip both at random.
 
     Args:
         image: working image, RGB 0-255.
@@ -47,21 +47,17 @@ def augment(
         crop_hw: size of the crop in px; resized bilinearly without antialias (released).
         grid_hw: patch grid of the crop; RoIAlign resamples the scores to it.
         how: probabilities and ranges.
-        rng: of the sample: crop, flip, and colour where each crop has its own.
-        step_rng: of colour where all photographs of a step share it; its state must be the same for each of them.
+        rng: of crop and flip.
+        colour_rng: of the colours; where photographs share them, its state must be the same for each.
     """
     height, width = image.shape[1], image.shape[2]
     top, left, h, w = random_crop_box(height, width, how=how, rng=rng)
-    pixels = image.float() / 255
-    if how.colour == "step":
-        pixels = recolour(pixels, how, step_rng)
+    pixels = recolour(image.float() / 255, how, colour_rng)
     window = pixels[None, :, top : top + h, left : left + w]
     crop = interpolate(window, crop_hw, mode="bilinear", align_corners=False)[0]
     cropped = crop_maps(scores, (left, top, left + w, top + h), image_hw=(height, width), grid_hw=grid_hw)
     if rng.random() < how.flip_prob:
         crop, cropped = crop.flip(-1), cropped.flip(-1)
-    if how.colour == "crop":
-        crop = recolour(crop, how, rng)
     return to_bytes(crop), cropped
 
 
@@ -78,7 +74,7 @@ def recolour(image: Float[Tensor, "3 y x"], how: Augmentation, rng: np.random.Ge
         image = transforms.rgb_to_grayscale(image, num_output_channels=3)
     if rng.random() < how.blur_prob:
         sigma = rng.uniform(1.0, 2.0)
-        image = transforms.gaussian_blur(image, kernel_size=[how.blur_kernel] * 2, sigma=[sigma, sigma])
+        image = transforms.gaussian_blur(image, kernel_size=[_BLUR_KERNEL] * 2, sigma=[sigma, sigma])
     return image
 
 

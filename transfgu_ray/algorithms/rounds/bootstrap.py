@@ -20,7 +20,7 @@ class BootstrapSettings:
 
     Attributes:
         learning_rate: Adam's rate.
-        weight_decay: Adam's L2 term, of all parameters but biases and norms (`get_params_groups` of the released code).
+        weight_decay: Adam's L2 term; see `parameter_groups`.
         gradient_clamp: bound on the magnitude of each gradient entry.
         omega_1: weight of the diversity loss.
         omega_2: weight of the uncertainty loss.
@@ -28,7 +28,6 @@ class BootstrapSettings:
         diversity: pairs of the diversity loss; see `diversity_loss`.
         foreground_above: T_bg for the patches that count in the uncertainty loss, see `foreground_patches`; None = all.
         round_0: loss of round 0: "cross_entropy" (Eq. 9), or "total": diversity and uncertainty too (released code).
-        optimiser: at the start of a round Adam's moments are "kept" (released code) or "fresh".
     """
 
     learning_rate: float
@@ -40,7 +39,6 @@ class BootstrapSettings:
     diversity: str = "all_pairs"
     foreground_above: float | None = None
     round_0: str = "cross_entropy"
-    optimiser: str = "kept"
 
 
 class Bootstrap:
@@ -64,29 +62,21 @@ class Bootstrap:
         self.teacher: nn.Module | None = None
         self._settings = settings
         self._parallel = wrap(student)
-        self._optimiser = self._new_optimiser()
-
-    def _new_optimiser(self) -> torch.optim.Adam:
-        settings = self._settings
-        parameters = list(self.student.named_parameters())
-        free = [value for name, value in parameters if name.endswith(".bias") or value.ndim == 1]
-        decayed = [value for name, value in parameters if not (name.endswith(".bias") or value.ndim == 1)]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-        return torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self._optimiser = torch.optim.Adam(
+            parameter_groups(student), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
 
     def begin_epoch(self, epoch: Epoch, rank: int) -> None:
         """Start a new round if the epoch does, and seed the epoch's dropout.
 
         In a new round the teacher becomes a frozen copy of the student (no average, no momentum), and the student
-        starts again from its initial weights.
+        starts again from its initial weights. Adam goes on with its moments, as in the released code.
         """
         if epoch.starts_round:
             if epoch.round == 1:
                 self.trained = copy.deepcopy(self.student.state_dict())
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
             self.student.load_state_dict(self.initial)
-            if self._settings.optimiser == "fresh":
-                self._optimiser = self._new_optimiser()
         self._parallel.train()
         torch.manual_seed(int(np.random.SeedSequence([self._settings.seed, epoch.index, rank]).generate_state(1)[0]))
 
@@ -160,6 +150,16 @@ class Bootstrap:
             self.teacher.load_state_dict(state["teacher"])
         self.trained, self.initial = state["trained"], state["initial"]
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameters for an optimiser; biases and norms do not decay (`get_params_groups`, released code)."""
+    named = list(student.named_parameters())
+    free = {name for name, value in named if name.endswith(".bias") or value.ndim == 1}
+    return [
+        {"params": [value for name, value in named if name not in free]},
+        {"params": [value for name, value in named if name in free], "weight_decay": 0.0},
+    ]
 
 
 def mean_terms(steps: list[dict[str, float]]) -> dict[str, float]:
