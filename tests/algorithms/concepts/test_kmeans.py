@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from sklearn.cluster import MiniBatchKMeans
 
-from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts, nearest
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts, nearest, train
 from transfgu_ray.errors import DataError
 
 
@@ -100,3 +101,23 @@ def test_fit_concepts__refuses_points_that_are_not_finite(bad):
     points[3, 1] = bad
     with pytest.raises(DataError, match=r"NaN or infinity; check encoder\.weights"):
         _fit(points, 3)
+
+
+def test_fit_concepts__mini_batches_are_scikit_learns_and_centroids_the_means_of_their_points():
+    points = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32)
+    got = _fit(points, 5, algorithm="mini_batch", num_iterations=100, num_redos=3)
+    # As the published code calls it, with the defaults of scikit-learn 1.0 written out.
+    plain = MiniBatchKMeans(5, max_iter=100, random_state=0, n_init=3, batch_size=1024).fit(points)
+    means = [points[plain.labels_ == concept].mean(0) for concept in range(5)]
+    np.testing.assert_allclose(got.centroids, means, atol=1e-6)
+    assert got.num_crops.sum() == 3000
+    assert not np.allclose(got.centroids, _fit(points, 5).centroids, atol=1e-3)
+
+
+def test_train__mini_batches_go_on_from_given_centroids():
+    # As after starved concepts have been moved.
+    points = _blobs(num=(600, 600, 9), radius=0.01).astype(np.float32)
+    how = KMeans(seed=0, num_iterations=20, algorithm="mini_batch")
+    got = train(points, 3, how=how, start=points[[0, 600, 1200]])
+    means = [points[:600].mean(0), points[600:1200].mean(0), points[1200:].mean(0)]
+    np.testing.assert_allclose(got, means, atol=1e-5)
