@@ -350,7 +350,7 @@ class TrainConfig(Section):
         "all",
         description="what the uncertainty loss covers. all: every patch and class (Eq. 14; released for COCO-Stuff "
         "and Cityscapes); foreground: patches where a concept scores above cam.background_threshold, without the "
-        "background class of Eq. 8 (released for VOC and LIP)",
+        "background class of Eq. 8 (released for VOC, COCO-80 and LIP)",
     )
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
 
