@@ -194,7 +194,7 @@ def plan(
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
 ) -> None:
-    """Estimate forwards, operations, bytes and hours of a run before it starts.
+    """Estimate forwards, bytes and hours before a run starts.
 
     From a minute of timing on the machines at hand.
     """
