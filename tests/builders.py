@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder, random_vit
 from transfgu_ray.algorithms.encoder.vit import Encoder
-from transfgu_ray.config.run import DataConfig
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.listing import Listing, list_images
 from transfgu_ray.scenes.classes import CLASSES, SUPER_IDS
 

@@ -13,7 +13,8 @@ import pytest
 from tests.builders import make_folder, make_voc
 from transfgu_ray.algorithms.scores import intervals
 from transfgu_ray.config.presets import get_preset
-from transfgu_ray.config.run import RuntimeConfig, build_config
+from transfgu_ray.config.run import build_config
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline.run import run_stages

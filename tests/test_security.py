@@ -28,7 +28,8 @@ from tests.fixtures import TINY
 from transfgu_ray.algorithms.encoder.checkpoints import load_encoder, load_vit
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.config.presets import get_preset
-from transfgu_ray.config.run import DataConfig, build_config
+from transfgu_ray.config.run import build_config
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb
 from transfgu_ray.models.model import ModelConfig, save_decoder
@@ -333,7 +334,7 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
 
 
 SESSION = """
-from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.session import ray_session
 with ray_session(None, RuntimeConfig(object_store_mb=100), dashboard=True):
     print("ready", flush=True)

@@ -17,7 +17,7 @@ from tests.builders import (
     make_scenes,
     make_voc,
 )
-from transfgu_ray.config.run import DataConfig
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets import DATASETS
 from transfgu_ray.datasets.listing import open_root
 from transfgu_ray.errors import DataError

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.builders import listed
 from tests.fixtures import open_run
-from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.datasets.listing import open_root
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.session import ray_session

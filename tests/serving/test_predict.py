@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.errors import DataError

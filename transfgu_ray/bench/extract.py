@@ -11,7 +11,8 @@ from transfgu_ray.algorithms.concepts.windows import enumerate_windows
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.bench.subject import SIDE, VIT, build_encoder, jpeg_photographs, working_images
 from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
-from transfgu_ray.config.run import DataConfig, ExtractConfig, RunConfig
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.sections import DataConfig, ExtractConfig
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import cut_crops
 from transfgu_ray.models.weights import ENCODER

@@ -18,7 +18,8 @@ import pyarrow as pa
 from transfgu_ray.bench.subject import jpeg_photographs
 from transfgu_ray.bench.timing import Measurements, Target
 from transfgu_ray.config.presets import get_preset
-from transfgu_ray.config.run import RunConfig, RuntimeConfig, build_config
+from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name

@@ -54,7 +54,7 @@ def predict(
 
     Named like the photographs; on request also probabilities and COCO JSON.
     """
-    from transfgu_ray.config.run import RuntimeConfig
+    from transfgu_ray.config.sections import RuntimeConfig
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.engine.watchdog import unless_stalled
     from transfgu_ray.runs.logs import kept_log
@@ -122,7 +122,7 @@ def serve(
     POST /predict takes the bytes of a photograph (curl --data-binary @photo.jpg URL/predict) and answers with JSON: a
     palette PNG and the classes in it, or {"error": ...} with status 413, 415 or 422. GET /health tells that it is up.
     """
-    from transfgu_ray.config.run import RuntimeConfig
+    from transfgu_ray.config.sections import RuntimeConfig
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.serving import serve as verb
 

@@ -42,7 +42,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log too; it i
 
 def named_settings(dataset: str | None, data: str | None, weights: str | None) -> list[str]:
     """Return the `section.field=value` assignments that these options stand for."""
-    from transfgu_ray.config.run import NAMED_WEIGHTS
+    from transfgu_ray.config.sections import NAMED_WEIGHTS
 
     shorthand = {
         "data.dataset": dataset,

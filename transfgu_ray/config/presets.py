@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transfgu_ray.config.base import flatten, merge_settings, parse_config
-from transfgu_ray.config.run import (
+from transfgu_ray.config.run import RunConfig, build_config, describe
+from transfgu_ray.config.sections import (
     AugmentConfig,
     CamConfig,
     ConceptsConfig,
@@ -15,11 +16,8 @@ from transfgu_ray.config.run import (
     EncoderConfig,
     EvaluateConfig,
     ExtractConfig,
-    RunConfig,
     RuntimeConfig,
     TrainConfig,
-    build_config,
-    describe,
 )
 from transfgu_ray.datasets import DATASETS
 from transfgu_ray.errors import ConfigError

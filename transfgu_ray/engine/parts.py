@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from transfgu_ray.config.run import DataConfig, RunConfig
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transfgu_ray.config.run import RuntimeConfig
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.logs import begin_work

@@ -7,7 +7,8 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
 
-from transfgu_ray.config.run import EncoderConfig, RunConfig, TrainConfig
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.sections import EncoderConfig, TrainConfig
 from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
 from transfgu_ray.storage import Folder, read_file
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from transfgu_ray.config.base import Fraction, Positive, Section
-from transfgu_ray.config.run import Override, RuntimeConfig
+from transfgu_ray.config.sections import Override, RuntimeConfig
 
 Rate = Annotated[float, Field(ge=0.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]

@@ -10,7 +10,7 @@ from PIL import Image
 from transfgu_ray.algorithms.dino.probe import knn_accuracy, mask_iou, rank_me
 from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 from transfgu_ray.algorithms.encoder.vit import above_mean
-from transfgu_ray.config.run import EncoderConfig
+from transfgu_ray.config.sections import EncoderConfig
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_square
 from transfgu_ray.models.weights import read_encoder

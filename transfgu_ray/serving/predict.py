@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from transfgu_ray.algorithms.scores.upsampling import upsample_probabilities
-from transfgu_ray.config.run import DataConfig
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.listing import Listing
 from transfgu_ray.engine.parts import PartStats, decode_photos
 from transfgu_ray.engine.progress import Progress

@@ -13,7 +13,8 @@ from scipy.sparse import csr_array
 
 from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED, LabelFreeMeasure, score
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
-from transfgu_ray.config.run import RunConfig, RuntimeConfig
+from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef, Listing, open_root
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import PartStats, decode_labelled, require_some
