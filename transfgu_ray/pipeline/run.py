@@ -19,6 +19,7 @@ from transfgu_ray.runs.logs import logged_stage
 from transfgu_ray.runs.run import Run, and_more
 from transfgu_ray.runs.stages import STAGES, Stage
 from transfgu_ray.tracking import runs as tracking
+from transfgu_ray.tracking.client import answering
 from transfgu_ray.tracking.runs import Tracked
 
 _LOGGER = logging.getLogger("transfgu_ray")
@@ -164,7 +165,8 @@ def _tracked(run: Run, to_make: Sequence[str], trial: Trial | None) -> Iterator[
         yield None
         return
     tracked = tracking.begin(run.folder, run.config, None if trial is None else trial.parent)
-    with tracking.ended_on_error(tracked):
+    # The sweep settles its trials: one that Tune stops would call itself failed, at any later time.
+    with tracking.ended_on_error(tracked) if trial is None else answering(tracked.uri):
         yield tracked
 
 
