@@ -63,6 +63,14 @@ def test_plan_stages__windows_of_more_photographs_than_are_trained_on():
     assert all(more[stage] == plan()[stage] for stage in ("labels", "train", "evaluate"))
 
 
+def test_plan_stages__mini_batches_are_clustered_by_one_worker():
+    spread, mini = (
+        plan("concepts.init_points=10", f"concepts.algorithm={algorithm}")["concepts"].seconds
+        for algorithm in ("faiss", "mini_batch")
+    )
+    assert mini == pytest.approx(2 * spread)
+
+
 def test_plan_stages__free_cores_feed_the_training():
     cluster = Cluster(num_workers=4, train_workers=2, num_cores=4, shares_cores=True)
     assert plan(cluster=cluster)["train"].seconds == pytest.approx(20 + 150 * 0.7)

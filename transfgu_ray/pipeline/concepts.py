@@ -59,6 +59,11 @@ def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
     )
 
 
+def is_spread(config: RunConfig, num_points: int) -> bool:
+    """Return whether so many crops of a group are clustered by all workers, not by one."""
+    return config.concepts.algorithm == "faiss" and num_points > config.concepts.init_points
+
+
 def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """Read the features of a run and write concepts.parquet.
 
@@ -80,10 +85,9 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     run_folder, config, resources = job.folder, job.config, job.resources
     groups = concept_groups(config)
     # Most runs are small enough to skip the counting.
-    spread = config.concepts.algorithm == "faiss" and num_rows > config.concepts.init_points
-    parts = _count_parts(run_folder, resources) if spread else {}
+    parts = _count_parts(run_folder, resources) if is_spread(config, num_rows) else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
-    large = [kind for kind in groups if totals[kind] > config.concepts.init_points]
+    large = [kind for kind in groups if is_spread(config, totals[kind])]
     small = {kind: count for kind, count in groups.items() if kind not in large}
     fitted: dict[str, Clustering] = {}
     peak_mb = 0

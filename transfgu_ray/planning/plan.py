@@ -11,6 +11,7 @@ from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
+from transfgu_ray.pipeline.concepts import is_spread
 from transfgu_ray.pipeline.inputs import list_clustered, list_scored, list_training
 from transfgu_ray.pipeline.train_loop import epoch_steps
 from transfgu_ray.planning.operations import VitShape, least_seconds, shape_of
@@ -107,8 +108,7 @@ def plan_stages(
     passes = config.concepts.num_iterations * config.concepts.num_redos
     points = min(crops, config.concepts.max_points or crops)
     kmeans = pieces["kmeans"] * config.num_concepts * passes
-    sharded = points > config.concepts.init_points
-    concepts = kmeans * points * embed_dim / (workers if sharded else 1)
+    concepts = kmeans * points * embed_dim / (workers if is_spread(config, points) else 1)
     # Contrast of the patches needs all of them.
     by_class = config.extract.foreground_prior == "attention"
     forwards = (crop_passes(config, crops), Passes(clustered * with_foreground, config.data.image_size, by_class))
