@@ -20,7 +20,7 @@ from transfgu_ray.algorithms.concepts.windows import (
 )
 from transfgu_ray.algorithms.encoder.checkpoints import load_vit
 from transfgu_ray.algorithms.encoder.vit import Encoder
-from transfgu_ray.algorithms.labels.bank import add_background, normalise
+from transfgu_ray.algorithms.labels.bank import training_scores
 from transfgu_ray.algorithms.labels.cam import keep_top_mass, response_maps
 from transfgu_ray.algorithms.rounds.augment import crop_maps
 from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
@@ -31,6 +31,7 @@ from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.algorithms.scores.metrics import confusion_matrix, score
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.images import resize_label, to_working
+from transfgu_ray.models.model import build_decoder
 from transfgu_ray.pipeline.train_loop import bootstrap_settings, model_config
 
 _HEADS = 3
@@ -160,8 +161,7 @@ def windows(folder: Path) -> Iterator[Row]:
 
 def _scores(raw: Tensor, background: bool) -> Tensor:
     """Return raw maps as training sees them; see `load_train_data`."""
-    scores = normalise(raw)
-    return add_background(scores, get_preset("released").cam.background_threshold) if background else scores
+    return training_scores(raw, get_preset("released").cam.background_threshold if background else None)
 
 
 def crops(folder: Path) -> Iterator[Row]:
@@ -179,17 +179,11 @@ def crops(folder: Path) -> Iterator[Row]:
 def _released_segmenter(num_classes: int, width: int, num_layers: int) -> MaskTransformer:
     """Return the decoder of the preset, without dropout."""
     config = get_preset("released", "voc")
-    model = model_config(config, ["foreground"], "")
-    return MaskTransformer(
-        num_classes,
-        width,
-        num_layers=num_layers,
-        num_heads=_HEADS,
-        dropout=0.0,
-        norm_eps=model.norm_eps,
-        qkv_bias=model.qkv_bias,
-        class_init=config.train.class_init,
-    )
+    model = model_config(config, ["foreground"] * (num_classes - 1), "")
+    model = replace(model, decoder_layers=num_layers, decoder_heads=_HEADS)
+    decoder = build_decoder(model, width, dropout=0.0, class_init=config.train.class_init)
+    assert isinstance(decoder, MaskTransformer)
+    return decoder
 
 
 def decoder(folder: Path) -> Iterator[Row]:

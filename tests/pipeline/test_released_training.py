@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as colours
 
 from tests.builders import make_voc
 from tests.fixtures import Silent
+from tests.plain_decoder import plain_decode
 from transfgu_ray.config.presets import configure
 from transfgu_ray.engine.parts import read_table
 from transfgu_ray.models.weights import load_run_encoder
@@ -107,27 +108,8 @@ def data_augment(
 
 def decode(state: dict[str, torch.Tensor], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`MaskTransformer`: logits (b, classes, patches) and class embeddings."""
-
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    b = len(tokens)
-    x = torch.cat([linear("proj_dec", tokens), state["cls_emb"].expand(b, -1, -1)], 1)
-    for i in range(2):
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
-        query, key, value = qkv.reshape(b, -1, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        attention = (query @ key.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1)
-        x = x + linear(f"blocks.{i}.attn.proj", (attention @ value).transpose(1, 2).reshape(b, -1, WIDTH))
-        x = x + linear(
-            f"blocks.{i}.mlp.fc2", functional.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
-        )
-    x = norm("decoder_norm", x)
-    patches, classes = x[:, :-CLASSES] @ state["proj_patch"], x[:, -CLASSES:] @ state["proj_classes"]
-    patches, classes = (y / y.norm(dim=-1, keepdim=True) for y in (patches, classes))
-    return norm("mask_norm", patches @ classes.transpose(1, 2)).transpose(1, 2), classes
+    masks, classes = plain_decode(state, tokens, HEADS)
+    return masks.transpose(1, 2), classes
 
 
 def things_loss(

@@ -97,7 +97,7 @@ def resolve_weights(run: Run, to_make: Sequence[str]) -> Weights:
         TransfguError: weights or labels are missing, damaged or do not fit.
     """
     config = run.config
-    if "extract" in to_make:
+    if "extract" in to_make and config.extract.windows == "ground_truth":
         list_clustered(config)
     if "evaluate" in to_make:
         list_scored(config)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
-from transfgu_ray.algorithms.labels.bank import add_background, decode_scores, normalise
+from transfgu_ray.algorithms.labels.bank import decode_scores, training_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
@@ -69,6 +69,7 @@ def load_train_data(
     """
     torch.set_num_threads(1)
     run_folder, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
+    threshold = config.cam.background_threshold if config.has_background else None
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
         record = read_row(run_folder, part_name("labels", place["unit"]), place["row"])
@@ -99,11 +100,8 @@ def load_train_data(
                 colour_rng=np.random.default_rng([config.seed, epoch, step, _COLOUR]),
             )
             sample = {"image": crop.numpy()}
-        # Each crop is normalised on its own, and only then gets its background (released: *_bootstrap_loss).
-        (cropped,) = normalise(cropped.unsqueeze(0))
-        if config.has_background:
-            cropped = add_background(cropped, config.cam.background_threshold)
-        for name, values in (sample | {"scores": cropped.half().numpy()}).items():
+        (scores,) = training_scores(cropped.unsqueeze(0), threshold)
+        for name, values in (sample | {"scores": scores.half().numpy()}).items():
             seen.setdefault(name, []).append(values)
     return {name: np.stack(values) for name, values in seen.items()}
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional
 
+from tests.plain_decoder import plain_decode
 from transfgu_ray.algorithms.rounds.published import background_last, read_released_decoder
 from transfgu_ray.algorithms.rounds.segmenter import MaskTransformer
 from transfgu_ray.errors import WeightsError
@@ -37,30 +37,6 @@ def saved(content):
     return buffer.getvalue()
 
 
-def _plain_masks(state, tokens):
-    """Masks as the published code computes them, (b, patches, classes)."""
-
-    def norm(name, x):
-        return functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def linear(name, x):
-        return functional.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    b = len(tokens)
-    x = torch.cat([linear("proj_dec", tokens), state["cls_emb"].expand(b, -1, -1)], 1)
-    for i in range(LAYERS):
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
-        query, key, value = qkv.reshape(b, -1, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
-        attention = (query @ key.transpose(-2, -1) / math.sqrt(D // HEADS)).softmax(-1)
-        x = x + linear(f"blocks.{i}.attn.proj", (attention @ value).transpose(1, 2).reshape(b, -1, D))
-        hidden = functional.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
-        x = x + linear(f"blocks.{i}.mlp.fc2", hidden)
-    x = norm("decoder_norm", x)
-    patches, classes = x[:, :-CLASSES] @ state["proj_patch"], x[:, -CLASSES:] @ state["proj_classes"]
-    patches, classes = (y / y.norm(dim=-1, keepdim=True) for y in (patches, classes))
-    return norm("mask_norm", patches @ classes.transpose(1, 2))
-
-
 def _masks(state, tokens, norm_eps=1e-5):
     decoder = MaskTransformer(CLASSES, D, num_layers=LAYERS, num_heads=HEADS, norm_eps=norm_eps).eval()
     decoder.load_state_dict(state)
@@ -78,7 +54,7 @@ def test_read_released_decoder__masks_are_those_of_the_published_code():
     state["cls_emb"] *= 0.01
     found = read_released_decoder(saved(state), "voc_decoder.pt")
     assert found[1:] == (CLASSES, D, LAYERS)
-    want = _plain_masks(state, _tokens())
+    want, _ = plain_decode(state, _tokens(), HEADS)
     torch.testing.assert_close(_masks(found.state, _tokens()), want, rtol=1e-4, atol=1e-4)
     assert (_masks(found.state, _tokens(), norm_eps=1e-6) - want).abs().max() > 1e-2
 

@@ -76,38 +76,31 @@ def enumerate_patch_windows(
         rows, columns = (_centres(length, side) for length in grid_hw)
         for y, row in rows.items():
             for x, column in columns.items():
-                steps, edges = (row.on_step, column.on_step), (row.on_edge, column.on_edge)
-                kept = (
-                    all(steps) or (steps[0] and edges[1]) or (steps[1] and edges[0]) or (row.at_end and column.at_end)
-                )
-                if kept:
-                    left, top, right, bottom = (
-                        patch_size * (math.ceil(x - side / 2)),
-                        patch_size * (math.ceil(y - side / 2)),
-                        patch_size * (math.floor(x + side / 2) + 1) - 1,
-                        patch_size * (math.floor(y + side / 2) + 1) - 1,
-                    )
+                # Off the steps in both directions only the window in the far corner is kept.
+                if row.on_step or column.on_step or (row.at_end and column.at_end):
+                    left, top = (patch_size * math.ceil(at - side / 2) for at in (x, y))
+                    right, bottom = (patch_size * (math.floor(at + side / 2) + 1) - 1 for at in (x, y))
                     boxes.append((left, top, right, bottom))
                     fracs.append(frac)
     return np.array(boxes, dtype=np.int32).reshape(-1, 4), np.array(fracs, dtype=np.float64)
 
 
 class _Centre(NamedTuple):
-    """Whether a centre lies on a step of the published layout, whether its window touches an edge, and the far one."""
+    """Whether a centre lies on a step of the published layout, and whether its window is flush with the far edge."""
 
     on_step: bool
-    on_edge: bool
     at_end: bool
 
 
 def _centres(length: int, side: int) -> dict[int, _Centre]:
-    """Return the patches that a window of `side` patches can lie around along `length` patches."""
+    """Return the patches that windows of `side` patches lie around along `length` patches: on steps or at the end."""
     half = side / 2
-    return {
-        at: _Centre(at % half == 0, at == half or at + half == length - 1, at + half == length - 1)
+    centres = {
+        at: _Centre(at % half == 0, at + half == length - 1)
         for at in range(length)
         if half <= at and at + half < length
     }
+    return {at: centre for at, centre in centres.items() if any(centre)}
 
 
 def window_shares(

@@ -32,6 +32,19 @@ def add_background(scores: Float[Tensor, "*b k h w"], threshold: float) -> Float
     return torch.cat([scores, background], dim=-3)
 
 
+def training_scores(maps: Float[Tensor, "b k h w"], background_threshold: float | None) -> Float[Tensor, "b _ h w"]:
+    """Return the scores that training sees: each crop normalised on its own, and only then its background of Eq. 8.
+
+    Args:
+        maps: response maps of crops, on any scale.
+        background_threshold: T_bg; None = no background.
+
+    Reference: `things_bootstrap_loss` and `thingstuff_bootstrap_loss` of the released code. Departures: none.
+    """
+    scores = normalise(maps)
+    return scores if background_threshold is None else add_background(scores, background_threshold)
+
+
 def encode_scores(
     scores: Float[Tensor, "b k h w"],
 ) -> tuple[UInt8[Tensor, "b k h w"], Float16[Tensor, "b h w"], Float16[Tensor, "b h w"]]:
