@@ -1,7 +1,10 @@
+import signal
 import threading
 import time
 
-from transfgu_ray.background import repeated
+import pytest
+
+from transfgu_ray.background import interruptible, repeated
 
 
 def test_repeated__calls_until_the_context_ends_and_once_more():
@@ -21,3 +24,57 @@ def test_repeated__a_short_context_needs_no_call():
     with repeated(lambda: seen.append(1), seconds=60, name="slow"):
         pass
     assert seen == []
+
+
+def interrupted_by(interrupt, error):
+    later = threading.Timer(0.1, interrupt, [error])
+    later.start()
+    return later
+
+
+def test_interruptible__wakes_a_wait_and_of_two_nested_ones_the_right_one_raises():
+    with pytest.raises(ValueError, match="outer"), interruptible() as outer, interruptible():
+        interrupted_by(outer, ValueError("outer"))
+        threading.Event().wait(60)
+
+
+def test_interruptible__a_body_that_swallows_it_is_ended_when_it_returns():
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="late"), interruptible() as interrupt:
+        interrupted_by(interrupt, ValueError("late"))
+        try:
+            threading.Event().wait(60)
+        except KeyboardInterrupt:
+            pass
+    assert time.monotonic() - began < 10
+
+
+def test_interruptible__works_where_ray_tune_has_put_its_own_handlers():
+    from ray.tune.tune import _setup_signal_catching
+
+    kept = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with pytest.raises(ValueError, match="stalled"), interruptible() as interrupt:
+            _setup_signal_catching()
+            interrupted_by(interrupt, ValueError("stalled"))
+            threading.Event().wait(10)
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+
+
+def test_interruptible__outside_the_main_thread_the_error_comes_at_the_end():
+    raised = []
+
+    def work():
+        try:
+            with interruptible() as interrupt:
+                interrupt(ValueError("lost"))
+                raised.append("went on")
+        except ValueError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert raised == ["went on", "lost"]

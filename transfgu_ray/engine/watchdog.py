@@ -1,18 +1,15 @@
 """A watchdog that ends a stalled stage with an error that names it, instead of letting it wait for ever."""
 
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transfgu_ray.background import repeated
+from transfgu_ray.background import interruptible, repeated
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.errors import StalledError
 
-# Not SIGINT, which processes started with `&` in a shell script ignore. The handler raises KeyboardInterrupt: Ray's
-# waits let no other exception through.
-_WAKE = signal.SIGUSR1
+_AGAIN_S = 30.0
 
 
 @contextmanager
@@ -31,34 +28,25 @@ def unless_stalled(doing: str, minutes: float, progress: Progress) -> Iterator[P
     Raises:
         StalledError: nothing was done for that long.
     """
-    main = threading.main_thread()
-    main_id = main.ident
-    if threading.current_thread() is not main or main_id is None:
+    if threading.current_thread() is not threading.main_thread():
         yield progress
         return
-    noted, is_stalled = _Noted(progress), False
+    noted = _Noted(progress)
+    with interruptible() as interrupt:
 
-    def watch() -> None:
-        nonlocal is_stalled
-        if not is_stalled and time.monotonic() - noted.last > 60 * minutes:
-            is_stalled = True
-            # A real signal: nothing else wakes a main thread that waits for a lock.
-            signal.pthread_kill(main_id, _WAKE)
+        def watch() -> None:
+            if time.monotonic() - noted.last > 60 * minutes:
+                # Again a little later, should something have swallowed it.
+                noted.last = time.monotonic() - 60 * minutes + _AGAIN_S
+                interrupt(
+                    StalledError(
+                        f"{doing} did nothing for {minutes:g} minutes and was stopped; `ray status` shows what the "
+                        "cluster lacks, the same command resumes from here, and runtime.stall_minutes sets this limit"
+                    )
+                )
 
-    before = signal.signal(_WAKE, signal.default_int_handler)
-    try:
         with repeated(watch, seconds=min(60 * minutes / 4, 1.0), name="watchdog"):
             yield noted
-    except KeyboardInterrupt:
-        if not is_stalled:
-            raise
-        raise StalledError(
-            f"{doing} did nothing for {minutes:g} minutes and was stopped; `ray status` shows what the cluster lacks, "
-            "the same command resumes from here, and runtime.stall_minutes sets this limit"
-        ) from None
-    finally:
-        # None stands for a handler set by C code, which Python cannot restore.
-        signal.signal(_WAKE, before or signal.SIG_DFL)
 
 
 class _Noted(Progress):
