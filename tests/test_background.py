@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import threading
 import time
@@ -26,26 +27,25 @@ def test_repeated__a_short_context_needs_no_call():
     assert seen == []
 
 
-def interrupted_by(interrupt, error):
-    later = threading.Timer(0.1, interrupt, [error])
-    later.start()
-    return later
+def wait_for(interrupt, error):
+    """Wait in the main thread, which another thread interrupts."""
+    threading.Timer(0.1, interrupt, [error]).start()
+    threading.Event().wait(30)
 
 
 def test_interruptible__wakes_a_wait_and_of_two_nested_ones_the_right_one_raises():
     with pytest.raises(ValueError, match="outer"), interruptible() as outer, interruptible():
-        interrupted_by(outer, ValueError("outer"))
-        threading.Event().wait(60)
+        wait_for(outer, ValueError("outer"))
 
 
 def test_interruptible__a_body_that_swallows_it_is_ended_when_it_returns():
     began = time.monotonic()
-    with pytest.raises(ValueError, match="late"), interruptible() as interrupt:
-        interrupted_by(interrupt, ValueError("late"))
-        try:
-            threading.Event().wait(60)
-        except KeyboardInterrupt:
-            pass
+    with (
+        pytest.raises(ValueError, match="late"),
+        interruptible() as interrupt,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        wait_for(interrupt, ValueError("late"))
     assert time.monotonic() - began < 10
 
 
@@ -53,14 +53,14 @@ def test_interruptible__works_where_ray_tune_has_put_its_own_handlers():
     from ray.tune.tune import _setup_signal_catching
 
     kept = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    began = time.monotonic()
     try:
         with pytest.raises(ValueError, match="stalled"), interruptible() as interrupt:
-            _setup_signal_catching()
-            interrupted_by(interrupt, ValueError("stalled"))
-            threading.Event().wait(10)
+            wait_for((_setup_signal_catching(), interrupt)[1], ValueError("stalled"))
     finally:
         for each, handler in kept.items():
             signal.signal(each, handler)
+    assert time.monotonic() - began < 10
 
 
 def test_interruptible__outside_the_main_thread_the_error_comes_at_the_end():
