@@ -5,7 +5,9 @@ TransfguError          exit code 2
 +-- DataError          photographs, labels or lists are missing or unusable
 +-- WeightsError       encoder weights are missing or do not fit
 +-- ArtifactError      a run folder or model cannot be read or written
-StalledError           exit code 1: no progress for too long
+    +-- StorageError   the storage does not answer, and did not for a minute
+UnfinishedError        exit code 1: a part of the work is missing, for no fault of the user
++-- StalledError       no progress for too long
 """
 
 
@@ -29,5 +31,13 @@ class ArtifactError(TransfguError):
     """A run folder or a model that cannot be read or written."""
 
 
-class StalledError(Exception):
-    """No progress for so long that something must be stuck; the message names it. Exit code 1."""
+class StorageError(ArtifactError):
+    """A storage that does not answer; the same command goes on once it does."""
+
+
+class UnfinishedError(Exception):
+    """Work of which a part is missing, for no fault of the user; shown without a traceback. Exit code 1."""
+
+
+class StalledError(UnfinishedError):
+    """No progress for so long that something must be stuck; the message names it."""

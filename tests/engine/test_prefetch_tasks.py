@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from transfgu_ray.engine.prefetch import read_ahead, to_device
+from transfgu_ray.errors import DataError, StorageError
 
 
 def slow_at_first(number: int, scale: float) -> np.ndarray:
@@ -36,6 +38,26 @@ def test_read_ahead__keeps_the_order_and_takes_calls_as_they_are_needed(local_ra
 @pytest.mark.ray
 def test_read_ahead__no_calls_give_no_results(local_ray: None) -> None:
     assert list(read_ahead(slow_at_first, [], 2)) == []
+
+
+def read_badly(folder: str, error: type[Exception]) -> int:
+    """Fail the first two times."""
+    tries = len(list(Path(folder).iterdir()))
+    Path(folder, str(tries)).touch()
+    if tries < 2:
+        raise error("for a moment")
+    return tries
+
+
+@pytest.mark.ray
+def test_read_ahead__repeats_what_a_storage_broke_and_nothing_else(local_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "data").mkdir()
+    call = {"folder": str(tmp_path / "storage"), "error": StorageError}
+    assert list(read_ahead(read_badly, [call], 1)) == [2]
+    with pytest.raises(DataError):
+        list(read_ahead(read_badly, [{"folder": str(tmp_path / "data"), "error": DataError}], 1))
+    assert len(list((tmp_path / "data").iterdir())) == 1
 
 
 def test_to_device__joins_parts_into_a_copy() -> None:

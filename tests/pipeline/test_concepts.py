@@ -147,7 +147,8 @@ def test_concepts__manifest_has_passes_and_the_workers_memory(tmp_path: Path, lo
         inputs="",
     )
     content = STAGES["concepts"].function(job)
-    assert done == [1, 1], "its two groups"
+    # Signs of life come between them.
+    assert [count for count in done if count] == [1, 1], "its two groups"
     assert (content["rows_in"], content["rows_out"]) == (NUM_ROWS, 9)
     assert content["groups"]["foreground"]["passes"] == 7
     assert 50 < content["peak_memory_mb"] < 2048

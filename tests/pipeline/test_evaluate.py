@@ -17,6 +17,7 @@ from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import build_config
 from transfgu_ray.engine.parts import part_files
+from transfgu_ray.engine.signs import Sign
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_label, resize_label
@@ -36,6 +37,8 @@ from transfgu_ray.storage import Folder
 
 KINDS = ("foreground",) * 12 + ("background",) * 4
 BARE = {"device": "cpu", "threads": 1}
+
+UNSEEN = Sign("test")
 
 
 @pytest.fixture
@@ -119,7 +122,9 @@ def test_patch_sampler__patches_drawn_from_a_photograph_do_not_depend_on_the_oth
 
 def test_cluster_patches__as_many_centroids_of_each_baseline(untrained: Run) -> None:
     draw(untrained, read_photos(untrained, "train"), patches_a_photo=20)
-    centroids, masks = cluster_patches(untrained.folder.uri, untrained.config, num_clusters=7, threads=1, use_gpu=False)
+    centroids, masks = cluster_patches(
+        untrained.folder.uri, untrained.config, num_clusters=7, threads=1, use_gpu=False, sign=UNSEEN
+    )
     assert masks == {}
     shapes = {name: values.shape for name, values in centroids.items()}
     assert shapes == {"patch_tokens": (7, 24), "decoder_tokens": (7, 48), "random_vit": (7, 24), "raw_colour": (7, 3)}
@@ -159,7 +164,7 @@ def test_patch_sampler__two_views_and_masks_do_not_depend_on_the_other_photograp
 def test_cluster_patches__heads_are_scored_as_centroids_are(of_heads: Run) -> None:
     draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
     again, (heads, masks) = (
-        cluster_patches(of_heads.folder.uri, of_heads.config, num_clusters=4, threads=1, use_gpu=False)
+        cluster_patches(of_heads.folder.uri, of_heads.config, num_clusters=4, threads=1, use_gpu=False, sign=UNSEEN)
         for _ in range(2)
     )
     assert masks == {"foreground_masks": 3, "background_masks": 3}
@@ -184,7 +189,7 @@ def test_cluster_patches__fewer_photographs_than_clusters_of_masks_are_refused(o
     draw(of_heads, read_photos(of_heads, "train"), patches_a_photo=20)
     config = build_config(of_heads.config, None, ["evaluate.baselines=[mask_contrast]"])
     with pytest.raises(DataError, match="mask_contrast cannot make 4 clusters of 3 foreground masks"):
-        cluster_patches(of_heads.folder.uri, config, num_clusters=5, threads=1, use_gpu=False)
+        cluster_patches(of_heads.folder.uri, config, num_clusters=5, threads=1, use_gpu=False, sign=UNSEEN)
 
 
 def test_evaluator__scores_stages_and_baselines_of_scenes(untrained: Run) -> None:

@@ -13,9 +13,12 @@ from tests.pipeline.test_concepts import make_features
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
 from transfgu_ray.engine.parts import part_files
 from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.signs import Sign
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.shards import Piece, PointShard, ShardPlan, actor_shards, plan_shards, read_points
 from transfgu_ray.storage import Folder
+
+UNSEEN = Sign("test")
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_point_shard__holds_its_rows_in_order(features: Folder) -> None:
     rows = np.sort(np.random.default_rng(0).choice(len(points), 300, replace=False))
     taken = []
     for plan in plan_shards(parts, 2):
-        shard = PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False)
+        shard = PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False, sign=UNSEEN)
         own = points[plan.start : plan.stop]
         assert shard.load() == (float(np.abs(own).max()), False)
         assert np.array_equal(shard.take(np.arange(len(points))), own)
@@ -68,7 +71,7 @@ def test_point_shard__leaves_no_file(features: Folder, tmp_path: Path, monkeypat
     disk.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
     (plan,) = plan_shards(group(features)[0], 1)
-    shard = PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False)
+    shard = PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False, sign=UNSEEN)
     shard.load()
     # Not even while it is in use, so that a kill leaves none either.
     assert list(disk.iterdir()) == []
@@ -78,7 +81,7 @@ def test_point_shard__a_full_disk_is_reported(features: Folder, monkeypatch: pyt
     monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b", buffering=0))
     (plan,) = plan_shards(group(features)[0], 1)
     with pytest.raises(ArtifactError, match=r"cannot keep \d+ foreground class tokens in .*No space left.*TMPDIR"):
-        PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False).load()
+        PointShard(features.uri, "foreground", plan=plan, threads=1, use_gpu=False, sign=UNSEEN).load()
 
 
 def ask_for_ten_seconds(actor: Any) -> None:
@@ -96,7 +99,9 @@ def test_actor_shards__a_killed_actor_goes_on_and_all_end(features: Folder, loca
 
     parts, points = group(features)
     centroids = points[:5].astype(np.float32)
-    with actor_shards(features, "foreground", parts=parts, resources=Resources(2, 2, 1, "cpu", 1, None)) as shards:
+    with actor_shards(
+        features, "foreground", parts=parts, resources=Resources(2, 2, 1, "cpu", 1, None), sign=UNSEEN
+    ) as shards:
         before = shards.sum_nearest(centroids)
         ray.kill(shards._actors[1], no_restart=False)
         after = shards.sum_nearest(centroids)

@@ -1,7 +1,9 @@
 """The batches of training workers, the same however they are read; and the loop on images and cached tokens."""
 
+import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,14 @@ from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import Photo
-from transfgu_ray.engine.trainer import new_trainer
+from transfgu_ray.engine.trainer import fit, new_trainer
+from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import BACKBONE, load_run_backbone, load_run_encoder, resolve_backbone
 from transfgu_ray.pipeline import train_loop as train_rounds
 from transfgu_ray.pipeline.tokens import TokenCacher
-from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_train_data
+from transfgu_ray.pipeline.train_data import _read_photo, bank_image_ids, bank_index, load_train_data
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -139,7 +143,9 @@ def with_tokens(run: Run, config: RunConfig, folder: Path) -> Run:
     return copy
 
 
-def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str, float]]:
+def train_in_this_process(
+    run: Run, sibling: Run | None = None, sign: Sign | None = None, recovered: str | None = None
+) -> list[dict[str, float]]:
     """Train in this process, where steps can be patched; return the history."""
     settings = {
         "run_uri": run.folder.uri,
@@ -147,10 +153,20 @@ def train_in_this_process(run: Run, sibling: Run | None = None) -> list[dict[str
         "model": train_rounds.model_config(run.config, ["foreground"] * 4, ""),
         "threads": 1,
         "num_readers": 2,
+        "recovered": recovered,
+        "sign": Sign("training in this process") if sign is None else sign,
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
     alone = Resources(num_cores=1, num_workers=1, train_workers=0, device="cpu", threads=1, num_blocks=None)
-    new_trainer(train_rounds.train_loop, settings, storage=run.folder, name="rounds", resources=alone).fit()
+    trainer = new_trainer(
+        train_rounds.train_loop,
+        settings,
+        storage=run.folder,
+        name="rounds",
+        resources=alone,
+        runtime=run.config.runtime,
+    )
+    fit(trainer, settings["sign"], "do something")
     return json.loads(run.folder.read_bytes(train_rounds.HISTORY))
 
 
@@ -212,13 +228,13 @@ def test_train_loop__a_loss_that_is_not_finite_names_its_photographs_and_stops_w
         }
     )
     words = f"the loss is nan in epoch 1, step 1, on {', '.join(batch)}"
-    for _ in range(2):
-        with pytest.raises(Exception, match=words):
-            train_in_this_process(run)
-    with pytest.raises(Exception, match=f"{words}, and again after a restart from the last checkpoint; lower"):
-        train_in_this_process(run)
-    with pytest.raises(FloatingPointError, match=f"{words}$"):
-        train_in_this_process(run)
+    with signs_of_life(lambda words: None) as sign:
+        # Its worker may start once more, which then finds that another start is no use.
+        for _ in range(2):
+            with pytest.raises(FloatingPointError, match=f"{words}$"):
+                train_in_this_process(run, sign=sign)
+        with pytest.raises(DataError, match=f"{words}, and again after a restart from the last checkpoint; do some"):
+            train_in_this_process(run, sign=sign)
     assert not run.folder.exists("model/decoder.safetensors")
 
 
@@ -256,3 +272,78 @@ def test_train_loop__beside_a_sibling_learns_the_same_and_is_measured(cached_run
     twin = with_tokens(cached_run, config, tmp_path / "twin")
     assert train_in_this_process(twin, twin)[-1]["agreement"] == pytest.approx(1)
     assert found[-1]["agreement"] < 0.99
+
+
+@pytest.mark.parametrize("beside_a_sibling", [False, True], ids=["alone", "sibling"])
+def test_train_loop__goes_on_inside_an_epoch_as_if_it_had_never_stopped(
+    cached_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside_a_sibling: bool
+) -> None:
+    config = configured(cached_run, "cached", "train.checkpoint_minutes=1.0e-9")
+    run = with_tokens(cached_run, config, tmp_path / "run")
+    sibling = Run(run.folder, config.model_copy(update={"seed": 7})) if beside_a_sibling else None
+    reports = []
+
+    def keep(row: dict[str, float], state: dict[str, object], rank: int, own: object) -> None:
+        reports.append((row, copy.deepcopy(state), copy.deepcopy(own)))
+
+    monkeypatch.setattr(train_rounds, "report_state", keep)
+    want = train_in_this_process(run, sibling)
+    undisturbed, reports = reports, []
+    steps = 2 * (1 + beside_a_sibling)
+    # Two epochs, each with a report after every step and one at its end.
+    assert len(undisturbed) == 2 * (steps + 1)
+    positions = [tuple(state["position"]) for _, state, _ in undisturbed]
+    assert positions == sorted(positions)
+    for number, (_, state, own) in enumerate(undisturbed[:-1]):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        torch.save(state, folder / "state.pt")
+        torch.save(own, folder / "rank-0.pt")
+        assert train_in_this_process(run, sibling, recovered=str(folder)) == want
+        _, last, _ = reports[-1]
+        for name in ("bootstrap", "sibling") if beside_a_sibling else ("bootstrap",):
+            weights, wanted = (of[name]["bootstrap"]["student"] for of in (last, undisturbed[-1][1]))
+            assert all(torch.equal(weights[key], wanted[key]) for key in wanted), f"other weights after {number}"
+        assert len(reports) == len(undisturbed) - number - 1, "steps were done again"
+        reports.clear()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no image")], ids=["gone", "damaged"])
+def test_load_train_data__names_a_photograph_that_changed(
+    cached_run: Run, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    photo = shutil.copytree(cached_run.config.data.root, tmp_path / "photos") / bank_image_ids(cached_run.folder)[0]
+    photo_before = photo.read_bytes()
+    damage(photo)
+    with pytest.raises(DataError, match=rf"{photo} has changed since the bank was labelled \(now: .+\); restore it"):
+        _read_photo(str(photo), cached_run.config, (64, 64))
+    photo.write_bytes(photo_before)
+    assert _read_photo(str(photo), cached_run.config, (64, 64)).shape == (3, 64, 64)
+
+
+def test_learner__with_other_workers_goes_on_after_as_many_photographs(cached_run: Run) -> None:
+    config = configured(cached_run, "live", "train.batch_size=4", "train.epoch_repeats=4")
+    index = bank_index(cached_run.folder)
+    encoder = load_run_encoder(cached_run.folder, "float32", "cpu")
+    kinds = train_rounds.model_config(config, ["foreground"] * 4, "")
+
+    def learner(world_size: int) -> train_rounds._Learner:
+        student = train_rounds.new_student(config, kinds, encoder)
+        return train_rounds._Learner(
+            Bootstrap(student, train_rounds.bootstrap_settings(config)),
+            index,
+            run_folder=cached_run.folder,
+            config=config,
+            rank=0,
+            world_size=world_size,
+        )
+
+    # 20 visits: 5 steps of 4 photographs on one or two workers, 6 of 3 on three.
+    two, three = learner(2), learner(3)
+    two.done = 3
+    state = two.state_dict()
+    same = learner(2)
+    same.load_state_dict(state, two.own_state())
+    assert (same.done, same._rng is None) == (3, False)
+    three.load_state_dict(state, None)
+    assert (three.done, three._rng) == (4, None)

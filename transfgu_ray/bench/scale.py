@@ -23,6 +23,7 @@ from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.stream import Photo, split_units, stream_units
 from transfgu_ray.models.weights import ENCODER, resolve_encoder
@@ -226,6 +227,7 @@ def _under_ray(
             worker=FeatureExtractor,
             arguments=_arguments(run_folder, config),
             resources=resources,
+            progress=Progress(),
         )
     ]
     # The first unit of each worker ends near the start of the clock.

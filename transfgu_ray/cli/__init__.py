@@ -9,7 +9,7 @@ import typer
 
 from transfgu_ray.cli import catalogue, encoders, models, names, stages, studies
 from transfgu_ray.cli.terminal import printable
-from transfgu_ray.errors import ConfigError, StalledError, TransfguError
+from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError
 
 app = typer.Typer(
     name="transfgu",
@@ -63,7 +63,7 @@ def main() -> None:
         if reported is None:
             raise
         _exit_failed(str(reported), error, code=2)
-    except StalledError as error:
+    except UnfinishedError as error:
         _exit_failed(str(error), error, code=1)
     except _Stopped:
         _exit_stopped(signal.SIGTERM)

@@ -23,7 +23,7 @@ from transfgu_ray.cli.options import (
 )
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_plan
-from transfgu_ray.errors import ConfigError, DataError
+from transfgu_ray.errors import ConfigError, DataError, UnfinishedError
 
 
 def ablate(
@@ -171,6 +171,13 @@ def tune(
         raise DataError(
             f"{target.uri}: all trials of the sweep failed, the first of {len(failed)} since {failed[0][1]}; the same "
             "command tries them again, other values take another folder"
+        )
+    ended = len(sweep["trials"]) - len(failed)
+    # Optuna ends by itself where the space has no more points.
+    if failed or (ended < sweep["asked"] and sampler != Sampler.OPTUNA):
+        raise UnfinishedError(
+            f"{ended} of {sweep['asked']} trials of {target.uri} ended, {len(failed)} failed; the same command tries "
+            "the others again"
         )
 
 

@@ -247,8 +247,9 @@ class RunConfig(Section):
         return self.evaluate.image_size or own
 
 
-# Settings that say where a run happens, not what it computes.
-NOT_IDENTITY = ("preset", "tracking", "runtime")
+# Settings that say where and how a run happens, not what it computes; for pydantic's `exclude`.
+NOT_RESULT: dict[str, Any] = {"tracking": True, "runtime": True, "train": {"checkpoint_minutes": True}}
+NOT_IDENTITY: dict[str, Any] = {"preset": True, **NOT_RESULT}
 
 
 def build_config(base: C, file: str | None = None, assignments: Sequence[str] = ()) -> C:

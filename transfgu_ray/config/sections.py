@@ -280,6 +280,12 @@ class TrainConfig(Section):
         "whole is not begun, so that the model is the end of a round (ours; released: the best epoch on validation "
         "labels). null = all rounds",
     )
+    checkpoint_minutes: float = Field(
+        10,
+        gt=0,
+        description="most minutes of training that are done again after a worker is lost; not part of a run's identity "
+        "(ours)",
+    )
     last_batch: Literal["drop", "fill"] = Field(
         "drop",
         description="photographs of an epoch that do not fill a step. drop: they are left out (released: drop_last); "
@@ -418,5 +424,22 @@ class RuntimeConfig(Section):
         0.5, description="extract stops when more than this share of the photographs is refused (ours)"
     )
     stall_minutes: float = Field(
-        60, gt=0, description="a stage without progress for this long ends with an error (ours)"
+        60, gt=0, description="a stage that comes no further for this long ends with an error (ours)"
+    )
+    max_restarts: int | None = Field(
+        None,
+        ge=0,
+        description="how often a training goes on from its last checkpoint after a worker or node was lost; null = "
+        "without end, as long as it comes further within stall_minutes (ours)",
+    )
+    start_minutes: float = Field(
+        30,
+        gt=0,
+        description="how long a training waits for room for all of its workers, such as a node that replaces a lost "
+        "one, before it asks for them anew (ours; Ray: 1)",
+    )
+    min_train_workers: Positive | None = Field(
+        None,
+        description="go on with as few workers as this while nodes are missing; which photographs share a step then "
+        "depends on how many there were, so a rerun need not give the same model. null = always all of them (ours)",
     )

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -99,7 +99,7 @@ class PartStats:
 
 
 def decode_photos(
-    photos: Sequence[Photo], stats: PartStats, *, limits: DataConfig
+    photos: Iterable[Photo], stats: PartStats, *, limits: DataConfig
 ) -> Iterator[tuple[Photo, Image.Image]]:
     """Yield each readable photograph with its decoded RGB image; record the others as refused."""
     for photo, image, _ in decode_labelled(photos, stats, limits=limits, table=None):
@@ -107,7 +107,7 @@ def decode_photos(
 
 
 def decode_labelled(
-    photos: Sequence[Photo], stats: PartStats, *, limits: DataConfig, table: np.ndarray | None
+    photos: Iterable[Photo], stats: PartStats, *, limits: DataConfig, table: np.ndarray | None
 ) -> Iterator[tuple[Photo, Image.Image, np.ndarray | None]]:
     """Yield each readable photograph with its decoded RGB image and its label's classes.
 
@@ -230,7 +230,12 @@ def build_table_of_parts(
     given = {"config": job.config, "run_uri": folder.uri, "table": table, "fingerprint": job.fingerprint}
     peak_mb = 0
     for result in stream_units(
-        job.root, missing, worker=worker, arguments=given | dict(arguments or {}), resources=job.resources
+        job.root,
+        missing,
+        worker=worker,
+        arguments=given | dict(arguments or {}),
+        resources=job.resources,
+        progress=job.progress,
     ):
         peak_mb = max(peak_mb, result.peak_mb)
         job.progress(len(units[result.unit]), refused=int(result.result))

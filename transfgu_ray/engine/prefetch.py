@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from transfgu_ray.engine.session import READER_CPUS
+from transfgu_ray.errors import StorageError
 
 T = TypeVar("T")
+_READ_RETRIES = 3
 
 
 def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_ahead: int) -> Iterator[T]:
@@ -23,7 +25,13 @@ def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_a
     """
     import ray
 
-    task: Any = ray.remote(read).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT", max_retries=3)
+    task: Any = ray.remote(read).options(
+        num_cpus=READER_CPUS,
+        scheduling_strategy="DEFAULT",
+        max_retries=_READ_RETRIES,
+        # Of the task's own errors, those that pass.
+        retry_exceptions=[StorageError],
+    )
     finish: Callable[[Any], T] = ray.get
     yield from in_order((task.remote(**call) for call in calls), finish, num_ahead)
 

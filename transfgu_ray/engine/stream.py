@@ -10,20 +10,23 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.logs import divert_ray_loggers
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, Resources
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.errors import TransfguError
 from transfgu_ray.storage import Folder, storage_failure
 
 _MAX_BLOCKS = 1000
+Item = TypeVar("Item")
 _LOGGER = logging.getLogger("transfgu_ray")
 
 
@@ -57,14 +60,22 @@ class UnitWorker:
 
         torch.set_num_threads(threads)
         self.device = device
+        self._alive: Callable[[], None] = lambda: None
+
+    def signed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items of a loop inside a unit, with a sign of life before each: results reach the driver late."""
+        for item in items:
+            self._alive()
+            yield item
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Process one unit; the result is sent to the driver, so it must be small."""
         raise NotImplementedError
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table, sign: Sign) -> pa.Table:
         """Turn a row with a unit's photographs into a row with its result and this process's peak memory."""
         (row,) = table.to_pylist()
+        self._alive = sign
         photos = [
             Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
         ]
@@ -126,18 +137,51 @@ def stream_units(
     worker: Callable[..., UnitWorker],
     arguments: Mapping[str, Any],
     resources: Resources,
+    progress: Progress,
 ) -> Iterator[UnitResult]:
     """Run `worker(**arguments)` over all units and yield each result as it comes, in no particular order.
+
+    Args:
+        root: root of the dataset.
+        units: photographs of each unit.
+        worker: class of the actors.
+        arguments: keyword arguments of the class.
+        resources: number and kind of actors.
+        progress: gets the signs of life that workers give inside their units; the caller counts the results.
 
     Raises:
         TransfguError: raised by a worker because the user's input is wrong.
     """
     if not units:
         return
+    set_up_ray_data()
+    with signs_of_life(lambda _: progress()) as sign, unwrapped_errors():
+        for row in _mapped(root, units, worker=worker, arguments=arguments, resources=resources, sign=sign):
+            _LOGGER.debug(
+                "unit %d: done in %.2f s by %s on node %s, pid %d, peak memory %d MB",
+                row["unit"],
+                row["seconds"],
+                getattr(worker, "__name__", worker),
+                row["node"],
+                row["pid"],
+                row["peak_mb"],
+            )
+            yield UnitResult(row["unit"], row["result"], row["peak_mb"])
+
+
+def _mapped(
+    root: Folder,
+    units: Mapping[int, Sequence[ImageRef]],
+    *,
+    worker: Callable[..., UnitWorker],
+    arguments: Mapping[str, Any],
+    resources: Resources,
+    sign: Sign,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows that the actors return."""
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    set_up_ray_data()
     # As Any: Ray's types for mapped functions do not include Arrow tables.
     blocks: Any = ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
     dataset = blocks.map_batches(
@@ -150,6 +194,7 @@ def stream_units(
         num_cpus=READER_CPUS,
     ).map_batches(
         worker,
+        fn_kwargs={"sign": sign},
         fn_constructor_kwargs={"device": resources.device, "threads": resources.threads, **arguments},
         batch_format="pyarrow",
         batch_size=1,
@@ -157,29 +202,22 @@ def stream_units(
         num_cpus=WORKER_CPUS,
         num_gpus=resources.gpus_per_worker or None,
     )
-    with unwrapped_errors():
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in batch.to_pylist():
-                _LOGGER.debug(
-                    "unit %d: done in %.2f s by %s on node %s, pid %d, peak memory %d MB",
-                    row["unit"],
-                    row["seconds"],
-                    getattr(worker, "__name__", worker),
-                    row["node"],
-                    row["pid"],
-                    row["peak_mb"],
-                )
-                yield UnitResult(row["unit"], row["result"], row["peak_mb"])
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from batch.to_pylist()
 
 
 def set_up_ray_data() -> None:
-    """Make Ray Data print nothing and raise the worker's own errors: its wrapper loses their cause."""
+    """Make Ray Data print nothing, raise the worker's own errors, whose cause its wrapper loses, and never give up.
+
+    Its own guard sees only whole blocks, so work would end that goes on inside of one: `unless_stalled` watches it.
+    """
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = -1
     divert_ray_loggers()
 
 

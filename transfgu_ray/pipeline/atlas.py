@@ -24,7 +24,8 @@ from transfgu_ray.engine.parts import (
     read_row,
 )
 from transfgu_ray.engine.progress import Heartbeat
-from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.engine.session import WORKER_CPUS
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import Photo, even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.images import encode
 from transfgu_ray.pipeline.concepts import read_concepts
@@ -76,7 +77,7 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
     """
     run_folder = job.folder
     kinds, centroids = read_concepts(run_folder)
-    found = _scan_parts(run_folder, kinds, centroids=centroids, resources=job.resources)
+    found = _scan_parts(job, kinds, centroids)
     pictures = _pictures(run_folder, found)
     result = build_table_of_parts(
         replace(job, progress=Heartbeat(job.progress)),
@@ -101,23 +102,24 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
     return content, max(found.peak_mb, result.peak_mb)
 
 
-def _scan_parts(run_folder: Folder, kinds: list[str], *, centroids: np.ndarray, resources: Resources) -> _Scan:
+def _scan_parts(job: Job, kinds: list[str], centroids: np.ndarray) -> _Scan:
     import ray
 
+    run_folder, resources = job.folder, job.resources
     count = len(part_files(run_folder, "labels"))
     # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = _scan
     task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
     given = ray.put((kinds, centroids))
-    with unwrapped_errors():
+    with signs_of_life(lambda _: job.progress()) as sign, unwrapped_errors():
         scans: list[_Scan] = ray.get(
-            [task.remote(run_folder.uri, given, parts=parts, threads=resources.threads) for parts in runs]
+            [task.remote(run_folder.uri, given, parts=parts, threads=resources.threads, sign=sign) for parts in runs]
         )
     return functools.reduce(_Scan.merge, scans)
 
 
-def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int) -> _Scan:
+def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int, sign: Sign) -> _Scan:
     torch.set_num_threads(threads)
     run_folder, (kinds, centroids) = Folder(run_uri), given
     num_concepts = len(kinds)
@@ -128,6 +130,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
         np.zeros((num_concepts, num_concepts), np.int64),
     )
     for part in parts:
+        sign()
         bank = read_part(run_folder, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
         means = np.zeros((bank.num_rows, num_concepts), np.float32)
         patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
@@ -189,7 +192,7 @@ class ExamplePainter(PartWorker):
         """Write the unit's part."""
         stats = PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
-        for photo, image in decode_photos(photos, stats, limits=self._limits):
+        for photo, image in decode_photos(self.signed(photos), stats, limits=self._limits):
             for wanted in self._pictures[photo.image_id]:
                 row = {name: wanted[name] for name in ("concept_id", "what", "rank", "box_xyxy", "value")}
                 row |= {"image_id": photo.image_id, "picture": self._picture(image, wanted)}

@@ -32,6 +32,7 @@ from transfgu_ray.engine.parts import (
     decode_photos,
     read_table,
 )
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import Photo, unwrapped_errors
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import ENCODER, load_run_backbone, load_run_encoder
@@ -155,7 +156,7 @@ class PatchSampler(PartWorker):
         stats, data, features = PartStats(), self.config.data, self._features
         working = {
             photo.image_id: to_working(image, data.image_size, data.resample)
-            for photo, image in decode_photos(photos, stats, limits=data)
+            for photo, image in decode_photos(self.signed(photos), stats, limits=data)
         }
         # Positions in the list, refused photographs included, so that a refusal does not change other draws.
         numbers = {photo.image_id: unit * _PHOTOS_PER_UNIT + i for i, photo in enumerate(photos)}
@@ -165,7 +166,9 @@ class PatchSampler(PartWorker):
         # A random stream of its own, apart from that of the drawn patches.
         rngs = [np.random.default_rng([self.config.seed, numbers[image_id], 1]) for image_id in working]
         images = list(working.values())
-        for image_id, plain, views in zip(working, features(images), features.views(images, rngs), strict=True):
+        for image_id, plain, views in self.signed(
+            zip(working, features(images), features.views(images, rngs), strict=True)
+        ):
             height, width = features.grid_hw
             drawn = draw_patches(
                 height * width, self._patches_per_photo, seed=self.config.seed, photo=numbers[image_id]
@@ -217,7 +220,7 @@ def fit_baselines(
     # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = cluster_patches
     task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
-    with unwrapped_errors():
+    with signs_of_life(lambda _: job.progress()) as sign, unwrapped_errors():
         centroids, counts = ray.get(
             task.remote(
                 job.folder.uri,
@@ -225,13 +228,14 @@ def fit_baselines(
                 num_clusters=num_clusters,
                 threads=resources.threads,
                 use_gpu=resources.device == "cuda",
+                sign=sign,
             )
         )
     return centroids, {"photographs": result.stats.images, "patches": result.num_rows, **counts}
 
 
 def cluster_patches(
-    run_uri: str, config: RunConfig, *, num_clusters: int, threads: int, use_gpu: bool
+    run_uri: str, config: RunConfig, *, num_clusters: int, threads: int, use_gpu: bool, sign: Sign
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Return the centroids (clusters, width) of each baseline, or its head, from the drawn patches; and mask counts.
 
@@ -247,6 +251,7 @@ def cluster_patches(
     centroids: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for name in config.evaluate.baselines:
+        sign()
         used = _VIEWS if name == "iic" else ("patch_tokens", *_VIEWS) if name == "picie" else (name,)
         points = [_read_features(run_folder, column) for column in used]
         if name == "iic":

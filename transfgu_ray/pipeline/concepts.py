@@ -13,6 +13,7 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_files, read_part
 from transfgu_ray.engine.session import READER_CPUS, Resources
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.shards import actor_shards, read_points
@@ -80,12 +81,17 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     Raises:
         DataError: a group has too few crops for its concepts, or class tokens that are NaN or infinite.
     """
+    groups = concept_groups(job.config)
+    with signs_of_life(lambda _: job.progress()) as sign:
+        return _cluster(job, groups, sign, num_rows)
+
+
+def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tuple[dict[str, Any], int]:
     import ray
 
     run_folder, config, resources = job.folder, job.config, job.resources
-    groups = concept_groups(config)
     # Most runs are small enough to skip the counting.
-    parts = _count_parts(run_folder, resources) if is_spread(config, num_rows) else {}
+    parts = _count_parts(run_folder, resources, sign) if is_spread(config, num_rows) else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if is_spread(config, totals[kind])]
     small = {kind: count for kind, count in groups.items() if kind not in large}
@@ -97,11 +103,11 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
         task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
         fitted, peak_mb = ray.get(
-            task.remote(run_folder.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu)
+            task.remote(run_folder.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu, sign=sign)
         )
         job.progress(len(small))
     for kind in large:
-        with actor_shards(run_folder, kind, parts=parts[kind], resources=resources) as points:
+        with actor_shards(run_folder, kind, parts=parts[kind], resources=resources, sign=sign) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
                 groups[kind],
@@ -116,28 +122,31 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
 
 
-def _count_parts(run_folder: Folder, resources: Resources) -> dict[str, list[tuple[str, int]]]:
+def _count_parts(run_folder: Folder, resources: Resources, sign: Sign) -> dict[str, list[tuple[str, int]]]:
     """Return the name and number of crops of every part, in order, for each kind of crop."""
     import ray
 
     names = part_files(run_folder, "features")
     task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
     shares = even_ranges(len(names), resources.num_workers)
-    runs = ray.get([task.remote(run_folder.uri, names[share.start : share.stop]) for share in shares])
+    runs = ray.get([task.remote(run_folder.uri, names[share.start : share.stop], sign) for share in shares])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
     kinds = set(itertools.chain.from_iterable(counts.values()))
     return {kind: [(name, of_part.get(kind, 0)) for name, of_part in counts.items()] for kind in kinds}
 
 
-def _count_kinds(run_uri: str, names: list[str]) -> list[dict[str, int]]:
+def _count_kinds(run_uri: str, names: list[str], sign: Sign) -> list[dict[str, int]]:
     """Count the crops of each kind in some parts."""
-    run_folder = Folder(run_uri)
-    counted = (pc.value_counts(read_part(run_folder, name, ["kind"])["kind"]).to_pylist() for name in names)
-    return [{entry["values"]: entry["counts"] for entry in part} for part in counted]
+    run_folder, counts = Folder(run_uri), []
+    for name in names:
+        counted = pc.value_counts(read_part(run_folder, name, ["kind"])["kind"]).to_pylist()
+        counts.append({entry["values"]: entry["counts"] for entry in counted})
+        sign()
+    return counts
 
 
 def _fit_in_memory(
-    run_uri: str, config: RunConfig, *, groups: dict[str, int], threads: int, use_gpu: bool
+    run_uri: str, config: RunConfig, *, groups: dict[str, int], threads: int, use_gpu: bool, sign: Sign
 ) -> tuple[dict[str, Clustering], int]:
     """Cluster groups with all of their crops in memory; return them and the peak memory, MB."""
     import faiss
@@ -147,9 +156,14 @@ def _fit_in_memory(
     names = part_files(run_folder, "features")
     fitted = {}
     for kind, count in groups.items():
-        points = np.concatenate([read_points(run_folder, name, kind) for name in names])
+        points = np.concatenate([_read_signed(run_folder, name, kind, sign) for name in names])
         fitted[kind] = fit_concepts(points.astype(np.float32), count, how=kmeans_settings(config, use_gpu), group=kind)
     return fitted, peak_memory_mb()
+
+
+def _read_signed(run_folder: Folder, name: str, kind: str, sign: Sign) -> np.ndarray:
+    sign()
+    return read_points(run_folder, name, kind)
 
 
 def _write_concepts(run_folder: Folder, fitted: dict[str, Clustering]) -> None:

@@ -21,12 +21,14 @@ class Trial:
         sibling: run with another seed. A second student learns from its bank, so that every epoch can be measured
             without labels; None = nothing is measured.
         on_epoch: called with the history so far whenever it has grown.
+        sign_key: of the signs of life of its training, which outlives the trial's process.
     """
 
     parent: Tracked
     tags: Mapping[str, str]
     sibling: Run | None
     on_epoch: Callable[[list[dict[str, float]]], None]
+    sign_key: str
 
 
 @dataclass(frozen=True, kw_only=True)

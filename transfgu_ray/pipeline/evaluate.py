@@ -112,7 +112,7 @@ class Evaluator(Scorer):
         """Return the masks of each image at the scored size: of the stages, refined, of the baselines."""
         scored = self.config.evaluate_image_size
         masks = []
-        for image, maps in zip(images, self._stage_maps(images), strict=True):
+        for image, maps in self.signed(zip(images, self._stage_maps(images), strict=True)):
             of_image = {name: upsample_argmax(m, scored) for name, m in zip(STAGE_NAMES, maps, strict=True)}
             if self.config.evaluate.refinement == "pamr":
                 of_image[REFINED] = refined_argmax(

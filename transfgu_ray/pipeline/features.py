@@ -108,7 +108,9 @@ class FeatureExtractor(PartWorker):
         """Write the unit's part."""
         config, stats = self.config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
-        for photo, image, classes in decode_labelled(photos, stats, limits=config.data, table=self._label_table):
+        for photo, image, classes in decode_labelled(
+            self.signed(photos), stats, limits=config.data, table=self._label_table
+        ):
             if classes is not None:
                 labels.append(resize_label(classes, config.data.image_size))
             image_ids.append(photo.image_id)
@@ -117,7 +119,7 @@ class FeatureExtractor(PartWorker):
         windows = self._regions(labels, stats) if labels else self._sliding(working, stats)
         kept = [(i, c) for i, of_image in enumerate(windows) for c in range(len(of_image.kinds))]
         tokens = np.empty((len(kept), self._encoder.embed_dim), dtype=np.float16)
-        batches = batched_rows(np.array(kept).reshape(-1, 2), config.extract.batch_size)
+        batches = self.signed(batched_rows(np.array(kept).reshape(-1, 2), config.extract.batch_size))
         boxes = [of_image.boxes for of_image in windows]
         for rows, crops in made_ahead(lambda b: (b[0], self._crops(working, boxes, b[1])), batches, self._num_cutters):
             on_device = crops.to(self.device, non_blocking=True)
@@ -219,7 +221,7 @@ class FeatureExtractor(PartWorker):
         if config.region_mode in ("all_foreground", "no_prior"):
             yield from np.ones((len(working), len(self._boxes)))
             return
-        for _, batch in batched_rows(working, self._image_batch):
+        for _, batch in self.signed(batched_rows(working, self._image_batch)):
             tokens = encoder.prefix(self._host_tensor(batch).to(self.device, non_blocking=True))
             saliency = encoder.saliency(
                 tokens, encoder.class_row(tokens, grid_hw), grid_hw=grid_hw, prior=config.extract.foreground_prior

@@ -98,13 +98,13 @@ class BankBuilder(PartWorker):
         config, stats = self.config, PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
         working = []
-        for photo, image in decode_photos(photos, stats, limits=config.data):
+        for photo, image in decode_photos(self.signed(photos), stats, limits=config.data):
             columns["image_id"].append(photo.image_id)
             columns["path"].append(self._root.uri_of(photo.image_id))
             columns["height_px"].append(image.height)
             columns["width_px"].append(image.width)
             working.append(to_working(image, config.cam_image_size, config.cam_resample))
-        for _, batch in batched_rows(np.array(working), config.cam.batch_size):
+        for _, batch in self.signed(batched_rows(np.array(working), config.cam.batch_size)):
             for scores, foreground in halved(self._labeller, torch.from_numpy(batch).to(self.device), stats.halve):
                 begun = columns["image_id"][len(columns["grid_h"]) :]
                 require_finite(scores.amax((2, 3)).cpu().numpy(), begun[: len(scores)], "scores")

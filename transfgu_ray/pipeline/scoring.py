@@ -70,14 +70,16 @@ class Scorer(PartWorker):
         """Write the unit's samples, then its part; without classes nothing is counted."""
         stats, limits = PartStats(), self.config.data
         image_ids, images, targets = [], [], []
-        decoded = decode_labelled(photos, stats, limits=limits, table=self._label_table)
+        decoded = decode_labelled(self.signed(photos), stats, limits=limits, table=self._label_table)
         for photo, image, target in decoded:
             image, target = frame(image, target, self.config)
             image_ids.append(photo.image_id)
             images.append(image)
             targets.append(target)
         columns: dict[str, list[Any]] = {field.name: [] for field in confusions_schema()}
-        for image_id, image, target, masks in zip(image_ids, images, targets, self.predict(images), strict=True):
+        for image_id, image, target, masks in self.signed(
+            zip(image_ids, images, targets, self.predict(images), strict=True)
+        ):
             if target is not None:
                 self._count(image_id, target, masks=masks, columns=columns)
             if image_id in self._samples:

@@ -15,6 +15,7 @@ from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
 from transfgu_ray.algorithms.concepts.kmeans import KMeans, has_gpu, train
 from transfgu_ray.engine.parts import read_part
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.engine.signs import Sign
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.tables import vectors
@@ -80,13 +81,14 @@ def read_points(run_folder: Folder, name: str, kind: str) -> np.ndarray:
 class PointShard:
     """One shard. Its points are in an unnamed file, which vanishes with the process, however that ends."""
 
-    def __init__(self, run_uri: str, kind: str, *, plan: ShardPlan, threads: int, use_gpu: bool) -> None:
+    def __init__(self, run_uri: str, kind: str, *, plan: ShardPlan, threads: int, use_gpu: bool, sign: Sign) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
         self._run_folder = Folder(run_uri)
         self._kind = kind
         self._plan = plan
+        self._sign = sign
         self._use_gpu = use_gpu and has_gpu()
         self._spilled: tuple[io.BufferedRandom, int] | None = None
 
@@ -139,6 +141,7 @@ class PointShard:
         # Read rather than mapped: mapped pages count as memory of this process.
         block = np.empty((lloyd.BLOCK_ROWS, width), np.float16)
         while num_bytes := file.readinto(block.data):
+            self._sign()
             yield block[: num_bytes // block[0].nbytes]
 
     def _file(self) -> tuple[io.BufferedRandom, int]:
@@ -149,6 +152,7 @@ class PointShard:
                 opened: Any = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the actor
                 file: io.BufferedRandom = opened
             for piece in self._plan.pieces:
+                self._sign()
                 points = read_points(self._run_folder, piece.name, self._kind)
                 width = points.shape[1]
                 own = points[max(self._plan.start - piece.first_row, 0) : self._plan.stop - piece.first_row]
@@ -216,7 +220,7 @@ class ActorShards(lloyd.ShardedPoints):
 
 @contextmanager
 def actor_shards(
-    run_folder: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources
+    run_folder: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources, sign: Sign
 ) -> Iterator[ActorShards]:
     """Yield the points of one kind in as many actors as a stage may have; they end with the context.
 
@@ -225,6 +229,7 @@ def actor_shards(
         kind: kind of the crops.
         parts: name of each part of the features in order, and its number of points of this kind.
         resources: workers, threads and GPUs.
+        sign: given for each block that is read.
 
     Raises:
         ArtifactError: an actor's temporary folder is full.
@@ -240,7 +245,7 @@ def actor_shards(
     )
     use_gpu = resources.device == "cuda"
     actors = [
-        worker.remote(run_folder.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu)
+        worker.remote(run_folder.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu, sign=sign)
         for plan in plan_shards(parts, resources.num_workers)
     ]
     try:

@@ -50,12 +50,12 @@ class TokenCacher(PartWorker):
         """
         config, stats = self.config, PartStats()
         image_ids, working = [], []
-        for photo, image in decode_photos(photos, stats, limits=config.data):
+        for photo, image in decode_photos(self.signed(photos), stats, limits=config.data):
             image_ids.append(photo.image_id)
             working.append(to_working(image, config.train_crop_size, config.data.resample))
         self._check_as_in_the_bank(unit, image_ids, stats)
         tokens: list[bytes] = []
-        for _, batch in batched_rows(np.array(working), config.cam.batch_size):
+        for _, batch in self.signed(batched_rows(np.array(working), config.cam.batch_size)):
             images = torch.from_numpy(batch).to(self.device)
             found = read_tokens(self._encoder, images, window=config.train.token_window, backbone=self._backbone)
             tokens += map(encode_tokens, found.cpu().numpy())

@@ -4,18 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.job import Job
+from transfgu_ray.engine.signs import signs_of_life
 from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.engine.trainer import MAX_RESTARTS, PULSE, drop_torn, new_trainer, read_state, watched_json
+from transfgu_ray.engine.trainer import fit, new_trainer, read_state, recover_torn, watched_json
 from transfgu_ray.models.model import ModelConfig, save_decoder
 from transfgu_ray.models.weights import BACKBONE, backbone_file_sha256
 from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.context import StageJob
-from transfgu_ray.pipeline.train_loop import HISTORY, STUMBLE, epoch_steps, model_config, train_loop
+from transfgu_ray.pipeline.train_loop import HISTORY, epoch_steps, model_config, train_loop
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking import runs as tracking
 
+# Names trainings by the layout of their checkpoints, so that none of another is resumed.
+_LAYOUT = "rounds-2"
 # Keys kept from the manifest of cached tokens.
 _OF_TOKENS = ("bytes", "parts", "parts_resumed", "seconds", "peak_memory_mb")
 
@@ -28,11 +32,13 @@ class TrainResult:
         history: losses of every epoch.
         peak_memory_mb: peak resident memory of worker 0, MB.
         resumed_at_epoch: epoch at which the workers last started; 0 if they were never restarted.
+        resumed_at_step: step of that epoch.
     """
 
     history: list[dict[str, float]]
     peak_memory_mb: int
     resumed_at_epoch: int
+    resumed_at_step: int
 
 
 def train(
@@ -40,28 +46,33 @@ def train(
     model_config: ModelConfig,
     *,
     on_epoch: Callable[[list[dict[str, float]]], None],
-    max_restarts: int,
+    runtime: RuntimeConfig,
     sibling: Run | None = None,
+    sign_key: str | None = None,
 ) -> TrainResult:
     """Train, or resume an interrupted training, and write the model.
 
     Args:
-        job: job of a run with a finished bank. Its progress gets a sign of life every few seconds while steps are done.
+        job: job of a run with a finished bank. Its progress gets a sign of life every few seconds while new steps are
+            done.
         model_config: written to the model folder.
         on_epoch: called in this process with the history of all epochs so far, whenever it has grown.
-        max_restarts: how often the workers are restarted after one fails.
+        runtime: how lost workers are replaced; see `new_trainer`.
         sibling: run with another seed and a bank of the same photographs. A second student learns from it, and the
             history gets label-free scores of every epoch; the first student is not affected.
+        sign_key: see `signs_of_life`.
 
     Raises:
-        DataError: losses are NaN or infinite, and again after a restart from the last checkpoint.
+        DataError: losses are NaN or infinite, and again after a restart from the last checkpoint; or a photograph of
+            the bank is gone.
+        RuntimeError: the same failure came several times from the same step.
     """
     folder, resources = job.folder, job.resources
     # Ray Train resumes whatever it finds under a name, finished or not; so the name identifies what is trained.
-    name = f"rounds-{job.fingerprint[:16]}"
+    name = f"{_LAYOUT}-{job.fingerprint[:16]}"
     _discard_other_trainings(folder, name)
-    drop_torn(folder, f"train/{name}")
-    settings = {
+    settings: dict[str, Any] = {
+        "recovered": recover_torn(folder, f"train/{name}"),
         "run_uri": folder.uri,
         "config": job.config,
         "model": model_config,
@@ -70,14 +81,6 @@ def train(
         "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
-    trainer = new_trainer(
-        train_loop,
-        settings,
-        storage=Folder(folder.uri_of("train")),
-        name=name,
-        resources=resources,
-        max_restarts=max_restarts,
-    )
     seen = 0
 
     def on_change(history: list[dict[str, float]]) -> None:
@@ -89,25 +92,31 @@ def train(
 
     with (
         unwrapped_errors(),
+        signs_of_life(lambda _: job.progress(), sign_key) as sign,
         watched_json(folder, HISTORY, on_change),
-        watched_json(folder, PULSE, lambda pulse: job.progress()),
     ):
-        result = trainer.fit()
+        trainer = new_trainer(
+            train_loop,
+            settings | {"sign": sign},
+            storage=Folder(folder.uri_of("train")),
+            name=name,
+            resources=resources,
+            runtime=runtime,
+        )
+        result = fit(trainer, sign, "lower train.learning_rate, or check these photographs")
     assert result.checkpoint is not None
     state = read_state(result.checkpoint)
-    _write_decoders(Folder(folder.uri_of("model")), state["bootstrap"], model_config)
+    _write_decoders(Folder(folder.uri_of("model")), state["bootstrap"]["bootstrap"], model_config)
     folder.write_json(HISTORY, state["history"])
-    # A finished run has no use for it.
-    folder.delete(PULSE)
-    return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"])
+    return TrainResult(state["history"], state["peak_memory_mb"], state["resumed_at_epoch"], state["resumed_at_step"])
 
 
 def _discard_other_trainings(folder: Folder, name: str) -> None:
-    """Delete what trainings of other names left; the history and the stumbles too, unless training `name` began."""
+    """Delete what trainings of other names left; the history too, unless training `name` began."""
     files = [path for path, _ in folder.files("train", recursive=True)]
     ours = {path for path in files if path.startswith(f"train/{name}/")}
     for path in files:
-        if path not in ours and not (ours and path in (HISTORY, STUMBLE)):
+        if path not in ours and not (ours and path == HISTORY):
             folder.delete(path)
 
 
@@ -152,8 +161,9 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         on_epoch=on_epoch,
         # A trial that is being stopped must not replace the workers that it loses: Ray's cleaner would not know of the
         # new ones and would never free them. Tune restarts the whole trial instead.
-        max_restarts=MAX_RESTARTS if job.trial is None else 0,
+        runtime=config.runtime if job.trial is None else config.runtime.model_copy(update={"max_restarts": 0}),
         sibling=None if job.trial is None else job.trial.sibling,
+        sign_key=None if job.trial is None else job.trial.sign_key,
     )
     images = run.require("labels")["images"]
     steps, per_worker = epoch_steps(config, images, resources.train_workers)
@@ -169,6 +179,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         "model_epoch": sum(rounds) - 1,
         "model_round": len(rounds) - 1,
         "resumed_at_epoch": result.resumed_at_epoch,
+        "resumed_at_step": result.resumed_at_step,
         "steps_per_epoch": steps,
         "images_per_step": per_worker * resources.train_workers,
         "images_repeated_to_fill_an_epoch": max(0, unfilled),

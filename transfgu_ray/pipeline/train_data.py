@@ -1,5 +1,6 @@
 """Training samples: augmented crops, or their tokens, and scores, read by Ray tasks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table
-from transfgu_ray.images import decode_rgb, to_working
+from transfgu_ray.errors import DataError
+from transfgu_ray.images import ImageRefused, decode_rgb, to_working
 from transfgu_ray.storage import Folder, read_file
 
 # The table of cached tokens, with the same parts and rows as the bank.
@@ -22,14 +24,20 @@ TOKENS = "tokens"
 _COLOUR = 1
 
 
-def bank_index(run_folder: Folder) -> pa.Table:
-    """Return the place of each image in the bank: unit, and row in its part. One row per image, in order."""
+def bank_index(run_folder: Folder, alive: Callable[[int], None] = lambda number: None) -> pa.Table:
+    """Return the place of each image in the bank: unit, and row in its part. One row per image, in order.
+
+    Args:
+        run_folder: holds the bank.
+        alive: called with the number of each part that has been read.
+    """
     units: list[int] = []
     rows: list[int] = []
     for unit, name in enumerate(part_files(run_folder, "labels")):
         count = run_folder.read(name, pq.read_metadata).num_rows
         units += [unit] * count
         rows += range(count)
+        alive(unit)
     return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
 
 
@@ -66,6 +74,9 @@ def load_train_data(
     Returns:
         scores: float16 (b, k, h, w), in [0, 1] over each crop, with the background of Eq. 8; image: uint8 (b, 3, y, x),
             or with cached tokens, tokens: float16 (b, hw, c).
+
+    Raises:
+        DataError: a photograph is gone, or cannot be decoded any more.
     """
     torch.set_num_threads(1)
     run_folder, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
@@ -115,7 +126,12 @@ def read_photos(
 
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
-    photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
+    try:
+        photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
+    except (OSError, ImageRefused) as error:
+        raise DataError(
+            f"{uri} has changed since the bank was labelled (now: {error}); restore it or use another run folder"
+        ) from None
     return to_working(photo, size, config.data.resample)
 
 

@@ -1,7 +1,8 @@
 """The training loop of each Ray Train worker: batches, students, checkpoints and label-free measurements."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,13 @@ from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED, LabelFreeMea
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.prefetch import read_ahead, to_device
 from transfgu_ray.engine.stream import peak_memory_mb
-from transfgu_ray.engine.trainer import Pulse, read_state, report_state
-from transfgu_ray.errors import DataError
+from transfgu_ray.engine.trainer import failures_noted, latest_state, report_state
 from transfgu_ray.models.model import ModelConfig, build_decoder
 from transfgu_ray.models.weights import load_run_backbone, load_run_encoder
 from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_train_data, read_photos
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
-# Records epochs with a loss that was NaN or infinite.
-STUMBLE = "train/stumble.json"
 # Epsilon of the norms in the decoder's blocks (released: torch's default).
 NORM_EPS = 1e-5
 # Samples per reading task; limits the output of a task to tens of MB at K = 171.
@@ -60,145 +58,249 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Train; this function runs in each Ray Train worker."""
+    """Train; this function runs in each Ray Train worker. It returns at once where another start would only fail."""
     import ray.train
-    import ray.train.torch
 
+    context, sign = ray.train.get_context(), settings["sign"]
+    # All workers must agree, and what ended the last start was known before this one.
+    if sign.final_failure() is not None:
+        return
     torch.set_num_threads(settings["threads"])
-    config: RunConfig = settings["config"]
-    run_folder = Folder(settings["run_uri"])
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    encoder = load_run_encoder(run_folder, config.encoder.precision, str(device))
-    reads_backbone = settings["sibling"] is not None or config.train.features == "live"
-    backbone = load_run_backbone(run_folder, config, str(device)) if reads_backbone else None
-    model: ModelConfig = settings["model"]
-    checkpoint = ray.train.get_checkpoint()
-    state: dict[str, Any] = {"history": []} if checkpoint is None else read_state(checkpoint, device)
-    history: list[dict[str, float]] = state["history"]
-    resumed_at_epoch = len(history)
-    train = config.train
-    epochs = schedule(config.whole_rounds, train.alpha, train.alpha_schedule)[resumed_at_epoch:]
-    feed = {
-        "epochs": epochs,
-        "rank": rank,
-        "world_size": world_size,
-        "grid_hw": encoder.grid_hw(config.train_crop_size),
-        "num_readers": settings["num_readers"],
-        "device": device,
-    }
-
-    def new_learner(name: str, of: dict[str, Any]) -> _Learner:
-        own, folder = of["config"], Folder(of["run_uri"])
-        bootstrap = _new_bootstrap(own, model, encoder)
-        if name in state:
-            bootstrap.load_state_dict(state[name])
-        return _Learner(bootstrap, bank_index(folder), run_folder=folder, config=own, feed=feed)
-
-    learners = {"bootstrap": new_learner("bootstrap", settings)}
-    if settings["sibling"] is not None:
-        learners["sibling"] = new_learner("sibling", settings["sibling"])
-    students = [learner.bootstrap.student for learner in learners.values()]
-    measure = (
-        _new_measure(run_folder, config, model=model, encoder=encoder, backbone=backbone)
-        if len(students) > 1 and rank == 0
-        else None
-    )
-    _stop_after_second_stumble(run_folder)
-    pulse = Pulse(run_folder) if rank == 0 else lambda **_: None
-    for epoch in epochs:
-        try:
-            terms, *_ = [
-                learner.learn(epoch, rank, encoder=encoder, backbone=backbone, pulse=pulse)
-                for learner in learners.values()
-            ]
-        except FloatingPointError as error:
-            _stumble(run_folder, str(error))
-            raise
-        measured = {} if measure is None else _measure(measure, students, num_classes=len(model.kinds))
-        history.append({"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured})
-        kept = None
-        if rank == 0:
-            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_epoch": resumed_at_epoch}
-            of_students = {name: learner.bootstrap.state_dict() for name, learner in learners.items()}
-            kept = {**of_students, "history": history, **facts}
-        report_state(history[-1], kept)
-        if rank == 0:
-            run_folder.write_json(HISTORY, history)
+    training = _Training(settings, context.get_world_rank(), context.get_world_size())
+    with failures_noted(sign, training.rank, lambda: training.position):
+        training.start()
+        training.run()
 
 
-def _stumble(run_folder: Folder, words: str) -> None:
-    """Record a loss that is NaN or infinite, to be found when Ray Train restarts from the last checkpoint."""
-    times = (run_folder.read_json(STUMBLE) or {"times": 0})["times"]
-    run_folder.write_json(STUMBLE, {"words": words, "times": times + 1})
+class _Training:
+    """One start of a worker: what it reads, its students, and how far they are."""
 
+    def __init__(self, settings: dict[str, Any], rank: int, world_size: int) -> None:
+        self.rank, self._world_size = rank, world_size
+        self._settings, self._sign = settings, settings["sign"]
+        self._config: RunConfig = settings["config"]
+        self._run_folder = Folder(settings["run_uri"])
+        self._history: list[dict[str, float]] = []
+        self._learners: dict[str, _Learner] = {}
+        self._started_at = (0, 0)
+        self._saved_at = time.monotonic()
 
-def _stop_after_second_stumble(run_folder: Folder) -> None:
-    """Refuse to continue after a second stumble: a machine fault passes, one in data or settings repeats.
+    @property
+    def position(self) -> tuple[int, int]:
+        """Return the epochs that are finished, and the steps of all students in the one after them."""
+        return len(self._history), sum(learner.done for learner in self._learners.values())
 
-    Raises:
-        DataError: a loss was NaN or infinite, and again after a restart.
-    """
-    stumble = run_folder.read_json(STUMBLE) or {"times": 0}
-    if stumble["times"] > 1:
-        # If the user runs the command again despite the error, it gets another try.
-        run_folder.delete(STUMBLE)
-        raise DataError(
-            f"{stumble['words']}, and again after a restart from the last checkpoint; lower train.learning_rate, or "
-            "check these photographs"
+    def start(self) -> None:
+        """Load encoder, students and places of photographs, and go on from the last checkpoint."""
+        import ray.train.torch
+
+        settings, config = self._settings, self._config
+        self._device = ray.train.torch.get_device()
+        self._encoder = load_run_encoder(self._run_folder, config.encoder.precision, str(self._device))
+        reads_backbone = settings["sibling"] is not None or config.train.features == "live"
+        self._backbone = load_run_backbone(self._run_folder, config, str(self._device)) if reads_backbone else None
+        state = latest_state(settings["recovered"], self.rank, self._device) or {}
+        self._history = state.get("history", [])
+        self._learners = {"bootstrap": self._new_learner("bootstrap", settings, state)}
+        if settings["sibling"] is not None:
+            self._learners["sibling"] = self._new_learner("sibling", settings["sibling"], state)
+        self._started_at = self.position
+        is_measured = len(self._learners) > 1 and self.rank == 0
+        self._measure = (
+            _new_measure(
+                self._run_folder, config, model=settings["model"], encoder=self._encoder, backbone=self._backbone
+            )
+            if is_measured
+            else None
         )
+
+    def _new_learner(self, name: str, of: dict[str, Any], state: dict[str, Any]) -> "_Learner":
+        config, folder = of["config"], Folder(of["run_uri"])
+        learner = _Learner(
+            _new_bootstrap(config, self._settings["model"], self._encoder),
+            bank_index(folder, self._alive),
+            run_folder=folder,
+            config=config,
+            rank=self.rank,
+            world_size=self._world_size,
+        )
+        if name in state:
+            own = (state["own"] or {}).get(name)
+            learner.load_state_dict(state[name], own)
+        learner.read(
+            schedule(config.whole_rounds, config.train.alpha, config.train.alpha_schedule)[len(self._history) :],
+            grid_hw=self._encoder.grid_hw(config.train_crop_size),
+            num_readers=self._settings["num_readers"],
+            device=self._device,
+        )
+        return learner
+
+    def _alive(self, number: int) -> None:
+        """Give a sign of life while starting, which counts the first time only."""
+        self._sign(*self._started_at, -1, number)
+
+    def run(self) -> None:
+        """Train to the end of the last epoch."""
+        train = self._config.train
+        for epoch in schedule(self._config.whole_rounds, train.alpha, train.alpha_schedule)[len(self._history) :]:
+            for learner in self._learners.values():
+                for _ in learner.learn(epoch, encoder=self._encoder, backbone=self._backbone):
+                    self._sign(*self.position)
+                    if self._is_due():
+                        self._save({"epoch": epoch.index, "step": learner.done})
+            measured = self._measured()
+            terms = self._learners["bootstrap"].mean_terms()
+            row = {"epoch": epoch.index, "round": epoch.round, "alpha": epoch.alpha, **terms, **measured}
+            self._history.append(row)
+            for learner in self._learners.values():
+                learner.end_epoch()
+            self._save(row)
+            if self.rank == 0:
+                self._run_folder.write_json(HISTORY, self._history)
+
+    def _measured(self) -> dict[str, float]:
+        if self._measure is None:
+            return {}
+        students = [learner.bootstrap.student for learner in self._learners.values()]
+        return _measure(self._measure, students, num_classes=len(self._settings["model"].kinds))
+
+    def _is_due(self) -> bool:
+        """Return whether a checkpoint is due by the first worker's clock."""
+        is_due = time.monotonic() - self._saved_at >= 60 * self._config.train.checkpoint_minutes
+        if self._world_size == 1:
+            return is_due
+        told = torch.tensor(is_due, device=self._device, dtype=torch.uint8)
+        torch.distributed.broadcast(told, 0)
+        return bool(told.item())
+
+    def _save(self, row: dict[str, float]) -> None:
+        """Report numbers, with a checkpoint from which training goes on as if it had never stopped."""
+        kept = None
+        if self.rank == 0:
+            epoch, step = self._started_at
+            facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_epoch": epoch, "resumed_at_step": step}
+            of_students = {name: learner.state_dict() for name, learner in self._learners.items()}
+            kept = {**of_students, "history": self._history, "position": list(self.position), **facts}
+        own = {name: learner.own_state() for name, learner in self._learners.items()}
+        report_state(row, kept, self.rank, own)
+        self._saved_at = time.monotonic()
 
 
 class _Learner:
-    """A student and the batches of the bank that it learns from."""
+    """A student, the batches of the bank that it learns from, and how far it is in its epoch.
+
+    Attributes:
+        bootstrap: the student with its teacher and optimiser.
+        done: steps of the current epoch.
+    """
 
     def __init__(
-        self, bootstrap: Bootstrap, index: pa.Table, *, run_folder: Folder, config: RunConfig, feed: dict[str, Any]
-    ):
-        self.bootstrap = bootstrap
-        self._token_window = config.train.token_window
-        self._run_folder, self._seed = run_folder, config.seed
-        repeats = config.train.epoch_repeats
-        self._steps, per_worker = epoch_steps(config, len(index), feed["world_size"])
-        self._order = {
-            "num_images": len(index),
-            "repeats": repeats,
-            "steps": self._steps,
-            "per_worker": per_worker,
-            "world_size": feed["world_size"],
-        }
-        self._batches = _batches(index, run_folder.uri, config=config, **feed)
-
-    def learn(
         self,
-        epoch: Epoch,
-        rank: int,
+        bootstrap: Bootstrap,
+        index: pa.Table,
         *,
-        encoder: Encoder,
-        backbone: Backbone | None,
-        pulse: Callable[..., None],
-    ) -> dict[str, float]:
-        """Train for one epoch; return the mean of each loss term.
+        run_folder: Folder,
+        config: RunConfig,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.bootstrap = bootstrap
+        self.done = 0
+        self._index, self._run_folder, self._config = index, run_folder, config
+        self._rank, self._world_size = rank, world_size
+        self._steps, self._per_worker = epoch_steps(config, len(index), world_size)
+        self._terms: list[dict[str, float]] = []
+        self._rng: torch.Tensor | None = None
+
+    def read(self, epochs: list[Epoch], *, grid_hw: tuple[int, int], num_readers: int, device: torch.device) -> None:
+        """Begin to read the batches of the epochs that are left."""
+        self._batches = _batches(
+            self._index,
+            self._run_folder.uri,
+            config=self._config,
+            epochs=epochs,
+            rank=self._rank,
+            world_size=self._world_size,
+            grid_hw=grid_hw,
+            num_readers=num_readers,
+            device=device,
+            first_step=self.done,
+        )
+
+    def learn(self, epoch: Epoch, *, encoder: Encoder, backbone: Backbone | None) -> Iterator[int]:
+        """Train to the end of the epoch, yielding after each step.
 
         Raises:
             FloatingPointError: a loss is NaN or infinite; the message names the photographs of the batch.
         """
-        self.bootstrap.begin_epoch(epoch, rank)
-        terms = []
-        for step, batch in enumerate(itertools.islice(self._batches, self._steps)):
-            tokens = _tokens(batch, encoder, token_window=self._token_window, backbone=backbone)
+        self.bootstrap.begin_epoch(epoch, self._rank, self.done)
+        if self._rng is not None:
+            _set_rng(self._rng, encoder.device)
+            self._rng = None
+        for step, batch in enumerate(itertools.islice(self._batches, self._steps - self.done), self.done):
+            tokens = _tokens(batch, encoder, token_window=self._config.train.token_window, backbone=backbone)
             try:
-                terms.append(self.bootstrap.step(tokens, batch["scores"], epoch=epoch, step=step))
+                self._terms.append(self.bootstrap.step(tokens, batch["scores"], epoch=epoch, step=step))
             except FloatingPointError as error:
-                raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, rank, step))}") from None
-            pulse(epoch=epoch.index, step=step)
-        return mean_terms(terms)
+                raise FloatingPointError(f"{error}, on {', '.join(self._photos_of(epoch, step))}") from None
+            self.done = step + 1
+            yield step
 
-    def _photos_of(self, epoch: Epoch, rank: int, step: int) -> list[str]:
-        order = sample_order(self._seed, epoch.index, **self._order)[rank, step]
+    def mean_terms(self) -> dict[str, float]:
+        """Return the mean of each loss term over the epoch so far."""
+        return mean_terms(self._terms)
+
+    def end_epoch(self) -> None:
+        """Begin to count anew."""
+        self.done, self._terms = 0, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the first worker needs to go on, and that is the same on all workers."""
+        return {
+            "bootstrap": self.bootstrap.state_dict(),
+            "done": self.done,
+            "photographs": self.done * self._per_worker * self._world_size,
+            "terms": self._terms,
+        }
+
+    def own_state(self) -> torch.Tensor:
+        """Return the state of this worker's generator, from which dropout is drawn."""
+        device = next(self.bootstrap.student.parameters()).device
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+    def load_state_dict(self, state: dict[str, Any], own: torch.Tensor | None) -> None:
+        """Go on from `state_dict` and `own_state`.
+
+        With another number of workers an epoch has other steps: it goes on after as many photographs, with generators
+        seeded anew.
+        """
+        self.bootstrap.load_state_dict(state["bootstrap"])
+        self.done, self._terms = state["done"], state["terms"]
+        # An epoch seeds the generator when it begins.
+        self._rng = own if self.done else None
+        if state["done"] * self._per_worker * self._world_size != state["photographs"]:
+            self.done = min(state["photographs"] // (self._per_worker * self._world_size), self._steps)
+            self._rng = None
+
+    def _photos_of(self, epoch: Epoch, step: int) -> list[str]:
+        order = sample_order(
+            self._config.seed,
+            epoch.index,
+            num_images=len(self._index),
+            repeats=self._config.train.epoch_repeats,
+            steps=self._steps,
+            per_worker=self._per_worker,
+            world_size=self._world_size,
+        )[self._rank, step]
         names = bank_image_ids(self._run_folder)
         return sorted({names[place] for place in order})
+
+
+def _set_rng(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _new_measure(
@@ -276,8 +378,12 @@ def _batches(
     grid_hw: tuple[int, int],
     num_readers: int,
     device: torch.device,
+    first_step: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield this worker's batches of every epoch, one epoch after the other, in the order set by seed and epoch."""
+    """Yield this worker's batches of every epoch, one epoch after the other, in the order set by seed and epoch.
+
+    The first epoch begins at `first_step`.
+    """
     repeats = config.train.epoch_repeats
     steps, per_worker = epoch_steps(config, len(index), world_size)
     # A batch comes from one task or several.
@@ -296,7 +402,8 @@ def _batches(
             )[rank]
             # The position distinguishes repeated visits of an image within an epoch.
             position = np.arange(order.size).reshape(order.shape) * world_size + rank
-            for step, part in itertools.product(range(steps), slices):
+            begun = first_step if epoch is epochs[0] else 0
+            for step, part in itertools.product(range(begun, steps), slices):
                 places = index.take(pa.array(order[step, part]))
                 yield {
                     "places": places,

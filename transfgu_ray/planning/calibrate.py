@@ -21,6 +21,7 @@ from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.parts import PartStats, decode_photos
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitWorker, stream_units
 from transfgu_ray.engine.trainer import new_trainer
@@ -208,7 +209,9 @@ def calibrate(
         _write_stand_in_concepts(run_folder, config)
         start = time.perf_counter()
         arguments = {"run_uri": run_folder.uri, "config": config}
-        results = list(stream_units(root, units, worker=Calibrator, arguments=arguments, resources=resources))
+        results = list(
+            stream_units(root, units, worker=Calibrator, arguments=arguments, resources=resources, progress=Progress())
+        )
         wall = time.perf_counter() - start
         found = [json.loads(result.result) for result in results]
         timed = [values for values in found if "inside" in values]
@@ -217,7 +220,14 @@ def calibrate(
         cards = sorted({values.pop("card") for values in timed} - {None})
         pieces = {name: median(values[name] for values in timed) for name in timed[0]}
         start = time.perf_counter()
-        new_trainer(_idle_loop, {}, storage=Folder(run_folder.uri_of("train")), name="idle", resources=resources).fit()
+        new_trainer(
+            _idle_loop,
+            {},
+            storage=Folder(run_folder.uri_of("train")),
+            name="idle",
+            resources=resources,
+            runtime=config.runtime,
+        ).fit()
         training = time.perf_counter() - start
     return pieces | {
         "workers": at_once,

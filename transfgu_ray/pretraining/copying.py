@@ -13,6 +13,7 @@ from PIL import Image
 from transfgu_ray.engine.parts import PartStats, read_footer
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
+from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, set_up_ray_data, unwrapped_errors
 from transfgu_ray.images import ImageRefused, decode_rgb, to_square
 from transfgu_ray.pretraining.config import PretrainDataConfig
@@ -66,7 +67,7 @@ def copy_images(copying: Copying, sources: Sequence[Source], *, resources: Resou
         return known
     missing = [i for i in range(len(units)) if copying.stats(_unit_file(i)) is None]
     progress(sum(unit.num_images for _, unit in units) - sum(units[i][1].num_images for i in missing))
-    for number in _stream(copying, {i: units[i] for i in missing}, resources.num_cores):
+    for number in _stream(copying, {i: units[i] for i in missing}, resources.num_cores, progress):
         progress(units[number][1].num_images)
     out, tables = Folder(copying.uri), []
     total = PartStats(refused=[refusal for source in sources for refusal in source.refused])
@@ -84,7 +85,7 @@ def _unit_file(number: int) -> str:
     return f"{COPIES}/unit-{number:06d}.parquet"
 
 
-def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int) -> Iterator[int]:
+def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int, progress: Progress) -> Iterator[int]:
     """Copy the units in Ray tasks and yield the number of each when it is done."""
     if not units:
         return
@@ -99,21 +100,21 @@ def _stream(copying: Copying, units: dict[int, tuple[str, Unit]], num_cores: int
     )
     blocks = min(_MAX_BLOCKS, len(table))
     shares = [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(table), blocks)]
-    dataset = ray.data.from_arrow(shares).map_batches(
-        _copy_unit,  # type: ignore[arg-type]  # Ray's annotation has no room for fn_kwargs
-        fn_kwargs={"copying": copying},
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=num_cores),
-        num_cpus=1,
-    )
-    with unwrapped_errors():
+    with signs_of_life(lambda _: progress()) as sign, unwrapped_errors():
+        dataset = ray.data.from_arrow(shares).map_batches(
+            _copy_unit,  # type: ignore[arg-type]  # Ray's annotation has no room for fn_kwargs
+            fn_kwargs={"copying": copying, "sign": sign},
+            batch_format="pyarrow",
+            batch_size=1,
+            compute=ray.data.TaskPoolStrategy(size=num_cores),
+            num_cpus=1,
+        )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(batch, pa.Table)
             yield from batch["unit"].to_pylist()
 
 
-def _copy_unit(table: pa.Table, copying: Copying) -> pa.Table:
+def _copy_unit(table: pa.Table, copying: Copying, sign: Sign) -> pa.Table:
     """Write the working copies of one unit, then its part of the index."""
     (number,), (what,) = table["unit"].to_pylist(), table["what"].to_pylist()
     root_uri, fields = json.loads(what)
@@ -130,6 +131,7 @@ def _copy_unit(table: pa.Table, copying: Copying) -> pa.Table:
             files, squares = files + 1, []
 
     for image in read_unit(Folder(root_uri), unit):
+        sign()
         try:
             if image.data is None:
                 raise ImageRefused(image.error)

@@ -19,7 +19,7 @@ from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, normalisat
 from transfgu_ray.algorithms.rounds.schedule import sample_order
 from transfgu_ray.engine.prefetch import read_ahead, to_device
 from transfgu_ray.engine.stream import peak_memory_mb
-from transfgu_ray.engine.trainer import Pulse, read_state, report_state
+from transfgu_ray.engine.trainer import failures_noted, latest_state, report_state
 from transfgu_ray.pretraining.config import PretrainConfig
 from transfgu_ray.pretraining.copies import NO_LABEL, Copies, fetch_copies, open_copies, read_copies
 from transfgu_ray.pretraining.folder import HISTORY, LATEST, identity
@@ -120,27 +120,37 @@ class Share:
         return rows
 
 
-def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
-    """Train from the last checkpoint on; return the reason under `diverged` if the training diverged, else None."""
+def pretrain_loop(settings: dict[str, Any]) -> None:
+    """Train from the last checkpoint on; return at once where another start would only fail again."""
+    import ray.train
+
+    sign, rank = settings["sign"], ray.train.get_context().get_world_rank()
+    if sign.final_failure() is not None:
+        return
+    position = [0]
+    with failures_noted(sign, rank, lambda: tuple(position)):
+        _pretrain(settings, rank, position)
+
+
+def _pretrain(settings: dict[str, Any], rank: int, position: list[int]) -> None:
+    """Train, keeping in `position` the steps done."""
     import ray.train
     from ray.train.torch import get_device
 
     torch.set_num_threads(settings["threads"])
     out = Folder(settings["out_uri"])
     config: PretrainConfig = settings["config"]
-    context, device = ray.train.get_context(), get_device()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device, world_size = get_device(), ray.train.get_context().get_world_size()
     copies = open_copies(out, config.seed, config.data.num_val)
     epoch_steps = len(copies.train) // config.schedule.batch_size
     total_steps = config.schedule.epochs * epoch_steps
     dino = _build_dino(config, total_steps, rank=rank, device=device)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": {"epochs": [], "checkpoints": []}}
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        state = read_state(checkpoint)
+    if (kept := latest_state(settings["recovered"], rank)) is not None:
+        state = kept
         dino.load_state_dict(state["dino"])
     history, start = state["history"], state["step"]
-    pulse = Pulse(out)
+    position[0] = start
     share = Share(copies=copies, config=config, rank=rank, world_size=world_size)
     images = share.batches(out, range(start, total_steps), num_readers=settings["num_readers"], device=device)
     began = time.perf_counter()
@@ -149,13 +159,11 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
     ):
         terms = []
         for step in range(stretch.first, stretch.last):
-            try:
-                terms.append(dino.step(next(images), step))
-            except FloatingPointError as error:
-                return {"diverged": str(error)}
+            terms.append(dino.step(next(images), step))
+            position[0] = step + 1
             if rank == 0:
                 rate = (step + 1 - start) / (time.perf_counter() - began)
-                pulse(step=step + 1, loss=terms[-1]["loss"], steps_per_second=rate)
+                settings["sign"](step + 1, step=step + 1, loss=terms[-1]["loss"], steps_per_second=rate)
         row = {"step": stretch.last, "epoch": stretch.epoch, **_mean_over_workers(terms, world_size, device)}
         history["checkpoints"].append(row)
         if stretch.ends_epoch:
@@ -168,12 +176,11 @@ def pretrain_loop(settings: dict[str, Any]) -> dict[str, str] | None:
             seconds = state["seconds"] + time.perf_counter() - began
             reached = {"step": stretch.last, "seconds": seconds, "history": history}
             facts = {"peak_memory_mb": peak_memory_mb(), "resumed_at_step": start}
-            kept = {"dino": dino.state_dict(), **reached, **facts}
-        report_state({"step": stretch.last}, kept)
+            kept = {"dino": dino.state_dict(), "position": [stretch.last], **reached, **facts}
+        report_state({"step": stretch.last}, kept, rank)
         if rank == 0:
             out.write_bytes(LATEST, encoder_bytes(dino.teacher.vit, config, {"step": str(stretch.last)}))
             out.write_json(HISTORY, history)
-    return None
 
 
 def _build_dino(config: PretrainConfig, total_steps: int, *, rank: int, device: torch.device) -> Dino:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.engine.parts import PartStats, refusals
 from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import Resources, ray_session
+from transfgu_ray.engine.signs import signs_of_life
 from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.engine.trainer import PULSE, drop_torn, new_trainer, read_state, watched_json
+from transfgu_ray.engine.trainer import fit, new_trainer, read_state, recover_torn, watched_json
 from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.pretraining.config import PretrainConfig
@@ -199,16 +200,16 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
     """
     config, out, resources = work.config, work.out, work.resources
     name = training_name(work.fingerprint)
-    drop_torn(out, f"train/{name}")
+    recovered = recover_torn(out, f"train/{name}")
     if not out.exists(f"train/{name}"):
         out.delete(HISTORY)
-    settings = {
+    settings: dict[str, Any] = {
+        "recovered": recovered,
         "out_uri": out.uri,
         "config": config,
         "threads": resources.threads,
         "num_readers": max(1, resources.num_cores // resources.train_workers),
     }
-    trainer = new_trainer(pretrain_loop, settings, storage=Folder(out.uri_of("train")), name=name, resources=resources)
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with (
         work.reporter.stage("train", total_steps, "steps") as show,
@@ -218,15 +219,22 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
         watcher = _Watcher(config, total_steps, epochs=len(known["epochs"]), progress=progress, note=work.reporter.note)
         with (
             unwrapped_errors(),
-            watched_json(out, PULSE, watcher.on_progress),
+            signs_of_life(watcher.on_progress) as sign,
             watched_json(out, HISTORY, watcher.on_history),
         ):
-            # Ray's annotation names the Result of another trainer.
-            result: Any = trainer.fit()
-        if result.return_value is not None:
-            raise ConfigError(
-                f"the training diverged: {result.return_value['diverged']}; lower dino.learning_rate or raise "
-                f"dino.warmup_frac (the encoder of the last checkpoint, if there was one, is {out.uri_of(LATEST)})"
+            trainer = new_trainer(
+                pretrain_loop,
+                settings | {"sign": sign},
+                storage=Folder(out.uri_of("train")),
+                name=name,
+                resources=resources,
+                runtime=config.runtime,
+            )
+            result = fit(
+                trainer,
+                sign,
+                not_finite="lower dino.learning_rate or raise dino.warmup_frac (the encoder of the last checkpoint, if "
+                f"there was one, is {out.uri_of(LATEST)})",
             )
         progress(total_steps - watcher.steps)
     return read_state(result.checkpoint)
@@ -250,7 +258,7 @@ class _Watcher:
         if epochs:
             note(f"continuing after {epochs} of {config.schedule.epochs} epochs")
 
-    def on_progress(self, now: dict[str, float]) -> None:
+    def on_progress(self, now: Mapping[str, float]) -> None:
         step = int(now["step"])
         self._rate = now["steps_per_second"]
         # After a failure the steps start again at a checkpoint.

@@ -207,7 +207,7 @@ def _hash(values: list[Any]) -> str:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", exclude=set(NOT_IDENTITY))
+    values = config.model_dump(mode="json", exclude=NOT_IDENTITY)
     # Where the photographs lie does not matter; the input fingerprint says which they are.
     del values["data"]["root"]
     return values

@@ -64,7 +64,7 @@ class Predictor(UnitWorker):
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the wanted outputs of each photograph; return counts, refusals and COCO's segments as JSON."""
         stats, segmented = PartStats(), []
-        for photo, image in decode_photos(photos, stats, limits=DataConfig(min_side_px=1)):
+        for photo, image in decode_photos(self.signed(photos), stats, limits=DataConfig(min_side_px=1)):
             stem, background_id = self._stems[photo.image_id], self._names.background_id
             maps = self._model.photo_maps(image, self._wanted.sliding)
             mask = self._names.apply(self._model.to_mask(maps, image))
@@ -142,7 +142,9 @@ def predict(
 
     def done() -> Iterator[tuple[int, dict[str, Any]]]:
         nonlocal peak_mb
-        for result in stream_units(root, units, worker=Predictor, arguments=arguments, resources=resources):
+        for result in stream_units(
+            root, units, worker=Predictor, arguments=arguments, resources=resources, progress=progress
+        ):
             found = json.loads(result.result)
             peak_mb = max(peak_mb, result.peak_mb)
             progress(len(units[result.unit]), refused=len(found["stats"]["refused"]))

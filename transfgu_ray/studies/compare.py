@@ -213,7 +213,9 @@ def _measure(
     }
     found = {}
     root, units = open_root(entries[0].config.data.root), dict.fromkeys(range(len(entries)), measured)
-    for result in stream_units(root, units, worker=VersionMeasurer, arguments=arguments, resources=resources):
+    for result in stream_units(
+        root, units, worker=VersionMeasurer, arguments=arguments, resources=resources, progress=progress
+    ):
         found[result.unit] = json.loads(result.result)
         progress(len(measured))
     stats = [PartStats(**found[unit].pop("stats")) for unit in units]

@@ -1,15 +1,17 @@
 """Trials of a sweep: run folders named by their settings, and the status of each."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from transfgu_ray.algorithms.scores.label_free import COMPONENTS
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.engine.progress import SilentReporter
+from transfgu_ray.engine.progress import Progress, SilentReporter
 from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, ray_session
-from transfgu_ray.errors import TransfguError
+from transfgu_ray.engine.signs import Sign, ages, board
+from transfgu_ray.errors import TransfguError, UnfinishedError
 from transfgu_ray.pipeline.context import Trial
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.logs import kept_log
@@ -20,11 +22,15 @@ from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import assignments
 from transfgu_ray.tracking.runs import RECORD
 
+# Names a trial on the board of signs of life; what it trains has a name of its own there.
+_SIGN, _TRAINING = "trial ", "training of trial "
 # CPUs of a trial's own process, which only waits for others.
 DRIVER_CPUS = 0.1
 TRIAL_STAGES = STAGES.lasting[STAGES.lasting.index("train") :]
 # Trials take a point as text, since Tune would search its lists for values to vary.
 POINT = "point"
+# What is not run again.
+ENDED = ("finished", "stopped")
 # Far from the seeds that users choose.
 _SIBLING_SEED = 1_000_000
 
@@ -71,14 +77,17 @@ class Trials:
 
     @cached_property
     def _notes(self) -> dict[str, dict[str, Any]]:
-        """The note on each trial by its id, in the order of ids."""
+        return self._read_notes()
+
+    def _read_notes(self) -> dict[str, dict[str, Any]]:
+        """Return the note on each trial by its id, in the order of ids."""
         names = [name for name, _ in self._folder.files("trials") if name.endswith(".json")]
         return {name.removeprefix("trials/").removesuffix(".json"): self._folder.read_json(name) for name in names}
 
     @property
     def ended(self) -> set[str]:
         """Ids of the trials that finished or were stopped; failed ones are run again."""
-        return {name for name, note in self._notes.items() if note["status"] in ("finished", "stopped")}
+        return {name for name, note in self._notes.items() if note["status"] in ENDED}
 
     def config(self, point: Mapping[str, Any]) -> RunConfig:
         """Return the configuration of a trial."""
@@ -91,6 +100,18 @@ class Trials:
     def folder_of(self, name: str) -> Folder:
         """Return the run folder of a trial."""
         return Folder(self._folder.uri_of(f"trials/{name}"))
+
+    def interrupt(self, words: str) -> None:
+        """Note that every trial that still runs failed, after the sweep was stopped.
+
+        Args:
+            words: why; the trials that they name are at fault.
+        """
+        for name, note in self._read_notes().items():
+            if note["status"] == "running":
+                reason = words if name in words else "the sweep was stopped before it ended"
+                self._notes[name] = note | {"status": "failed", "error": reason}
+                self._write_note(name, self._notes[name])
 
     def begin(self, point: Mapping[str, Any]) -> Run:
         """Open the run folder of a trial and note that it runs."""
@@ -109,9 +130,11 @@ class Trials:
         """Note the status of an ended trial: finished if its last stage is, else what Tune reports."""
         name = self.id_of(point)
         # The trial has noted its error itself.
-        note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "error": None}
-        finished = self.folder_of(name).exists(f"{TRIAL_STAGES[-1]}.json")
-        self._notes[name] = note | {"status": "finished" if finished else otherwise}
+        note = self._folder.read_json(_note_name(name)) or {"point": dict(point), "status": "running", "error": None}
+        if note["status"] != "failed":
+            finished = self.folder_of(name).exists(f"{TRIAL_STAGES[-1]}.json")
+            note["status"] = "finished" if finished else otherwise
+        self._notes[name] = note
         self._described.pop(name, None)
         self._write_note(name, self._notes[name])
 
@@ -171,6 +194,9 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     base, folder = settings["base"], Folder(settings["folder"])
     trials, shared = Trials(folder, base), SharedStages(folder, base)
     point, objective = json.loads(values[POINT]), settings["objective"]
+    name = trials.id_of(point)
+    sign = Sign(_SIGN + name)
+    sign()
     run = trials.begin(point)
     # The last epoch is reported after scoring, or a scheduler would stop a trained trial before it is scored.
     epochs, reported = sum(run.config.whole_rounds) - 1, 0
@@ -185,19 +211,57 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         shared.give(run)
         sibling = shared.bank(sibling_of(run.config)) if objective == "score" else None
         tags = {"objective": objective, "sweep": folder.uri}
-        trial = Trial(settings["parent"], tags, sibling, on_epoch)
+        trial = Trial(settings["parent"], tags, sibling, on_epoch, _TRAINING + name)
         with kept_log(run.folder, "trial"):
-            run_stages(run, TRIAL_STAGES, address=None, reporter=SilentReporter(), trial=trial)
+            run_stages(run, TRIAL_STAGES, address=None, reporter=_SigningReporter(sign), trial=trial)
+    except UnfinishedError:
+        # It lost workers: Tune starts it again, on what is left of the cluster.
+        raise
     except Exception as error:
         sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
         trials.fail(point, sentence.splitlines()[0])
-        raise
+        # Not raised: Tune would only repeat it.
+        return
     history = json.loads(run.folder.read_bytes("train/history.json"))
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     last = (
         {"score": history[-1]["score"]} if objective == "score" else {"miou": metrics["stages"]["bootstrapped"]["miou"]}
     )
     tune.report(last | {"epoch": len(history)})
+
+
+class _SigningReporter(SilentReporter):
+    """A reporter of a trial: its progress goes to the board of signs of life, where the sweep sees it."""
+
+    def __init__(self, sign: Sign) -> None:
+        self._sign, self._begun = sign, 0
+
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Progress]:
+        """Pass on the progress of one stage."""
+        self._begun += 1
+        yield _Signing(self._sign, self._begun)
+
+
+class _Signing(Progress):
+    """Passes progress on; what a trial does again after a loss is no sign of life."""
+
+    def __init__(self, sign: Sign, stage: int) -> None:
+        self._sign, self._stage, self._total = sign, stage, 0
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        self._total += done
+        self._sign(*((self._stage, self._total) if done else ()))
+
+
+def trial_ages() -> dict[str, float]:
+    """Return the seconds since each running trial, by its name, did something."""
+    return {f"trial {name}": age for name, age in ages(_SIGN).items()}
+
+
+def forget_trial(name: str) -> None:
+    """Take an ended trial off the board of signs of life."""
+    board().forget.remote([_SIGN + name, _TRAINING + name])
 
 
 def _note_name(trial: str) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED
 from transfgu_ray.config.base import difference, flatten
-from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.config.run import NOT_RESULT, RunConfig, build_config
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import ray_session
-from transfgu_ray.engine.trainer import MAX_RESTARTS
+from transfgu_ray.engine.signs import board
 from transfgu_ray.engine.watchdog import unless_stalled
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, StalledError
 from transfgu_ray.pipeline.inputs import scored_split
 from transfgu_ray.reports.sweep_page import write_sweep_report
 from transfgu_ray.reports.sweep_tables import best_trial, evidence
@@ -28,7 +28,17 @@ from transfgu_ray.studies.spaces import (
     plain_space,
     random_points,
 )
-from transfgu_ray.studies.trials import DRIVER_CPUS, POINT, Trials, run_trial, sibling_of, trial_resources
+from transfgu_ray.studies.trials import (
+    DRIVER_CPUS,
+    ENDED,
+    POINT,
+    Trials,
+    forget_trial,
+    run_trial,
+    sibling_of,
+    trial_ages,
+    trial_resources,
+)
 from transfgu_ray.tracking.client import tracking_uri
 from transfgu_ray.tracking.runs import Tracked, ended_on_error
 from transfgu_ray.tracking.sweeps import begin_sweep, end_sweep, settle_trials
@@ -89,7 +99,14 @@ def tune(
     identity = _write_identity(folder, base, plan)
     sweep = _Sweep(folder, base, plan, Trials(folder, base), begin_sweep(folder, base, identity))
     with ended_on_error(sweep.parent), ray_session(address, base.runtime, dashboard=True):
-        _run_missing(sweep, reporter)
+        try:
+            _run_missing(sweep, reporter)
+        except StalledError as error:
+            sweep.trials.interrupt(str(error))
+            content = _write(sweep)
+            settle_trials(sweep.parent, content["trials"])
+            ended = sum(trial["status"] in ENDED for trial in content["trials"])
+            raise StalledError(f"{error}; {ended} trials had ended") from None
         content = _write(sweep)
         settle_trials(sweep.parent, content["trials"])
         write_sweep_report(folder, content)
@@ -133,7 +150,7 @@ def _write_identity(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[st
         ArtifactError: the folder holds another sweep.
     """
     identity = {
-        "base": flatten(base.model_dump(mode="json", exclude={"tracking", "runtime"})),
+        "base": flatten(base.model_dump(mode="json", exclude=NOT_RESULT)),
         "space": plain_space(plan.space),
         "sampler": plan.sampler,
         "scheduler": plan.scheduler,
@@ -153,17 +170,12 @@ def _write_identity(folder: Folder, base: RunConfig, plan: SweepPlan) -> dict[st
 
 def _run_missing(sweep: _Sweep, reporter: Reporter) -> None:
     base, plan, trials = sweep.base, sweep.plan, sweep.trials
-    points: list[dict[str, Any]] | None = None
-    if plan.sampler == "optuna":
+    points = _points(plan, base.seed)
+    if points is None:
         shared = grid_points(_shared_part(plan.space))
         missing = (plan.num_trials or 0) - len(trials.ended)
     else:
-        found = (
-            grid_points(plan.space)
-            if plan.sampler == "grid"
-            else random_points(plan.space, plan.num_trials or 0, base.seed)
-        )
-        points = shared = [point for point in found if trials.id_of(point) not in trials.ended]
+        points = shared = [point for point in points if trials.id_of(point) not in trials.ended]
         missing = len(points)
     if missing <= 0:
         return
@@ -172,10 +184,19 @@ def _run_missing(sweep: _Sweep, reporter: Reporter) -> None:
     stages.make(configs, reporter)
     with (
         reporter.stage("trials", missing, "trials") as show,
-        unless_stalled("the sweep", base.runtime.stall_minutes, show) as progress,
+        unless_stalled("the sweep", base.runtime.stall_minutes, show, trial_ages) as progress,
     ):
+        # Made here, so that it outlives the trials.
+        board()
         _tune(sweep, points, num_trials=missing, progress=progress)
     stages.drop_tokens(configs)
+
+
+def _points(plan: SweepPlan, seed: int) -> list[dict[str, Any]] | None:
+    """Return all points of a sweep; None where Optuna chooses them on the way."""
+    if plan.sampler == "optuna":
+        return None
+    return grid_points(plan.space) if plan.sampler == "grid" else random_points(plan.space, plan.num_trials or 0, seed)
 
 
 def _with_siblings(configs: list[RunConfig], plan: SweepPlan) -> list[RunConfig]:
@@ -199,6 +220,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
 
     def on_end(point: dict[str, Any], otherwise: str) -> None:
         trials.end(point, otherwise)
+        forget_trial(trials.id_of(point))
         _write(sweep)
         progress(1)
 
@@ -236,7 +258,10 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
             storage_filesystem=folder.fs,
             verbose=0,
             callbacks=[Ended(on_end, progress)],
-            failure_config=ray_tune.FailureConfig(max_failures=MAX_RESTARTS),
+            # Of trials whose training lost workers; others do not raise what ended them.
+            failure_config=ray_tune.FailureConfig(
+                max_failures=-1 if base.runtime.max_restarts is None else base.runtime.max_restarts
+            ),
         ),
     ).fit()
     # The folders of the trials hold everything that is needed.
@@ -249,6 +274,7 @@ def _write(sweep: _Sweep) -> dict[str, Any]:
     found = sweep.trials.describe()
     configs = _with_siblings([sweep.trials.config(trial["point"]) for trial in found], plan)
     proof = evidence(found)
+    points = _points(plan, base.seed)
     of_score = (proof or {}).get("score", {})
     content = {
         "name": folder.uri.rstrip("/").rpartition("/")[2],
@@ -261,6 +287,7 @@ def _write(sweep: _Sweep) -> dict[str, Any]:
         "seed": base.seed,
         "num_photos_probed": NUM_MEASURED,
         "space": plain_settings(plan.space),
+        "asked": plan.num_trials if points is None else len(points),
         "base": flatten(base.model_dump(mode="json")),
         "shared": SharedStages(folder, base).describe(configs),
         "trials": found,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.config.base import flatten
-from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.config.run import NOT_RESULT, RunConfig, build_config
 from transfgu_ray.datasets.listing import Listing
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.pipeline.inputs import list_scored, list_training
@@ -71,7 +71,7 @@ def enter(
     listing = scored or list_training(configs[0])
     entries = []
     for version, config in zip(versions, configs, strict=True):
-        identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
+        identity = config.model_dump(mode="json", exclude=NOT_RESULT)
         text = json.dumps([registry.uri, registry.name, version.number, version.run_id, identity, listing.fingerprint])
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         entries.append(Entry(version, config, Folder(out.uri_of(f"versions/{fingerprint[:16]}")), fingerprint))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transfgu_ray.config.base import flatten
-from transfgu_ray.config.run import RunConfig
+from transfgu_ray.config.run import NOT_RESULT, RunConfig
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.client import SQLITE, answering, connect, has_run, tracking_uri
@@ -42,7 +42,7 @@ def begin(run_folder: Folder, config: RunConfig, parent: Tracked | None = None) 
         config: its configuration.
         parent: run of the sweep, for a trial.
     """
-    identity = config.model_dump(mode="json", exclude={"tracking", "runtime"})
+    identity = config.model_dump(mode="json", exclude=NOT_RESULT)
     with answering(tracking_uri(run_folder, config)):
         return open_run(run_folder, config, identity=identity, tags={} if parent is None else {PARENT: parent.run_id})
 

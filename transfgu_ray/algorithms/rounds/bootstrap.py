@@ -66,19 +66,22 @@ class Bootstrap:
             parameter_groups(student), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
 
-    def begin_epoch(self, epoch: Epoch, rank: int) -> None:
+    def begin_epoch(self, epoch: Epoch, rank: int, done: int = 0) -> None:
         """Start a new round if the epoch does, and seed the epoch's dropout.
+
+        An epoch of which some steps are `done` has started its round already.
 
         In a new round the teacher becomes a frozen copy of the student (no average, no momentum), and the student
         starts again from its initial weights. Adam goes on with its moments, as in the released code.
         """
-        if epoch.starts_round:
+        if epoch.starts_round and not done:
             if epoch.round == 1:
                 self.trained = copy.deepcopy(self.student.state_dict())
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
             self.student.load_state_dict(self.initial)
         self._parallel.train()
-        torch.manual_seed(int(np.random.SeedSequence([self._settings.seed, epoch.index, rank]).generate_state(1)[0]))
+        words = [self._settings.seed, epoch.index, rank, *([done] if done else [])]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def step(
         self, tokens: Float[Tensor, "b hw c"], scores: Float[Tensor, "b k h w"], *, epoch: Epoch, step: int
