@@ -27,7 +27,7 @@ FLOORS = (
     ("algorithms/labels", "algorithms/rounds", "algorithms/dino"),
     ("algorithms/encoder", "algorithms/concepts", "algorithms/scores"),
     ("images", "storage"),
-    ("errors", "background"),
+    ("errors", "background", "cores"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT_RAY = {"engine", "pipeline", "pretraining", "serving", "studies", "planning", "tracking", "bench", "cli"}

@@ -20,6 +20,7 @@ from transfgu_ray.bench.timing import Measurements, Target
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.config.sections import RuntimeConfig
+from transfgu_ray.cores import usable_cores
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name
@@ -153,7 +154,7 @@ def measure_ray(device: str) -> Measurements:
         details={
             "seconds_a_unit": {"plain loop": median(loop), "one worker": median(one), "two workers": median(two)},
             "units": f"{len(units)} of {config.extract.images_per_part} photographs, tiny_cpu",
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
         },
     )
 

@@ -1,6 +1,5 @@
 """The parts of the benchmark, run in order, and their printed and written results."""
 
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from transfgu_ray.bench import bank, extract, labels, scale, train
 from transfgu_ray.bench.timing import Measurements
+from transfgu_ray.cores import usable_cores
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.provenance import library_versions
 
@@ -42,7 +42,7 @@ def run_parts(names: Sequence[str], threads: int, on_part: Callable[[str], None]
     machine = {
         "machine": platform.machine(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads,
     }

@@ -7,12 +7,13 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.config.sections import RuntimeConfig
+from transfgu_ray.cores import usable_cores
 from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.logs import begin_work
@@ -83,7 +84,7 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
     logged: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if is_local:
         # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
-        slots = max(os.cpu_count() or 1, 4)
+        slots = max(usable_cores(), 4)
         where: dict[str, Any] = {
             # Ignore any cluster that already runs on this machine.
             "address": "local",
@@ -186,7 +187,7 @@ def _resources(runtime: RuntimeConfig) -> Resources:
     slots = int(total.get("CPU", 1))
     # On one machine slots may outnumber cores, see `ray_session`.
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
-    cores = max(1, min(slots, os.cpu_count() or 1) if len(nodes) == 1 else slots)
+    cores = max(1, min(slots, usable_cores()) if len(nodes) == 1 else slots)
     wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
     return Resources(
         num_cores=cores,
@@ -196,3 +197,26 @@ def _resources(runtime: RuntimeConfig) -> Resources:
         threads=runtime.threads,
         num_blocks=runtime.num_blocks,
     )
+
+
+def own_node() -> Mapping[str, float]:
+    """Return what Ray grants on the node of this process; outside Ray, the cores and GPUs that the process may use."""
+    import ray
+
+    if ray.is_initialized():
+        own = ray.get_runtime_context().get_node_id()
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+        granted: dict[str, float] = next(node["Resources"] for node in nodes if node["NodeID"] == own)
+        return granted
+    import torch
+
+    return {"CPU": usable_cores(), "GPU": torch.cuda.device_count()}
+
+
+def cores_per_gpu(node: Mapping[str, float]) -> int:
+    """Return the share of a node's cores that each of its GPUs, and so each worker there, gets; at least 1.
+
+    Args:
+        node: see `own_node`. Ray lists only what there is of each.
+    """
+    return max(1, int(node.get("CPU", 0)) // max(1, int(node.get("GPU", 0))))

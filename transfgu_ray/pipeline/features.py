@@ -1,6 +1,5 @@
 """images -> features: class tokens of sliding windows, with crops batched across the photographs of a unit."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.halving import halved
 from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_labelled, require_finite, require_some
 from transfgu_ray.engine.prefetch import made_ahead
+from transfgu_ray.engine.session import cores_per_gpu, own_node
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import cut_crops, resize_label, to_working
@@ -102,7 +102,7 @@ class FeatureExtractor(PartWorker):
         self._label_table = config.label_table if config.extract.windows == "ground_truth" else None
         # A GPU encodes crops faster than one core cuts them; on a CPU the encoder needs the cores itself.
         on_gpu = self.device == "cuda"
-        self._num_cutters = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 1
+        self._num_cutters = cores_per_gpu(own_node()) if on_gpu else 1
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the unit's part."""

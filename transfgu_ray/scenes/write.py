@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from transfgu_ray.cores import usable_cores
 from transfgu_ray.errors import DataError
 from transfgu_ray.scenes.classes import CLASSES, SUPER_IDS, SUPER_NAMES, THING_IDS
 from transfgu_ray.scenes.compose import SCENE_UNITS, render_object, render_scene
@@ -154,7 +154,7 @@ def _record(arguments: dict[str, int], complete: bool) -> bytes:
 
 def _spread(work: Callable[[Any], Any], items: list[Any], num_processes: int | None) -> Iterator[Any]:
     """Yield the result of the work for each item, in order, from this process or several."""
-    processes = min(num_processes or os.cpu_count() or 1, len(items))
+    processes = min(num_processes or usable_cores(), len(items))
     if processes <= 1:
         yield from map(work, items)
         return
