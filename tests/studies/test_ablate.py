@@ -22,7 +22,7 @@ def test_ablate__returns_runs_with_the_counts_of_their_photographs(
         for output in ("metrics.json", "confusions", "model"):
             run.copy_output(finished, output)
 
-    monkeypatch.setattr(study, "ray_session", lambda *settings: nullcontext())
+    monkeypatch.setattr(study, "ray_session", lambda *settings, **more: nullcontext())
     monkeypatch.setattr(study, "run_stages", finish)
     found = study.ablate(
         Folder(str(tmp_path / "grid")),

@@ -72,7 +72,7 @@ def predict(
         kept_log(target, "predict"),
         terminal.stage("predict", len(photos.images), "photographs") as show,
         unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
-        ray_session(ray_address, RuntimeConfig()) as resources,
+        ray_session(ray_address, RuntimeConfig(), note=terminal.note) as resources,
     ):
         manifest = verb.predict(
             source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress

@@ -6,22 +6,24 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.cores import usable_cores
 from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
-from transfgu_ray.errors import ConfigError
+from transfgu_ray.errors import ConfigError, StalledError
 from transfgu_ray.runs.logs import begin_work
 
 # A worker and the reading task that feeds it share one CPU, so that one CPU is enough to make progress.
 WORKER_CPUS = 0.75
 READER_CPUS = 0.25
 _STARTS = 3
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,27 @@ class Resources:
 
 
 @contextmanager
-def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = False) -> Iterator[Resources]:
+def ray_session(
+    address: str | None,
+    runtime: RuntimeConfig,
+    dashboard: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Resources]:
     """Connect to the Ray cluster at `address`, or start a local one on loopback and stop it afterwards.
+
+    Inside another session this one only counts its resources. Where a cluster has no GPU but cuda is asked for, its
+    autoscaler is asked for GPUs until the session ends, and the session begins with the first of them.
 
     Args:
         address: of a cluster; None = start a local one.
         runtime: workers and devices.
         dashboard: start the local one with its dashboard. Without it, the resources of a training inside a stopped
             trial are never freed: Ray Train asks the dashboard whether its controller is alive.
+        note: called with a line on the workers of the session, and with one before it waits for a GPU.
 
     Raises:
-        ConfigError: no cluster answers at `address`, or it has no GPU where cuda was asked for.
+        ConfigError: no cluster answers at `address`, or a local Ray has no GPU where cuda was asked for.
+        StalledError: no GPU came within `runtime.stall_minutes`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -104,8 +116,10 @@ def ray_session(address: str | None, runtime: RuntimeConfig, dashboard: bool = F
     divert_ray_loggers()
     begin_work()
     try:
-        with diverted_prints():
-            yield _resources(runtime)
+        with diverted_prints(), nullcontext() if is_local else _awaited_gpus(runtime, note):
+            resources = _resources(runtime)
+            note(_words(resources, runtime, is_local=is_local))
+            yield resources
     finally:
         ray.shutdown()
 
@@ -176,10 +190,64 @@ def _quiet_start() -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
+@contextmanager
+def _awaited_gpus(runtime: RuntimeConfig, note: Callable[[str], None]) -> Iterator[None]:
+    """Wait for the first GPU of a cluster that has none; ask its autoscaler for GPUs until the context ends.
+
+    Raises:
+        StalledError: none came in time.
+    """
+    if runtime.device != "cuda" or _granted().get("GPU"):
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = max(runtime.num_workers or 1, runtime.train_workers or 1)
+    minutes = runtime.stall_minutes
+    note(
+        f"waiting at most {minutes:g} minutes for a GPU, since this Ray has none; its autoscaler is asked for {wanted}"
+    )
+    # Without an autoscaler nobody reads the request.
+    request_resources(bundles=[{"GPU": 1}] * wanted)
+    try:
+        end = time.monotonic() + 60 * minutes
+        while not _granted().get("GPU"):
+            if time.monotonic() > end:
+                raise StalledError(
+                    f"runtime.device=cuda waited {minutes:g} minutes for a GPU, but this Ray still has none; `ray "
+                    "status` shows what the cluster lacks, and runtime.stall_minutes sets this limit"
+                )
+            time.sleep(_POLL_S)
+        yield
+    finally:
+        # A cluster that is lost has no request to take back, and Ray raises no narrower class.
+        with suppress(Exception):
+            request_resources(bundles=[])
+
+
+def _granted() -> dict[str, float]:
+    """Return what all nodes grant together."""
+    import ray
+
+    granted: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types here
+    return granted
+
+
+def _words(resources: Resources, runtime: RuntimeConfig, *, is_local: bool) -> str:
+    """Return the line that says on how many workers of which kind stages run."""
+    count = f"on {resources.num_workers} worker{'s' if resources.num_workers > 1 else ''}"
+    if resources.device == "cuda":
+        return f"{count} with a GPU each"
+    if runtime.device == "cpu":
+        return f"{count}, CPU only: runtime.device=cpu"
+    waits = "" if is_local else " (with runtime.device=cuda a run waits for one)"
+    return f"{count}, CPU only: this Ray has no GPU{waits}"
+
+
 def _resources(runtime: RuntimeConfig) -> Resources:
     import ray
 
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types here
+    total = _granted()
     gpus = int(total.get("GPU", 0))
     if runtime.device == "cuda" and not gpus:
         raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")

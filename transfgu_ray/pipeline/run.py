@@ -68,7 +68,10 @@ def run_stages(
     if to_make:
         # Before Ray starts, so that bad weights or sizes and missing labels are reported at once.
         weights = resolve_weights(run, to_make)
-        with _tracked(run, to_make, trial) as tracked, ray_session(address, config.runtime) as resources:
+        with (
+            _tracked(run, to_make, trial) as tracked,
+            ray_session(address, config.runtime, note=reporter.note) as resources,
+        ):
             for stage in to_make:
                 job = StageJob(
                     folder=run.folder,

@@ -87,7 +87,7 @@ def pretrain(
     found = sum(source.num_images(split) for source in sources for split in ("train", "val"))
     check_early(config, sum(source.num_images("train") for source in sources))
     opened.require_space(0 if out.exists(COPIES) else found * 3 * config.data.source_size**2)
-    with ray_session(address, config.runtime) as resources:
+    with ray_session(address, config.runtime, note=reporter.note) as resources:
         check_workers(config, resources)
         work = _Work(
             opened=opened,

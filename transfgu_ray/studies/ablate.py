@@ -47,7 +47,7 @@ def ablate(
         TransfguError: settings, data, weights or a run folder are unusable.
     """
     runs: dict[str, list[ScoredRun]] = {name: [] for name in variants}
-    with ray_session(address, config.runtime):
+    with ray_session(address, config.runtime, note=reporter.note):
         for seed in seeds:
             uris = {name: folder.uri_of(f"seed_{seed}/{name}") for name in (FULL, *variants)}
             for name in variants:

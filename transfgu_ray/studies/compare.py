@@ -160,7 +160,7 @@ def compare(
     with (
         reporter.stage("compare", (len(measured) + num_scored) * len(entries), "photographs") as show,
         unless_stalled("the comparison", RuntimeConfig().stall_minutes, show) as progress,
-        ray_session(address, RuntimeConfig()) as resources,
+        ray_session(address, RuntimeConfig(), note=reporter.note) as resources,
     ):
         for entry in entries:
             for file, _ in entry.version.model.files():

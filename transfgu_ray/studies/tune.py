@@ -98,7 +98,10 @@ def tune(
     base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": tracking_uri(folder, base)})})
     identity = _write_identity(folder, base, plan)
     sweep = _Sweep(folder, base, plan, Trials(folder, base), begin_sweep(folder, base, identity))
-    with ended_on_error(sweep.parent), ray_session(address, base.runtime, dashboard=True):
+    with (
+        ended_on_error(sweep.parent),
+        ray_session(address, base.runtime, dashboard=True, note=reporter.note),
+    ):
         try:
             _run_missing(sweep, reporter)
         except StalledError as error:
