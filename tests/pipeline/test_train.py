@@ -89,7 +89,8 @@ def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1
                 load_train_data(
                     index.take(rows),
                     position,
-                    run_uri=run.folder.uri,
+                    bank_uri=run.folder.uri,
+                    tokens_uri=run.folder.uri,
                     config=config,
                     epoch=epoch.index,
                     step=step,

@@ -7,7 +7,6 @@ before, and the trial whose rate makes it collapse begins after another has left
 """
 
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -18,6 +17,7 @@ from ray.util.placement_group import placement_group_table
 
 from tests.fixtures import Silent
 from transfgu_ray.config.run import RunConfig
+from transfgu_ray.engine import session
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.pipeline import train, train_loop
 from transfgu_ray.storage import Folder
@@ -73,7 +73,7 @@ def main(sweep_folder: str, config: str) -> None:
     plan = tune.SweepPlan({_RATE: RATES}, len(RATES), "optuna", "asha", "score")
     tune.run_trial = paced_trial
     # Two trials run at a time, wherever this runs: one would wait for ever for another.
-    os.cpu_count = lambda: 2
+    session.usable_cores = lambda: 2
     with ray_session(None, base.runtime, dashboard=True):
         sweep = tune.tune(Folder(sweep_folder), base, plan=plan, address=None, reporter=Silent())
         begun = time.monotonic()

@@ -18,6 +18,7 @@ from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.config.presets import configure, get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.spaces import Range
@@ -60,9 +61,8 @@ def test_tune__shares_stages_measures_trials_and_repeats_nothing(base: RunConfig
         ("extract", 4), ("concepts", 2), ("concepts", 2), ("labels", 2), ("labels", 2),
     ]  # fmt: skip
     first = Run.open(sweep["trials"][0]["run"], None)
-    part = "features/part-000000.parquet"
-    assert (Path(first.folder.path) / part).samefile(next(Path(folder.path).glob(f"shared/extract-*/{part}")))
-    assert pq.read_table(Path(first.folder.path) / "labels").num_rows == 5
+    assert [first.folder.exists(table) for table in ("features", "labels", "tokens")] == [False] * 3
+    assert pq.read_table(Path(table_folder(first.folder, "labels").path) / "labels").num_rows == 5
     best = max(sweep["trials"], key=lambda trial: trial["score"])
     assert sweep["best"]["id"] == best["id"]
     assert folder.exists("sweep.html")

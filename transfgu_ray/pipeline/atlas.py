@@ -31,6 +31,7 @@ from transfgu_ray.images import encode
 from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.train_data import decode_bank_row
 from transfgu_ray.reports.palette import spotlight
+from transfgu_ray.runs.references import RunFiles, table_folder
 from transfgu_ray.runs.tables import atlas_schema, build_table, vectors
 from transfgu_ray.storage import Folder
 
@@ -105,23 +106,25 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
 def _scan_parts(job: Job, kinds: list[str], centroids: np.ndarray) -> _Scan:
     import ray
 
-    run_folder, resources = job.folder, job.resources
-    count = len(part_files(run_folder, "labels"))
+    files, resources = RunFiles(job.folder), job.resources
+    bank, features = files.folder_of("labels"), files.folder_of("features")
+    count = len(part_files(bank, "labels"))
     # As Any: Ray's types for remote functions do not cover keyword arguments.
     function: Any = _scan
     task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
     runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
-    given = ray.put((kinds, centroids))
+    given = ray.put((bank.uri, features.uri, kinds, centroids))
     with signs_of_life(lambda _: job.progress()) as sign, unwrapped_errors():
         scans: list[_Scan] = ray.get(
-            [task.remote(run_folder.uri, given, parts=parts, threads=resources.threads, sign=sign) for parts in runs]
+            [task.remote(given, parts=parts, threads=resources.threads, sign=sign) for parts in runs]
         )
     return functools.reduce(_Scan.merge, scans)
 
 
-def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, threads: int, sign: Sign) -> _Scan:
+def _scan(given: tuple[str, str, list[str], np.ndarray], *, parts: range, threads: int, sign: Sign) -> _Scan:
     torch.set_num_threads(threads)
-    run_folder, (kinds, centroids) = Folder(run_uri), given
+    bank_uri, features_uri, kinds, centroids = given
+    bank_folder, features = Folder(bank_uri), Folder(features_uri)
     num_concepts = len(kinds)
     found = _Scan(
         Best.none(CROPS_PER_CONCEPT, num_concepts),
@@ -131,7 +134,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
     )
     for part in parts:
         sign()
-        bank = read_part(run_folder, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
+        bank = read_part(bank_folder, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
         means = np.zeros((bank.num_rows, num_concepts), np.float32)
         patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
         for row, record in enumerate(bank.to_pylist()):
@@ -141,7 +144,7 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
             patches, followed = patches + won, followed + pairs
         found = found.merge(
             _Scan(
-                _nearest(run_folder, part, kinds=np.array(kinds), centroids=centroids),
+                _nearest(features, part, kinds=np.array(kinds), centroids=centroids),
                 strongest_responses(means, part, MAPS_PER_CONCEPT),
                 patches,
                 followed,
@@ -151,8 +154,8 @@ def _scan(run_uri: str, given: tuple[list[str], np.ndarray], *, parts: range, th
     return found
 
 
-def _nearest(run_folder: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
-    table = read_part(run_folder, part_name("features", part), ["image_id", "kind", "cls_token"])
+def _nearest(features: Folder, part: int, *, kinds: np.ndarray, centroids: np.ndarray) -> Best:
+    table = read_part(features, part_name("features", part), ["image_id", "kind", "cls_token"])
     if not table.num_rows:
         return Best.none(CROPS_PER_CONCEPT, len(kinds))
     of_image = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -164,10 +167,11 @@ def _nearest(run_folder: Folder, part: int, *, kinds: np.ndarray, centroids: np.
 def _pictures(run_folder: Folder, found: _Scan) -> dict[str, list[dict[str, Any]]]:
     """Return the pictures to make from each photograph."""
     pictures: dict[str, list[dict[str, Any]]] = {}
+    files = RunFiles(run_folder)
     for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
         columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
         for part in np.unique(best.parts[np.isfinite(best.values)]).tolist():
-            rows = read_part(run_folder, part_name(table, part), columns)
+            rows = read_part(files.folder_of(table), part_name(table, part), columns)
             for rank, concept in np.argwhere(np.isfinite(best.values) & (best.parts == part)).tolist():
                 row = int(best.rows[rank, concept])
                 record = rows.slice(row, 1).to_pylist()[0]
@@ -187,6 +191,7 @@ class ExamplePainter(PartWorker):
         super().__init__(config, run_uri, **part)
         self._limits = config.data
         self._pictures = pictures
+        self._bank = table_folder(self.run_folder, "labels")
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
         """Write the unit's part."""
@@ -209,6 +214,6 @@ class ExamplePainter(PartWorker):
             picture = image.copy()
             picture.thumbnail((_MAP_PX, _MAP_PX))
             part, row = wanted["place"]
-            scores = decode_bank_row(read_row(self.run_folder, part_name("labels", part), row))[1][wanted["concept_id"]]
+            scores = decode_bank_row(read_row(self._bank, part_name("labels", part), row))[1][wanted["concept_id"]]
             picture = spotlight(picture, scores.numpy())
         return encode(picture, "WEBP", quality=75)

@@ -17,6 +17,7 @@ from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.context import StageJob
 from transfgu_ray.pipeline.shards import actor_shards, read_points
+from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet, vectors
 from transfgu_ray.storage import Folder
 
@@ -89,9 +90,10 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
 def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tuple[dict[str, Any], int]:
     import ray
 
-    run_folder, config, resources = job.folder, job.config, job.resources
+    config, resources = job.config, job.resources
+    features = table_folder(job.folder, "features")
     # Most runs are small enough to skip the counting.
-    parts = _count_parts(run_folder, resources, sign) if is_spread(config, num_rows) else {}
+    parts = _count_parts(features, resources, sign) if is_spread(config, num_rows) else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if is_spread(config, totals[kind])]
     small = {kind: count for kind, count in groups.items() if kind not in large}
@@ -103,11 +105,11 @@ def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tup
         task = ray.remote(function).options(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=1)
         use_gpu = resources.device == "cuda"
         fitted, peak_mb = ray.get(
-            task.remote(run_folder.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu, sign=sign)
+            task.remote(features.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu, sign=sign)
         )
         job.progress(len(small))
     for kind in large:
-        with actor_shards(run_folder, kind, parts=parts[kind], resources=resources, sign=sign) as points:
+        with actor_shards(features, kind, parts=parts[kind], resources=resources, sign=sign) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
                 groups[kind],
@@ -118,18 +120,18 @@ def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tup
             peak_mb = max(peak_mb, points.peak_mb())
         job.progress(1)
     ordered = {kind: fitted[kind] for kind in groups}
-    _write_concepts(run_folder, ordered)
+    _write_concepts(job.folder, ordered)
     return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
 
 
-def _count_parts(run_folder: Folder, resources: Resources, sign: Sign) -> dict[str, list[tuple[str, int]]]:
+def _count_parts(features: Folder, resources: Resources, sign: Sign) -> dict[str, list[tuple[str, int]]]:
     """Return the name and number of crops of every part, in order, for each kind of crop."""
     import ray
 
-    names = part_files(run_folder, "features")
+    names = part_files(features, "features")
     task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
     shares = even_ranges(len(names), resources.num_workers)
-    runs = ray.get([task.remote(run_folder.uri, names[share.start : share.stop], sign) for share in shares])
+    runs = ray.get([task.remote(features.uri, names[share.start : share.stop], sign) for share in shares])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
     kinds = set(itertools.chain.from_iterable(counts.values()))
     return {kind: [(name, of_part.get(kind, 0)) for name, of_part in counts.items()] for kind in kinds}

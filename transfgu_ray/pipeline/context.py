@@ -20,6 +20,7 @@ class Trial:
         tags: tags of the registered model.
         sibling: run with another seed. A second student learns from its bank, so that every epoch can be measured
             without labels; None = nothing is measured.
+        concurrent: trials that run at once.
         on_epoch: called with the history so far whenever it has grown.
         sign_key: of the signs of life of its training, which outlives the trial's process.
     """
@@ -27,6 +28,7 @@ class Trial:
     parent: Tracked
     tags: Mapping[str, str]
     sibling: Run | None
+    concurrent: int
     on_epoch: Callable[[list[dict[str, float]]], None]
     sign_key: str
 

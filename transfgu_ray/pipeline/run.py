@@ -16,6 +16,7 @@ from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.context import StageJob, Trial
 from transfgu_ray.pipeline.inputs import check_early, list_training, resolve_weights, stage_inputs
 from transfgu_ray.runs.logs import logged_stage
+from transfgu_ray.runs.references import drop_references, table_folder
 from transfgu_ray.runs.run import Run, and_more
 from transfgu_ray.runs.stages import STAGES, Stage
 from transfgu_ray.tracking import runs as tracking
@@ -64,7 +65,7 @@ def run_stages(
     }
     _require_before(run, stages[0], fingerprints)
     pending |= _discard_damaged(run, stages, pending=pending, reporter=reporter)
-    to_make = _to_make(run, stages, pending)
+    to_make = _to_make(run, stages, pending, fingerprints)
     if to_make:
         # Before Ray starts, so that bad weights or sizes and missing labels are reported at once.
         weights = resolve_weights(run, to_make)
@@ -98,16 +99,26 @@ def run_stages(
     return {stage: run.require(stage) for stage in stages if STAGES[stage].feeds is None}
 
 
-def _to_make(run: Run, stages: Sequence[str], pending: set[str]) -> list[str]:
-    """Return the stages to run, in order: pending ones, their feeders, and named feeders of unfinished stages."""
+def _to_make(run: Run, stages: Sequence[str], pending: set[str], fingerprints: Mapping[str, str]) -> list[str]:
+    """Return the stages to run, in order: pending ones, their feeders, and named feeders of unfinished stages.
+
+    Feeders that another run has finished for this one are left out.
+    """
     wanted = set(pending)
     for stage in STAGES:
         if stage.feeds is None or not stage.is_wanted(run.config):
             continue
         is_fed_later = stage.name in stages and run.manifest(stage.feeds) is None
-        if stage.feeds in pending or is_fed_later:
+        if (stage.feeds in pending or is_fed_later) and not _is_shared(run, stage, fingerprints[stage.name]):
             wanted.add(stage.name)
     return [name for name in STAGES.names if name in wanted]
+
+
+def _is_shared(run: Run, stage: Stage, fingerprint: str) -> bool:
+    """Return whether another run holds the table of a stage for this one, with the same settings and input."""
+    holder = table_folder(run.folder, stage.outputs[0])
+    manifest = None if holder is run.folder else Run(holder, run.config).manifest(stage.name)
+    return manifest is not None and manifest["fingerprint"] == fingerprint
 
 
 def _require_before(run: Run, first: str, fingerprints: Mapping[str, str]) -> None:
@@ -176,6 +187,8 @@ def _tracked(run: Run, to_make: Sequence[str], trial: Trial | None) -> Iterator[
 def _run_stage(stage: Stage, job: StageJob, reporter: Reporter) -> bool:
     """Run a stage and write its manifest; return False if rebuilt files differ from those before the damage."""
     started = time.perf_counter()
+    # What is made from here on is the run's own.
+    drop_references(job.folder, stage.outputs)
     with (
         logged_stage(stage.name),
         reporter.stage(stage.name, None, stage.unit) as show,

@@ -19,6 +19,7 @@ from transfgu_ray.models.weights import (
 )
 from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
 from transfgu_ray.pipeline.train_data import TOKENS
+from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, tokens_schema
 
 
@@ -40,6 +41,7 @@ class TokenCacher(PartWorker):
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._encoder = load_run_encoder(self.run_folder, config.encoder.precision, self.device)
+        self._bank = table_folder(self.run_folder, "labels")
         self._backbone = load_run_backbone(self.run_folder, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
@@ -69,7 +71,7 @@ class TokenCacher(PartWorker):
         return self.write(unit, build_table(columns, tokens_schema()), stats=stats, row_group_size=1)
 
     def _check_as_in_the_bank(self, unit: int, image_ids: list[str], stats: PartStats) -> None:
-        labelled = read_part(self.run_folder, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
+        labelled = read_part(self._bank, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
         if image_ids == labelled:
             return
         (image_id, *_) = sorted(set(image_ids) ^ set(labelled))

@@ -6,6 +6,7 @@ from typing import Any
 
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.job import Job
+from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.signs import signs_of_life
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.engine.trainer import fit, new_trainer, read_state, recover_torn, watched_json
@@ -41,6 +42,17 @@ class TrainResult:
     resumed_at_step: int
 
 
+def num_readers(resources: Resources, *, students: int, trainings: int) -> int:
+    """Return the reading tasks of each student in each worker: all together at most one per core, but each at least 1.
+
+    Args:
+        resources: of each training.
+        students: number that learn side by side in each worker.
+        trainings: number that run at once on the cores.
+    """
+    return max(1, resources.num_cores // (resources.train_workers * students * trainings))
+
+
 def train(
     job: Job,
     model_config: ModelConfig,
@@ -49,6 +61,7 @@ def train(
     runtime: RuntimeConfig,
     sibling: Run | None = None,
     sign_key: str | None = None,
+    trainings: int = 1,
 ) -> TrainResult:
     """Train, or resume an interrupted training, and write the model.
 
@@ -61,6 +74,7 @@ def train(
         sibling: run with another seed and a bank of the same photographs. A second student learns from it, and the
             history gets label-free scores of every epoch; the first student is not affected.
         sign_key: see `signs_of_life`.
+        trainings: number that run at once, this one included.
 
     Raises:
         DataError: losses are NaN or infinite, and again after a restart from the last checkpoint; or a photograph of
@@ -77,8 +91,7 @@ def train(
         "config": job.config,
         "model": model_config,
         "threads": resources.threads,
-        # Each of two students has readers of its own.
-        "num_readers": max(1, resources.num_cores // resources.train_workers // (1 if sibling is None else 2)),
+        "num_readers": num_readers(resources, students=1 if sibling is None else 2, trainings=trainings),
         "sibling": sibling and {"run_uri": sibling.folder.uri, "config": sibling.config},
     }
     seen = 0
@@ -164,6 +177,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         runtime=config.runtime if job.trial is None else config.runtime.model_copy(update={"max_restarts": 0}),
         sibling=None if job.trial is None else job.trial.sibling,
         sign_key=None if job.trial is None else job.trial.sign_key,
+        trainings=1 if job.trial is None else job.trial.concurrent,
     )
     images = run.require("labels")["images"]
     steps, per_worker = epoch_steps(config, images, resources.train_workers)

@@ -16,6 +16,7 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_rgb, to_working
+from transfgu_ray.runs.references import table_folder
 from transfgu_ray.storage import Folder, read_file
 
 # The table of cached tokens, with the same parts and rows as the bank.
@@ -33,8 +34,9 @@ def bank_index(run_folder: Folder, alive: Callable[[int], None] = lambda number:
     """
     units: list[int] = []
     rows: list[int] = []
-    for unit, name in enumerate(part_files(run_folder, "labels")):
-        count = run_folder.read(name, pq.read_metadata).num_rows
+    bank = table_folder(run_folder, "labels")
+    for unit, name in enumerate(part_files(bank, "labels")):
+        count = bank.read(name, pq.read_metadata).num_rows
         units += [unit] * count
         rows += range(count)
         alive(unit)
@@ -43,7 +45,9 @@ def bank_index(run_folder: Folder, alive: Callable[[int], None] = lambda number:
 
 def bank_image_ids(run_folder: Folder) -> list[str]:
     """Read the image_id of every image of the bank, in order."""
-    image_ids: list[str] = read_table(run_folder, "labels", ["image_id"])["image_id"].to_pylist()
+    image_ids: list[str] = read_table(table_folder(run_folder, "labels"), "labels", ["image_id"])[
+        "image_id"
+    ].to_pylist()
     return image_ids
 
 
@@ -51,7 +55,8 @@ def load_train_data(
     places: pa.Table,
     positions: Int64[np.ndarray, " b"],
     *,
-    run_uri: str,
+    bank_uri: str,
+    tokens_uri: str,
     config: RunConfig,
     epoch: int,
     step: int,
@@ -65,7 +70,8 @@ def load_train_data(
     Args:
         places: rows of `bank_index`.
         positions: position of each sample in the epoch.
-        run_uri: the run folder.
+        bank_uri: the run folder that holds the bank.
+        tokens_uri: the one that holds the cached tokens.
         config: the run's configuration.
         epoch: index of the epoch.
         step: number of the step in the epoch.
@@ -79,15 +85,16 @@ def load_train_data(
         DataError: a photograph is gone, or cannot be decoded any more.
     """
     torch.set_num_threads(1)
-    run_folder, how = Folder(run_uri), Augmentation(**config.train.augment.model_dump())
+    bank, cache = Folder(bank_uri), Folder(tokens_uri)
+    how = Augmentation(**config.train.augment.model_dump())
     threshold = config.cam.background_threshold if config.has_background else None
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
-        record = read_row(run_folder, part_name("labels", place["unit"]), place["row"])
+        record = read_row(bank, part_name("labels", place["unit"]), place["row"])
         _, maps = decode_bank_row(record)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
-            cached = read_row(run_folder, part_name(TOKENS, place["unit"]), place["row"])
+            cached = read_row(cache, part_name(TOKENS, place["unit"]), place["row"])
             assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
@@ -121,7 +128,8 @@ def read_photos(
     places: pa.Table, run_folder: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
     """Read the whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
-    rows = [read_row(run_folder, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
+    bank = table_folder(run_folder, "labels")
+    rows = [read_row(bank, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
     return np.stack([_read_photo(row["path"], config, size) for row in rows])
 
 

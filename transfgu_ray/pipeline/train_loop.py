@@ -22,7 +22,8 @@ from transfgu_ray.engine.stream import peak_memory_mb
 from transfgu_ray.engine.trainer import failures_noted, latest_state, report_state
 from transfgu_ray.models.model import ModelConfig, build_decoder
 from transfgu_ray.models.weights import load_run_backbone, load_run_encoder
-from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index, load_train_data, read_photos
+from transfgu_ray.pipeline.train_data import TOKENS, bank_image_ids, bank_index, load_train_data, read_photos
+from transfgu_ray.runs.references import RunFiles
 from transfgu_ray.storage import Folder
 
 HISTORY = "train/history.json"
@@ -386,6 +387,8 @@ def _batches(
     """
     repeats = config.train.epoch_repeats
     steps, per_worker = epoch_steps(config, len(index), world_size)
+    files = RunFiles(Folder(run_uri))
+    tables = {"bank_uri": files.folder_of("labels").uri, "tokens_uri": files.folder_of(TOKENS).uri}
     # A batch comes from one task or several.
     slices = [slice(start, start + _CROPS_PER_TASK) for start in range(0, per_worker, _CROPS_PER_TASK)]
 
@@ -404,12 +407,11 @@ def _batches(
             position = np.arange(order.size).reshape(order.shape) * world_size + rank
             begun = first_step if epoch is epochs[0] else 0
             for step, part in itertools.product(range(begun, steps), slices):
-                places = index.take(pa.array(order[step, part]))
                 yield {
-                    "places": places,
+                    "places": index.take(pa.array(order[step, part])),
                     "positions": position[step, part],
                     "step": step,
-                    "run_uri": run_uri,
+                    **tables,
                     "config": config,
                     "epoch": epoch.index,
                     "grid_hw": grid_hw,

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -15,6 +15,14 @@ from transfgu_ray.storage import Folder
 # Threads pay: reading waits for the storage, and hashing releases the GIL.
 _THREADS = 8
 _CHUNK_BYTES = 2**22
+_Read = TypeVar("_Read")
+
+
+class Readable(Protocol):
+    """A folder, or several that hold the files together."""
+
+    def read(self, name: str, reader: Callable[[pa.NativeFile], _Read]) -> _Read:
+        """Read a file with a function and return its result."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ def record_name(stage: str) -> str:
     return f"{stage}.files.json"
 
 
-def checksum_files(folder: Folder, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def checksum_files(folder: Readable, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Return the bytes and sha256 of each file, by name.
 
     Args:
@@ -52,7 +60,7 @@ def dump_record(files: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def find_damaged(folder: Folder, record: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
+def find_damaged(folder: Readable, record: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
     """Return the names of files that are missing or differ from the record; files of the right size are read.
 
     Args:
@@ -78,13 +86,13 @@ def read_mending(folder: Folder, stage: str) -> Mending | None:
         return None
 
 
-def _hashes(folder: Folder, names: Iterable[str]) -> dict[str, str]:
+def _hashes(folder: Readable, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(partial(_sha256, folder), names), strict=True))
 
 
-def _sha256(folder: Folder, name: str) -> str:
+def _sha256(folder: Readable, name: str) -> str:
     return folder.read(name, _hash_content)
 
 

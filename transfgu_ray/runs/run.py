@@ -19,6 +19,7 @@ from transfgu_ray.runs.checksums import (
 )
 from transfgu_ray.runs.configured import ConfiguredFolder
 from transfgu_ray.runs.provenance import library_versions
+from transfgu_ray.runs.references import TABLES, RunFiles, drop_references, refer, table_folder
 from transfgu_ray.runs.stages import NAMES, STAGES
 from transfgu_ray.storage import Folder
 
@@ -83,6 +84,19 @@ class Run:
         """Copy a finished stage of another run, its manifest last."""
         for output in STAGES[stage].outputs:
             self.copy_output(source, output)
+        self._copy_manifest(source, stage)
+
+    def refer_stage(self, source: "Run", stage: str) -> None:
+        """Take over a finished stage of another run: refer to its tables, copy all else, its manifest last."""
+        for output in STAGES[stage].outputs:
+            if output in TABLES:
+                self.folder.delete(output)
+                refer(self.folder, output, table_folder(source.folder, output))
+            else:
+                self.copy_output(source, output)
+        self._copy_manifest(source, stage)
+
+    def _copy_manifest(self, source: "Run", stage: str) -> None:
         if source.folder.exists(record_name(stage)):
             self.folder.copy_from(source.folder, record_name(stage))
         self.folder.copy_from(source.folder, f"{stage}.json")
@@ -114,9 +128,10 @@ class Run:
         return manifest
 
     def clear(self, stage: str) -> None:
-        """Delete the manifest of a stage first, then its outputs."""
+        """Delete the manifest of a stage first, then its outputs; of shared tables only the reference."""
         for name in (f"{stage}.json", record_name(stage), *STAGES[stage].outputs):
             self.folder.delete(name)
+        drop_references(self.folder, STAGES[stage].outputs)
 
     def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
         """Write the checksums of the stage's files, then the manifest that marks it as complete; call it last.
@@ -147,11 +162,11 @@ class Run:
         manifest = self.manifest(stage)
         if manifest is None or "files_sha256" not in manifest:
             return []
-        there, checksum = self._files(stage), manifest["files_sha256"]
+        there, checksum, files = self._files(stage), manifest["files_sha256"], RunFiles(self.folder)
         record = self.folder.read_bytes(record_name(stage)) if self.folder.exists(record_name(stage)) else b""
         if hashlib.sha256(record).hexdigest() == checksum:
-            return find_damaged(self.folder, json.loads(record), there)
-        record = dump_record(checksum_files(self.folder, there))
+            return find_damaged(files, json.loads(record), there)
+        record = dump_record(checksum_files(files, there))
         if hashlib.sha256(record).hexdigest() != checksum:
             return [record_name(stage), *sorted(there)]
         self.folder.write_bytes(record_name(stage), record)
@@ -164,14 +179,16 @@ class Run:
             ArtifactError: some are not; the message names the first, and what makes it again.
         """
         if damaged := self.damaged_files(stage):
+            first = RunFiles(self.folder).folder_of(damaged[0]).uri_of(damaged[0])
             raise ArtifactError(
-                f"{self.folder.uri_of(damaged[0])}{and_more(damaged)}: not what stage {stage} wrote, damaged or "
-                f"deleted since; run `transfgu {stage} {self.folder.uri}` to make it again"
+                f"{first}{and_more(damaged)}: not what stage {stage} wrote, damaged or deleted since; run "
+                f"`transfgu {stage} {self.folder.uri}` to make it again"
             )
 
     def discard(self, stage: str, damaged: list[str]) -> None:
         """Delete the damaged files of a finished stage and then its manifest, so that they are made again.
 
+        Shared tables are left alone, since the stage then makes tables of its own.
         In this order a kill in between leaves a stage that lacks files, not one that would go on with damaged ones.
         """
         checksum = self.require(stage)["files_sha256"]
@@ -187,9 +204,10 @@ class Run:
     def _files(self, stage: str) -> dict[str, int]:
         """Return the size in bytes of each file of a stage that checksums are kept of."""
         found: dict[str, int] = {}
+        files = RunFiles(self.folder)
         for output in STAGES[stage].outputs:
             # The stage train itself leaves nothing deeper.
-            found |= self.folder.files(output, recursive=output != "train")
+            found |= files.files(output, recursive=output != "train")
         return {
             name: size
             for name, size in found.items()

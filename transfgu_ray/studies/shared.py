@@ -34,6 +34,8 @@ class SharedStages:
     def make(self, configs: Iterable[RunConfig], reporter: Reporter) -> None:
         """Make the features, banks and tokens that the trials need and that are missing, each distinct one once.
 
+        The runs of banks refer to the features, and all banks of the same features to the same tokens.
+
         Raises:
             TransfguError: settings, data or weights are unusable.
         """
@@ -41,22 +43,23 @@ class SharedStages:
         for place, _ in self._banks(configs):
             run = Run.open(place.folder.uri, place.config)
             features = self._open("extract", run.config)
-            if run.manifest("extract") is None:
+            if features.folder.uri not in with_tokens:
                 run_stages(features, SHARED[:1], address=None, reporter=reporter)
-                run.copy_stage(features, "extract")
+            if run.manifest("extract") is None:
+                run.refer_stage(features, "extract")
             source = with_tokens.setdefault(features.folder.uri, run)
             if source is not run and source.manifest("tokens") is not None:
-                run.copy_stage(source, "tokens")
+                run.refer_stage(source, "tokens")
             run_stages(run, (*SHARED, "tokens"), address=None, reporter=reporter)
 
     def give(self, target: Run) -> None:
-        """Copy the shared stages to a trial, unless it is trained already."""
+        """Let a trial refer to the tables of the shared stages and copy all else, unless it is trained already."""
         if target.manifest("train") is not None:
             return
         source = self.bank(target.config)
         for stage in (*SHARED, "tokens"):
             if source.manifest(stage) is not None:
-                target.copy_stage(source, stage)
+                target.refer_stage(source, stage)
 
     def drop_tokens(self, configs: Iterable[RunConfig]) -> None:
         """Delete the cached tokens, which are large and not needed once every trial has ended."""

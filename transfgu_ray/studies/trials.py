@@ -187,7 +187,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
 
     Args:
         values: the point, as text.
-        settings: folder and base configuration of the sweep, its MLflow run and its objective.
+        settings: folder and base configuration of the sweep, its MLflow run, its objective and its concurrent trials.
     """
     from ray import tune
 
@@ -211,7 +211,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         shared.give(run)
         sibling = shared.bank(sibling_of(run.config)) if objective == "score" else None
         tags = {"objective": objective, "sweep": folder.uri}
-        trial = Trial(settings["parent"], tags, sibling, on_epoch, _TRAINING + name)
+        trial = Trial(settings["parent"], tags, sibling, settings["concurrent"], on_epoch, _TRAINING + name)
         with kept_log(run.folder, "trial"):
             run_stages(run, TRIAL_STAGES, address=None, reporter=_SigningReporter(sign), trial=trial)
     except UnfinishedError:

@@ -233,6 +233,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
         "base": resources,
         "parent": sweep.parent,
         "objective": plan.objective,
+        "concurrent": concurrent,
     }
     epochs = sum(base.whole_rounds)
     if points is None:
