@@ -5,7 +5,7 @@ TransfguError          exit code 2
 +-- DataError          photographs, labels or lists are missing or unusable
 +-- WeightsError       encoder weights are missing or do not fit
 +-- ArtifactError      a run folder or model cannot be read or written
-    +-- StorageError   the storage does not answer, and did not for a minute
+    +-- StorageError   a storage did not answer for a minute
 UnfinishedError        exit code 1: a part of the work is missing, for no fault of the user
 +-- StalledError       no progress for too long
 """
@@ -32,7 +32,7 @@ class ArtifactError(TransfguError):
 
 
 class StorageError(ArtifactError):
-    """A storage that does not answer; the same command goes on once it does."""
+    """A storage that did not answer for a minute, which says nothing of the files in it."""
 
 
 class UnfinishedError(Exception):

@@ -1,11 +1,14 @@
 """Folders, local or at any URI that pyarrow or fsspec opens; a file is written whole or not at all."""
 
 import contextlib
+import copy
 import errno
 import json
+import logging
 import os
 import posixpath
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, StorageError, TransfguError
 
 # KEY:SECRET@ in any scheme. A secret may hold slashes; digits and a slash after the colon are a port.
 _PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@]*@")
@@ -46,22 +49,127 @@ def refuse_credentials(name: str, value: str) -> None:
 # In an object store a file appears whole when its PUT ends; elsewhere a rename makes it so.
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
-_READ_ATTEMPTS = 3
-_Read = TypeVar("_Read")
+_LOGGER = logging.getLogger("transfgu_ray")
+_Result = TypeVar("_Result")
+
+# For how long a storage that fails is asked again, and the waits between, which double from the first to the longest.
+RETRY_S = 60.0
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 10.0
+# Of Google's client, which by itself asks again for 15 minutes.
+_GCS_RETRY_S = 10
+
 # Errors of the whole disk rather than of a file.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_PASSING = {errno.EIO, errno.ESTALE}
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+# How stores give these answers where pyarrow and fsspec find neither class nor number for them.
+_IN_WORDS = {
+    errno.ENOENT: re.compile(r"AWS Error (NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND)\b|^Bucket '.*' not found"),
+    errno.EACCES: re.compile(
+        r"AWS Error (ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID|"
+        r"MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT)\b|^Forbidden: "
+    ),
+    errno.EISDIR: re.compile(r" is a directory$|Not a regular file: "),
+    errno.ENOSYS: re.compile(r"^Unable to load lib"),
+}
+_HTTP_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
+_STATUS_IN_WORDS = re.compile(r"AWS Error UNKNOWN \(HTTP status (\d{3})\)|Azure Error: \[[^]]*\] (\d{3}) ")
+_OF_STORES = re.compile(r"AWS Error|google::cloud::Status\(|Azure Error: \[")
+# What fails in this program, a parser or its content. Anything else may come from the library of a store.
+_OF_THE_PROGRAM = (
+    *(TransfguError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
+    *(ImportError, MemoryError, NameError, RuntimeError, StopIteration),
+)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the number of the error (`errno`) that a store's answer amounts to; None where it gave no answer."""
+    response = getattr(error, "response", None)
+    given = [getattr(each, name, None) for each in (error, response) for name in ("status", "status_code", "code")]
+    reason = str(error).partition("\n")[0]
+    if found := _STATUS_IN_WORDS.search(reason):
+        given.append(int(found[1] or found[2]))
+    numbers = [_HTTP_STATUS[each] for each in given if isinstance(each, int) and each in _HTTP_STATUS]
+    numbers += [number for number, words in _IN_WORDS.items() if words.search(reason)]
+    return numbers[0] if numbers else None
+
+
+def _answer(error: Exception) -> Exception | None:
+    """Return the error if time does not change it, e.g. a missing file; None if the storage may answer later."""
+    if isinstance(error, pa.ArrowException) and not isinstance(error, ValueError) and _OF_STORES.search(str(error)):
+        # GCS: neither of these is an OSError.
+        return None
+    if isinstance(error, (*_OF_THE_PROGRAM, *_ANSWERS, pa.ArrowException)):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        number = _number(error)
+        return None if number is None else OSError(number, _reason(error))
+    return error if number in _DISK_ERRORS | _MISSING | _FORBIDDEN else None
+
+
+def _unanswered(error: BaseException, where: str = "") -> StorageError:
+    reason = f"{where}: {_reason(error)}" if where else _reason(error)
+    return StorageError(f"the storage does not answer: {reason}; the same command goes on once it does")
+
+
+def patiently(action: Callable[[], _Result], where: str, *, seconds: float | None = None) -> _Result:
+    """Do something with a storage, again and again for a while if the storage does not answer.
+
+    Time is measured, not attempts, since some libraries ask for seconds by themselves.
+
+    Args:
+        action: can be repeated.
+        where: file or folder, for the message.
+        seconds: after which no further attempt begins; None = `RETRY_S`.
+
+    Raises:
+        StorageError: it did not answer in time.
+        OSError: its answer, e.g. that there is no such file.
+    """
+    seconds = RETRY_S if seconds is None else seconds
+    end, wait = time.monotonic() + seconds, FIRST_WAIT_S
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            answer = _answer(error)
+            if answer is error:
+                raise
+            if answer is not None:
+                raise answer from None
+            left = end - time.monotonic()
+            if left <= 0:
+                raise _unanswered(error, where) from None
+            if wait == FIRST_WAIT_S:
+                _LOGGER.warning("%s: %s; trying again for up to %.0f s", where, _reason(error), left)
+        time.sleep(min(wait, left))
+        wait = min(2 * wait, LONGEST_WAIT_S)
 
 
 def storage_failure(error: BaseException) -> ArtifactError | None:
-    """Return the error to report if the storage itself failed (full, read-only, not answering); None for any other."""
-    if not isinstance(error, OSError):
-        return None
-    reason = str(error).splitlines()[0]
-    if error.errno in _DISK_ERRORS:
-        return ArtifactError(f"the storage cannot be written: {reason}; choose a writable folder with free space")
-    # pyarrow gives these errors no class and no number. A missing file is not a failure of the storage.
-    if error.errno is None and "AWS Error" in reason:
-        return ArtifactError(f"the storage does not answer: {reason}; the same command goes on once it does")
+    """Return the error to report if the storage itself failed (full, read-only, not answering); None for any other.
+
+    Args:
+        error: of any origin, so that only what certainly comes from a storage counts.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return ArtifactError(
+            f"the storage cannot be written: {str(error).splitlines()[0]}; choose a writable folder with free space"
+        )
+    if isinstance(error, PermissionError):
+        return ArtifactError(f"the storage refuses: {str(error).splitlines()[0]}; check permissions and credentials")
+    of_a_store = isinstance(error, (OSError, pa.ArrowException)) and _OF_STORES.search(str(error))
+    if of_a_store or (isinstance(error, OSError) and error.errno in _PASSING):
+        return _unanswered(error)
     return None
 
 
@@ -76,20 +184,69 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
+        return patiently(lambda: _opened(uri), uri)
+    except (OSError, ImportError, ValueError) as error:
+        # A missing library, an unknown scheme or a bucket that is not there.
+        raise ArtifactError(f"cannot open {uri}: {_reason(error)}") from None
+
+
+def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
+    scheme, _, rest = uri.partition("://")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in rest:
+        uri += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_GCS_RETRY_S}"
+    try:
         opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(uri)
         return opened
     except pa.ArrowInvalid:
         pass
-    except (OSError, ImportError, ValueError) as error:
-        # A missing library or network.
-        raise ArtifactError(f"cannot open {uri}: {str(error).splitlines()[0]}") from None
-    try:
-        import fsspec
+    import fsspec
 
-        fs, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise ArtifactError(f"cannot open {uri}: {error}") from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+    fs, path = fsspec.core.url_to_fs(uri)
+    return pafs.PyFileSystem(_StrictHandler(fs)), path
+
+
+class _StrictHandler(pafs.FSSpecHandler):  # type: ignore[misc]
+    """pyarrow's handler without its habit, and fsspec's, to take any error of a store for a missing file.
+
+    Nor does it use listings that fsspec keeps: other processes write too.
+    """
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        for path in paths:
+            self.fs.invalidate_cache(path)
+        found: list[pafs.FileInfo] = super().get_file_info(paths)
+        return found
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        (top,) = self.get_file_info([selector.base_dir])
+        if top.type == pafs.FileType.NotFound and selector.allow_not_found:
+            return []
+        if top.type != pafs.FileType.Directory:
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", selector.base_dir)
+        depth = None if selector.recursive else 1
+        walked = self.fs.walk(selector.base_dir, maxdepth=depth, detail=True, on_error="raise")
+        found = [info for _, *kinds in walked for each in kinds for name, info in each.items() if name]
+        return [self._create_file_info(info["name"], info) for info in found]
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        (info,) = self.get_file_info([path])
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        return pa.PythonFile(self.fs.open(path, mode="rb"), mode="r")
+
+    open_input_stream = open_input_file
+
+    def delete_file(self, path: str) -> None:
+        self.fs.rm_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        from fsspec import AbstractFileSystem
+
+        if type(self.fs).mv is AbstractFileSystem.mv:
+            self.fs.cp_file(src, dest)
+            self.fs.rm_file(src)
+        else:
+            self.fs.mv(src, dest)
 
 
 def leads_out(name: str) -> bool:
@@ -108,6 +265,17 @@ class Folder:
     def __init__(self, uri: str) -> None:
         self.uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
         self.fs, self.path = resolve(uri)
+        self._retry_s: float | None = None
+
+    def once(self) -> "Folder":
+        """Return the same folder, but one whose operations do not try again, for threads that must not wait."""
+        found = copy.copy(self)
+        found._retry_s = 0.0
+        return found
+
+    def patiently(self, name: str, action: Callable[[], _Result]) -> _Result:
+        """Do something with a file of the folder that can be repeated; see the function of this name."""
+        return patiently(action, self.uri_of(name) if name else self.uri, seconds=self._retry_s)
 
     def join(self, name: str) -> str:
         """Return the full path of a name, for use with `fs`.
@@ -138,43 +306,50 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Return whether a file or folder of that name exists."""
-        return bool(self.fs.get_file_info(self.join(name)).type != pafs.FileType.NotFound)
+        return bool(self._info(name).type != pafs.FileType.NotFound)
 
     def is_file(self, name: str = "") -> bool:
         """Return whether a file, not a folder, of that name exists."""
-        return bool(self.fs.get_file_info(self.join(name)).type == pafs.FileType.File)
+        return bool(self._info(name).type == pafs.FileType.File)
+
+    def _info(self, name: str) -> pafs.FileInfo:
+        return self.patiently(name, lambda: self.fs.get_file_info(self.join(name)))
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """Yield (relative name, bytes) of a file or of those below a folder, sorted; nothing if neither exists."""
-        info = self.fs.get_file_info(self.join(name))
+        info = self._info(name)
         if info.type == pafs.FileType.File:
             yield name, info.size
             return
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
-        found = self.fs.get_file_info(selector)
+        found = self.patiently(name, lambda: self.fs.get_file_info(selector))
         prefix = self.path.rstrip("/") + "/"
         yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
 
-    def read(self, name: str, reader: Callable[[pa.NativeFile], _Read]) -> _Read:
+    def read(self, name: str, reader: Callable[[pa.NativeFile], _Result]) -> _Result:
         """Read a file with a function and return its result.
 
         Raises:
-            OSError: there is no such file, or it cannot be read.
-            ArtifactError: the storage does not answer.
+            FileNotFoundError, PermissionError, OSError: there is no such file, or it is not to be read.
+            ValueError: raised by the function, as pa.ArrowInvalid is: the content is damaged.
+            StorageError: the storage does not answer.
         """
-        for attempt in range(_READ_ATTEMPTS):
+        return self.patiently(name, lambda: self._read(name, reader))
+
+    def _read(self, name: str, reader: Callable[[pa.NativeFile], _Result]) -> _Result:
+        with self.fs.open_input_file(self.join(name)) as file:
             try:
-                with self.fs.open_input_file(self.join(name)) as file:
-                    return reader(file)
+                return reader(file)
             except OSError as error:
-                failure = storage_failure(error)
-                if failure is None:
+                if error.errno is not None:
                     raise
-                # pyarrow itself retries an object store for some seconds, except if it reads fewer bytes than the
-                # message of the refusal has.
-                if attempt == _READ_ATTEMPTS - 1:
-                    raise failure from None
-        raise AssertionError("unreachable")
+                # Parquet reports damaged content by the class of a failing disk, but only a disk fails here.
+                file.seek(0)
+                content = file.read()
+        try:
+            return reader(pa.BufferReader(content))
+        except OSError as error:
+            raise pa.ArrowInvalid(str(error)) from None
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a file; see `read`."""
@@ -186,8 +361,12 @@ class Folder:
 
         Raises:
             ValueError: the file is damaged.
+            StorageError: the storage does not answer.
         """
-        return json.loads(self.read_bytes(name)) if self.exists(name) else None
+        try:
+            return json.loads(self.read_bytes(name))
+        except FileNotFoundError:
+            return None
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all.
@@ -198,29 +377,31 @@ class Folder:
         self.write_bytes(name, json.dumps(content, indent=1).encode())
 
     def try_read(self, name: str) -> tuple[bytes | None, str | None]:
-        """Return the content of a file, or why it cannot be read.
+        """Return the content of a file, or why it cannot be read: it is missing or forbidden.
 
         Raises:
-            ArtifactError: the storage does not answer.
+            StorageError: the storage does not answer, which says nothing of the file.
         """
-        for attempt in range(_READ_ATTEMPTS):
-            try:
-                return self.read_bytes(name), None
-            except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-                return None, f"cannot be read: {error.strerror or 'not found'}"
-            except OSError as error:
-                # Network disks fail for moments; a lasting failure is the file's own.
-                if attempt == _READ_ATTEMPTS - 1:
-                    return None, f"cannot be read: {str(error).splitlines()[0][:120]}"
-        raise AssertionError("unreachable")
+        try:
+            return self.read_bytes(name), None
+        except OSError as error:
+            return None, f"cannot be read: {_reason(error)[:120]}"
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file that appears whole or not at all.
 
         Raises:
             ArtifactError: the target cannot be written.
+            StorageError: the storage does not answer.
         """
-        target = self.join(name)
+        try:
+            self.patiently(name, lambda: self._write(self.join(name), data))
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {self.join(name)}: {_reason(error)}; choose a writable folder with free space"
+            ) from None
+
+    def _write(self, target: str, data: bytes | pa.Buffer) -> None:
         direct = self.fs.type_name in _ATOMIC_PUT
         folder, base = posixpath.split(target)
         path = target if direct else posixpath.join(folder, f".{base}.{uuid.uuid4().hex[:8]}{_TMP_SUFFIX}")
@@ -230,17 +411,11 @@ class Folder:
                 stream.write(data)
             if not direct:
                 self.fs.move(path, target)
-        except OSError as error:
+        except Exception:
             if not direct:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     self.fs.delete_file(path)
-            reason = error.strerror or str(error).splitlines()[0]
-            advice = (
-                "the same command goes on once the store answers"
-                if direct
-                else "choose a writable folder with free space"
-            )
-            raise ArtifactError(f"cannot write {target}: {reason}; {advice}") from None
+            raise
 
     def copy_from(self, source: "Folder", name: str) -> None:
         """Copy a file of another folder under the same name, whole or not at all.
@@ -249,23 +424,34 @@ class Folder:
 
         Raises:
             ArtifactError: the target cannot be written.
+            StorageError: the storage does not answer.
         """
         if self.is_local and source.is_local:
             self.delete(name)
-            self.fs.create_dir(posixpath.dirname(self.join(name)), recursive=True)
             # Fails across disks and on file systems without hard links.
             with contextlib.suppress(OSError):
+                folder = posixpath.dirname(self.join(name))
+                self.patiently(name, lambda: self.fs.create_dir(folder, recursive=True))
                 os.link(source.join(name), self.join(name))
                 return
         self.write_bytes(name, source.read_bytes(name))
 
     def delete(self, name: str) -> None:
-        """Remove a file or a whole folder; do nothing if there is none."""
-        kind = self.fs.get_file_info(self.join(name)).type
-        if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(self.join(name))
-        elif kind == pafs.FileType.File:
-            self.fs.delete_file(self.join(name))
+        """Remove a file or a whole folder; do nothing if there is none.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        self.patiently(name, lambda: self._delete(self.join(name)))
+
+    def _delete(self, path: str) -> None:
+        kind = self.fs.get_file_info(path).type
+        # Another process, or an attempt whose answer was lost, may remove it first.
+        with contextlib.suppress(FileNotFoundError):
+            if kind == pafs.FileType.Directory:
+                self.fs.delete_dir(path)
+            elif kind == pafs.FileType.File:
+                self.fs.delete_file(path)
 
 
 def read_file(uri: str) -> bytes:

@@ -95,15 +95,16 @@ class FaultyStore:
     url: str
     env: dict[str, str]
 
-    def set_faults(self, share: float, seed: int = 0, stall_s: float = 0.0) -> None:
+    def set_faults(self, share: float, seed: int = 0, stall_s: float = 0.0, answer: str = "") -> None:
         """Let a share of the requests fail from now on.
 
         Args:
             share: of failing requests; 1 = a dead store.
             seed: decides, with the number of a request, whether it fails.
-            stall_s: seconds by which a third of the answers 500 and 503 are delayed.
+            stall_s: seconds by which a third of the failing answers are delayed.
+            answer: HTTP status and S3 code of a failing request, e.g. `403 AccessDenied`; "" = 500 or 503, by the seed.
         """
-        _post(self.url, {"share": share, "seed": seed, "stall_s": stall_s})
+        _post(self.url, {"share": share, "seed": seed, "stall_s": stall_s, "answer": answer})
 
     def count_faults(self) -> int:
         """Return the number of failed requests so far."""
@@ -125,7 +126,7 @@ class FaultyStore:
 _CONTROL = "/-/faults"
 
 
-def _post(url: str, values: dict[str, float]) -> None:
+def _post(url: str, values: dict[str, float | str]) -> None:
     request = urllib.request.Request(f"{url}{_CONTROL}", json.dumps(values).encode(), method="POST")
     urllib.request.urlopen(request, timeout=30).close()
 
@@ -177,7 +178,8 @@ def _serve(port: int) -> None:
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = create_backend_app("s3")
-    faults, failed = {"share": 0.0, "seed": 0, "stall_s": 0.0, "numbers": itertools.count()}, []
+    faults: dict[str, Any] = {"share": 0.0, "seed": 0, "stall_s": 0.0, "answer": "", "numbers": itertools.count()}
+    failed: list[str] = []
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == _CONTROL:
@@ -192,8 +194,8 @@ def _serve(port: int) -> None:
         failed.append(environ["PATH_INFO"])
         if rng.random() < 1 / 3:
             time.sleep(faults["stall_s"])
-        status, code = rng.choice([("500 Internal Server Error", "InternalError"), ("503 Slow Down", "SlowDown")])
-        start_response(status, [("Content-Type", "application/xml")])
+        status, code = (faults["answer"] or rng.choice(["500 InternalError", "503 SlowDown"])).split()
+        start_response(f"{status} {code}", [("Content-Type", "application/xml")])
         return [f"<Error><Code>{code}</Code><Message>drawn by the seed</Message></Error>".encode()]
 
     run_simple("127.0.0.1", port, application, threaded=True)

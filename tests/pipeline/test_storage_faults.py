@@ -339,7 +339,8 @@ def test_object_store__an_outage_ends_in_a_message_and_the_run_resumes_after_it(
     began = time.monotonic()
     code, said = on_store(store, tmp_path, *data)
     assert_sentence(code, said)
-    assert time.monotonic() - began < 90
+    # A minute of trying again, and the start of the command.
+    assert time.monotonic() - began < 180
     store.set_faults(share=0)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(on_store, store, tmp_path, *data)

@@ -281,7 +281,7 @@ def watched_json(run_folder: Folder, name: str, on_change: Callable[[Any], None]
         content = None
         # The file may not exist yet, and a failing storage is reported by the training itself.
         with suppress(OSError, ArtifactError):
-            content = run_folder.read_bytes(name)
+            content = run_folder.once().read_bytes(name)
         if content is None or content == seen:
             return
         try:

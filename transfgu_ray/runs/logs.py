@@ -133,7 +133,7 @@ def kept_log(folder: Folder, command: str) -> Iterator[None]:
                 for part in (file, Path(f"{file}.1")):
                     # Most often nothing was logged since the last time.
                     if not folder.is_local and part.exists() and sent.get(part) != (changed := part.stat().st_mtime_ns):
-                        folder.write_bytes(f"{LOGS}/{part.name}", part.read_bytes())
+                        folder.once().write_bytes(f"{LOGS}/{part.name}", part.read_bytes())
                         sent[part] = changed
 
         try:
