@@ -80,24 +80,34 @@ def test_token_cacher__stores_what_inference_reads_in_the_order_of_the_bank(run:
     assert [(part.num_row_groups, part.metadata.num_rows) for part in parts] == [(2, 2), (1, 1), (2, 2)]
 
 
-@pytest.mark.parametrize(
-    ("unit", "photos", "message"),
-    [
-        (
-            0,
-            {"photo_000.jpg": True, "photo_001.jpg": False},
-            r"photo_001\.jpg has changed .*\(now: not an image\)",
-        ),
-        (1, {"photo_001a.jpg": True, "photo_002.jpg": True}, r"photo_001a\.jpg has changed .*\(now: readable\)"),
-    ],
-)
-def test_token_cacher__refuses_other_photographs_than_the_banks(
-    run: Run, photographs: Path, unit: int, photos: dict[str, bool], message: str
+NOT_IN_BANK = "not in the bank: it could not be used when the bank was labelled"
+
+
+@pytest.mark.parametrize("is_readable_now", [True, False])
+def test_token_cacher__a_photograph_that_the_bank_lacks_is_refused(
+    run: Run, photographs: Path, is_readable_now: bool
 ) -> None:
-    (whole,) = read_photos(photographs, "photo_000.jpg")
-    changed = [Photo(name, whole.data if is_good else b"no picture", None, None) for name, is_good in photos.items()]
-    with pytest.raises(DataError, match=message):
-        cacher(run).process(unit, changed)
+    whole, other = read_photos(photographs, "photo_000.jpg", "photo_002.jpg")
+    mended = Photo("photo_001a.jpg", whole.data if is_readable_now else b"no picture", None, None)
+    assert cacher(run).process(1, [mended, other]) == b"1"
+    part = pq.ParquetFile(Path(run.folder.path) / "tokens/part-000001.parquet")
+    assert part.read(["image_id"])["image_id"].to_pylist() == ["photo_002.jpg"]
+    assert part.num_row_groups == 1
+    stats = json.loads(part.metadata.metadata[b"stats"])
+    assert stats["images"] == 1
+    assert stats["refused"] == [{"image_id": "photo_001a.jpg", "reason": NOT_IN_BANK}]
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "now"),
+    [(b"no picture", None, "not an image"), (None, "cannot be read: not found", "cannot be read: not found")],
+)
+def test_token_cacher__a_photograph_of_the_bank_must_still_be_usable(
+    run: Run, photographs: Path, data: bytes | None, error: str | None, now: str
+) -> None:
+    photos = [*read_photos(photographs, "photo_000.jpg"), Photo("photo_001.jpg", data, None, error)]
+    with pytest.raises(DataError, match=rf"photo_001\.jpg has changed .*\(now: {now}\); restore it"):
+        cacher(run).process(0, photos)
     assert not (Path(run.folder.path) / "tokens").exists(), "a part that does not follow the bank was written"
 
 

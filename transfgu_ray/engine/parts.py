@@ -1,6 +1,7 @@
 """Tables stored as one part per unit: which parts exist, and what their footers say."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_classes
 from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
+
+_PART = re.compile(r"/part-(\d+)\.parquet$")
 
 
 def require_some(stats: Any, num_images: int) -> None:
@@ -62,6 +65,14 @@ def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np
 def part_name(table: str, unit: int) -> str:
     """Return the name of a unit's file."""
     return f"{table}/part-{unit:06d}.parquet"
+
+
+def unit_of(name: str) -> int:
+    """Return the unit of a part's file; the inverse of `part_name`."""
+    found = _PART.search(name)
+    if found is None:
+        raise ValueError(f"{name} is no name of a part")
+    return int(found[1])
 
 
 @dataclass
@@ -207,6 +218,8 @@ def build_table_of_parts(
 ) -> TableResult:
     """Make the missing parts of a table, then read every footer: the table is complete when this returns.
 
+    A part that is damaged or of other settings is made again and replaced, never deleted before.
+
     Args:
         job: folders, settings and resources.
         table: the table's folder.
@@ -217,14 +230,18 @@ def build_table_of_parts(
 
     Raises:
         TransfguError: raised by a worker because the user's input is wrong.
+        StorageError: the storage does not answer.
     """
     folder = job.folder
     units = dict(enumerate(split_units(images, images_per_part)))
     wanted = {part_name(table, unit): unit for unit in units}
-    for name, _ in list(folder.files(table)):
-        if name not in wanted or read_footer(folder, name, job.fingerprint) is None:
+    present = set()
+    for name, _ in folder.files(table):
+        job.progress()
+        if name not in wanted:
             folder.delete(name)
-    present = {wanted[name] for name, _ in folder.files(table)}
+        elif read_footer(folder, name, job.fingerprint) is not None:
+            present.add(wanted[name])
     job.progress(sum(len(units[unit]) for unit in present))
     missing = {unit: refs for unit, refs in units.items() if unit not in present}
     given = {"config": job.config, "run_uri": folder.uri, "table": table, "fingerprint": job.fingerprint}
@@ -241,6 +258,7 @@ def build_table_of_parts(
         job.progress(len(units[result.unit]), refused=int(result.result))
     total, num_rows = PartStats(), 0
     for name in wanted:
+        job.progress()
         footer = read_footer(folder, name, job.fingerprint)
         if footer is None:
             raise RuntimeError(f"{folder.uri_of(name)} was not written")
@@ -252,7 +270,8 @@ def build_table_of_parts(
 
 def part_files(run_folder: Folder, table: str) -> list[str]:
     """Return the names of a table's parts, in order of unit."""
-    return [name for name, _ in run_folder.files(table) if name.endswith(".parquet")]
+    # As text, part-1000000 comes before part-999999.
+    return sorted((name for name, _ in run_folder.files(table) if _PART.search(name)), key=unit_of)
 
 
 def read_table(run_folder: Folder, table: str, columns: list[str]) -> pa.Table:
@@ -273,10 +292,10 @@ def read_row(run_folder: Folder, name: str, row: int) -> dict[str, Any]:
 
 
 def read_footer(run_folder: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:
-    """Return the stats and number of rows of a part; None if it is damaged or from other settings or input.
+    """Return the stats and number of rows of a part; None if it is missing, damaged or from other settings or input.
 
     Raises:
-        ArtifactError: the storage does not answer.
+        StorageError: the storage does not answer, which says nothing of the part.
     """
     try:
         footer = run_folder.read(name, pq.read_metadata)
@@ -284,5 +303,5 @@ def read_footer(run_folder: Folder, name: str, fingerprint: str) -> tuple[PartSt
         if metadata.get(b"fingerprint") != fingerprint.encode():
             return None
         return PartStats(**json.loads(metadata[b"stats"])), footer.num_rows
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -48,14 +48,15 @@ class TokenCacher(PartWorker):
         """Write the unit's part.
 
         Raises:
-            DataError: the readable photographs are not the same as when the bank was made.
+            DataError: a photograph of the bank is missing or cannot be used any more.
         """
         config, stats = self.config, PartStats()
+        banked = read_part(self.run_folder, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
         image_ids, working = [], []
-        for photo, image in decode_photos(self.signed(photos), stats, limits=config.data):
+        for photo, image in decode_photos(self.signed(_only(banked, photos, stats)), stats, limits=config.data):
             image_ids.append(photo.image_id)
             working.append(to_working(image, config.train_crop_size, config.data.resample))
-        self._check_as_in_the_bank(unit, image_ids, stats)
+        _check_complete(banked, image_ids, stats)
         tokens: list[bytes] = []
         for _, batch in self.signed(batched_rows(np.array(working), config.cam.batch_size)):
             images = torch.from_numpy(batch).to(self.device)
@@ -70,12 +71,22 @@ class TokenCacher(PartWorker):
         }
         return self.write(unit, build_table(columns, tokens_schema()), stats=stats, row_group_size=1)
 
-    def _check_as_in_the_bank(self, unit: int, image_ids: list[str], stats: PartStats) -> None:
-        labelled = read_part(self._bank, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
-        if image_ids == labelled:
-            return
-        (image_id, *_) = sorted(set(image_ids) ^ set(labelled))
-        now = {refusal["image_id"]: refusal["reason"] for refusal in stats.refused}.get(image_id, "readable")
-        raise DataError(
-            f"{image_id} has changed since the bank was labelled (now: {now}); restore it or use another run folder"
-        )
+
+def _only(banked: list[str], photos: list[Photo], stats: PartStats) -> list[Photo]:
+    """Return the photographs that the bank has; record the others as refused, whether readable by now or not."""
+    reason = "not in the bank: it could not be used when the bank was labelled"
+    known = set(banked)
+    others = [photo.image_id for photo in photos if photo.image_id not in known]
+    stats.refused += [{"image_id": image_id, "reason": reason} for image_id in others]
+    return [photo for photo in photos if photo.image_id in known]
+
+
+def _check_complete(banked: list[str], image_ids: list[str], stats: PartStats) -> None:
+    if image_ids == banked:
+        return
+    now = {refusal["image_id"]: refusal["reason"] for refusal in stats.refused}
+    (image_id, *_) = sorted(set(banked) - set(image_ids))
+    raise DataError(
+        f"{image_id} has changed since the bank was labelled (now: {now.get(image_id, 'not listed')}); restore it or "
+        "use another run folder"
+    )

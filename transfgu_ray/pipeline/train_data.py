@@ -13,7 +13,7 @@ from transfgu_ray.algorithms.labels.bank import decode_scores, training_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table
+from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table, unit_of
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_rgb, to_working
 from transfgu_ray.runs.references import table_folder
@@ -35,11 +35,11 @@ def bank_index(run_folder: Folder, alive: Callable[[int], None] = lambda number:
     units: list[int] = []
     rows: list[int] = []
     bank = table_folder(run_folder, "labels")
-    for unit, name in enumerate(part_files(bank, "labels")):
+    for number, name in enumerate(part_files(bank, "labels")):
         count = bank.read(name, pq.read_metadata).num_rows
-        units += [unit] * count
+        units += [unit_of(name)] * count
         rows += range(count)
-        alive(unit)
+        alive(number)
     return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
 
 
