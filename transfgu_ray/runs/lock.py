@@ -1,21 +1,24 @@
 """A lock that allows one writer per folder: a note of the owning process, refreshed while it lives."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from transfgu_ray.background import repeated
+from transfgu_ray.background import interruptible, repeated
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs.exclusive import create
 from transfgu_ray.storage import Folder
 
 LOCK = ".lock.json"
+_CLAIM = f"{LOCK}.after-"
 BEAT_S = 5.0
 # Longer than two beats, so that one late beat does not count as a missing one.
 PATIENCE_S = 13.0
@@ -41,6 +44,13 @@ class _Owner:
     started: str
     beats: int
 
+    def __str__(self) -> str:
+        return f"process {self.pid} of {self.host.partition(' ')[0]}"
+
+    def note(self) -> bytes:
+        """Return the owner as the content of a file."""
+        return json.dumps(asdict(self), indent=1).encode()
+
 
 @contextlib.contextmanager
 def locked(folder: Folder) -> Iterator[None]:
@@ -50,57 +60,146 @@ def locked(folder: Folder) -> Iterator[None]:
     clocks are compared, so the folder of a lost machine is taken over after `PATIENCE_S`.
 
     Raises:
-        ArtifactError: another process works there.
+        ArtifactError: another process works there, or took the lock while this one could not renew it.
+        StorageError: the storage does not answer.
     """
-    owner = _read(folder)
-    if owner is not None and _lives(owner, folder):
-        raise ArtifactError(
-            f"process {owner.pid} of {owner.host.partition(' ')[0]} is at work in {folder.uri}; wait until it ends, or "
-            "use another folder"
-        )
     mine = _Owner(uuid.uuid4().hex, _host(), os.getpid(), _started(os.getpid()) or "", 0)
-    _write(folder, mine)
-    # Of two processes that found it free at the same time, the last to write owns it.
-    found = _read(folder)
-    if found is None or found.id != mine.id:
-        raise ArtifactError(f"another process began in {folder.uri} at the same moment; use another folder")
+    _acquire(folder, mine)
+    try:
+        with interruptible() as interrupt, repeated(_beat(folder.once(), mine, interrupt), seconds=BEAT_S, name="lock"):
+            yield
+    finally:
+        # Should it fail, the next command finds the owner gone.
+        with contextlib.suppress(OSError, ArtifactError):
+            _delete_own(folder.once(), mine)
+
+
+def _acquire(folder: Folder, mine: _Owner) -> None:
+    while not create(folder, LOCK, mine.note()):
+        note = _read(folder, LOCK)
+        # It may have been freed just now.
+        if note is None:
+            continue
+        if _lives(folder, LOCK, note):
+            raise ArtifactError(
+                f"{_owner_in(note)} is at work in {folder.uri}; wait until it ends, or use another folder"
+            )
+        if _succeed(folder, note, mine):
+            return
+
+
+def _succeed(folder: Folder, note: bytes, mine: _Owner) -> bool:
+    """Replace the note of a dead owner; return False if another process did.
+
+    Raises:
+        ArtifactError: another process is about to.
+    """
+    claim = _claim(folder, note, mine)
+    if claim is None:
+        return False
+    try:
+        # Claims go only after the note has changed, so that a later one on the same note ends here.
+        if _read(folder, LOCK) != note:
+            return False
+        folder.write_bytes(LOCK, mine.note())
+    finally:
+        with contextlib.suppress(OSError, ArtifactError):
+            folder.delete(claim)
+    for name in [name for name, _ in folder.files() if name.startswith(_CLAIM)]:
+        folder.delete(name)
+    return True
+
+
+def _claim(folder: Folder, note: bytes, mine: _Owner) -> str | None:
+    """Create the claim that only one process can create: it is named after the note, which is a dead owner's.
+
+    A claim of a process that died itself is claimed likewise.
+
+    Returns:
+        its name; None if another process had it and is done.
+
+    Raises:
+        ArtifactError: a living process has it.
+    """
+    while True:
+        claim = f"{_CLAIM}{hashlib.sha256(note).hexdigest()[:16]}"
+        if create(folder, claim, mine.note()):
+            return claim
+        other = _read(folder, claim)
+        if other is None:
+            return None
+        if _lives(folder, claim, other):
+            raise ArtifactError(f"{_owner_in(other)} began in {folder.uri} at the same moment; use another folder")
+        note = other
+
+
+def _beat(folder: Folder, mine: _Owner, interrupt: Callable[[Exception], None]) -> Callable[[], None]:
+    """Return what renews the note, and ends the work if the lock is another's by now."""
     beats = itertools.count(1)
 
     def beat() -> None:
         # A failing storage is reported by the work itself, not by its lock.
-        with contextlib.suppress(ArtifactError):
-            _write(folder, replace(mine, beats=next(beats)))
+        with contextlib.suppress(OSError, ArtifactError):
+            renewed, note = replace(mine, beats=next(beats)).note(), _read(folder, LOCK)
+            if note is None:
+                if create(folder, LOCK, renewed):
+                    return
+                note = _read(folder, LOCK)
+            owner = None if note is None else _parse(note)
+            if owner is None or owner.id == mine.id:
+                folder.write_bytes(LOCK, renewed)
+                return
+            interrupt(
+                ArtifactError(
+                    f"the lock of {folder.uri} was taken by {owner}; this command stopped, so that two do not write "
+                    "there at once: wait until the other ends, or use another folder"
+                )
+            )
 
-    try:
-        with repeated(beat, seconds=BEAT_S, name="lock"):
-            yield
-    finally:
-        with contextlib.suppress(OSError):
-            folder.delete(LOCK)
+    return beat
 
 
-def _lives(owner: _Owner, folder: Folder) -> bool:
-    here = owner.host == _host()
+def _delete_own(folder: Folder, mine: _Owner) -> None:
+    note = _read(folder, LOCK)
+    owner = None if note is None else _parse(note)
+    if owner is not None and owner.id == mine.id:
+        folder.delete(LOCK)
+
+
+def _lives(folder: Folder, name: str, note: bytes) -> bool:
+    """Return whether the process that wrote a note or claim lives; of an unknown one, whether the file changes."""
+    owner = _parse(note)
+    here = owner is not None and owner.host == _host()
     end = time.monotonic() + (_DYING_S if here else PATIENCE_S)
     while time.monotonic() < end:
-        if here and _started(owner.pid) != owner.started:
+        if owner is not None and here and _started(owner.pid) != owner.started:
             return False
-        if not here and _read(folder) != owner:
+        if not here and _read(folder, name) != note:
             return True
         time.sleep(0.2)
     return here
 
 
-def _read(folder: Folder) -> _Owner | None:
-    """Return the note; None if it is missing or damaged."""
+def _read(folder: Folder, name: str) -> bytes | None:
+    """Return the content of a note or claim; None if there is none."""
     try:
-        return _Owner(**json.loads(folder.read_bytes(LOCK)))
-    except (OSError, ValueError, TypeError):
+        return folder.read_bytes(name)
+    except FileNotFoundError:
         return None
 
 
-def _write(folder: Folder, owner: _Owner) -> None:
-    folder.write_json(LOCK, asdict(owner))
+def _parse(note: bytes) -> _Owner | None:
+    """Return the owner in a note; None if it is damaged."""
+    try:
+        owner = _Owner(**json.loads(note))
+    except (ValueError, TypeError):
+        return None
+    kinds = [type(value) for value in asdict(owner).values()]
+    return owner if kinds == [str, str, int, str, int] else None
+
+
+def _owner_in(note: bytes) -> str:
+    return str(_parse(note) or "another process")
 
 
 def _host() -> str:
