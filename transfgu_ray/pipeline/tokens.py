@@ -51,7 +51,7 @@ class TokenCacher(PartWorker):
             DataError: a photograph of the bank is missing or cannot be used any more.
         """
         config, stats = self.config, PartStats()
-        banked = read_part(self.run_folder, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
+        banked = read_part(self._bank, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
         image_ids, working = [], []
         for photo, image in decode_photos(self.signed(_only(banked, photos, stats)), stats, limits=config.data):
             image_ids.append(photo.image_id)

@@ -214,10 +214,10 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         trial = Trial(settings["parent"], tags, sibling, settings["concurrent"], on_epoch, _TRAINING + name)
         with kept_log(run.folder, "trial"):
             run_stages(run, TRIAL_STAGES, address=None, reporter=_SigningReporter(sign), trial=trial)
-    except UnfinishedError:
-        # It lost workers: Tune starts it again, on what is left of the cluster.
-        raise
     except Exception as error:
+        # It lost workers: Tune starts it again, on what is left of the cluster.
+        if isinstance(error, UnfinishedError):
+            raise
         sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
         trials.fail(point, sentence.splitlines()[0])
         # Not raised: Tune would only repeat it.
