@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -119,9 +118,10 @@ def recover_torn(run_folder: Folder, name: str) -> str | None:
     whole = {}
     for file, _ in list(run_folder.files(name, recursive=True)):
         if file.endswith(f"/{_STATE}"):
+            content = io.BytesIO(run_folder.read_bytes(file))
             # What torch raises for a torn file is not documented.
-            with suppress(RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-                state = torch.load(io.BytesIO(run_folder.read_bytes(file)), map_location="cpu", weights_only=True)
+            with suppress(Exception):
+                state = torch.load(content, map_location="cpu", weights_only=True)
                 whole[tuple(state["position"])] = file.removesuffix(f"/{_STATE}")
     run_folder.delete(record)
     return run_folder.uri_of(whole[max(whole)]) if whole else None
