@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders import make_folder
-from tests.faults.campaign import finish
+from tests.faults.bench import finish
 from tests.faults.cluster import Cluster, cluster
 from tests.fixtures import TINY
 

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.faults import hooks
+
 _START_S = 120
+_ROOT = Path(__file__).resolve().parents[2]
 # With several nodes, Ray takes 127.0.0.1 for another name of the machine's external address.
 _HEAD_IP = "127.0.0.2"
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -47,6 +50,7 @@ class Cluster:
         cpus: per node.
         environment: of drivers and `ray` commands.
         head_ip: address of the head.
+        wanted: number of nodes of the whole cluster.
         nodes: running nodes; the first is the head.
     """
 
@@ -56,6 +60,7 @@ class Cluster:
     head_ip: str
     gcs_port: int
     dashboard_port: int
+    wanted: int = 1
     nodes: list[Node] = field(default_factory=list)
     _started: int = 0
 
@@ -77,14 +82,55 @@ class Cluster:
         ))  # fmt: skip
         self._wait(lambda: self.submit("true").wait() == 0)
 
-    def add_node(self) -> Node:
-        """Start a node and wait until the head knows it."""
-        before = self._num_alive()
+    def add_node(self, **variables: str) -> Node:
+        """Start a node, with further environment variables, and wait until the head knows it."""
         self._started += 1
-        node = self._start(f"127.0.0.{self._started + 2}", f"--address={self.address}")
+        node = self._start(f"127.0.0.{self._started + 2}", f"--address={self.address}", variables=variables)
         self.nodes.append(node)
-        self._wait(lambda: self._num_alive() > before)
+        self._wait(lambda: node.ip in self._alive())
         return node
+
+    def mend(self) -> None:
+        """Undo what a fault left: frozen processes, lost nodes, faults that nobody met."""
+        for pid in self.workers(""):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                    os.kill(pid, signal.SIGKILL)
+        for laid in self.faults.iterdir():
+            laid.unlink()
+        while len(self.nodes) < self.wanted:
+            self.add_node()
+
+    @property
+    def faults(self) -> Path:
+        """Folder of the files by which faults in processes begin."""
+        return Path(self.environment[hooks.FOLDER])
+
+    def claimed(self, fault: str) -> list[Path]:
+        """Return the files, named by pid, of the processes that met a fault."""
+        return list(self.faults.glob(f"{fault} by *"))
+
+    @contextmanager
+    def occupied(self, node: Node) -> Iterator[None]:
+        """Let another program have all CPUs of a node."""
+        program = (
+            "import sys, ray; ray.init(sys.argv[1], logging_level=40, log_to_driver=False); "
+            "where = {'num_cpus': int(sys.argv[3]), 'resources': {'node:' + sys.argv[2]: 0.001}}; "
+            "other = ray.remote(**where)(type('Other', (), {})).remote(); "
+            "ray.get(other.__ray_ready__.remote()); print('held', flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", program, self.address, node.ip, str(self.cpus)]
+        holder = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert holder.stdout is not None
+        try:
+            if b"held" not in holder.stdout.readline():
+                raise RuntimeError(f"the CPUs of {node.ip} are not free")
+            yield
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+            holder.communicate()
 
     def restart_alone(self) -> None:
         """Start a new head at the same address, with the CPUs of three nodes but no other node.
@@ -93,7 +139,7 @@ class Cluster:
         """
         for node in list(self.nodes):
             self.lose(node)
-        self.cpus = 3
+        self.cpus, self.wanted = 3, 1
         self.start_head()
 
     def lose(self, node: Node) -> None:
@@ -157,7 +203,7 @@ class Cluster:
             node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, ip: str, *options: str) -> Node:
+    def _start(self, ip: str, *options: str, variables: Mapping[str, str] | None = None) -> Node:
         ports = [
             f"--{name}={free_port()}"
             for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
@@ -168,7 +214,11 @@ class Cluster:
         ]  # fmt: skip
         with open(self.folder / f"{ip}.log", "ab") as log:
             process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=self.environment | (variables or {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         return Node(process, ip)
 
@@ -177,11 +227,12 @@ class Cluster:
             ["ray", *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def _num_alive(self) -> int:
-        code = "import ray; print(sum(node['Alive'] for node in ray.nodes()))"
+    def _alive(self) -> set[str]:
+        """Return the addresses of the nodes that the head takes for alive."""
+        code = "print(*(node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']))"
         program = f"import ray; ray.init({self.address!r}, logging_level=40, log_to_driver=False); {code}"
         out = subprocess.run([sys.executable, "-c", program], env=self.environment, capture_output=True, text=True)
-        return int(out.stdout.split()[-1]) if out.returncode == 0 else 0
+        return set(out.stdout.split()) if out.returncode == 0 else set()
 
     def _wait(self, is_ready: Callable[[], bool]) -> None:
         end = time.monotonic() + _START_S
@@ -199,6 +250,9 @@ def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
+    faults = folder / "faults"
+    faults.mkdir()
+    path = [str(Path(__file__).parent / "startup"), str(_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_TMPDIR": str(folder),
@@ -210,9 +264,12 @@ def cluster(num_nodes: int, cpus: int = 1) -> Iterator[Cluster]:
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "OMP_NUM_THREADS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        hooks.FOLDER: str(faults),
     }
     environment.pop("RAY_ADDRESS", None)
-    made = Cluster(folder, cpus, environment, _HEAD_IP if num_nodes > 1 else "127.0.0.1", free_port(), free_port())
+    head_ip = _HEAD_IP if num_nodes > 1 else "127.0.0.1"
+    made = Cluster(folder, cpus, environment, head_ip, free_port(), free_port(), num_nodes)
     try:
         made.start_head()
         for _ in range(num_nodes - 1):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from tests.builders import make_folder
-from tests.faults.campaign import WORKERS, compare, finish, kill, start
+from tests.faults.bench import WORKERS, compare, finish, kill, start
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.network import in_own_network
 

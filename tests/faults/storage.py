@@ -122,6 +122,18 @@ class FaultyStore:
         names = [info.path for info in found if info.type == pafs.FileType.File]
         return {name.partition("/")[2]: fs.open_input_stream(name).readall() for name in names}
 
+    def count(self, folder: str) -> int:
+        """Return the number of objects below a folder, `bucket/...`."""
+        selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
+        return len(self.open().get_file_info(selector))
+
+    def copy_to(self, bucket: str, folder: str, target: Path) -> None:
+        """Copy the objects of a folder of a bucket to a local folder."""
+        for name, data in self.files(bucket).items():
+            path = target / Path(name).relative_to(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
 
 _CONTROL = "/-/faults"
 
