@@ -146,7 +146,7 @@ class Bench:
             printed, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             kill(process)
-            self.wrong_exits.append("a command hung")
+            self.wrong_exits.append(f"no end within {timeout:.0f} s")
             raise WrongExit(f"no end within {timeout:.0f} s: {process.args}") from None
         if process.returncode not in expected:
             words = f"exit code {process.returncode}, not {' or '.join(map(str, expected))}: {last_line(printed)}"
@@ -311,7 +311,7 @@ class Fault:
             compared,
             exits_right=not bench.wrong_exits,
             seconds_lost=seconds_lost,
-            note="; ".join([note, *bench.wrong_exits]),
+            note="; ".join([note, *(words for words in bench.wrong_exits if words not in note)]),
         )
         for folder in (run, clean_of(run)):
             shutil.rmtree(folder, ignore_errors=True)

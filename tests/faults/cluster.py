@@ -121,7 +121,12 @@ class Cluster:
         )
         command = [sys.executable, "-c", program, self.address, node.ip, str(self.cpus)]
         holder = subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            command,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         assert holder.stdout is not None
         try:

@@ -130,7 +130,8 @@ def out_of_memory(bench: Bench, run: Path, stage: str) -> str | None:
         **{hooks.GREEDY: "1", "RAY_memory_usage_threshold": f"{limit:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
     )
     try:
-        with cluster.occupied(cluster.nodes[0]):
+        # So that all the work is done on the greedy one.
+        with cluster.occupied(cluster.nodes[0]), cluster.occupied(cluster.nodes[1]):
             process = bench.start(stage, run)
             if not bench.wait_until(bench.moment(stage, run), process):
                 return None
