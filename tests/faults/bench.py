@@ -162,10 +162,15 @@ class Bench:
     def wait_until(
         self, is_hit: Callable[[], bool], process: subprocess.Popen[str], timeout: float = TIMEOUT_S
     ) -> bool:
-        """Wait for the moment of a fault; return False where the command ended before it."""
+        """Wait for the moment of a fault; return False where the command has done its work before it.
+
+        Raises:
+            WrongExit: the command failed before it.
+        """
         end = time.monotonic() + timeout
         while not is_hit():
             if process.poll() is not None:
+                self.end(process)
                 return False
             if time.monotonic() > end:
                 kill(process)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.builders import make_voc
 from tests.faults.bench import WORKERS, Bench, Compared, clean_of, kill, last_line, num_epochs, signal_all
 from tests.faults.hooks import FREEZE_IN_UNIT
 
@@ -18,6 +19,7 @@ _GRACE_MIN = 1.0
 _NORMAL = ("--set", "runtime.stall_minutes=60")
 # Files that a trial writes as it goes on.
 _SIGNS = ("history.json", "train.json", "evaluate.json", "report.json", "register.json")
+_NUM_PHOTOS = 24
 _SPACE = {"train.omega_1": [0.0, 1.0]}
 
 
@@ -80,11 +82,14 @@ def _kill_left(pids: list[int]) -> None:
 def trial_frozen(bench: Bench, run: Path, stage: str) -> str | None:
     """Freeze the training of one trial of a sweep; the sweep ends with an error that names the trial."""
     quiet, space = clean_of(run), run.with_name(f"{run.name}-space.yaml")
+    # Few, since a trial trains two students.
+    photos = make_voc(run.with_name(f"{run.name}-voc"), num_train=_NUM_PHOTOS, num_val=3)
     space.write_text(yaml.safe_dump(_SPACE))
     command = (
-        *("--space", space, "--sampler", "grid", "--objective", "score", *bench.options),
+        *("--space", space, "--sampler", "grid", "--objective", "score"),
+        *("--data", photos, "--dataset", "voc", *bench.settings),
         *("--weights", bench.quiet / "model/encoder.safetensors"),
-        *("--set", "train.round_epochs=[1, 2]", "--set", "runtime.num_workers=1", "--set", "runtime.train_workers=1"),
+        *("--set", "train.round_epochs=[1, 3]", "--set", "runtime.num_workers=1", "--set", "runtime.train_workers=1"),
     )
     bench.finish("tune", quiet, *command)
     # Both sweeps share what their trials begin with.
@@ -99,6 +104,9 @@ def trial_frozen(bench: Bench, run: Path, stage: str) -> str | None:
     if not bench.wait_until(an_epoch_is_done, process):
         return None
     frozen = bench.cluster.workers(WORKERS[stage])[:1]
+    if not frozen:
+        kill(process)
+        return None
     signal_all(frozen, signal.SIGSTOP)
     printed = bench.end(process, 1)
     took_min = (time.time() - _last_sign(run)) / 60

@@ -105,8 +105,6 @@ def mlflow_away(bench: Bench, run: Path, stage: str) -> str | None:
         ]
         for is_hit, off, on in outages:
             if not bench.wait_until(is_hit, process):
-                # It says why it ended early.
-                bench.end(process)
                 return None
             off()
             _wait(process)
