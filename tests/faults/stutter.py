@@ -37,7 +37,7 @@ class _File(LocalFileOpener):
 class StutteringFileSystem(LocalFileSystem):
     """Local files; every operation fails as on NFS while the disk is away."""
 
-    protocol = (SCHEME,)
+    protocol = SCHEME
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
