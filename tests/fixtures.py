@@ -136,3 +136,15 @@ def transfgu(*arguments: str, cwd: Path | None = None, env: dict[str, str] | Non
         env=os.environ | (env or {}),
         start_new_session=True,
     )
+
+
+def training_workers(mark: str) -> list[int]:
+    """Return the processes of trainings whose environment holds a mark, as those of a command do that was given it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process may end while it is read.
+        with contextlib.suppress(OSError):
+            name, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            if b"TrainWorker" in name and mark.encode() in environment:
+                found.append(int(folder.name))
+    return found

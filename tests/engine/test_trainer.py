@@ -90,6 +90,15 @@ def test_failure__is_final_when_another_start_would_only_repeat_it(
     assert board.final_failure("another") is None
 
 
+def test_failure__of_two_workers_in_one_start_counts_once() -> None:
+    board = Board()
+    for rank in range(2):
+        board.fail("training", rank, _failure(FloatingPointError("the loss is nan"), (0, 3)))
+    assert board.final_failure("training") is None
+    board.fail("training", 1, _failure(FloatingPointError("the loss is nan"), (0, 3)))
+    assert board.final_failure("training").times == 2
+
+
 def test_has_lost_workers() -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
     from ray.train import ControllerError, WorkerGroupError

@@ -1,6 +1,5 @@
 """A sweep whose trial hangs: it ends in time, with the right exit code, and names the trial."""
 
-import contextlib
 import json
 import os
 import re
@@ -12,26 +11,12 @@ import mlflow
 import pytest
 import yaml
 
-from tests.fixtures import transfgu
+from tests.fixtures import training_workers, transfgu
 from tests.studies.test_tune import tiny_base
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.config.presets import get_preset
 
 _STALL_MIN = 1.5
-
-
-def training_workers(mark: str) -> list[int]:
-    """Return the processes of trainings that inherited an environment with this mark."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        # A process may end while it is read.
-        with contextlib.suppress(OSError):
-            if (
-                b"TrainWorker" in (folder / "cmdline").read_bytes()
-                and mark.encode() in (folder / "environ").read_bytes()
-            ):
-                found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.slow
