@@ -13,15 +13,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from ray.train import ControllerError, WorkerGroupError
 
 from tests.faults.storage import FaultyStore, NotPermitted, SmallDisk, flip_byte, s3_server, tmpfs, truncate
 from tests.fixtures import TINY, Silent, make_run, open_run, transfgu
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.models.model import load_model
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
+from transfgu_ray.storage import Folder
 from transfgu_ray.tracking import runs as tracking
 
 pytestmark = pytest.mark.ray
@@ -79,28 +82,73 @@ def test_damage__is_found_reported_and_only_damaged_files_are_rebuilt(
     assert (quiet.done, quiet.notes) == ({}, [])
 
 
+def remake_elsewhere(run: Run, stage: str, name: str) -> None:
+    """Damage a file in a stage that another machine made, whose rounding differs: here it gets other bytes."""
+    folder = Path(run.folder.path)
+    content = (folder / name).read_bytes()
+    flip_byte(folder / name)
+    manifest = run.require(stage)
+    # Whatever was made of the stage was made of these bytes.
+    run.write_manifest(stage, manifest["fingerprint"], {})
+    there = run.require(stage)["files_sha256"]
+    for later in filter(run.manifest, STAGES.after(stage)):
+        of_later = run.require(later)
+        of_later["made_of"] = of_later.get("made_of", {}) | {stage: there}
+        run.folder.write_json(f"{later}.json", of_later)
+    (folder / name).write_bytes(content[:-1])
+
+
 @pytest.mark.slow
-def test_damage__rebuilt_with_other_bytes_makes_later_stages_run_again(finished: Run, tmp_path: Path) -> None:
+def test_damage__rebuilt_with_other_bytes_keeps_what_was_made_of_the_former_until_it_may_be_overwritten(
+    finished: Run, tmp_path: Path
+) -> None:
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     before = files_of(folder)
-    # Stands for the rounding of another machine.
-    record, manifest = folder / "concepts.files.json", folder / "concepts.json"
-    entry = json.loads(record.read_bytes())["concepts.parquet"]
-    flip_byte(folder / "concepts.parquet")
-    concepts = run.folder.read_bytes("concepts.parquet")
-    run.write_manifest("concepts", run.require("concepts")["fingerprint"], {})
-    assert json.loads(record.read_bytes())["concepts.parquet"] != entry
-    assert json.loads(manifest.read_bytes()).get("damaged") is None
-    (folder / "concepts.parquet").write_bytes(concepts[:-1])
-    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
-    assert list(reporter.done) == list(STAGES.lasting[1:])
-    assert (
-        reporter.notes[1]
-        == "concepts: rebuilt with other content than before, so the stages after it are run again too"
+    remake_elsewhere(run, "concepts", "concepts.parquet")
+    question = (
+        r"^stage labels of \S+ was made of other files than stage concepts has since it was made again; everything is "
+        r"kept .* `transfgu run \S+ --overwrite`, or restore concepts\.json, concepts\.files\.json and the files"
     )
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=question):
+            run_stages(run, STAGES.lasting, address=None, reporter=reporter)
+    assert list(reporter.done) == ["concepts"]
+    assert reporter.notes[1:] == ["concepts: rebuilt with other content than before"]
+    assert files_of(folder) == before
+    load_model(Folder(run.folder.uri_of("model"))).segment([Image.new("RGB", (64, 64))])
+    with pytest.raises(ArtifactError, match=r"^stage labels .* `transfgu labels \S+ --overwrite`"):
+        run_stages(run, ("evaluate",), address=None, reporter=reporter, overwrite=True)
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter, overwrite=True)
+    assert list(reporter.done) == list(STAGES.lasting[1:])
+    quiet = Silent()
+    run_stages(run, STAGES.lasting, address=None, reporter=quiet)
+    assert (quiet.done, quiet.notes) == ({}, [])
     after = files_of(folder)
     # The page reports the rebuilt files.
     assert {name for name in before if before[name] != after[name]} <= {"report.html"}
+
+
+@pytest.mark.slow
+def test_damage__rebuilt_with_other_bytes_in_one_call_with_overwrite(finished: Run, tmp_path: Path) -> None:
+    run, reporter = copy_of(finished, tmp_path / "run"), Silent()
+    remake_elsewhere(run, "labels", "labels/part-000001.parquet")
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter, overwrite=True)
+    assert list(reporter.done) == list(STAGES.lasting[2:])
+    assert run.require("labels")["same_again"] is False
+
+
+def test_damage__rebuilt_with_other_bytes_is_resolved_by_a_copy_of_the_former(finished: Run, tmp_path: Path) -> None:
+    run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
+    names = ("concepts.json", "concepts.files.json", "concepts.parquet")
+    kept = {name: (folder / name).read_bytes() for name in names}
+    flip_byte(folder / "concepts.parquet")
+    run.write_manifest("concepts", run.require("concepts")["fingerprint"], {})
+    with pytest.raises(ArtifactError, match=r"stage labels .* other files than stage concepts"):
+        run_stages(run, STAGES.lasting, address=None, reporter=reporter)
+    for name, content in kept.items():
+        run.folder.write_bytes(name, content)
+    run_stages(run, STAGES.lasting, address=None, reporter=reporter)
+    assert (reporter.done, reporter.notes) == ({}, [])
 
 
 def test_damage__to_a_record_is_undone_but_with_a_file_makes_the_stage_run_again(finished: Run, tmp_path: Path) -> None:
@@ -148,7 +196,7 @@ def test_damage__runs_of_older_versions_are_left_alone(finished: Run, tmp_path: 
     run, folder, reporter = copy_of(finished, tmp_path / "run"), tmp_path / "run", Silent()
     for stage in STAGES.lasting:
         manifest = run.require(stage)
-        del manifest["files_sha256"]
+        del manifest["files_sha256"], manifest["made_of"]
         (folder / f"{stage}.json").write_text(json.dumps(manifest))
         (folder / f"{stage}.files.json").unlink()
     run_stages(run, STAGES.lasting, address=None, reporter=reporter)

@@ -151,6 +151,64 @@ def test_run_copy_stage__takes_the_seal_along(tmp_path):
     assert source.damaged_files("concepts") == []
 
 
+def _finish(run, stage, content):
+    """Finish a stage with one file of some content."""
+    run.folder.write_bytes(next(name for name in STAGES[stage].outputs if name.endswith(FILES)), content)
+    return run.write_manifest(stage, "f", {})
+
+
+FILES = (".safetensors", ".parquet", ".html")
+
+
+def test_run_changed_before__is_the_first_stage_that_has_other_files_than_it_was_made_of(tmp_path):
+    run = Run.open(str(tmp_path / "run"), _config())
+    made = {stage: _finish(run, stage, b"x")["files_sha256"] for stage in ("extract", "concepts")}
+    for stage in ("labels", "train", "report", "register"):
+        run.write_manifest(stage, "f", {})
+    assert run.require("labels")["made_of"] == made
+    assert run.changed_before("register") is None
+    _finish(run, "report", b"of another version")
+    assert run.changed_before("register") is None, "pages only show what others made"
+    _finish(run, "concepts", b"y")
+    assert [run.changed_before(stage) for stage in ("extract", "concepts", "labels", "train", "evaluate")] == [
+        *(None, None, "concepts", "concepts", None)
+    ]
+    copy = Run.open(str(tmp_path / "copy"), _config())
+    for stage in ("extract", "concepts", "labels"):
+        copy.copy_stage(run, stage)
+    assert copy.changed_before("labels") == "concepts"
+    _finish(run, "concepts", b"x")
+    assert run.changed_before("train") is None
+    _finish(run, "extract", b"y")
+    assert run.changed_before("train") == "extract"
+
+
+def test_run_changed_before__manifests_of_older_versions_are_accepted(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    for stage in ("extract", "concepts"):
+        _finish(run, stage, b"x")
+    manifest = run.require("concepts")
+    del manifest["made_of"]
+    run.folder.write_json("concepts.json", manifest)
+    _finish(run, "extract", b"y")
+    assert run.changed_before("concepts") is None
+
+
+def test_run_write_manifest__rebuilt_with_other_bytes_deletes_parts_of_the_former_but_nothing_finished(tmp_path):
+    run = Run.open(str(tmp_path), _config())
+    _finish(run, "extract", b"x")
+    run.write_manifest("concepts", "f", {})
+    kept = ("concepts.parquet", "train/rounds-0/state.pt", "model/decoder.safetensors")
+    parts = ("labels/part-000000.parquet", "confusions/part-000000.parquet")
+    for name in (*kept, *parts):
+        run.folder.write_bytes(name, b"x")
+    run.discard("extract", ["model/encoder.safetensors"])
+    assert _finish(run, "extract", b"y")["same_again"] is False
+    assert [run.folder.exists(name) for name in kept] == [True] * 3
+    assert [run.folder.exists(name) for name in parts] == [False] * 2
+    assert run.manifest("concepts") is not None
+
+
 def test_run_write_manifest__seals_neither_checkpoints_nor_tokens_nor_half_written_files(tmp_path):
     run = Run.open(str(tmp_path), _config())
     names = (

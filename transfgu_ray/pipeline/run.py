@@ -38,18 +38,20 @@ def run_stages(
     """Bring stages up to date and return the manifests of those that last.
 
     A stage finished with the same settings and input is kept. Its files are compared with their checksums, and
-    damaged ones are made again. MLflow records the call if it includes `register`, the last stage of a whole run.
+    damaged ones are made again. If their new bytes are others, what was made of the old ones stays, but the call ends
+    with an error unless it may overwrite. MLflow records the call if it includes `register`, the last stage of a whole
+    run.
 
     Args:
         run: run folder and configuration.
         stages: consecutive stages, in order; stages that feed one of them are run with it.
         address: address of the Ray cluster; None = start a local one.
         reporter: shows progress.
-        overwrite: run stages again that were finished with other settings.
+        overwrite: run stages again that were finished with other settings or made of other files.
         trial: what a sweep needs of the run.
 
     Raises:
-        TransfguError: settings, data, weights or run folder are unusable.
+        TransfguError: settings, data, weights or run folder are unusable, or a stage was made of other files.
     """
     config = run.config
     root = open_root(config.data.root)
@@ -64,8 +66,10 @@ def run_stages(
         and not _is_current(run, stage, fingerprint=fingerprints[stage], overwrite=overwrite)
     }
     _require_before(run, stages[0], fingerprints)
+    pending |= _clear_outdated(run, stages, pending=pending, overwrite=overwrite)
     pending |= _discard_damaged(run, stages, pending=pending, reporter=reporter)
     to_make = _to_make(run, stages, pending, fingerprints)
+    outdated: set[str] = set()
     if to_make:
         # Before Ray starts, so that bad weights or sizes and missing labels are reported at once.
         weights = resolve_weights(run, to_make)
@@ -88,13 +92,11 @@ def run_stages(
                     tracked=tracked,
                     trial=trial,
                 )
-                same_again = _run_stage(STAGES[stage], job, reporter)
-                if not same_again:
-                    reporter.note(
-                        f"{stage}: rebuilt with other content than before, so the stages after it are run again too"
-                    )
+                if not _run_stage(STAGES[stage], job, reporter):
+                    reporter.note(f"{stage}: rebuilt with other content than before")
+                if outdated := _clear_outdated(run, stages, pending=pending, overwrite=overwrite):
                     break
-        if not same_again:
+        if outdated:
             return run_stages(run, stages, address=address, reporter=reporter, overwrite=overwrite, trial=trial)
     return {stage: run.require(stage) for stage in stages if STAGES[stage].feeds is None}
 
@@ -152,6 +154,31 @@ def _is_current(run: Run, stage: str, *, fingerprint: str, overwrite: bool) -> b
         )
     run.clear(stage)
     return False
+
+
+def _clear_outdated(run: Run, stages: Sequence[str], *, pending: set[str], overwrite: bool) -> set[str]:
+    """Delete named stages that were made of other files than the stages before them have now; return their names.
+
+    Raises:
+        ArtifactError: there are some, but they may not be overwritten or come before the named stages.
+    """
+    for stage in (*STAGES.before(stages[-1]), stages[-1]):
+        if stage not in STAGES.lasting or stage in pending or (changed := run.changed_before(stage)) is None:
+            continue
+        if stage not in stages or not overwrite:
+            command = "run" if {*STAGES.lasting} <= {*stages} else stage
+            raise ArtifactError(
+                f"stage {stage} of {run.folder.uri} was made of other files than stage {changed} has since it was made "
+                "again; everything is kept and a model can be used as before, but to go on, make stage "
+                f"{stage} again with `transfgu {command} {run.folder.uri} --overwrite`, or restore {changed}.json, "
+                f"{changed}.files.json and the files that it lists from a copy"
+            )
+        for later in STAGES.after(changed):
+            # Cached tokens and half a training are of the former files too.
+            if later in stages or later not in STAGES.lasting or run.manifest(later) is None:
+                run.clear(later)
+        return {later for later in STAGES.after(changed) if later in stages and later in STAGES.lasting}
+    return set()
 
 
 def _discard_damaged(run: Run, stages: Sequence[str], *, pending: set[str], reporter: Reporter) -> set[str]:

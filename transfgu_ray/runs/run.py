@@ -136,8 +136,8 @@ class Run:
     def write_manifest(self, stage: str, fingerprint: str, content: dict[str, Any]) -> dict[str, Any]:
         """Write the checksums of the stage's files, then the manifest that marks it as complete; call it last.
 
-        Where `discard` had removed damaged files, the manifest names them. Stages after it were made of what was there
-        before: they are cleared unless the files are the same again, bit for bit.
+        It records the checksums of the stages before, which this one was made of. Where `discard` had removed damaged
+        files, it names them.
         """
         record = dump_record(checksum_files(self.folder, self._files(stage)))
         checksum = hashlib.sha256(record).hexdigest()
@@ -145,14 +145,37 @@ class Run:
         if (note := read_mending(self.folder, stage)) is not None:
             mended = {"damaged": note.damaged, "same_again": checksum == note.checksum}
             if not mended["same_again"]:
-                for later in STAGES.after(stage):
-                    self.clear(later)
+                self._clear_unfinished(STAGES.after(stage))
         names = {"names_sha256": self.names_sha256(stage)} if STAGES[stage].reads_names else {}
-        manifest = {"stage": stage, "fingerprint": fingerprint, **names, **content, **mended, "files_sha256": checksum}
-        manifest |= {"versions": library_versions()}
+        manifest = {"stage": stage, "fingerprint": fingerprint, **names, "made_of": self._made_of(stage), **content}
+        manifest |= {**mended, "files_sha256": checksum, "versions": library_versions()}
         self.folder.write_bytes(record_name(stage), record)
         self.folder.write_json(f"{stage}.json", manifest)
         return manifest
+
+    def changed_before(self, stage: str) -> str | None:
+        """Return the first stage whose files are others than those that this finished stage was made of.
+
+        None if there is none, or this stage is unfinished or was made by a version that kept no record of that.
+        """
+        recorded, now = (self.manifest(stage) or {}).get("made_of", {}), self._made_of(stage)
+        return next((each for each, checksum in now.items() if recorded.get(each, checksum) != checksum), None)
+
+    def _made_of(self, stage: str) -> dict[str, str]:
+        """Return the checksum of the files of each finished stage that a stage is made of, in order."""
+        earlier = [each for each in STAGES.before(stage) if each in STAGES.lasting and not STAGES[each].only_shows]
+        manifests = {each: self.manifest(each) or {} for each in earlier}
+        return {each: found["files_sha256"] for each, found in manifests.items() if "files_sha256" in found}
+
+    def _clear_unfinished(self, stages: Sequence[str]) -> None:
+        """Delete what unfinished stages left, but for a training.
+
+        Parts made of other files must not be mixed in one table. A training of many days goes on: its labels differ by
+        no more than rounding, or the stages between would be unfinished too.
+        """
+        for stage in stages:
+            if stage != "train" and self.manifest(stage) is None:
+                self.clear(stage)
 
     def damaged_files(self, stage: str) -> list[str]:
         """Return the files of a finished stage that are missing or changed; none if it has no checksums.

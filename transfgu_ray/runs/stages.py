@@ -31,6 +31,7 @@ class Stage:
         follows: stage whose sections it reads too; None for the one before it in the table.
         unchecked: prefixes of output names for which no checksums are kept.
         reads_names: whether its output depends on the names of concepts.
+        only_shows: whether its outputs only show those of earlier stages, so that nothing is made of them.
         feeds: stage that consumes its outputs. It is run whenever that stage has to be run, and its outputs are deleted
             once that stage is finished.
         is_wanted: whether a configuration includes this stage.
@@ -45,6 +46,7 @@ class Stage:
     follows: str | None = None
     unchecked: tuple[str, ...] = ()
     reads_names: bool = False
+    only_shows: bool = False
     feeds: str | None = None
     is_wanted: Callable[[RunConfig], bool] = lambda config: True
 
@@ -215,6 +217,7 @@ STAGES = StageTable(
             help="Self-contained pages -> report.html, atlas.html.",
             run="transfgu_ray.pipeline.pages:run_stage",
             reads_names=True,
+            only_shows=True,
         ),
         Stage(
             name="register",
