@@ -12,21 +12,26 @@ import torch
 from torchvision.models.resnet import Bottleneck
 
 from tests.builders import small_resnet
+from tests.fixtures import Counted
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.engine.session import Resources
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.engine.trainer import fit, new_trainer
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import BACKBONE, load_run_backbone, load_run_encoder, resolve_backbone
 from transfgu_ray.pipeline import train_loop as train_rounds
+from transfgu_ray.pipeline.context import StageJob, Trial
 from transfgu_ray.pipeline.tokens import TokenCacher
 from transfgu_ray.pipeline.train_data import _read_photo, bank_image_ids, bank_index, load_train_data
 from transfgu_ray.runs.run import Run
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
+from transfgu_ray.tracking.runs import Tracked
 
 pytestmark = pytest.mark.ray
 EPOCHS = schedule((2,), (0.03, 0.1))
@@ -348,3 +353,29 @@ def test_learner__with_other_workers_goes_on_after_as_many_photographs(cached_ru
     assert (same.done, same._rng is None) == (3, False)
     three.load_state_dict(state, None)
     assert (three.done, three._rng) == (4, None)
+
+
+@pytest.mark.slow
+def test_run_stage__mlflow_that_fails_ends_neither_the_progress_nor_the_reports_of_a_trial(
+    labelled: Run, tmp_path: Path
+) -> None:
+    run = Run.open(str(shutil.copytree(labelled.folder.path, tmp_path / "run")), None)
+    done, reported = [], []
+    # Its store has no such run.
+    lost = Tracked(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32)
+    with ray_session(None, run.config.runtime) as resources:
+        job = StageJob(
+            folder=run.folder,
+            config=run.config,
+            root=Folder(run.config.data.root),
+            resources=resources,
+            fingerprint="f" * 64,
+            progress=Counted(done.append),
+            run=run,
+            listing=Listing((), 0),
+            inputs="",
+            tracked=lost,
+            trial=Trial(lost, {}, None, 1, lambda history: reported.append(len(history)), "training of a test"),
+        )
+        content = STAGES["train"].function(job)
+    assert (content["epochs"], reported[-1], sum(done)) == (2, 2, 2)

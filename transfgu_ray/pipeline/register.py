@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from transfgu_ray.pipeline.context import StageJob
+from transfgu_ray.tracking.client import patient
 from transfgu_ray.tracking.models import register
 from transfgu_ray.tracking.runs import log_epochs
 
@@ -13,9 +14,9 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     run, tracked = job.run, job.tracked
     assert tracked is not None
     job.progress.expect(1)
-    # An interrupted call may have trained epochs without logging them.
+    # An interrupted call may have trained epochs without logging them, or MLflow was away.
     history = json.loads(run.folder.read_bytes("train/history.json"))
-    log_epochs(tracked, history)
+    patient(log_epochs)(tracked, history)
     metrics = json.loads(run.folder.read_bytes("metrics.json"))
     strips = [name for name, _ in run.folder.files("samples") if name.endswith(".jpg")]
     pages = filter(run.folder.exists, ("report.html", "atlas.html"))

@@ -163,22 +163,22 @@ def run_stage(job: StageJob) -> dict[str, Any]:
         nonlocal reported
         job.progress(len(history) - reported)
         reported = len(history)
-        if job.tracked is not None:
-            tracking.log_epochs(job.tracked, history)
+        log(history)
         if job.trial is not None:
             job.trial.on_epoch(history)
 
-    result = train(
-        job,
-        model_config(config, kinds, weights_sha256),
-        on_epoch=on_epoch,
-        # A trial that is being stopped must not replace the workers that it loses: Ray's cleaner would not know of the
-        # new ones and would never free them. Tune restarts the whole trial instead.
-        runtime=config.runtime if job.trial is None else config.runtime.model_copy(update={"max_restarts": 0}),
-        sibling=None if job.trial is None else job.trial.sibling,
-        sign_key=None if job.trial is None else job.trial.sign_key,
-        trainings=1 if job.trial is None else job.trial.concurrent,
-    )
+    with tracking.epochs_logged(job.tracked) as log:
+        result = train(
+            job,
+            model_config(config, kinds, weights_sha256),
+            on_epoch=on_epoch,
+            # A trial that is being stopped must not replace the workers that it loses: Ray's cleaner would not know of
+            # the new ones and would never free them. Tune restarts the whole trial instead.
+            runtime=config.runtime if job.trial is None else config.runtime.model_copy(update={"max_restarts": 0}),
+            sibling=None if job.trial is None else job.trial.sibling,
+            sign_key=None if job.trial is None else job.trial.sign_key,
+            trainings=1 if job.trial is None else job.trial.concurrent,
+        )
     images = run.require("labels")["images"]
     steps, per_worker = epoch_steps(config, images, resources.train_workers)
     unfilled = steps * per_worker * resources.train_workers - images * config.train.epoch_repeats

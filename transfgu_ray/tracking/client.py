@@ -1,12 +1,14 @@
 """Connections to MLflow: tracking server, sqlite store and registry."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.session import kept_environment
@@ -16,6 +18,11 @@ from transfgu_ray.storage import Folder, refuse_credentials
 SQLITE = "sqlite:///"
 
 _SERVER = "MLFLOW_TRACKING_URI"
+_RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
+# MLflow repeats requests to a server for four minutes, but waits only 20 s for a store that another process has locked.
+_PATIENCE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def tracking_uri(run_folder: Folder, config: RunConfig) -> str:
@@ -53,14 +60,43 @@ def mlflow_at(uri: str) -> Iterator[None]:
             mlflow.set_registry_uri(None)  # type: ignore[arg-type]  # likewise
 
 
+def patient(action: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return an action that is repeated for two minutes while the store is busy or away; repeating it must be safe."""
+
+    @functools.wraps(action)
+    def repeated(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        from mlflow.exceptions import MlflowException
+
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return action(*args, **kwargs)
+            except MlflowException as error:
+                if error.error_code != "TEMPORARILY_UNAVAILABLE" or time.monotonic() > until:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    return repeated
+
+
+@contextlib.contextmanager
+def hasty(seconds: int) -> Iterator[None]:
+    """Let requests to a server fail after some seconds in this context, in all threads, instead of after minutes."""
+    with kept_environment(_RETRIES, _TIMEOUT):
+        os.environ |= {_RETRIES: "0", _TIMEOUT: str(seconds)}
+        yield
+
+
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
     """Raise an ArtifactError of one sentence where a tracking server or store fails."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     try:
         yield
-    except MlflowException as error:
+    # The latter where a server refuses a file.
+    except (MlflowException, RequestException) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command continues from here") from None
 
@@ -78,11 +114,14 @@ def registry_uri(uri: str | None) -> str:
 
 def has_run(client: Any, run_id: str) -> bool:
     """Return whether the server has this run and it is not deleted."""
-    import mlflow
+    from mlflow.exceptions import MlflowException
 
     try:
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except mlflow.exceptions.MlflowException:
+    except MlflowException as error:
+        # A server that does not answer may well have it.
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return False
 
 
@@ -95,8 +134,10 @@ def connect(uri: str) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
-    for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
+    for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # It prints the traceback of every failure that it raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from sqlalchemy.exc import OperationalError
 
     try:

@@ -17,7 +17,7 @@ from transfgu_ray.runs.provenance import git_commit
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import NAMES
 from transfgu_ray.storage import Folder
-from transfgu_ray.tracking.client import connect, mlflow_at, registry_uri
+from transfgu_ray.tracking.client import connect, mlflow_at, patient, registry_uri
 from transfgu_ray.tracking.requirements import requirements_of
 from transfgu_ray.tracking.runs import Tracked, log_files
 
@@ -26,6 +26,7 @@ _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "d
 _NAMED = "names_sha256"
 
 
+@patient
 def register(
     tracked: Tracked,
     run: Run,

@@ -12,7 +12,7 @@ from transfgu_ray.config.base import flatten, parse_config
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.storage import Folder
-from transfgu_ray.tracking.client import connect, registry_uri
+from transfgu_ray.tracking.client import answering, connect, registry_uri
 from transfgu_ray.tracking.models import fetch_model
 from transfgu_ray.tracking.runs import log_files, log_params
 
@@ -54,22 +54,28 @@ class Registry:
         uri: tracking URI; None = $MLFLOW_TRACKING_URI, else a sqlite store in the working directory.
 
     Raises:
-        ArtifactError: the model does not exist.
+        ArtifactError: the model does not exist, or MLflow failed.
     """
 
     def __init__(self, name: str, uri: str | None) -> None:
-        import mlflow
-
         self.name = name
         self._client, self.uri = connect(registry_uri(uri))
+        with answering(self.uri):
+            self._aliases = self._read_aliases()
+
+    def _read_aliases(self) -> dict[str, int]:
+        import mlflow
+
         try:
-            self._aliases = {
-                alias: int(number) for alias, number in self._client.get_registered_model(name).aliases.items()
-            }
-        except mlflow.exceptions.MlflowException:
+            found = self._client.get_registered_model(self.name).aliases
+            return {alias: int(number) for alias, number in found.items()}
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
             known = ", ".join(model.name for model in self._client.search_registered_models()) or "none"
             raise ArtifactError(
-                f"no model {name!r} in the registry at {self.uri} (it has: {known}); see --model and --tracking-uri"
+                f"no model {self.name!r} in the registry at {self.uri} (it has: {known}); see --model and "
+                "--tracking-uri"
             ) from None
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.storage import Folder
-from transfgu_ray.tracking.client import connect
+from transfgu_ray.tracking.client import answering, connect, patient, tracking_uri
 from transfgu_ray.tracking.runs import PARENT, Tracked, log_files, open_run
 
 # MLflow has no status for a trial that its scheduler stopped.
@@ -19,10 +19,15 @@ def begin_sweep(folder: Folder, config: RunConfig, identity: dict[str, Any]) -> 
         folder: of the sweep.
         config: that the trials change; holds the tracking settings.
         identity: what is varied and how, logged as parameters.
+
+    Raises:
+        ArtifactError: MLflow failed.
     """
-    return open_run(folder, config, identity=identity, tags={"kind": "sweep"})
+    with answering(tracking_uri(folder, config)):
+        return open_run(folder, config, identity=identity, tags={"kind": "sweep"})
 
 
+@patient
 def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
     """Set the status of each child to that of its trial, and delete unknown children; return how many were deleted.
 
@@ -50,6 +55,7 @@ def settle_trials(parent: Tracked, trials: Sequence[Mapping[str, Any]]) -> int:
     return removed
 
 
+@patient
 def end_sweep(parent: Tracked, folder: Folder, *, sweep: Mapping[str, Any], artifacts: Sequence[str]) -> None:
     """Log the results and files of the sweep and close the parent run.
 
