@@ -105,9 +105,8 @@ def test_predictor__masks_follow_the_names(run: Run, voc: Path, tmp_path: Path) 
     text = f"{first}: animal\n{second}: animal\n{hide}: null\n"
     rename(run, parse_names(text.encode(), "names.yaml", kinds))
     wanted = Wanted(probabilities=True)
-    predictor = Predictor(
-        model.uri, str(tmp_path / "out"), stems={photo.name: "mask"}, wanted=wanted, device="cpu", threads=1
-    )
+    out, stems = str(tmp_path / "out"), {photo.name: "mask"}
+    predictor = Predictor(model.uri, out, records="records", stems=stems, wanted=wanted, device="cpu", threads=1)
     predictor.process(0, [Photo(photo.name, photo.read_bytes(), None, None)])
     mask = np.asarray(Image.open(io.BytesIO((tmp_path / "out/masks/mask.png").read_bytes())))
     want = np.where(raw == second, first, np.where(raw == hide, len(kinds) - 1, raw))

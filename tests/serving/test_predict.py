@@ -1,6 +1,10 @@
 """Output of `transfgu predict`, read as other programs read it."""
 
 import json
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from tests.fixtures import transfgu
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
-from transfgu_ray.errors import DataError
+from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.models.model import load_model
 from transfgu_ray.runs.run import Run
 from transfgu_ray.serving import predict as prediction
@@ -100,6 +105,8 @@ def test_predict__manifest_and_legend(everything: tuple[Path, dict[str, Any]], p
     assert json.loads((out / "predict.json").read_text()) == manifest
     assert (manifest["rows_in"], manifest["rows_out"]) == (7, 6)
     assert manifest["refused"] == [{"image_id": "b.jpg", "reason": "not an image"}]
+    assert (manifest["units"], manifest["units_resumed"]) == (2, 0)
+    assert not (out / ".units").exists()
     assert manifest["images_per_second"] == pytest.approx(6 / manifest["seconds"])
     legend = json.loads((out / "legend.json").read_text())
     assert [(entry["id"], entry["name"]) for entry in legend[::4]] == [(0, "concept 0"), (4, "background")]
@@ -182,3 +189,63 @@ def test_predict__no_manifest_where_nothing_could_be_read(finished: Run, photos:
     with pytest.raises(DataError, match=r"none of 1 photographs can be read; b\.jpg: not an image"):
         run_predict(finished, photos / "b.jpg", tmp_path)
     assert not (tmp_path / "predict.json").exists()
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """Return what a prediction wrote, by name, without its timings and logs."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    manifest = json.loads(files["predict.json"])
+    for name in ("units_resumed", "seconds", "images_per_second", "peak_memory_mb"):
+        del manifest[name]
+    kept = {name: data for name, data in files.items() if not name.startswith("logs/")}
+    return kept | {"predict.json": json.dumps(manifest).encode()}
+
+
+@pytest.mark.slow
+def test_predict__killed_goes_on_at_the_next_unit_to_the_same_bytes(
+    finished: Run, photos: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    for copy in range(30):
+        shutil.copytree(photos, images / f"{copy:02}")
+    command = ("predict", finished.folder.uri, "--images", str(images), "--probabilities", "--coco", "--quiet")
+    process = transfgu(*command, "--out", str(tmp_path / "whole"))
+    assert process.wait(timeout=300) == 0, process.communicate()[0]
+
+    out = tmp_path / "out"
+    process = transfgu(*command, "--out", str(out))
+    end = time.monotonic() + 300
+    while len(list(out.glob(".units/*/[0-9]*.json"))) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no unit was finished"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "predict.json").exists()
+    assert len(list(out.glob(".units/*/[0-9]*.json"))) < 53
+    process = transfgu(*command, "--out", str(out))
+    assert process.wait(timeout=300) == 0, process.communicate()[0]
+    # Workers may finish a unit after their command has been killed.
+    assert 3 <= json.loads((out / "predict.json").read_bytes())["units_resumed"] < 53
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_predict__records_serve_the_same_model_and_wishes_alone(finished: Run, photos: Path, tmp_path: Path) -> None:
+    out, wanted = tmp_path / "out", (False, False, True)
+    renamed = Run.open(str(shutil.copytree(finished.folder.path, tmp_path / "renamed")), None)
+    renamed.folder.write_bytes("model/names.yaml", b"0: sky")
+
+    def resumed(run: Run, *wanted: bool) -> int:
+        """Finish all units of a call that fails after them, then give another call; return what it resumed."""
+        (out / "legend.json" / "in the way").mkdir(parents=True)
+        with pytest.raises(ArtifactError, match=r"legend\.json"):
+            run_predict(finished, photos, out, False, False, True)
+        shutil.rmtree(out / "legend.json")
+        manifest = run_predict(run, photos, out, *wanted)
+        assert not (out / ".units").exists()
+        (out / "legend.json").unlink()
+        return manifest["units_resumed"]
+
+    assert resumed(finished, *wanted) == 2
+    assert resumed(renamed, *wanted) == 0
+    assert resumed(finished, False, True, True) == 0

@@ -1,11 +1,12 @@
 """Model + new photographs -> masks, overlays and other requested outputs, each at the photograph's own size."""
 
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -15,13 +16,14 @@ from transfgu_ray.datasets.listing import Listing
 from transfgu_ray.engine.parts import PartStats, decode_photos
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
-from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
+from transfgu_ray.engine.stream import Photo, UnitResult, UnitWorker, split_units, stream_units
 from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.images import encode
 from transfgu_ray.models.model import load_model, load_model_config
 from transfgu_ray.models.names import load_names
 from transfgu_ray.reports.legend import legend, legend_image
 from transfgu_ray.reports.palette import class_colours, overlay, palette_image
+from transfgu_ray.runs.checksums import checksum_files
 from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.serving.coco import CocoWriter, find_segments, panoptic_image
 from transfgu_ray.storage import Folder
@@ -29,7 +31,8 @@ from transfgu_ray.storage import Folder
 MANIFEST = "predict.json"
 _IMAGES_PER_UNIT = 4
 _JPEG_MOST_PX = 65500
-_Found = TypeVar("_Found")
+# One record per finished unit, in a folder named by all that the outputs depend on, until the manifest is written.
+_RECORDS = ".units"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,18 @@ class Predictor(UnitWorker):
     """Worker from a unit of photographs to their masks and overlays."""
 
     def __init__(
-        self, model_uri: str, out_uri: str, *, stems: dict[str, str], wanted: Wanted, device: str, threads: int
+        self,
+        model_uri: str,
+        out_uri: str,
+        *,
+        records: str,
+        stems: dict[str, str],
+        wanted: Wanted,
+        device: str,
+        threads: int,
     ) -> None:
         super().__init__(device, threads)
+        self._records = records
         self._model = load_model(Folder(model_uri), device)
         self._out = Folder(out_uri)
         self._stems = stems
@@ -62,7 +74,10 @@ class Predictor(UnitWorker):
         self._colours = class_colours(self._names.num_classes, self._names.background_id)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the wanted outputs of each photograph; return counts, refusals and COCO's segments as JSON."""
+        """Write the wanted outputs of each photograph.
+
+        Return counts, refusals and COCO's segments as JSON, after writing them as the record of the unit.
+        """
         stats, segmented = PartStats(), []
         for photo, image in decode_photos(self.signed(photos), stats, limits=DataConfig(min_side_px=1)):
             stem, background_id = self._stems[photo.image_id], self._names.background_id
@@ -83,7 +98,10 @@ class Predictor(UnitWorker):
                 segments = find_segments(mask, background_id)
                 size = {"height": image.height, "width": image.width}
                 segmented.append({"image_id": photo.image_id, "stem": stem, **size, "segments": segments})
-        return json.dumps({"stats": vars(stats), "segmented": segmented}).encode()
+        record = json.dumps({"stats": vars(stats), "segmented": segmented}).encode()
+        # Last: a unit with a record is complete.
+        self._out.write_bytes(_record_name(self._records, unit), record)
+        return record
 
     def _write(self, name: str, image: Image.Image) -> None:
         is_jpeg = name.endswith(".jpg")
@@ -126,6 +144,8 @@ def predict(
 ) -> dict[str, Any]:
     """Write the wanted outputs of every readable photograph, the legend, and last the manifest, which is returned.
 
+    Units that a killed call with the same model, photographs and wishes has finished are not segmented again.
+
     Raises:
         DataError: no photograph can be read.
     """
@@ -136,26 +156,34 @@ def predict(
     entries = legend(names)
     images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
     numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
-    units = dict(enumerate(split_units(images, _IMAGES_PER_UNIT)))
-    arguments = {"model_uri": model.uri, "out_uri": out.uri, "stems": output_stems(list(numbers)), "wanted": wanted}
-    total, peak_mb = PartStats(refused=list(photos.refused)), 0
+    units = split_units(images, _IMAGES_PER_UNIT)
+    records = f"{_RECORDS}/{_fingerprint(model, root, photos, wanted)}"
+    finished = _finished_units(out, records)
+    missing = {unit: refs for unit, refs in enumerate(units) if unit not in finished}
+    arguments = {"model_uri": model.uri, "out_uri": out.uri, "records": records, "wanted": wanted}
+    arguments["stems"] = output_stems(list(numbers))
 
-    def done() -> Iterator[tuple[int, dict[str, Any]]]:
-        nonlocal peak_mb
+    def results() -> Iterator[UnitResult]:
         for result in stream_units(
-            root, units, worker=Predictor, arguments=arguments, resources=resources, progress=progress
+            root, missing, worker=Predictor, arguments=arguments, resources=resources, progress=progress
         ):
-            found = json.loads(result.result)
-            peak_mb = max(peak_mb, result.peak_mb)
-            progress(len(units[result.unit]), refused=len(found["stats"]["refused"]))
-            yield result.unit, found
+            progress(len(units[result.unit]))
+            yield result
 
-    for found in _in_order(done()):
-        total.add(PartStats(**found["stats"]))
+    total, num_new, peak_mb = PartStats(refused=list(photos.refused)), 0, 0
+    for unit, result in _in_order(results(), len(units), missing):
+        found = json.loads(out.read_bytes(_record_name(records, unit)) if result is None else result.result)
+        stats = PartStats(**found["stats"])
+        total.add(stats)
+        if result is not None:
+            num_new, peak_mb = num_new + stats.images, max(peak_mb, result.peak_mb)
         if coco:
             for photo in found["segmented"]:
                 coco.add(numbers[photo["image_id"]], photo)
+        progress(len(units[unit]) if result is None else 0, refused=len(stats.refused))
     if not total.images:
+        # Or photographs that are repaired without a change of size would stay refused.
+        out.delete(_RECORDS)
         first = total.refused[0]
         raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
     _write_shared(out, entries, coco)
@@ -169,13 +197,36 @@ def predict(
         "rows_in": len(images) + len(photos.refused),
         "rows_out": total.images,
         "refused": sorted(total.refused, key=lambda refusal: refusal["image_id"]),
+        "units": len(units),
+        "units_resumed": len(units) - len(missing),
         "seconds": seconds,
-        "images_per_second": total.images / seconds,
+        "images_per_second": num_new / seconds,
         "peak_memory_mb": peak_mb,
         "versions": library_versions(),
     }
     out.write_json(MANIFEST, manifest)
+    out.delete(_RECORDS)
     return manifest
+
+
+def _fingerprint(model: Folder, root: Folder, photos: Listing, wanted: Wanted) -> str:
+    """Return sixteen hex digits that identify the files of the model, the photographs and what is wanted of them."""
+    files = checksum_files(model, dict(model.files()))
+    values = [files, root.uri, photos.fingerprint, asdict(wanted), _IMAGES_PER_UNIT]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _record_name(records: str, unit: int) -> str:
+    return f"{records}/{unit:06d}.json"
+
+
+def _finished_units(out: Folder, records: str) -> set[int]:
+    """Return the units that have a record, and delete the records of other calls."""
+    found = [name for name, size in out.files(_RECORDS, recursive=True) if size]
+    for folder in {name.rpartition("/")[0] for name in found} - {records}:
+        out.delete(folder)
+    ours = [name.rpartition("/")[2] for name in found if name.startswith(f"{records}/")]
+    return {int(name.removesuffix(".json")) for name in ours if not name.startswith(".")}
 
 
 def _write_shared(out: Folder, entries: list[dict[str, Any]], coco: CocoWriter | None) -> None:
@@ -186,11 +237,13 @@ def _write_shared(out: Folder, entries: list[dict[str, Any]], coco: CocoWriter |
         coco.write(out)
 
 
-def _in_order(results: Iterator[tuple[int, _Found]]) -> Iterator[_Found]:
-    """Yield units in order of number: the output must not depend on which worker is faster."""
-    early, expected = {}, 0
-    for unit, found in results:
-        early[unit] = found
-        while expected in early:
-            yield early.pop(expected)
-            expected += 1
+def _in_order(
+    results: Iterator[UnitResult], num_units: int, missing: Container[int]
+) -> Iterator[tuple[int, UnitResult | None]]:
+    """Yield units in order, with None for those that are not missing: the output must not depend on who is faster."""
+    early: dict[int, UnitResult] = {}
+    for unit in range(num_units):
+        while unit in missing and unit not in early:
+            result = next(results)
+            early[result.unit] = result
+        yield unit, early.pop(unit, None)
