@@ -98,7 +98,7 @@ def test_log_epochs__an_epoch_is_logged_whole_or_not_at_all(tmp_path: Path) -> N
     tracked = begin(Folder(str(tmp_path / "run")), config_at(f"sqlite:///{tmp_path}/mlflow.db"))
     # A term that MLflow refuses stands for a server that is lost between two terms.
     with pytest.raises(MlflowException):
-        log_epochs(tracked, [HISTORY[0] | {"no:?term": 0.0}])
+        log_epochs(tracked, [{"epoch": 0, "loss": 1.0, "no:?term": 0.0, **HISTORY[0]}])
     log_epochs(tracked, HISTORY)
     assert_each_once(tracked, len(HISTORY))
 
@@ -110,9 +110,10 @@ def test_begin__waits_for_a_store_that_another_process_has_locked(tmp_path: Path
     other = sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     # Longer than MLflow itself waits.
-    unlock = threading.Timer(25, other.rollback)
+    unlock = threading.Timer(40, other.rollback)
     unlock.start()
-    assert begin(Folder(str(tmp_path / "run")), config) == first
+    second = begin(Folder(str(tmp_path / "other")), config)
+    assert (second.uri, second.run_id == first.run_id) == (first.uri, False)
     unlock.join()
     other.close()
 
