@@ -39,7 +39,10 @@ def test_board__ages_of_works_until_they_are_forgotten():
     found = kept.ages()
     assert found["a"] >= found["b"] + 0.2
     kept.forget(["a", "nothing"])
-    assert list(kept.ages()) == ["b"]
+    kept.sign("a", (), {})
+    assert list(kept.ages()) == ["b"], "a process that dies later brought its work back"
+    kept.begin("a")
+    assert list(kept.ages()) == ["b", "a"]
 
 
 @pytest.mark.ray

@@ -59,10 +59,10 @@ def paced_loop(settings: dict[str, Any]) -> None:
     """As `train_loop`, but wait before reporting an epoch until Tune has decided on the one before."""
     folder, report = Folder(settings["run_uri"]), train_loop.report_state
 
-    def waiting(row: dict[str, Any], state: dict[str, Any] | None) -> None:
+    def waiting(row: dict[str, Any], *checkpoint: Any) -> None:
         while _decided(folder) < row["epoch"]:
             time.sleep(0.05)
-        report(row, state)
+        report(row, *checkpoint)
 
     train_loop.report_state = waiting
     train_loop.train_loop(settings)

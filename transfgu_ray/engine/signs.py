@@ -64,6 +64,12 @@ class Board:
 
     def __init__(self) -> None:
         self._works: dict[str, _Work] = {}
+        self._ended: set[str] = set()
+
+    def begin(self, key: str) -> None:
+        """Expect signs of a piece of work from now on, which may have ended before."""
+        self._ended.discard(key)
+        self._works[key] = replace(self._works.get(key) or _Work(0.0), at=time.monotonic())
 
     def sign(self, key: str, position: tuple[int, ...], words: Mapping[str, float]) -> None:
         """Note a sign, unless the work has been as far before.
@@ -73,6 +79,9 @@ class Board:
             position: how far it is, e.g. (epoch, step); () where nothing is ever done twice.
             words: numbers to show.
         """
+        # The processes of a stopped trial die a little later.
+        if key in self._ended:
+            return
         work = self._works.setdefault(key, _Work(time.monotonic()))
         if position and position <= work.furthest:
             return
@@ -99,9 +108,10 @@ class Board:
         return {key: time.monotonic() - work.at for key, work in self._works.items()}
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Drop pieces of work that have ended."""
+        """Drop pieces of work that have ended, and what is still said of them."""
         for key in keys:
             self._works.pop(key, None)
+            self._ended.add(key)
 
 
 class Sign:
@@ -130,6 +140,13 @@ class Sign:
         except (ValueError, ray.exceptions.RayError):
             # No board.
             return
+
+    def begin(self) -> None:
+        """Let the board expect signs from now on."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.get(board().begin.remote(self.key), timeout=_ANSWER_S)
 
     def fail(self, rank: int, failure: Failure) -> None:
         """Note what ended a worker; returns once that is known."""

@@ -196,7 +196,7 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     point, objective = json.loads(values[POINT]), settings["objective"]
     name = trials.id_of(point)
     sign = Sign(_SIGN + name)
-    sign()
+    sign.begin()
     run = trials.begin(point)
     # The last epoch is reported after scoring, or a scheduler would stop a trained trial before it is scored.
     epochs, reported = sum(run.config.whole_rounds) - 1, 0
