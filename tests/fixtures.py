@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.builders import make_folder, make_voc
+from tests.faults.storage import FailingDisk
+from transfgu_ray import storage
 from transfgu_ray.algorithms.scores import intervals
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import build_config
@@ -148,3 +150,19 @@ def training_workers(mark: str) -> list[int]:
             if b"TrainWorker" in name and mark.encode() in environment:
                 found.append(int(folder.name))
     return found
+
+
+@pytest.fixture
+def failing_disk(monkeypatch: pytest.MonkeyPatch) -> type[FailingDisk]:
+    """Open local folders on a `FailingDisk` from here on."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    resolve = storage.resolve
+    monkeypatch.setattr(storage, "resolve", lambda path: (FailingDisk(), resolve(path)[1]))
+    return FailingDisk
+
+
+@pytest.fixture
+def dead_disk(failing_disk: type[FailingDisk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open local folders on a disk that never answers."""
+    monkeypatch.setattr(failing_disk, "times", 10**9)
+    monkeypatch.setattr(storage, "RETRY_S", 0.0)

@@ -1,3 +1,4 @@
+import errno
 import os
 import sys
 
@@ -17,10 +18,12 @@ from tests.builders import (
     make_scenes,
     make_voc,
 )
+from transfgu_ray import storage
 from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets import DATASETS
 from transfgu_ray.datasets.listing import open_root
-from transfgu_ray.errors import DataError
+from transfgu_ray.datasets.paired import read_names
+from transfgu_ray.errors import DataError, StorageError
 from transfgu_ray.images import decode_label
 
 
@@ -262,3 +265,72 @@ def test_list_images__nothing_but_links(tmp_path):
     (tmp_path / "data" / "a.jpg").symlink_to(outside / "photo_000.jpg")
     with pytest.raises(DataError, match=r"can be used: 1 names were refused, .*a\.jpg: link out of the folder"):
         _ids(tmp_path / "data")
+
+
+class FailsOnce:
+    """A call of the system that fails the first time for each path below a folder, and then works."""
+
+    def __init__(self, call, folder, number):
+        self._call, self._folder, self._number = call, str(folder), number
+        self._seen = set()
+
+    def __call__(self, path=".", **options):
+        below = isinstance(path, str) and path.startswith(self._folder)
+        if below and path not in self._seen:
+            self._seen.add(path)
+            raise OSError(self._number, os.strerror(self._number), path)
+        return self._call(path, **options)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_list_images__a_disk_that_fails_for_a_moment_refuses_nothing(tmp_path, monkeypatch, number):
+    data = make_folder(tmp_path / "data", num_images=2)
+    make_folder(data / "deep" / "er", num_images=1)
+    (data / "link").symlink_to(data / "deep")
+    want = listed(DataConfig(root=str(data)), "")
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    for name in ("scandir", "listdir", "lstat", "stat"):
+        monkeypatch.setattr(os, name, FailsOnce(getattr(os, name), data, number))
+    assert listed(DataConfig(root=str(data)), "") == want
+    assert [image.image_id for image in want.images] == [
+        "deep/er/photo_000.jpg", "photo_000.jpg", "photo_001.jpg",
+    ]  # fmt: skip
+    assert want.refused == ({"image_id": "link", "reason": "link within the folder"},)
+
+
+@pytest.mark.parametrize("name", ["scandir", "lstat", "stat"])
+def test_list_images__a_disk_that_does_not_answer_stops_the_command(tmp_path, monkeypatch, name):
+    data = make_folder(tmp_path / "data", num_images=2)
+    (data / "deep").mkdir()
+    (data / "deep" / "link").symlink_to(data)
+    monkeypatch.setattr(storage, "RETRY_S", 0.0)
+    for each in (name, "listdir") if name == "scandir" else (name,):
+        monkeypatch.setattr(os, each, FailsOnce(getattr(os, each), data / "deep", errno.ESTALE))
+    with pytest.raises(StorageError, match=r"^the storage does not answer: .*/deep.*: Stale file handle"):
+        listed(DataConfig(root=str(data)), "")
+
+
+def test_list_images__a_folder_that_must_not_be_read_is_refused_at_once(tmp_path, monkeypatch):
+    data = make_folder(tmp_path / "data", num_images=2)
+    make_folder(data / "deep", num_images=1)
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, FailsOnce(getattr(os, name), data / "deep", errno.EACCES))
+    listing = listed(DataConfig(root=str(data)), "")
+    assert [image.image_id for image in listing.images] == ["photo_000.jpg", "photo_001.jpg"]
+    assert listing.refused == ({"image_id": "deep", "reason": "folder cannot be read: Permission denied"},)
+
+
+def test_list_images__a_photograph_that_must_not_be_looked_up_is_refused(tmp_path, monkeypatch):
+    data = make_folder(tmp_path / "data", num_images=2)
+    monkeypatch.setattr(os, "lstat", FailsOnce(os.lstat, data / "photo_000.jpg", errno.EACCES))
+    listing = listed(DataConfig(root=str(data)), "")
+    assert [image.image_id for image in listing.images] == ["photo_001.jpg"]
+    assert listing.refused == ({"image_id": "photo_000.jpg", "reason": "cannot be read: Permission denied"},)
+
+
+@pytest.mark.parametrize("read", [open_root, read_names])
+@pytest.mark.usefixtures("dead_disk")
+def test_list_images__a_root_that_does_not_answer_is_not_called_unusable(tmp_path, read):
+    make_paired(tmp_path)
+    with pytest.raises(StorageError, match=f"^the storage does not answer: {tmp_path}"):
+        read(str(tmp_path))

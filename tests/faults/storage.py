@@ -1,6 +1,7 @@
 """Failing storage: a small disk, an object store that answers late or with errors, damaged files."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -9,11 +10,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 
@@ -28,6 +31,33 @@ def truncate(path: Path | str) -> None:
     """Cut a file to its first half."""
     data = Path(path).read_bytes()
     _replace(path, data[: len(data) // 2])
+
+
+class FailingDisk(pafs.LocalFileSystem):
+    """A disk that fails the first times that each file is opened or each path is looked up, and then works.
+
+    Attributes:
+        times: how often it fails for each path.
+    """
+
+    times = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[tuple[str, str]] = Counter()
+
+    def _fail(self, action: str, path: object) -> None:
+        self._calls[action, str(path)] += 1
+        if self._calls[action, str(path)] <= self.times:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        self._fail("open", path)
+        return super().open_input_file(path)
+
+    def get_file_info(self, paths: Any) -> Any:
+        self._fail("look up", getattr(paths, "base_dir", paths))
+        return super().get_file_info(paths)
 
 
 def _replace(path: Path | str, data: bytes) -> None:

@@ -6,10 +6,11 @@ import posixpath
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 
 from transfgu_ray.datasets.dataset import DatasetSpec
-from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.errors import ArtifactError, DataError, StorageError
 from transfgu_ray.images import EXTENSIONS
 from transfgu_ray.storage import Folder, leads_out
 
@@ -58,12 +59,15 @@ def open_root(uri: str) -> Folder:
 
     Raises:
         DataError: it is not given or does not exist.
+        StorageError: the storage does not answer.
     """
     if not uri:
         raise DataError("no photographs were given; use --data DIR or set data.root")
     try:
         root = Folder(uri)
         found = root.exists()
+    except StorageError:
+        raise
     except (ArtifactError, OSError) as error:
         raise DataError(f"data.root={uri} cannot be opened: {error}") from None
     if not found:
@@ -87,6 +91,7 @@ def list_images(
 
     Raises:
         DataError: the root, a list or the folder of labels is missing, or there is no photograph.
+        StorageError: the storage does not answer.
     """
     root = open_root(uri)
     list_split = (whole and spec.list_all) or spec.list_split
@@ -183,36 +188,62 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
     """Return the files below a local folder with their sizes, sorted, and what is refused with its reason.
 
     Links are not followed: they can show a photograph twice, lead out of the folder, or go in circles.
+
+    Raises:
+        StorageError: the storage does not answer, which refuses nothing.
     """
-    top, found, refused = os.path.realpath(root.path), [], []
+    found: list[tuple[str, int]] = []
+    refused: list[dict[str, str]] = []
 
     def refuse(path: str, reason: str) -> None:
         shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         refused.append({"image_id": shown, "reason": reason})
 
-    def unreadable(error: OSError) -> None:
-        refuse(os.path.relpath(error.filename, root.path), f"folder cannot be read: {error.strerror}")
-
-    walked = os.walk(root.join(name), onerror=unreadable) if root.exists(name) else ()
-    for folder, folders, files in walked:
-        for each, is_folder in [*((each, True) for each in folders), *((each, False) for each in files)]:
-            path = os.path.join(folder, each)
-            shown = os.path.relpath(path, root.path)
-            status = os.lstat(path)
-            if not _is_utf8(each):
-                refuse(shown, "name is not UTF-8")
-                if is_folder:
-                    folders.remove(each)
-            elif stat.S_ISLNK(status.st_mode) and (is_folder or _is_photo(each)):
-                inside = f"{os.path.realpath(path)}{os.sep}".startswith(f"{top}{os.sep}")
-                where = "within" if inside else "out of"
-                refuse(shown, f"link {where} the folder" if os.path.exists(path) else "link to nothing")
-            elif not is_folder and _is_photo(each) and not stat.S_ISREG(status.st_mode):
+    top = root.patiently("", partial(os.path.realpath, root.path, strict=True))
+    folders = [name] if root.exists(name) else []
+    while folders:
+        folder = folders.pop()
+        try:
+            inside = root.patiently(folder, partial(os.listdir, root.join(folder)))
+        except OSError as error:
+            refuse(folder or ".", f"folder cannot be read: {error.strerror}")
+            continue
+        for path in (posixpath.join(folder, each) for each in inside):
+            if not _is_utf8(path):
+                refuse(path, "name is not UTF-8")
+                continue
+            try:
+                status = root.patiently(path, partial(os.lstat, root.join(path)))
+            except OSError as error:
+                refuse(path, f"cannot be read: {error.strerror}")
+                continue
+            is_link, is_folder = stat.S_ISLNK(status.st_mode), stat.S_ISDIR(status.st_mode)
+            where, leads_to_folder = _target(root, path, top) if is_link else ("", False)
+            if is_folder:
+                folders.append(path)
+            elif leads_to_folder or (is_link and _is_photo(path)):
+                refuse(path, f"link {where}")
+            elif _is_photo(path) and not stat.S_ISREG(status.st_mode):
                 # Reading a pipe without a writer would never end.
-                refuse(shown, "not a regular file")
-            elif not is_folder:
-                found.append((shown.replace(os.sep, "/"), status.st_size))
+                refuse(path, "not a regular file")
+            else:
+                found.append((path, status.st_size))
     return sorted(found), refused
+
+
+def _target(root: Folder, path: str, top: str) -> tuple[str, bool]:
+    """Return in words where a link leads, and whether to a folder."""
+
+    def follow() -> tuple[str, bool]:
+        link = root.join(path)
+        return os.path.realpath(link, strict=True), stat.S_ISDIR(os.stat(link).st_mode)
+
+    try:
+        target, is_folder = root.patiently(path, follow)
+    except OSError:
+        return "to nothing", False
+    inside = f"{target}{os.sep}".startswith(f"{top}{os.sep}")
+    return f"{'within' if inside else 'out of'} the folder", is_folder
 
 
 def _is_utf8(name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transfgu_ray.datasets.dataset import VOID, DatasetSpec
 from transfgu_ray.datasets.listing import Listing, photos_of
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, StorageError
 from transfgu_ray.storage import Folder
 
 
@@ -77,9 +77,12 @@ def read_names(uri: str) -> list[str]:
 
     Raises:
         ConfigError: the file cannot be read.
+        StorageError: the storage does not answer.
     """
     try:
         lines = Folder(uri).read_bytes(NAMES_FILE).decode().splitlines()
+    except StorageError:
+        raise
     except (OSError, UnicodeDecodeError, ArtifactError):
         raise ConfigError(
             f"dataset paired needs a readable {NAMES_FILE} in data.root={uri or '(not given)'}; it expects "
