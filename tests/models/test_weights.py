@@ -1,12 +1,13 @@
 import hashlib
+import re
 
 import pytest
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, tiny_encoder
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, load_encoder
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.errors import WeightsError
-from transfgu_ray.models.weights import resolve_encoder, weights_file_sha256
+from transfgu_ray.errors import StorageError, WeightsError
+from transfgu_ray.models.weights import backbone_file_sha256, resolve_encoder, weights_file_sha256
 
 BUNDLED = build_config(RunConfig(), None, ["encoder.weights=bundled", "encoder.pos_embed_interpolation=timm"])
 
@@ -49,3 +50,18 @@ def test_resolve_encoder__interpolation_has_no_effect_without_positions():
         for how in ("timm", "dino")
     )
     assert timm == dino
+
+
+@pytest.mark.usefixtures("dead_disk")
+def test_weights_file_sha256__a_disk_that_does_not_answer_is_no_missing_file(tmp_path):
+    (tmp_path / "own.safetensors").write_bytes(b"1")
+    weights, file = tmp_path / "own.safetensors", re.escape(str(tmp_path / "own.safetensors"))
+    settings = [f"encoder.weights={weights}", "train.backbone=resnet50_fpn", f"train.backbone_weights={weights}"]
+    config = build_config(RunConfig(), None, settings)
+    for ask in (
+        lambda: resolve_encoder(config),
+        lambda: weights_file_sha256(config.encoder),
+        lambda: backbone_file_sha256(config.train),
+    ):
+        with pytest.raises(StorageError, match=f"^the storage does not answer: {file}: Input/output error"):
+            ask()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import make_sweep, make_trial
+from transfgu_ray.errors import StorageError
 from transfgu_ray.models.model import FORMAT
 from transfgu_ray.reports import sweep_page as sweep_report
 from transfgu_ray.reports.sweep_figures import setting_axes
@@ -144,6 +145,14 @@ def test_write_sweep_report__missing_masks_are_reported(tmp_path, trials):
     assert page.alts("Photograph") == []
     for name in ("best trial 05050505", "worst trial 00000000"):
         assert f"The run folder of the {name} has no masks to show." in page.text
+
+
+@pytest.mark.usefixtures("no_pixels")
+def test_write_sweep_report__a_disk_that_does_not_answer_has_no_missing_masks(tmp_path, trials, request):
+    folder = Folder(str(tmp_path))
+    request.getfixturevalue("dead_disk")
+    with pytest.raises(StorageError, match=r"the storage does not answer: .*/trials/"):
+        write_sweep_report(folder, make_sweep(SPACE, trials))
 
 
 @pytest.mark.usefixtures("no_pixels")

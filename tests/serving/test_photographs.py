@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from transfgu_ray.errors import DataError
+from transfgu_ray.errors import DataError, StorageError
 from transfgu_ray.serving.photographs import find_photographs
 
 
@@ -74,3 +74,9 @@ def test_find_photographs__one_sentence_where_there_are_none(
     with pytest.raises(DataError, match=words) as refused:
         find_photographs(images.format(photos))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("dead_disk")
+def test_find_photographs__a_disk_that_does_not_answer_is_not_called_unusable(photos: Path) -> None:
+    with pytest.raises(StorageError, match=r"^the storage does not answer: "):
+        find_photographs(str(photos))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.config.sections import EncoderConfig, TrainConfig
-from transfgu_ray.errors import ArtifactError, ConfigError, WeightsError
+from transfgu_ray.errors import ArtifactError, ConfigError, StorageError, WeightsError
 from transfgu_ray.storage import Folder, read_file
 
 if TYPE_CHECKING:
@@ -152,9 +152,12 @@ def read_weights_file(source: str, setting: str, advice: str) -> bytes:
 
     Raises:
         WeightsError: the file cannot be read.
+        StorageError: the storage does not answer.
     """
     try:
         return read_file(source)
+    except StorageError:
+        raise
     except (OSError, ArtifactError):
         raise WeightsError(f"{setting}={source} cannot be read; {advice}") from None
 

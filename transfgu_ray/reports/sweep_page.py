@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transfgu_ray.errors import ArtifactError
+from transfgu_ray.errors import ArtifactError, StorageError
 from transfgu_ray.models.model import load_model_config
 from transfgu_ray.reports.page import (
     figure_png,
@@ -148,6 +148,8 @@ def _masks(sweep: Mapping[str, Any]) -> dict[str, Any]:
     for title, trial in zip(("best", "worst"), (order[0], order[-1]) if len(order) > 1 else order, strict=False):
         try:
             opened.append((f"{title} trial {short_id(trial)}", _Masks.read(trial["run"])))
+        except StorageError:
+            raise
         except (OSError, ValueError, ArtifactError):
             unread.append(f"{title} trial {short_id(trial)}")
     first = opened[0][1].number_of if opened else {}

@@ -7,7 +7,7 @@ from fsspec.utils import glob_translate
 
 from transfgu_ray.datasets import FOLDER
 from transfgu_ray.datasets.listing import ImageRef, Listing, list_images
-from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.errors import ArtifactError, DataError, StorageError
 from transfgu_ray.images import EXTENSIONS
 from transfgu_ray.storage import Folder
 
@@ -22,10 +22,13 @@ def find_photographs(images: str) -> tuple[Folder, Listing]:
 
     Raises:
         DataError: there are no photographs.
+        StorageError: the storage does not answer.
     """
     try:
         whole = Folder(images)
         is_file, is_there = whole.is_file(), whole.exists()
+    except StorageError:
+        raise
     except (ArtifactError, OSError) as error:
         raise DataError(f"--images {images} cannot be opened: {error}") from None
     if is_file:
