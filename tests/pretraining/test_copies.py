@@ -2,9 +2,16 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from transfgu_ray.pretraining.copies import INDEX, NO_LABEL, build_index, open_copies, pack, read_copies
+from transfgu_ray.engine.parts import PartStats
+from transfgu_ray.engine.progress import Progress
+from transfgu_ray.engine.session import Resources
+from transfgu_ray.pretraining.config import PretrainDataConfig
+from transfgu_ray.pretraining.copies import COPIES, INDEX, NO_LABEL, build_index, open_copies, pack, read_copies
+from transfgu_ray.pretraining.copying import Copying, copy_images
+from transfgu_ray.pretraining.sources import Source, Unit
 from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
@@ -59,3 +66,24 @@ def test_open_copies__holds_out_at_most_a_tenth(tmp_path, num_images, num_val, h
 def test_open_copies__another_seed_holds_out_others(tmp_path):
     folder = written(Folder(str(tmp_path)), "t" * 100, [None] * 100)
     assert open_copies(folder, 0, 10).val.tolist() != open_copies(folder, 1, 10).val.tolist()
+
+
+@pytest.mark.usefixtures("failing_disk")
+def test_copies__outlast_a_disk_that_fails_for_a_moment(tmp_path):
+    folder, pixels = Folder(str(tmp_path)), squares(2)
+    written(folder, "tt", [None, None])
+    for i in range(2):
+        folder.write_bytes(f"images/{i}.arrow", pack([pixels[i]]))
+    places = open_copies(folder, seed=0, num_val=1).places(np.array([1, 0]))
+    np.testing.assert_array_equal(read_copies(folder, places), np.stack([pixels[1], pixels[0]]))
+
+
+@pytest.mark.usefixtures("failing_disk")
+def test_copy_images__the_index_outlasts_a_disk_that_fails_for_a_moment(tmp_path):
+    folder = written(Folder(str(tmp_path)), "tt", [None, None])
+    copying = Copying(str(tmp_path), PretrainDataConfig(), "now")
+    copying.write_index(f"{COPIES}/unit-000000.parquet", folder.read(INDEX, pq.read_table), PartStats(images=2))
+    folder.delete(INDEX)
+    sources = [Source(folder, (Unit("train", 2),), "f", 0)]
+    found = copy_images(copying, sources, resources=Resources(1, 1, 1, "cpu", 1, None), progress=Progress())
+    assert found.images == len(open_copies(folder, seed=0, num_val=1).index) == 2

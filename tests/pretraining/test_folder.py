@@ -1,5 +1,8 @@
 """What is continued in the folder of a pretraining, and what is refused."""
 
+import errno
+import shutil
+
 import pytest
 
 from transfgu_ray.config.run import build_config
@@ -64,3 +67,18 @@ def test_require_space__refuses_more_than_the_disk_holds(tmp_path):
     out.require_space(1000)
     with pytest.raises(ArtifactError, match=r"needs 1000000000\.0 GB .*lower data\.source_size"):
         out.require_space(10**18)
+
+
+def test_require_space__outlasts_a_disk_that_fails_for_a_moment(tmp_path, monkeypatch):
+    out, attempts = opened(tmp_path), []
+
+    def disk_usage(path):
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return ask(path)
+
+    ask = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    out.require_space(1000)
+    assert attempts == [str(tmp_path)] * 2

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders import make_folder, make_table
-from transfgu_ray.errors import DataError
+from transfgu_ray.errors import DataError, StorageError
 from transfgu_ray.pretraining import sources as image_sources
-from transfgu_ray.pretraining.sources import open_source, read_unit
+from transfgu_ray.pretraining.sources import Unit, open_source, read_unit
+from transfgu_ray.storage import Folder
 
 
 def source(path: Path):
@@ -130,3 +131,22 @@ def test_read_unit__refuses_a_table_whose_middle_is_damaged(tmp_path):
     file.write_bytes(data)
     with pytest.raises(DataError, match="not a readable Parquet file"):
         everything(file)
+
+
+@pytest.mark.usefixtures("failing_disk")
+def test_open_source__outlasts_a_disk_that_fails_for_a_moment(tmp_path):
+    file = make_table(tmp_path / "a.parquet", 5)
+    assert [image.image_id[2:5] for image in everything(file)] == [f"{i:03}" for i in range(5)]
+
+
+@pytest.mark.usefixtures("dead_disk")
+def test_open_source__a_disk_that_does_not_answer_is_not_called_unusable(tmp_path):
+    with pytest.raises(StorageError, match=f"^the storage does not answer: {tmp_path}: Input/output error"):
+        source(tmp_path)
+
+
+@pytest.mark.usefixtures("dead_disk")
+def test_read_unit__a_disk_that_does_not_answer_is_no_damaged_table(tmp_path):
+    make_table(tmp_path / "a.parquet", 5)
+    with pytest.raises(StorageError, match=r"^the storage does not answer: .*/a\.parquet: Input/output error"):
+        list(read_unit(Folder(str(tmp_path)), Unit("train", 5, "a.parquet", (0,))))

@@ -7,7 +7,9 @@ from tests.reports.evaluated import HOSTILE, make_evaluated
 from tests.reports.html_page import Page
 from transfgu_ray.models.names import parse_names
 from transfgu_ray.pipeline.pages import read_names, rebuild_pages, rename
-from transfgu_ray.reports.atlas_page import _on_page, _place_labels
+from transfgu_ray.reports.atlas_page import _on_page, _place_labels, write_atlas
+from transfgu_ray.runs.run import Run
+from transfgu_ray.storage import Folder
 
 
 def read_atlas(run):
@@ -97,3 +99,9 @@ def test_atlas__shows_names_of_concepts(tmp_path):
     assert "7 · hidden" in page.text
     fills = [circle["fill"] for circle in page.all("circle")]
     assert fills[2] == fills[5] != fills[7] == "#000000"
+
+
+def test_atlas__outlasts_a_disk_that_fails_for_a_moment(tmp_path, request):
+    run = make_evaluated(tmp_path / "run")
+    request.getfixturevalue("failing_disk")
+    assert write_atlas(Run(Folder(run.folder.uri), run.config)) > 0

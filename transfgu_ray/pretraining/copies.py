@@ -4,6 +4,7 @@ No photograph is then decoded again, and the rows of a table can be read in any 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -54,9 +55,8 @@ def open_copies(folder: Folder, seed: int, num_val: int) -> Copies:
 
     At most a tenth of the images is held out, and at least one.
     """
-    with folder.fs.open_input_file(folder.join(INDEX)) as file:
-        # Taking rows is fast only from a single chunk.
-        index = pq.read_table(file).combine_chunks()
+    # Taking rows is fast only from a single chunk.
+    index = folder.read(INDEX, pq.read_table).combine_chunks()
     is_val = index["split"].to_numpy() == "val"
     if not is_val.any():
         held_out = max(1, min(num_val, len(index) // 10))
@@ -97,8 +97,11 @@ def read_copies(folder: Folder, places: pa.Table) -> UInt8[np.ndarray, "n 3 s s"
     for position, name in enumerate(files):
         wanted.setdefault(name, []).append(position)
     for name, positions in wanted.items():
-        with folder.fs.open_input_file(folder.join(name)) as stream:
-            reader = pa.ipc.open_file(stream)
-            for position in positions:
-                squares[position] = reader.get_batch(rows[position]).column(0).to_numpy_ndarray()[0]
+        found = folder.read(name, partial(_unpack, rows=[rows[position] for position in positions]))
+        squares.update(zip(positions, found, strict=True))
     return np.stack([squares[position] for position in range(len(files))])
+
+
+def _unpack(file: pa.NativeFile, rows: list[int]) -> list[np.ndarray]:
+    reader = pa.ipc.open_file(file)
+    return [reader.get_batch(row).column(0).to_numpy_ndarray()[0] for row in rows]

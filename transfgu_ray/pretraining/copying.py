@@ -75,8 +75,7 @@ def copy_images(copying: Copying, sources: Sequence[Source], *, resources: Resou
         if (stats := copying.stats(name)) is None:
             raise RuntimeError(f"{out.uri_of(name)} was not written")
         total.add(stats)
-        with out.fs.open_input_file(out.join(name)) as file:
-            tables.append(pq.read_table(file).replace_schema_metadata())
+        tables.append(out.read(name, pq.read_table).replace_schema_metadata())
     copying.write_index(INDEX, pa.concat_tables(tables), total)
     return total
 

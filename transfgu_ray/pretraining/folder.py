@@ -84,7 +84,7 @@ class PretrainFolder:
         """
         if not isinstance(self.folder.fs, pafs.LocalFileSystem):
             return
-        free = shutil.disk_usage(self.folder.path).free
+        free = self.folder.patiently("", lambda: shutil.disk_usage(self.folder.path)).free
         if num_bytes > free:
             raise ArtifactError(
                 f"{self.folder.uri} needs {num_bytes / 1e9:.1f} GB for working copies of the images but has "

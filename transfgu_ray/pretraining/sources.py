@@ -1,8 +1,9 @@
 """Encoded images to train on: photographs in a folder, or rows of Parquet tables."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 
 from transfgu_ray.datasets import FOLDER
 from transfgu_ray.datasets.listing import list_images
-from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.errors import ArtifactError, DataError, StorageError
 from transfgu_ray.storage import Folder
 
 # Of a table; only `bytes` is required.
@@ -94,19 +95,23 @@ def open_source(uri: str, setting: str, option: str) -> Source:
 
     Raises:
         DataError: there is nothing, a table is damaged, or a table has no column `bytes`.
+        StorageError: the storage does not answer.
     """
     if not uri:
         raise DataError(f"no images were named; give {option} DIR or set {setting}")
     try:
         root = Folder(uri)
         found, is_file = root.exists(), root.is_file()
+    except StorageError:
+        raise
     except (ArtifactError, OSError) as error:
         raise DataError(f"{setting}={uri} cannot be opened: {error}") from None
     if not found:
         raise DataError(f"{setting}={uri} does not exist; give a folder of images or Parquet tables with {option}")
     if is_file:
         folder, _, name = root.uri.rpartition("/")
-        return _tables(Folder(folder), {name: root.fs.get_file_info(root.path).size}, 0)
+        parent = Folder(folder)
+        return _tables(parent, dict(parent.files(name)), 0)
     files = dict(root.files())
     tables = {name: size for name, size in files.items() if name.endswith(".parquet")}
     return _tables(root, tables, len(files) - len(tables)) if tables else _photographs(uri)
@@ -117,6 +122,7 @@ def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
 
     Raises:
         DataError: a table is damaged.
+        StorageError: the storage does not answer.
     """
     if not unit.table:
         for name, label in zip(unit.names, unit.labels or [None] * len(unit.names), strict=True):
@@ -124,15 +130,19 @@ def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
         return
     number = unit.first_row
     try:
-        with root.fs.open_input_file(root.join(unit.table)) as file:
-            table = pq.ParquetFile(file)
-            columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
-            for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=list(unit.row_groups), columns=columns):
-                for row in batch.to_pylist():
-                    yield _from_row(row, f"{unit.table}#{number}")
-                    number += 1
+        table = root.read(unit.table, partial(_read_rows, row_groups=unit.row_groups))
     except (OSError, pa.ArrowInvalid) as error:
         raise _damaged(root, unit.table, error) from None
+    for batch in table.to_batches(_ROWS_AT_ONCE):
+        for row in batch.to_pylist():
+            yield _from_row(row, f"{unit.table}#{number}")
+            number += 1
+
+
+def _read_rows(file: pa.NativeFile, row_groups: Sequence[int]) -> pa.Table:
+    table = pq.ParquetFile(file)
+    columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+    return table.read_row_groups(list(row_groups), columns=columns)
 
 
 def _from_row(row: dict[str, Any], name: str) -> EncodedImage:
@@ -177,10 +187,7 @@ def _split(name: str) -> str | None:
 
 def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
     try:
-        with root.fs.open_input_file(root.join(name)) as file:
-            table = pq.ParquetFile(file)
-            schema = table.schema_arrow
-            counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        schema, counts = root.read(name, _read_layout)
     except (OSError, pa.ArrowInvalid) as error:
         raise _damaged(root, name, error) from None
     if "bytes" not in schema.names or not _is_binary(schema.field("bytes").type):
@@ -198,6 +205,12 @@ def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
             if count:
                 yield Unit(split, count, name, tuple(groups), first)
             groups, first, count = [], first + count, 0
+
+
+def _read_layout(file: pa.NativeFile) -> tuple[pa.Schema, list[int]]:
+    """Return the schema of a table and the number of rows of each row group."""
+    table = pq.ParquetFile(file)
+    return table.schema_arrow, [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -41,8 +41,7 @@ def write_atlas(run: Run) -> int:
     model = load_model_config(model_folder)
     names = load_names(model_folder, model.kinds)
     colours = matched_colours(model, metrics, names)["pred"]
-    with folder.fs.open_input_file(folder.join("concepts.parquet")) as file:
-        table = pq.read_table(file)
+    table = folder.read("concepts.parquet", pq.read_table)
     centroids = vectors(table["centroid"])
     kinds, num_crops = table["kind"].to_pylist(), table["num_crops"].to_pylist()
     matched = {c: row["name"] for row in metrics["per_class"] or [] for c in row["concepts"]}
