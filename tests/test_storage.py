@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.faults.storage import s3_server
 from transfgu_ray import storage
-from transfgu_ray.errors import ArtifactError, StorageError
+from transfgu_ray.errors import ArtifactError, CredentialsError, StorageError
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder, resolve, storage_failure
 
@@ -444,6 +444,52 @@ def test_object_store__missing_or_forbidden_is_told_at_once(store, on_store, cap
     assert not caplog.records
     store.set_faults(share=0)
     assert on_store.read_bytes("a") == b"1"
+
+
+@pytest.mark.parametrize("answer", ["400 ExpiredToken", "400 TokenRefreshRequired", "400 InvalidToken"])
+def test_object_store__credentials_that_expired_refuse_no_file_and_are_told_at_once(store, on_store, caplog, answer):
+    on_store.write_bytes("a", b"1")
+    store.set_faults(share=1, answer=answer)
+    words = "the storage takes no request with these credentials: .*AWS Error UNKNOWN .*; renew them if they"
+    for call in (
+        lambda: on_store.try_read("a"),
+        lambda: on_store.exists("a"),
+        lambda: on_store.write_bytes("a", b"2"),
+        lambda: list(on_store.files("none", recursive=True)),
+        lambda: on_store.patiently("", lambda: on_store.fs.get_file_info(pafs.FileSelector(on_store.path))),
+    ):
+        with pytest.raises(CredentialsError, match=words):
+            call()
+    assert not caplog.records
+    store.set_faults(share=0)
+    assert on_store.read_bytes("a") == b"1"
+
+
+def test_object_store__credentials_that_expired_while_a_file_is_read(store, on_store):
+    on_store.write_bytes("a", b"1")
+
+    def expired(file):
+        store.set_faults(share=1, answer="400 ExpiredToken")
+        return file.read()
+
+    with pytest.raises(CredentialsError, match="the storage takes no request with these credentials"):
+        on_store.read("a", expired)
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_storage_failure__a_listing_names_credentials_that_expired(status):
+    of_listing = f"AWS Error UNKNOWN (HTTP status {status}) during ListObjectsV2 operation"
+    error = OSError(f"When listing: {of_listing}: Unable to parse ExceptionName: ExpiredToken Message: The provided")
+    assert isinstance(storage_failure(error), CredentialsError)
+    attempts = []
+
+    def refused():
+        attempts.append(1)
+        raise error
+
+    with pytest.raises(CredentialsError, match="ExpiredToken Message: The provided; renew them"):
+        storage.patiently(refused, "a")
+    assert len(attempts) == 1
 
 
 def test_object_store__one_that_does_not_answer_is_told_in_bounded_time(store, on_store, monkeypatch):

@@ -6,6 +6,7 @@ TransfguError          exit code 2
 +-- WeightsError       encoder weights are missing or do not fit
 +-- ArtifactError      a run folder or model cannot be read or written
     +-- StorageError   a storage did not answer for a minute
+        +-- CredentialsError   it takes no request with these credentials
 UnfinishedError        exit code 1: a part of the work is missing, for no fault of the user
 +-- StalledError       no progress for too long
 """
@@ -33,6 +34,10 @@ class ArtifactError(TransfguError):
 
 class StorageError(ArtifactError):
     """A storage that did not answer for a minute, which says nothing of the files in it."""
+
+
+class CredentialsError(StorageError):
+    """A storage that takes no request with these credentials, e.g. since they expired; waiting does not change it."""
 
 
 class UnfinishedError(Exception):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from transfgu_ray.errors import ArtifactError, ConfigError, StorageError, TransfguError
+from transfgu_ray.errors import ArtifactError, ConfigError, CredentialsError, StorageError, TransfguError
 
 # KEY:SECRET@ in any scheme. A secret may hold slashes; digits and a slash after the colon are a port.
 _PASSWORD = re.compile(r"://[^/@\s]*:(?!\d+/)[^@]*@")
@@ -77,6 +77,11 @@ _IN_WORDS = {
 }
 _HTTP_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
 _STATUS_IN_WORDS = re.compile(r"AWS Error UNKNOWN \(HTTP status (\d{3})\)|Azure Error: \[[^]]*\] (\d{3}) ")
+# An answer to HEAD has no body that could name the error; S3 gives this status to credentials that have expired.
+_EXPIRED = re.compile(
+    r"AWS Error UNKNOWN \(HTTP status 400\) during Head|AWS Error REQUEST_EXPIRED\b|"
+    r"AWS Error .*Unable to parse ExceptionName: (ExpiredToken|TokenRefreshRequired|InvalidToken)"
+)
 _OF_STORES = re.compile(r"AWS Error|google::cloud::Status\(|Azure Error: \[")
 # What fails in this program, a parser or its content. Anything else may come from the library of a store.
 _OF_THE_PROGRAM = (
@@ -104,6 +109,8 @@ def _number(error: BaseException) -> int | None:
 
 def _answer(error: Exception) -> Exception | None:
     """Return the error if time does not change it, e.g. a missing file; None if the storage may answer later."""
+    if isinstance(error, OSError) and _EXPIRED.search(str(error)):
+        return _unanswered(error)
     if isinstance(error, pa.ArrowException) and not isinstance(error, ValueError) and _OF_STORES.search(str(error)):
         # GCS: neither of these is an OSError.
         return None
@@ -118,6 +125,11 @@ def _answer(error: Exception) -> Exception | None:
 
 def _unanswered(error: BaseException, where: str = "") -> StorageError:
     reason = f"{where}: {_reason(error)}" if where else _reason(error)
+    if _EXPIRED.search(str(error)):
+        return CredentialsError(
+            f"the storage takes no request with these credentials: {reason}; renew them if they have expired, then the "
+            "same command goes on"
+        )
     return StorageError(f"the storage does not answer: {reason}; the same command goes on once it does")
 
 
@@ -133,6 +145,7 @@ def patiently(action: Callable[[], _Result], where: str, *, seconds: float | Non
 
     Raises:
         StorageError: it did not answer in time.
+        CredentialsError: it takes no request with these credentials, which is told at once.
         OSError: its answer, e.g. that there is no such file.
     """
     seconds = RETRY_S if seconds is None else seconds

@@ -13,7 +13,7 @@ import torch
 from tests.fixtures import transfgu
 from transfgu_ray.engine.signs import Board
 from transfgu_ray.engine.trainer import _failure, has_lost_workers, recover_torn, watched_json
-from transfgu_ray.errors import DataError, StorageError
+from transfgu_ray.errors import CredentialsError, DataError, StorageError
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 
@@ -65,9 +65,10 @@ def test_recover_torn__without_a_whole_checkpoint_starts_afresh(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("errors", "finals"),
     [
-        # Data and settings: at once. A storage that is away: never.
+        # Data, settings and credentials: at once. A storage that is away: never.
         ([(DataError("a"), (0, 0))], [True]),
         ([(StorageError("a"), (0, 0))] * 5, [False] * 5),
+        ([(CredentialsError("a"), (0, 0))], [True]),
         # A loss that is not finite: the second time, wherever.
         ([(FloatingPointError("in epoch 0"), (0, 3)), (FloatingPointError("in epoch 5"), (5, 1))], [False, True]),
         # Anything else: the third time in a row at the same step.

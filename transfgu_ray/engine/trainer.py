@@ -19,7 +19,7 @@ from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.engine.signs import Failure, Sign
 from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.errors import ArtifactError, DataError, StorageError, TransfguError, UnfinishedError
+from transfgu_ray.errors import ArtifactError, CredentialsError, DataError, StorageError, TransfguError, UnfinishedError
 from transfgu_ray.storage import Folder
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ def failures_noted(sign: Sign, rank: int, position: Callable[[], tuple[int, ...]
 def _failure(error: Exception, position: tuple[int, ...]) -> Failure:
     kind, words = type(error).__name__, str(error)
     if isinstance(error, TransfguError):
-        return Failure(kind, words, (), None if isinstance(error, StorageError) else 1)
+        passes = isinstance(error, StorageError) and not isinstance(error, CredentialsError)
+        return Failure(kind, words, (), None if passes else 1)
     # It comes from data or settings, at whichever step.
     if isinstance(error, FloatingPointError):
         return Failure(kind, words, (kind,), _NOT_FINITE_LIMIT)
