@@ -19,9 +19,10 @@ from transfgu_ray.config.presets import get_preset
 _STALL_MIN = 1.5
 
 
-@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("objective", ["miou", "score"])
+@pytest.mark.parametrize(
+    "objective", [pytest.param("miou", marks=pytest.mark.slow), pytest.param("score", marks=pytest.mark.long)]
+)
 def test_tune__a_trial_that_hangs_ends_the_sweep_which_names_it(tmp_path: Path, objective: str) -> None:
     weights, overrides = (
         tmp_path / "encoder.safetensors",
