@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from transfgu_ray.engine.session import cores_per_gpu
+from transfgu_ray.config.sections import RuntimeConfig
+from transfgu_ray.engine.session import cores_per_gpu, ray_session
 
 _SHARES = """
 import ray
@@ -106,6 +107,14 @@ def test_cores_per_gpu__workers_share_what_ray_grants_on_their_node() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.ray
+def test_ray_session__within_another_does_not_leave_the_gpus_that_are_gone_for_the_moment(local_ray: None) -> None:
+    with ray_session(None, RuntimeConfig(device="cuda", train_workers=3)) as resources:
+        assert (resources.device, resources.num_workers, resources.train_workers) == ("cuda", 1, 3)
+    with ray_session(None, RuntimeConfig()) as resources:
+        assert (resources.device, resources.train_workers) == ("cpu", 1)
+
+
 def test_ray_session__a_local_one_refuses_cuda_and_says_once_where_it_runs() -> None:
     said, refused, num_workers = run_apart(_LOCAL)
     assert refused == "runtime.device=cuda, but this Ray has no GPU; use auto or cpu"

@@ -91,7 +91,8 @@ def ray_session(
 
     if ray.is_initialized():
         begin_work()
-        yield _resources(runtime)
+        # The outer session has seen a GPU; they may be gone for the moment, with a node that is being replaced.
+        yield _resources(runtime, may_lack_gpus=True)
         return
     logged: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if is_local:
@@ -244,18 +245,19 @@ def _words(resources: Resources, runtime: RuntimeConfig, *, is_local: bool) -> s
     return f"{count}, CPU only: this Ray has no GPU{waits}"
 
 
-def _resources(runtime: RuntimeConfig) -> Resources:
+def _resources(runtime: RuntimeConfig, may_lack_gpus: bool = False) -> Resources:
     import ray
 
     total = _granted()
     gpus = int(total.get("GPU", 0))
-    if runtime.device == "cuda" and not gpus:
+    if runtime.device == "cuda" and not gpus and not may_lack_gpus:
         raise ConfigError("runtime.device=cuda, but this Ray has no GPU; use auto or cpu")
-    device = "cuda" if gpus and runtime.device != "cpu" else "cpu"
+    device = "cuda" if runtime.device == "cuda" or (gpus and runtime.device == "auto") else "cpu"
     slots = int(total.get("CPU", 1))
     # On one machine slots may outnumber cores, see `ray_session`.
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
     cores = max(1, min(slots, usable_cores()) if len(nodes) == 1 else slots)
+    gpus = max(gpus, 1)
     wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
     return Resources(
         num_cores=cores,

@@ -58,7 +58,9 @@ def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
     else:
         need = DRIVER_CPUS + train_workers * WORKER_CPUS + READER_CPUS
         concurrent = max(1, min(cores // train_workers, int(total["CPU"] / need)))
-    runtime = base.runtime.model_copy(update={"num_workers": train_workers, "train_workers": train_workers})
+    # Fixed, so that no trial goes on with CPUs while a node with GPUs is being replaced.
+    fixed = {"num_workers": train_workers, "train_workers": train_workers, "device": resources.device}
+    runtime = base.runtime.model_copy(update=fixed)
     return base.model_copy(update={"runtime": runtime}), concurrent
 
 
