@@ -1,5 +1,6 @@
 """Sweeps over real trials: shared stages, measures, MLflow, and a second call."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -17,13 +18,13 @@ from tests.studies.stopped import COLLAPSES, EPOCHS, RATES, RUNGS
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.config.presets import configure, get_preset
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, DataError, UnfinishedError
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.run import Run
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.spaces import Range
 from transfgu_ray.studies.trials import Trials, sibling_of
-from transfgu_ray.studies.tune import SweepPlan, tune
+from transfgu_ray.studies.tune import SweepPlan, require_ended, tune
 from transfgu_ray.tracking.sweeps import settle_trials
 
 SPACE = {"train.omega_1": (0.0, 1.0), "train.omega_2": (0.3,)}
@@ -144,12 +145,33 @@ def test_tune__fails_with_the_reason_where_all_trials_fail(base: RunConfig, tmp_
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 2, out
     assert "Traceback" not in out
-    words = r"the loss is nan in epoch 0, step 1, on images/deep/1\.jpg, .*, and again after a restart"
+    words = r"the loss is nan in epoch 0, step 1, on images/deep/1\.jpg, .*; lower train\.learning_rate, or check"
     # Once among the results of the sweep, once as the error of the command.
     for before in (r"trial \w{8} failed:", "all trials of the sweep failed, the first of 1 since"):
         assert re.search(f"{before} {words}", " ".join(out.split())), out
     (trial,) = json.loads((sweep / "sweep.json").read_bytes())["trials"]
     assert trial["status"] == "failed"
+
+
+FAILED, FINISHED = ({"id": "0" * 16, "status": status, "error": "why"} for status in ("failed", "finished"))
+
+
+@pytest.mark.parametrize(
+    ("trials", "sampler", "error", "words"),
+    [
+        ([FINISHED] * 2, "grid", None, ""),
+        ([FINISHED], "optuna", None, ""),
+        ([FINISHED], "random", UnfinishedError, "1 of 2 trials of the sweep ended and 0 failed; the same command"),
+        ([FINISHED, FAILED], "optuna", UnfinishedError, "1 of 2 trials of the sweep ended and 1 failed; the same"),
+        ([FAILED] * 2, "grid", DataError, "all trials of the sweep failed, the first of 2 since why; the same command"),
+    ],
+)
+def test_require_ended__tells_a_sweep_that_lacks_trials(
+    trials: list[dict[str, str]], sampler: str, error: type[Exception] | None, words: str
+) -> None:
+    sweep = {"trials": trials, "asked": 2, "sampler": sampler}
+    with pytest.raises(error, match=rf"^s3://bucket/sweep: {words}") if error else contextlib.nullcontext():
+        require_ended("s3://bucket/sweep", sweep)
 
 
 @pytest.mark.parametrize(

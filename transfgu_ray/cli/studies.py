@@ -23,7 +23,7 @@ from transfgu_ray.cli.options import (
 )
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_plan
-from transfgu_ray.errors import ConfigError, DataError, UnfinishedError
+from transfgu_ray.errors import ConfigError
 
 
 def ablate(
@@ -139,7 +139,7 @@ def tune(
     from transfgu_ray.scenes import write_scenes
     from transfgu_ray.storage import Folder
     from transfgu_ray.studies.spaces import read_space
-    from transfgu_ray.studies.tune import PAGE, SWEEP, SweepPlan
+    from transfgu_ray.studies.tune import PAGE, SWEEP, SweepPlan, require_ended
     from transfgu_ray.studies.tune import tune as verb
 
     terminal, target, rendered = Terminal(quiet, verbose), Folder(folder), []
@@ -163,22 +163,10 @@ def tune(
         terminal.table(rows, [name.replace(", ", ",\n") for name in header])
     for line in evidence_lines(sweep):
         terminal.note(line)
-    failed = failed_trials(sweep)
-    for name, words in failed:
+    for name, words in failed_trials(sweep):
         terminal.note(f"trial {name} failed: {words}")
     terminal.note(f"sweep: {target.uri_of(SWEEP)}, page: {target.uri_of(PAGE)}")
-    if failed and len(failed) == len(sweep["trials"]):
-        raise DataError(
-            f"{target.uri}: all trials of the sweep failed, the first of {len(failed)} since {failed[0][1]}; the same "
-            "command tries them again, other values take another folder"
-        )
-    ended = len(sweep["trials"]) - len(failed)
-    # Optuna ends by itself where the space has no more points.
-    if failed or (ended < sweep["asked"] and sampler != Sampler.OPTUNA):
-        raise UnfinishedError(
-            f"{ended} of {sweep['asked']} trials of {target.uri} ended, {len(failed)} failed; the same command tries "
-            "the others again"
-        )
+    require_ended(target.uri, sweep)
 
 
 def plan(

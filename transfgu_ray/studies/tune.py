@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.engine.signs import board
 from transfgu_ray.engine.watchdog import unless_stalled
-from transfgu_ray.errors import ArtifactError, ConfigError, StalledError
+from transfgu_ray.errors import ArtifactError, ConfigError, DataError, StalledError, UnfinishedError
 from transfgu_ray.pipeline.inputs import scored_split
 from transfgu_ray.reports.sweep_page import write_sweep_report
-from transfgu_ray.reports.sweep_tables import best_trial, evidence
+from transfgu_ray.reports.sweep_tables import best_trial, evidence, failed_trials
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.shared import SharedStages
 from transfgu_ray.studies.spaces import (
@@ -115,6 +116,32 @@ def tune(
         write_sweep_report(folder, content)
         end_sweep(sweep.parent, folder, sweep=content, artifacts=[SWEEP, PAGE])
     return content
+
+
+def require_ended(uri: str, sweep: Mapping[str, Any]) -> None:
+    """Tell a sweep whose trials have ended from one that lacks some.
+
+    Args:
+        uri: of the sweep's folder.
+        sweep: content of sweep.json.
+
+    Raises:
+        DataError: all trials failed, so the settings or the data must be at fault.
+        UnfinishedError: some failed, or fewer ended than were asked for.
+    """
+    failed, asked = failed_trials(sweep), sweep["asked"]
+    ended = len(sweep["trials"]) - len(failed)
+    if failed and not ended:
+        raise DataError(
+            f"{uri}: all trials of the sweep failed, the first of {len(failed)} since {failed[0][1]}; the same command "
+            "tries them again, other values take another folder"
+        )
+    # Optuna ends by itself where the space has no more points.
+    if failed or (ended < asked and sweep["sampler"] != "optuna"):
+        raise UnfinishedError(
+            f"{uri}: {ended} of {asked} trials of the sweep ended and {len(failed)} failed; the same command tries the "
+            "others again"
+        )
 
 
 def _check(base: RunConfig, plan: SweepPlan) -> None:
