@@ -208,7 +208,7 @@ def background_first(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def initial_weights(run: Run) -> dict[str, torch.Tensor]:
     checkpoint, *_ = Path(run.folder.path).glob("train/rounds-*/*/state.pt")
     state = torch.load(io.BytesIO(checkpoint.read_bytes()), weights_only=True)
-    return background_first(state["bootstrap"]["initial"])
+    return background_first(state["bootstrap"]["bootstrap"]["initial"])
 
 
 def test_train__released_is_the_published_loop(run: Run) -> None:
