@@ -135,7 +135,7 @@ def test_train__table_survives_a_kill_and_does_not_depend_on_workers(
     def trained(*arguments: object, **named: object) -> TrainResult:
         after.update({part: part.stat().st_mtime_ns for part in parts})
         found.append(read_whole(run))
-        return TrainResult(history, 0, 0)
+        return TrainResult(history, 0, 0, 0)
 
     monkeypatch.setattr(train_rounds, "train", trained)
     wide = open_run(Path(run.folder.path), photographs, *CACHED, "runtime.num_workers=2", "runtime.num_blocks=3")
