@@ -29,7 +29,7 @@ def wait(process: subprocess.Popen[str], folder: Path, epochs: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 def test_train__goes_on_however_often_its_worker_is_lost(labelled: Run, tmp_path: Path) -> None:
     setting = ("--set", "train.round_epochs=[6, 6]", "--overwrite", "--quiet")
@@ -47,11 +47,9 @@ def test_train__goes_on_however_often_its_worker_is_lost(labelled: Run, tmp_path
     assert [row["epoch"] for row in json.loads((folder / "train/history.json").read_text())] == list(range(12))
 
 
-@pytest.mark.parametrize(
-    ("fewest", "code"),
-    [pytest.param("1", 0, marks=pytest.mark.slow), pytest.param("null", 1, marks=pytest.mark.long)],
-    ids=["elastic", "all"],
-)
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.parametrize(("fewest", "code"), [("1", 0), ("null", 1)], ids=["elastic", "all"])
 def test_train__on_fewer_workers_only_where_the_user_allows_it(
     labelled: Run, tmp_path: Path, fewest: str, code: int
 ) -> None:
