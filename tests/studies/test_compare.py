@@ -14,6 +14,7 @@ from tests.fixtures import Silent
 from transfgu_ray.config.run import build_config
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine import parts
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitResult, UnitWorker
 from transfgu_ray.runs.run import Run
@@ -95,6 +96,7 @@ def in_process(
     worker: type[UnitWorker],
     arguments: dict[str, Any],
     resources: Resources,
+    progress: Progress,
 ) -> Iterator[UnitResult]:
     """Do what `stream_units` does, without starting an actor."""
     one = worker(**arguments, device="cpu", threads=1)
