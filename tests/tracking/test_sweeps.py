@@ -18,7 +18,7 @@ def test_tracked__a_trial_that_is_torn_leaves_its_status_to_the_sweep(tmp_path: 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     config = build_config(get_preset("tiny_cpu"), None, [f"tracking.uri={uri}"])
     parent = begin_sweep(Folder(str(tmp_path / "sweep")), config, {"objective": "score"})
-    trial = Trial(parent, {}, None, lambda history: None)
+    trial = Trial(parent, {}, None, 1, lambda history: None, "training of a test")
     client, found = mlflow.MlflowClient(uri), {}
 
     def tear(name: str, of: Trial | None) -> None:
