@@ -249,7 +249,7 @@ def test_write_bytes__a_full_or_read_only_disk_is_told_at_once(tmp_path, monkeyp
 
 
 def test_folder__a_lasting_failure_is_told_with_its_file_after_bounded_time(tmp_path, monkeypatch, quick, caplog):
-    monkeypatch.setattr(storage, "RETRY_S", 0.05)
+    monkeypatch.setattr(storage, "RETRY_S", 0.4)
     folder = Folder(str(tmp_path))
     monkeypatch.setattr(folder, "fs", Stuttering().plan(OSError(errno.EIO, "Input/output error"), times=10**9))
     sentence = rf"the storage does not answer: {tmp_path}/a: Input/output error; the same command goes on once it does"
