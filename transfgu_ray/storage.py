@@ -369,6 +369,13 @@ class Folder:
         content: bytes = self.read(name, lambda file: file.read())
         return content
 
+    def find_bytes(self, name: str) -> bytes | None:
+        """Return the content of a file, None if there is none; see `read`."""
+        try:
+            return self.read_bytes(name)
+        except FileNotFoundError:
+            return None
+
     def read_json(self, name: str) -> Any:
         """Return the content of a JSON file; None if there is none.
 
@@ -376,10 +383,8 @@ class Folder:
             ValueError: the file is damaged.
             StorageError: the storage does not answer.
         """
-        try:
-            return json.loads(self.read_bytes(name))
-        except FileNotFoundError:
-            return None
+        content = self.find_bytes(name)
+        return None if content is None else json.loads(content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file whole or not at all.

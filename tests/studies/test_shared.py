@@ -10,10 +10,10 @@ from tests.faults.storage import flip_byte
 from tests.fixtures import Silent
 from tests.studies.test_tune import tiny_base
 from transfgu_ray.config.run import RunConfig, build_config
+from transfgu_ray.engine.prefetch import num_readers
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.train import num_readers
 from transfgu_ray.runs.references import TABLES, table_folder
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES

@@ -443,3 +443,8 @@ class RuntimeConfig(Section):
         description="go on with as few workers as this while nodes are missing; which photographs share a step then "
         "depends on how many there were, so a rerun need not give the same model. null = always all of them (ours)",
     )
+
+    @property
+    def max_failures(self) -> int:
+        """`max_restarts` as Ray counts, to which -1 means without end."""
+        return -1 if self.max_restarts is None else self.max_restarts

@@ -4,7 +4,8 @@ import hashlib
 import os
 import posixpath
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -51,6 +52,25 @@ class Listing:
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+@contextmanager
+def opening(what: str) -> Iterator[None]:
+    """Refuse a place of images that the body cannot open.
+
+    Args:
+        what: the setting or option, and its value.
+
+    Raises:
+        DataError: it cannot be opened.
+        StorageError: the storage does not answer, which says nothing of the place.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except (ArtifactError, OSError) as error:
+        raise DataError(f"{what} cannot be opened: {error}") from None
+
+
 def open_root(uri: str) -> Folder:
     """Return the root folder of a dataset.
 
@@ -63,13 +83,9 @@ def open_root(uri: str) -> Folder:
     """
     if not uri:
         raise DataError("no photographs were given; use --data DIR or set data.root")
-    try:
+    with opening(f"data.root={uri}"):
         root = Folder(uri)
         found = root.exists()
-    except StorageError:
-        raise
-    except (ArtifactError, OSError) as error:
-        raise DataError(f"data.root={uri} cannot be opened: {error}") from None
     if not found:
         raise DataError(f"data.root={uri} does not exist; give the folder of photographs with --data")
     if root.is_file():

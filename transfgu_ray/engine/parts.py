@@ -216,7 +216,7 @@ def build_table_of_parts(
     worker: Callable[..., PartWorker],
     arguments: Mapping[str, Any] | None = None,
 ) -> TableResult:
-    """Make the missing parts of a table, then read every footer: the table is complete when this returns.
+    """Make the missing parts of a table, and read the footer of each part: the table is complete when this returns.
 
     A part that is damaged or of other settings is made again and replaced, never deleted before.
 
@@ -235,13 +235,13 @@ def build_table_of_parts(
     folder = job.folder
     units = dict(enumerate(split_units(images, images_per_part)))
     wanted = {part_name(table, unit): unit for unit in units}
-    present = set()
+    present: dict[int, tuple[PartStats, int]] = {}
     for name, _ in folder.files(table):
         job.progress()
         if name not in wanted:
             folder.delete(name)
-        elif read_footer(folder, name, job.fingerprint) is not None:
-            present.add(wanted[name])
+        elif (footer := read_footer(folder, name, job.fingerprint)) is not None:
+            present[wanted[name]] = footer
     job.progress(sum(len(units[unit]) for unit in present))
     missing = {unit: refs for unit, refs in units.items() if unit not in present}
     given = {"config": job.config, "run_uri": folder.uri, "table": table, "fingerprint": job.fingerprint}
@@ -257,9 +257,9 @@ def build_table_of_parts(
         peak_mb = max(peak_mb, result.peak_mb)
         job.progress(len(units[result.unit]), refused=int(result.result))
     total, num_rows = PartStats(), 0
-    for name in wanted:
+    for name, unit in wanted.items():
         job.progress()
-        footer = read_footer(folder, name, job.fingerprint)
+        footer = present.get(unit) or read_footer(folder, name, job.fingerprint)
         if footer is None:
             raise RuntimeError(f"{folder.uri_of(name)} was not written")
         stats, rows = footer

@@ -8,11 +8,22 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from transfgu_ray.engine.session import READER_CPUS
+from transfgu_ray.engine.session import READER_CPUS, Resources
 from transfgu_ray.errors import StorageError
 
 T = TypeVar("T")
 _READ_RETRIES = 3
+
+
+def num_readers(resources: Resources, *, students: int = 1, trainings: int = 1) -> int:
+    """Return the reading tasks of each student in each worker: all together at most one per core, but each at least 1.
+
+    Args:
+        resources: of each training.
+        students: number that learn side by side in each worker.
+        trainings: number that run at once on the cores.
+    """
+    return max(1, resources.num_cores // (resources.train_workers * students * trainings))
 
 
 def read_ahead(read: Callable[..., T], calls: Iterable[Mapping[str, Any]], num_ahead: int) -> Iterator[T]:

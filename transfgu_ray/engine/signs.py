@@ -69,7 +69,7 @@ class Board:
     def begin(self, key: str) -> None:
         """Expect signs of a piece of work from now on, which may have ended before."""
         self._ended.discard(key)
-        self._works[key] = replace(self._works.get(key) or _Work(0.0), at=time.monotonic())
+        self._works.setdefault(key, _Work(0.0)).at = time.monotonic()
 
     def sign(self, key: str, position: tuple[int, ...], words: Mapping[str, float]) -> None:
         """Note a sign, unless the work has been as far before.
@@ -143,10 +143,7 @@ class Sign:
 
     def begin(self) -> None:
         """Let the board expect signs from now on."""
-        import ray
-
-        with suppress(ray.exceptions.RayError):
-            ray.get(board().begin.remote(self.key), timeout=_ANSWER_S)
+        _ask("begin", self.key)
 
     def fail(self, rank: int, failure: Failure) -> None:
         """Note what ended a worker; returns once that is known."""
@@ -181,24 +178,24 @@ def board() -> Any:
 
 def ages(prefix: str) -> dict[str, float]:
     """Return the seconds since the last sign of each piece of work whose key begins so; none if the board is away."""
-    import ray
-
-    if not ray.is_initialized():
-        return {}
-    try:
-        found: dict[str, float] = ray.get(board().ages.remote(), timeout=_ANSWER_S)
-    except ray.exceptions.RayError as error:
-        _drop_dead(error)
-        return {}
+    found: dict[str, float] = _ask("ages") or {}
     return {key.removeprefix(prefix): age for key, age in found.items() if key.startswith(prefix)}
 
 
-def _drop_dead(error: Exception) -> None:
-    """Let go of a board whose process has ended for good; one that is being restarted comes back by itself."""
+def _ask(method: str, *arguments: Any) -> Any:
+    """Call a method of the board; return None while it is away, or if Ray is."""
     import ray
 
-    if isinstance(error, ray.exceptions.ActorDiedError):
-        _held.clear()
+    # A call would start another Ray.
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.get(getattr(board(), method).remote(*arguments), timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        # One that is being restarted comes back by itself.
+        if isinstance(error, ray.exceptions.ActorDiedError):
+            _held.clear()
+        return None
 
 
 @contextmanager
@@ -217,14 +214,9 @@ def signs_of_life(on_sign: Callable[[Mapping[str, float]], None], key: str | Non
 
     def look() -> None:
         nonlocal seen
-        # A later call would start another Ray.
-        if not ray.is_initialized():
+        if (found := _ask("read", sign.key)) is None:
             return
-        try:
-            number, words = ray.get(board().read.remote(sign.key), timeout=_ANSWER_S)
-        except ray.exceptions.RayError as error:
-            _drop_dead(error)
-            return
+        number, words = found
         # What an earlier process did is no news; a restarted board counts from 0.
         if seen is not None and number and number != seen:
             on_sign(words)

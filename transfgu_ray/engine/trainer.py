@@ -17,7 +17,7 @@ from transfgu_ray.background import repeated
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
-from transfgu_ray.engine.signs import Failure, Sign
+from transfgu_ray.engine.signs import Failure, Sign, signs_of_life
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import ArtifactError, CredentialsError, DataError, StorageError, TransfguError, UnfinishedError
 from transfgu_ray.storage import Folder
@@ -92,9 +92,7 @@ def new_trainer(
             storage_path=storage.path,
             storage_filesystem=storage.fs,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=failure_config(
-                max_failures=-1 if runtime.max_restarts is None else runtime.max_restarts, controller_failure_limit=-1
-            ),
+            failure_config=failure_config(max_failures=runtime.max_failures, controller_failure_limit=-1),
         ),
     )
 
@@ -217,6 +215,48 @@ def _failure(error: Exception, position: tuple[int, ...]) -> Failure:
     return Failure(kind, words, (kind, position, *own_words), _LIMIT)
 
 
+def run_training(
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    *,
+    folder: Folder,
+    name: str,
+    resources: Resources,
+    runtime: RuntimeConfig,
+    on_sign: Callable[[Mapping[str, float]], None],
+    not_finite: str,
+    sign_key: str | None = None,
+) -> Any:
+    """Train below `train/` of a folder, or go on with what is there, and return Ray Train's `Result`.
+
+    Args:
+        loop: function that each worker runs; it finds what it needs for `latest_state` and `failures_noted` in its
+            settings, under `recovered` and `sign`.
+        settings: its other settings.
+        folder: that the training belongs to.
+        name: see `new_trainer`.
+        resources: workers and device.
+        runtime: see `new_trainer`.
+        on_sign: see `signs_of_life`.
+        not_finite: see `fit`.
+        sign_key: see `signs_of_life`.
+
+    Raises:
+        TransfguError, RuntimeError, UnfinishedError: see `fit`.
+    """
+    recovered = recover_torn(folder, f"train/{name}")
+    with unwrapped_errors(), signs_of_life(on_sign, sign_key) as sign:
+        trainer = new_trainer(
+            loop,
+            settings | {"recovered": recovered, "sign": sign},
+            storage=Folder(folder.uri_of("train")),
+            name=name,
+            resources=resources,
+            runtime=runtime,
+        )
+        return fit(trainer, sign, not_finite)
+
+
 def fit(trainer: "TorchTrainer", sign: Sign, not_finite: str) -> Any:
     """Train, and raise what ended the training for good, if anything did.
 
@@ -276,13 +316,14 @@ def has_lost_workers(error: Exception) -> bool:
 def watched_json(run_folder: Folder, name: str, on_change: Callable[[Any], None]) -> Iterator[None]:
     """Call `on_change` with the content of a file that workers write, whenever it changes, until the context ends."""
     seen: bytes | None = None
+    folder = run_folder.once()
 
     def check() -> None:
         nonlocal seen
         content = None
         # The file may not exist yet, and a failing storage is reported by the training itself.
         with suppress(OSError, ArtifactError):
-            content = run_folder.once().read_bytes(name)
+            content = folder.read_bytes(name)
         if content is None or content == seen:
             return
         try:

@@ -10,7 +10,6 @@ from transfgu_ray.algorithms.rounds.token_crops import encode_tokens
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_photos, part_name, read_part
 from transfgu_ray.engine.stream import Photo
-from transfgu_ray.errors import DataError
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import (
     BACKBONE,
@@ -18,7 +17,7 @@ from transfgu_ray.models.weights import (
     load_run_encoder,
 )
 from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
-from transfgu_ray.pipeline.train_data import TOKENS
+from transfgu_ray.pipeline.train_data import TOKENS, changed_since_labelled
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, tokens_schema
 
@@ -86,7 +85,4 @@ def _check_complete(banked: list[str], image_ids: list[str], stats: PartStats) -
         return
     now = {refusal["image_id"]: refusal["reason"] for refusal in stats.refused}
     (image_id, *_) = sorted(set(banked) - set(image_ids))
-    raise DataError(
-        f"{image_id} has changed since the bank was labelled (now: {now.get(image_id, 'not listed')}); restore it or "
-        "use another run folder"
-    )
+    raise changed_since_labelled(image_id, now.get(image_id, "not listed"))

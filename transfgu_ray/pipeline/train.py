@@ -6,10 +6,8 @@ from typing import Any
 
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.engine.job import Job
-from transfgu_ray.engine.session import Resources
-from transfgu_ray.engine.signs import signs_of_life
-from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.engine.trainer import fit, new_trainer, read_state, recover_torn, watched_json
+from transfgu_ray.engine.prefetch import num_readers
+from transfgu_ray.engine.trainer import read_state, run_training, watched_json
 from transfgu_ray.models.model import ModelConfig, save_decoder
 from transfgu_ray.models.weights import BACKBONE, backbone_file_sha256
 from transfgu_ray.pipeline.concepts import read_concepts
@@ -40,17 +38,6 @@ class TrainResult:
     peak_memory_mb: int
     resumed_at_epoch: int
     resumed_at_step: int
-
-
-def num_readers(resources: Resources, *, students: int, trainings: int) -> int:
-    """Return the reading tasks of each student in each worker: all together at most one per core, but each at least 1.
-
-    Args:
-        resources: of each training.
-        students: number that learn side by side in each worker.
-        trainings: number that run at once on the cores.
-    """
-    return max(1, resources.num_cores // (resources.train_workers * students * trainings))
 
 
 def train(
@@ -85,8 +72,7 @@ def train(
     # Ray Train resumes whatever it finds under a name, finished or not; so the name identifies what is trained.
     name = f"{_LAYOUT}-{job.fingerprint[:16]}"
     _discard_other_trainings(folder, name)
-    settings: dict[str, Any] = {
-        "recovered": recover_torn(folder, f"train/{name}"),
+    settings = {
         "run_uri": folder.uri,
         "config": job.config,
         "model": model_config,
@@ -103,20 +89,18 @@ def train(
             on_epoch(history)
             seen = len(history)
 
-    with (
-        unwrapped_errors(),
-        signs_of_life(lambda _: job.progress(), sign_key) as sign,
-        watched_json(folder, HISTORY, on_change),
-    ):
-        trainer = new_trainer(
+    with watched_json(folder, HISTORY, on_change):
+        result = run_training(
             train_loop,
-            settings | {"sign": sign},
-            storage=Folder(folder.uri_of("train")),
+            settings,
+            folder=folder,
             name=name,
             resources=resources,
             runtime=runtime,
+            on_sign=lambda _: job.progress(),
+            not_finite="lower train.learning_rate, or check these photographs",
+            sign_key=sign_key,
         )
-        result = fit(trainer, sign, "lower train.learning_rate, or check these photographs")
     assert result.checkpoint is not None
     state = read_state(result.checkpoint)
     _write_decoders(Folder(folder.uri_of("model")), state["bootstrap"]["bootstrap"], model_config)

@@ -137,10 +137,20 @@ def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.
     try:
         photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
     except (OSError, ImageRefused) as error:
-        raise DataError(
-            f"{uri} has changed since the bank was labelled (now: {error}); restore it or use another run folder"
-        ) from None
+        raise changed_since_labelled(uri, str(error)) from None
     return to_working(photo, size, config.data.resample)
+
+
+def changed_since_labelled(name: str, now: str) -> DataError:
+    """Return the error for a photograph of the bank that cannot be used any more.
+
+    Args:
+        name: of the photograph.
+        now: what is wrong with it.
+    """
+    return DataError(
+        f"{name} has changed since the bank was labelled (now: {now}); restore it or use another run folder"
+    )
 
 
 def decode_bank_row(record: dict[str, Any]) -> tuple[UInt8[np.ndarray, "k h w"], torch.Tensor]:

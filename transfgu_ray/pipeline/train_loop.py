@@ -129,7 +129,7 @@ class _Training:
             own = (state["own"] or {}).get(name)
             learner.load_state_dict(state[name], own)
         learner.read(
-            schedule(config.whole_rounds, config.train.alpha, config.train.alpha_schedule)[len(self._history) :],
+            self._epochs_left(),
             grid_hw=self._encoder.grid_hw(config.train_crop_size),
             num_readers=self._settings["num_readers"],
             device=self._device,
@@ -138,12 +138,15 @@ class _Training:
 
     def _alive(self, number: int) -> None:
         """Give a sign of life while starting, which counts the first time only."""
-        self._sign(*self._started_at, -1, number)
+        self._sign(0, 0, -1, number)
+
+    def _epochs_left(self) -> list[Epoch]:
+        train = self._config.train
+        return schedule(self._config.whole_rounds, train.alpha, train.alpha_schedule)[len(self._history) :]
 
     def run(self) -> None:
         """Train to the end of the last epoch."""
-        train = self._config.train
-        for epoch in schedule(self._config.whole_rounds, train.alpha, train.alpha_schedule)[len(self._history) :]:
+        for epoch in self._epochs_left():
             for learner in self._learners.values():
                 for _ in learner.learn(epoch, encoder=self._encoder, backbone=self._backbone):
                     self._sign(*self.position)

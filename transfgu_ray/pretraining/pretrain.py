@@ -11,11 +11,10 @@ from typing import Any
 from transfgu_ray.algorithms.encoder.checkpoints import random_vit, read_safetensors
 from transfgu_ray.algorithms.encoder.vit import Encoder
 from transfgu_ray.engine.parts import PartStats, refusals
+from transfgu_ray.engine.prefetch import num_readers
 from transfgu_ray.engine.progress import Progress, Reporter
 from transfgu_ray.engine.session import Resources, ray_session
-from transfgu_ray.engine.signs import signs_of_life
-from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.engine.trainer import fit, new_trainer, read_state, recover_torn, watched_json
+from transfgu_ray.engine.trainer import read_state, run_training, watched_json
 from transfgu_ray.engine.watchdog import unless_stalled
 from transfgu_ray.errors import ConfigError, DataError
 from transfgu_ray.pretraining.config import PretrainConfig
@@ -200,15 +199,13 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
     """
     config, out, resources = work.config, work.out, work.resources
     name = training_name(work.fingerprint)
-    recovered = recover_torn(out, f"train/{name}")
     if not out.exists(f"train/{name}"):
         out.delete(HISTORY)
-    settings: dict[str, Any] = {
-        "recovered": recovered,
+    settings = {
         "out_uri": out.uri,
         "config": config,
         "threads": resources.threads,
-        "num_readers": max(1, resources.num_cores // resources.train_workers),
+        "num_readers": num_readers(resources),
     }
     total_steps = config.schedule.epochs * (num_train // config.schedule.batch_size)
     with (
@@ -217,22 +214,15 @@ def _train(work: _Work, num_train: int) -> dict[str, Any]:
     ):
         known = out.read_json(HISTORY) or {"epochs": []}
         watcher = _Watcher(config, total_steps, epochs=len(known["epochs"]), progress=progress, note=work.reporter.note)
-        with (
-            unwrapped_errors(),
-            signs_of_life(watcher.on_progress) as sign,
-            watched_json(out, HISTORY, watcher.on_history),
-        ):
-            trainer = new_trainer(
+        with watched_json(out, HISTORY, watcher.on_history):
+            result = run_training(
                 pretrain_loop,
-                settings | {"sign": sign},
-                storage=Folder(out.uri_of("train")),
+                settings,
+                folder=out,
                 name=name,
                 resources=resources,
                 runtime=config.runtime,
-            )
-            result = fit(
-                trainer,
-                sign,
+                on_sign=watcher.on_progress,
                 not_finite="lower dino.learning_rate or raise dino.warmup_frac (the encoder of the last checkpoint, if "
                 f"there was one, is {out.uri_of(LATEST)})",
             )

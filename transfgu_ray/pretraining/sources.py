@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transfgu_ray.datasets import FOLDER
-from transfgu_ray.datasets.listing import list_images
-from transfgu_ray.errors import ArtifactError, DataError, StorageError
+from transfgu_ray.datasets.listing import list_images, opening
+from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder
 
 # Of a table; only `bytes` is required.
@@ -99,13 +99,9 @@ def open_source(uri: str, setting: str, option: str) -> Source:
     """
     if not uri:
         raise DataError(f"no images were named; give {option} DIR or set {setting}")
-    try:
+    with opening(f"{setting}={uri}"):
         root = Folder(uri)
         found, is_file = root.exists(), root.is_file()
-    except StorageError:
-        raise
-    except (ArtifactError, OSError) as error:
-        raise DataError(f"{setting}={uri} cannot be opened: {error}") from None
     if not found:
         raise DataError(f"{setting}={uri} does not exist; give a folder of images or Parquet tables with {option}")
     if is_file:

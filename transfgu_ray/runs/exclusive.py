@@ -41,14 +41,7 @@ def create(folder: Folder, name: str, data: bytes) -> bool:
         known = _put_unless_there(folder, name, data)
         created = _settle(folder, name, data) if known is None else known
     # A first attempt may have written it though its answer was lost.
-    return created or _content(folder, name) == data
-
-
-def _content(folder: Folder, name: str) -> bytes | None:
-    try:
-        return folder.read_bytes(name)
-    except FileNotFoundError:
-        return None
+    return created or folder.find_bytes(name) == data
 
 
 def _create_locally(path: Path, data: bytes) -> bool:
@@ -132,8 +125,8 @@ def _store(folder: Folder, bucket: str) -> Any:
 
 def _settle(folder: Folder, name: str, data: bytes) -> bool:
     """Write the file if there is none; of several processes that found none, the last one to write has it."""
-    if folder.exists(name) and _content(folder, name) != data:
+    if folder.find_bytes(name) not in (None, data):
         return False
     folder.write_bytes(name, data)
     time.sleep(SETTLE_S)
-    return _content(folder, name) == data
+    return folder.find_bytes(name) == data

@@ -76,7 +76,7 @@ def locked(folder: Folder) -> Iterator[None]:
 
 def _acquire(folder: Folder, mine: _Owner) -> None:
     while not create(folder, LOCK, mine.note()):
-        note = _read(folder, LOCK)
+        note = folder.find_bytes(LOCK)
         # It may have been freed just now.
         if note is None:
             continue
@@ -99,7 +99,7 @@ def _succeed(folder: Folder, note: bytes, mine: _Owner) -> bool:
         return False
     try:
         # Claims go only after the note has changed, so that a later one on the same note ends here.
-        if _read(folder, LOCK) != note:
+        if folder.find_bytes(LOCK) != note:
             return False
         folder.write_bytes(LOCK, mine.note())
     finally:
@@ -125,7 +125,7 @@ def _claim(folder: Folder, note: bytes, mine: _Owner) -> str | None:
         claim = f"{_CLAIM}{hashlib.sha256(note).hexdigest()[:16]}"
         if create(folder, claim, mine.note()):
             return claim
-        other = _read(folder, claim)
+        other = folder.find_bytes(claim)
         if other is None:
             return None
         if _lives(folder, claim, other):
@@ -140,11 +140,11 @@ def _beat(folder: Folder, mine: _Owner, interrupt: Callable[[Exception], None]) 
     def beat() -> None:
         # A failing storage is reported by the work itself, not by its lock.
         with contextlib.suppress(OSError, ArtifactError):
-            renewed, note = replace(mine, beats=next(beats)).note(), _read(folder, LOCK)
+            renewed, note = replace(mine, beats=next(beats)).note(), folder.find_bytes(LOCK)
             if note is None:
                 if create(folder, LOCK, renewed):
                     return
-                note = _read(folder, LOCK)
+                note = folder.find_bytes(LOCK)
             owner = None if note is None else _parse(note)
             if owner is None or owner.id == mine.id:
                 folder.write_bytes(LOCK, renewed)
@@ -160,7 +160,7 @@ def _beat(folder: Folder, mine: _Owner, interrupt: Callable[[Exception], None]) 
 
 
 def _delete_own(folder: Folder, mine: _Owner) -> None:
-    note = _read(folder, LOCK)
+    note = folder.find_bytes(LOCK)
     owner = None if note is None else _parse(note)
     if owner is not None and owner.id == mine.id:
         folder.delete(LOCK)
@@ -174,18 +174,10 @@ def _lives(folder: Folder, name: str, note: bytes) -> bool:
     while time.monotonic() < end:
         if owner is not None and here and _started(owner.pid) != owner.started:
             return False
-        if not here and _read(folder, name) != note:
+        if not here and folder.find_bytes(name) != note:
             return True
         time.sleep(0.2)
     return here
-
-
-def _read(folder: Folder, name: str) -> bytes | None:
-    """Return the content of a note or claim; None if there is none."""
-    try:
-        return folder.read_bytes(name)
-    except FileNotFoundError:
-        return None
 
 
 def _parse(note: bytes) -> _Owner | None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from fsspec.utils import glob_translate
 
 from transfgu_ray.datasets import FOLDER
-from transfgu_ray.datasets.listing import ImageRef, Listing, list_images
-from transfgu_ray.errors import ArtifactError, DataError, StorageError
+from transfgu_ray.datasets.listing import ImageRef, Listing, list_images, opening
+from transfgu_ray.errors import DataError
 from transfgu_ray.images import EXTENSIONS
 from transfgu_ray.storage import Folder
 
@@ -24,13 +24,9 @@ def find_photographs(images: str) -> tuple[Folder, Listing]:
         DataError: there are no photographs.
         StorageError: the storage does not answer.
     """
-    try:
+    with opening(f"--images {images}"):
         whole = Folder(images)
         is_file, is_there = whole.is_file(), whole.exists()
-    except StorageError:
-        raise
-    except (ArtifactError, OSError) as error:
-        raise DataError(f"--images {images} cannot be opened: {error}") from None
     if is_file:
         root, listing = _single(images)
     elif is_there:

@@ -290,9 +290,7 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
             verbose=0,
             callbacks=[Ended(on_end, progress)],
             # Of trials whose training lost workers; others do not raise what ended them.
-            failure_config=ray_tune.FailureConfig(
-                max_failures=-1 if base.runtime.max_restarts is None else base.runtime.max_restarts
-            ),
+            failure_config=ray_tune.FailureConfig(max_failures=base.runtime.max_failures),
         ),
     ).fit()
     # The folders of the trials hold everything that is needed.
