@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from typer.testing import CliRunner
 
 from tests.fixtures import transfgu
+from transfgu_ray.cli import app
 from transfgu_ray.config.sections import RuntimeConfig
+from transfgu_ray.engine.inprocess import own_resources
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import ray_session
 from transfgu_ray.errors import ArtifactError, DataError
@@ -50,7 +54,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_predict(finished: Run, images: Path, out: Path, *wanted: Any, **runtime: Any) -> dict[str, Any]:
+def run_predict(
+    finished: Run, images: Path, out: Path, *wanted: Any, in_process: bool = False, **runtime: Any
+) -> dict[str, Any]:
     model = prediction.model_folder(finished.folder.uri)
     root, listing = find_photographs(str(images))
     done = []
@@ -59,7 +65,8 @@ def run_predict(finished: Run, images: Path, out: Path, *wanted: Any, **runtime:
         def __call__(self, more: int = 0, words: str = "", *, refused: int = 0) -> None:
             done.append((more, refused))
 
-    with ray_session(None, RuntimeConfig(**runtime)) as resources:
+    config = RuntimeConfig(**runtime)
+    with nullcontext(own_resources(config)) if in_process else ray_session(None, config) as resources:
         manifest = prediction.predict(
             model,
             Folder(str(out)),
@@ -173,6 +180,31 @@ def test_predict__the_same_bytes_with_more_workers(
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file() and path.name != "predict.json"]
     assert len(files) == 2 + 2 + 6 * 3 + 6 * 5
     assert [name for name in files if (out / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_predict__the_same_bytes_without_ray(
+    everything: tuple[Path, dict[str, Any]], finished: Run, photos: Path, tmp_path: Path, num_workers: int
+) -> None:
+    out, _ = everything
+    run_predict(finished, photos, tmp_path, False, True, True, in_process=True, num_workers=num_workers)
+    assert files_of(tmp_path) == files_of(out)
+
+
+@pytest.mark.reports
+def test_predict__few_photographs_start_no_ray(
+    finished: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("transfgu_ray.engine.session.ray_session", started)
+    command = ["predict", finished.folder.uri, "--images", str(photos / "a.jpg"), "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert mask_of(tmp_path, "a").shape == (61, 97)
+    with pytest.raises(AssertionError, match="Ray was started"):
+        CliRunner().invoke(app, [*command, "--ray-address", "auto"], catch_exceptions=False)
 
 
 def test_predict__sliding(finished: Run, photos: Path, tmp_path: Path) -> None:

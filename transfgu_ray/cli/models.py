@@ -1,7 +1,8 @@
 """Commands that use a model: predict masks, serve a page, compare versions."""
 
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +10,9 @@ from transfgu_ray.cli.options import Address, Quiet, Verbose, absolute
 from transfgu_ray.cli.terminal import Terminal, duration
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transfgu_ray.engine.session import Resources
 
 
 class Mode(StrEnum):
@@ -55,7 +59,6 @@ def predict(
     Named like the photographs; on request also probabilities and COCO JSON.
     """
     from transfgu_ray.config.sections import RuntimeConfig
-    from transfgu_ray.engine.session import ray_session
     from transfgu_ray.engine.watchdog import unless_stalled
     from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.serving import predict as verb
@@ -72,7 +75,7 @@ def predict(
         kept_log(target, "predict"),
         terminal.stage("predict", len(photos.images), "photographs") as show,
         unless_stalled("the prediction", RuntimeConfig().stall_minutes, show) as progress,
-        ray_session(ray_address, RuntimeConfig(), note=terminal.note) as resources,
+        _workers(ray_address, len(photos.images), terminal) as resources,
     ):
         manifest = verb.predict(
             source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress
@@ -89,6 +92,17 @@ def predict(
     if coco:
         terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
     terminal.note(f"next: look at the overlays, or drop photographs on a page with `transfgu serve {model}`")
+
+
+def _workers(ray_address: str | None, num_images: int, terminal: Terminal) -> AbstractContextManager["Resources"]:
+    """Return a session of Ray; for few photographs on no cluster, the resources of this process."""
+    from transfgu_ray.config.sections import RuntimeConfig
+    from transfgu_ray.engine.inprocess import MOST_IMAGES, own_resources
+    from transfgu_ray.engine.session import ray_session
+
+    if ray_address is None and num_images < MOST_IMAGES:
+        return nullcontext(own_resources(RuntimeConfig()))
+    return ray_session(ray_address, RuntimeConfig(), note=terminal.note)
 
 
 def _model_folder(model: str, tracking_uri: str | None) -> Any:

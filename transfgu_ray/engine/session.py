@@ -37,6 +37,7 @@ class Resources:
         device: "cpu" or "cuda".
         threads: torch and FAISS threads per worker.
         num_blocks: Ray Data blocks; None = one per part, at most 1000.
+        in_process: whether units run in threads of this process instead of Ray's.
     """
 
     num_cores: int
@@ -45,6 +46,7 @@ class Resources:
     device: str
     threads: int
     num_blocks: int | None
+    in_process: bool = False
 
     @property
     def gpus_per_worker(self) -> int:

@@ -1,14 +1,16 @@
-"""Streaming of units of photographs through Ray Data into an actor pool.
+"""Streaming of units of photographs through Ray Data into an actor pool, or through threads of this process.
 
-A unit is a fixed run of consecutive photographs. One actor call turns one unit into one artifact, which is named after
-the unit and written atomically. So results do not depend on the number of workers or blocks, the unit of a killed actor
-is repeated, and a rerun skips units whose artifact exists.
+A unit is a fixed run of consecutive photographs. One call of a worker turns one unit into one artifact, which is named
+after the unit and written atomically. So results do not depend on the number of workers or blocks, the unit of a killed
+actor is repeated, and a rerun skips units whose artifact exists.
 """
 
 import itertools
 import logging
 import os
 import resource
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.inprocess import each_in_threads
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, Resources
@@ -53,7 +56,7 @@ class Photo:
 
 
 class UnitWorker:
-    """Base class of the actors. Subclasses load models in `__init__` and implement `process`."""
+    """Base class of the workers. Subclasses load models in `__init__` and implement `process`."""
 
     def __init__(self, device: str, threads: int) -> None:
         import torch
@@ -72,17 +75,19 @@ class UnitWorker:
         """Process one unit; the result is sent to the driver, so it must be small."""
         raise NotImplementedError
 
-    def __call__(self, table: pa.Table, sign: Sign) -> pa.Table:
-        """Turn a row with a unit's photographs into a row with its result and this process's peak memory."""
+    def __call__(self, table: pa.Table, sign: Callable[[], None]) -> pa.Table:
+        """Turn a row with a unit's photographs into a row with its result and this process's peak memory.
+
+        Args:
+            table: the row, see `_read_unit`.
+            sign: called inside the unit, as a sign of life.
+        """
         (row,) = table.to_pylist()
         self._alive = sign
         photos = [
             Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
         ]
-        import ray
-
-        node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types here
-        started, pid = time.perf_counter(), os.getpid()
+        node, started, pid = socket.gethostname(), time.perf_counter(), os.getpid()
         try:
             result = self.process(row["unit"], photos)
         except Exception as error:
@@ -111,7 +116,7 @@ class UnitResult:
     Attributes:
         unit: number of the unit.
         result: what `process` returned.
-        peak_mb: peak resident memory of the actor so far, MB.
+        peak_mb: peak resident memory of the worker's process so far, MB.
     """
 
     unit: int
@@ -144,9 +149,9 @@ def stream_units(
     Args:
         root: root of the dataset.
         units: photographs of each unit.
-        worker: class of the actors.
+        worker: class of the workers.
         arguments: keyword arguments of the class.
-        resources: number and kind of actors.
+        resources: number and kind of workers, and whether they are Ray's actors.
         progress: gets the signs of life that workers give inside their units; the caller counts the results.
 
     Raises:
@@ -154,9 +159,10 @@ def stream_units(
     """
     if not units:
         return
-    set_up_ray_data()
-    with signs_of_life(lambda _: progress()) as sign, unwrapped_errors():
-        for row in _mapped(root, units, worker=worker, arguments=arguments, resources=resources, sign=sign):
+    rows = _in_process if resources.in_process else _mapped
+    given = {"device": resources.device, "threads": resources.threads, **arguments}
+    with unwrapped_errors():
+        for row in rows(root, units, worker=worker, arguments=given, resources=resources, progress=progress):
             _LOGGER.debug(
                 "unit %d: done in %.2f s by %s on node %s, pid %d, peak memory %d MB",
                 row["unit"],
@@ -169,6 +175,37 @@ def stream_units(
             yield UnitResult(row["unit"], row["result"], row["peak_mb"])
 
 
+def _in_process(
+    root: Folder,
+    units: Mapping[int, Sequence[ImageRef]],
+    *,
+    worker: Callable[..., UnitWorker],
+    arguments: Mapping[str, Any],
+    resources: Resources,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows that workers in threads of this process return."""
+    ended = threading.Event()
+
+    def sign() -> None:
+        if ended.is_set():
+            raise InterruptedError
+        progress()
+
+    def work() -> Callable[[int], dict[str, Any]]:
+        own = worker(**arguments)
+
+        def process(unit: int) -> dict[str, Any]:
+            (block,) = _unit_blocks({unit: units[unit]}, None)
+            row: dict[str, Any]
+            (row,) = own(_read_unit(block, root.uri), sign).to_pylist()
+            return row
+
+        return process
+
+    yield from each_in_threads(sorted(units), work, resources.num_workers, ended)
+
+
 def _mapped(
     root: Folder,
     units: Mapping[int, Sequence[ImageRef]],
@@ -176,15 +213,32 @@ def _mapped(
     worker: Callable[..., UnitWorker],
     arguments: Mapping[str, Any],
     resources: Resources,
-    sign: Sign,
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows that the actors return."""
+    """Yield the rows that actors of Ray return."""
+    set_up_ray_data()
+    with signs_of_life(lambda _: progress()) as sign:
+        dataset = _dataset(root, units, worker=worker, arguments=arguments, resources=resources, sign=sign)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch.to_pylist()
+
+
+def _dataset(
+    root: Folder,
+    units: Mapping[int, Sequence[ImageRef]],
+    *,
+    worker: Callable[..., UnitWorker],
+    arguments: Mapping[str, Any],
+    resources: Resources,
+    sign: Sign,
+) -> Any:
+    """Return the dataset of the rows that the actors will return."""
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     # As Any: Ray's types for mapped functions do not include Arrow tables.
     blocks: Any = ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
-    dataset = blocks.map_batches(
+    return blocks.map_batches(
         _read_unit,
         fn_kwargs={"root_uri": root.uri},
         batch_format="pyarrow",
@@ -195,15 +249,13 @@ def _mapped(
     ).map_batches(
         worker,
         fn_kwargs={"sign": sign},
-        fn_constructor_kwargs={"device": resources.device, "threads": resources.threads, **arguments},
+        fn_constructor_kwargs=arguments,
         batch_format="pyarrow",
         batch_size=1,
         compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),
         num_cpus=WORKER_CPUS,
         num_gpus=resources.gpus_per_worker or None,
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from batch.to_pylist()
 
 
 def set_up_ray_data() -> None:
