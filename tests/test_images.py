@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Re
 
 from tests.builders import make_hostile_folder
 from transfgu_ray.images import (
+    EXTENSIONS,
     ImageRefused,
     Resampling,
     centre_crop,
@@ -276,3 +277,23 @@ def test_centre_crop__is_what_the_published_evaluations_call(size, name):
     got = centre_crop(image, 40, getattr(Image.Resampling, name))
     assert got.size == (40, 40)
     assert np.array_equal(np.asarray(got), np.asarray(published(image)))
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize(("kind", "ending"), [("HEIF", ".heic"), ("AVIF", ".avif")])
+def test_decode_rgb__heic_and_avif(kind, ending):
+    if ending not in EXTENSIONS:
+        pytest.skip(f"no decoder of {kind} is installed")
+    photo = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    found = _decode(_bytes(photo, kind, quality=95))
+    assert found.size == (64, 48)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(photo)).max() <= 12
+
+
+@pytest.mark.reports
+def test_decode_rgb__avif_is_upright():
+    if ".avif" not in EXTENSIONS:
+        pytest.skip("no decoder of AVIF is installed")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert _decode(_bytes(_photo(), "AVIF", exif=exif)).size == (48, 64)

@@ -502,3 +502,11 @@ def test_object_store__one_that_does_not_answer_is_told_in_bounded_time(store, o
     with pytest.raises(StorageError, match=words.format("config.yaml")):
         Run.stored_config("s3://bucket/run")
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.reports
+def test_write_bytes__names_as_long_as_a_file_system_allows(tmp_path):
+    name = "é" * 125 + "a.jpg"
+    assert len(name.encode()) == 255
+    Folder(str(tmp_path)).write_bytes(name, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

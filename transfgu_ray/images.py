@@ -7,15 +7,29 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int16, Int64, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 # How photographs and crops change size. bicubic: antialiased (ours); bilinear: without antialias; nearest: the pixel
 # whose index is the rounded-down one (both released).
 Resampling = Literal["bicubic", "bilinear", "nearest"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Pillow goes by content, not by name, and decodes fifty formats; for EPS it has another program run the file.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+if features.check("avif"):
+    EXTENSIONS, FORMATS = (*EXTENSIONS, ".avif"), (*FORMATS, "AVIF")
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+    EXTENSIONS, FORMATS = (*EXTENSIONS, ".heic", ".heif"), (*FORMATS, "HEIF")
+# Endings of other pictures: who has such files expects them to be seen.
+OTHER_PICTURES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".gif", ".psd", ".tga", ".ppm", ".pgm", ".exr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw"),
+)
 # Raised by Pillow's decoders and metadata readers on damaged files.
 _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,

@@ -421,8 +421,9 @@ class Folder:
 
     def _write(self, target: str, data: bytes | pa.Buffer) -> None:
         direct = self.fs.type_name in _ATOMIC_PUT
-        folder, base = posixpath.split(target)
-        path = target if direct else posixpath.join(folder, f".{base}.{uuid.uuid4().hex[:8]}{_TMP_SUFFIX}")
+        folder = posixpath.dirname(target)
+        # Without the name itself, which may be as long as a file system allows.
+        path = target if direct else posixpath.join(folder, f".{uuid.uuid4().hex[:16]}{_TMP_SUFFIX}")
         try:
             self.fs.create_dir(folder, recursive=True)
             with self.fs.open_output_stream(path) as stream:

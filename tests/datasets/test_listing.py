@@ -21,10 +21,13 @@ from tests.builders import (
 from transfgu_ray import storage
 from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets import DATASETS
-from transfgu_ray.datasets.listing import open_root
+from transfgu_ray.datasets import listing as listing_module
+from transfgu_ray.datasets.listing import open_root, passed_over_words
+from transfgu_ray.datasets.outputs import mark_outputs
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.errors import DataError, StorageError
 from transfgu_ray.images import decode_label
+from transfgu_ray.storage import Folder
 
 
 def _ids(path, dataset="folder", split=""):
@@ -42,7 +45,7 @@ def test_list_images__folder_in_order_with_others_counted(tmp_path):
     assert [image.image_id for image in listing.images] == want
     assert [image.num_bytes for image in listing.images] == [os.path.getsize(tmp_path / name) for name in want]
     assert {image.label_id for image in listing.images} == {None}
-    assert listing.num_other_files == 3
+    assert listing.passed_over == {"no picture": 2, "hidden, or in a hidden or system folder": 1}
 
 
 def test_list_images__hostile_names_are_listed(tmp_path):
@@ -97,7 +100,7 @@ def test_list_images__scenes_with_the_masks_of_a_granularity(tmp_path):
     assert _ids(tmp_path, "scenes", "train") == [f"images/train/scene_{i:03}.png" for i in range(2)]
     fine, coarse = (listed(config, "val", granularity) for granularity in ("fine", "super"))
     assert [image.label_id for image in fine.images] == [f"masks/fine/val/scene_{i:03}.png" for i in range(3)]
-    assert fine.num_other_files == 1
+    assert fine.passed_over == {"no picture": 1}
     super_of = np.array(DATASETS["scenes"].super_of)
     for one, other in zip(fine.images, coarse.images, strict=True):
         label, merged = (decode_label((tmp_path / image.label_id).read_bytes()) for image in (one, other))
@@ -147,7 +150,7 @@ def test_list_images__cityscapes_in_folders_of_cities(tmp_path):
     (tmp_path / f"leftImg8bit/val/aachen/{stem}_camera.png").write_bytes(b"")
     config = DataConfig(dataset="cityscapes27", root=str(tmp_path))
     listing = listed(config, "val", "fine")
-    assert listing.num_other_files == 1
+    assert listing.passed_over == {"no picture": 1}
     assert listing.images[0].image_id == f"leftImg8bit/val/aachen/{stem}_leftImg8bit.png"
     assert listing.images[0].label_id == f"gtFine/val/aachen/{stem}_gtFine_labelIds.png"
     assert all((tmp_path / image.label_id).exists() for image in listing.images)
@@ -256,7 +259,7 @@ def test_list_images__names_what_it_does_not_follow(tmp_path):
             "sub/photo.JPG": "named as another but for case: sub/PHOTO.jpg",
             "twice.jpg": "link within the folder",
         }
-        assert listing.num_other_files == 1
+        assert listing.passed_over == {"no picture": 1}
 
 
 def test_list_images__nothing_but_links(tmp_path):
@@ -334,3 +337,66 @@ def test_list_images__a_root_that_does_not_answer_is_not_called_unusable(tmp_pat
     make_paired(tmp_path)
     with pytest.raises(StorageError, match=f"^the storage does not answer: {tmp_path}"):
         read(str(tmp_path))
+
+
+_HIDDEN = (
+    *(".Trash-1000/files/a.jpg", ".ipynb_checkpoints/a.jpg", ".thumbnails/large/a.png", ".a.jpg", ".git/a.png"),
+    *("sub/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/sub/._a.jpg", "$RECYCLE.BIN/a.jpg", "lost+found/a.jpg"),
+    *("#recycle/a.jpg", "mlruns/0/1/artifacts/samples/strip_final.jpg"),
+)
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_list_images__hidden_and_system_folders_are_left_out_and_counted(tmp_path, store):
+    root = open_root(str(tmp_path)) if store == "local" else Folder(f"memory://{tmp_path.name}")
+    for name in (*_HIDDEN, "a.jpg", "sub/a.jpg", "...dots.jpg" if store == "memory" else "b..jpg"):
+        root.write_bytes(name, b"x")
+    listing = listed(DataConfig(root=root.uri), "")
+    assert [image.image_id for image in listing.images] == (
+        ["a.jpg", "b..jpg", "sub/a.jpg"] if store == "local" else ["a.jpg", "sub/a.jpg"]
+    )
+    hidden = "hidden, or in a hidden or system folder"
+    assert listing.passed_over == {hidden: len(_HIDDEN) + (store == "memory")}
+    assert passed_over_words(listing.passed_over) == [f"{listing.passed_over[hidden]} {hidden}"]
+
+
+@pytest.mark.reports
+def test_list_images__hidden_names_above_the_root_do_not_count(tmp_path):
+    make_folder(tmp_path / ".cache" / "lost+found", num_images=2)
+    assert len(_ids(tmp_path / ".cache" / "lost+found")) == 2
+
+
+@pytest.mark.reports
+def test_list_images__names_of_jpeg_are_known_and_other_pictures_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing_module, "EXTENSIONS", (".jpg", ".jpeg", ".jpe", ".jfif"))
+    for name in ("a.JPG", "b.jpe", "c.JFIF", "1.HEIC", "2.heic", "3.heic", "raw.NEF", "notes.txt", "video.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = listed(DataConfig(root=str(tmp_path)), "")
+    assert [image.image_id for image in listing.images] == ["a.JPG", "b.jpe", "c.JFIF"]
+    assert listing.passed_over == {".heic": 3, ".nef": 1, "no picture": 2}
+    assert passed_over_words(listing.passed_over) == [
+        "3 .heic (`pip install transfgu-ray[heif]` reads them)",
+        "1 .nef (save them as JPEG or PNG)",
+    ]
+    for name in ("a.JPG", "b.jpe", "c.JFIF"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"no photograph .*; passed over: 3 \.heic \(`pip install"):
+        listed(DataConfig(root=str(tmp_path)), "")
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_list_images__outputs_beside_the_photographs_are_left_out(tmp_path, store):
+    root = open_root(str(tmp_path)) if store == "local" else Folder(f"memory://{tmp_path.name}out")
+    own, below = Folder(root.uri), Folder(root.uri_of("sub/out"))
+    mark_outputs(own, ["masks", "legend.png"])
+    mark_outputs(below, ["masks"])
+    mark_outputs(below, ["overlays", "masks"])
+    outputs = ("masks/a.png", "masks/deep/a.png", "legend.png", "sub/out/masks/a.png", "sub/out/overlays/a.jpg")
+    photos = ["a.png", "masks.png", "sub/legend.png", "sub/masks/a.png", "sub/out/a.png"]
+    for name in (*outputs, *photos):
+        root.write_bytes(name, b"x")
+    listing = listed(DataConfig(root=root.uri), "")
+    assert [image.image_id for image in listing.images] == photos
+    assert listing.passed_over == {"no picture": 2, "output of transfgu": len(outputs)}

@@ -55,7 +55,7 @@ def test_backbone_file_sha256__of_files_that_are_there(tmp_path):
 
 
 def teststage_inputs__another_file_of_the_backbone_changes_training_and_what_follows(tmp_path):
-    config, listing = _config(tmp_path / "resnet.pth"), Listing((ImageRef("a.jpg", None, 3),), 0)
+    config, listing = _config(tmp_path / "resnet.pth"), Listing((ImageRef("a.jpg", None, 3),))
     run = Run(Folder(str(tmp_path / "run")), config)
     (tmp_path / "resnet.pth").write_bytes(b"some weights")
     one = stage_inputs(run, listing)

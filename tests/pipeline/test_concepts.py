@@ -143,7 +143,7 @@ def test_concepts__manifest_has_passes_and_the_workers_memory(tmp_path: Path, lo
         fingerprint="",
         progress=Counted(done.append),
         run=run,
-        listing=Listing((), 0),
+        listing=Listing(()),
         inputs="",
     )
     content = STAGES["concepts"].function(job)

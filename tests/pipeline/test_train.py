@@ -372,7 +372,7 @@ def test_run_stage__mlflow_that_fails_ends_neither_the_progress_nor_the_reports_
             fingerprint="f" * 64,
             progress=Counted(done.append),
             run=run,
-            listing=Listing((), 0),
+            listing=Listing(()),
             inputs="",
             tracked=lost,
             trial=Trial(lost, {}, None, 1, lambda history: reported.append(len(history)), "training of a test"),

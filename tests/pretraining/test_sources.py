@@ -29,7 +29,7 @@ def test_open_source__folder_of_photographs(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("")
     found = source(tmp_path)
     assert [unit.num_images for unit in found.units] == [4, 4, 1]
-    assert (found.num_images("train"), found.num_images("val"), found.num_other_files) == (9, 0, 1)
+    assert (found.num_images("train"), found.num_images("val"), found.passed_over) == (9, 0, {"no picture": 1})
     images = everything(tmp_path)
     assert [image.image_id for image in images] == sorted(image.image_id for image in images)
     assert images[0].data == (tmp_path / images[0].image_id).read_bytes()
@@ -60,7 +60,7 @@ def test_open_source__tables_named_by_split(tmp_path):
         make_table(tmp_path / f"{name}.parquet", count)
     (tmp_path / "README.md").write_text("")
     found = source(tmp_path)
-    assert (found.num_images("train"), found.num_images("val"), found.num_other_files) == (7, 2, 2)
+    assert (found.num_images("train"), found.num_images("val"), found.passed_over) == (7, 2, {"no table of images": 2})
 
 
 def test_open_source__tables_of_other_names_are_all_trained_on(tmp_path):

@@ -65,6 +65,7 @@ def run_predict(
         def __call__(self, more: int = 0, words: str = "", *, refused: int = 0) -> None:
             done.append((more, refused))
 
+    already = len(listing.refused)
     config = RuntimeConfig(**runtime)
     with nullcontext(own_resources(config)) if in_process else ray_session(None, config) as resources:
         manifest = prediction.predict(
@@ -76,7 +77,7 @@ def run_predict(
             resources=resources,
             progress=Noted(),
         )
-    assert np.sum(done, axis=0).tolist() == [len(listing.images), len(manifest["refused"]) - len(listing.refused)]
+    assert np.sum(done, axis=0).tolist() == [len(listing.images), len(manifest["refused"]) - already]
     return manifest
 
 
@@ -281,3 +282,29 @@ def test_predict__records_serve_the_same_model_and_wishes_alone(finished: Run, p
     assert resumed(finished, *wanted) == 2
     assert resumed(renamed, *wanted) == 0
     assert resumed(finished, False, True, True) == 0
+
+
+@pytest.mark.reports
+def test_predict__long_names_are_kept_or_refused_alone(finished: Run, photos: Path, tmp_path: Path) -> None:
+    images, longest, twins = tmp_path / "images", "a" * 251, "b" * 251
+    images.mkdir()
+    for name in (f"{longest}.jpg", f"{twins}.jpg", f"{twins}.png"):
+        shutil.copy(photos / "a.jpg", images / name)
+    manifest = run_predict(finished, images, tmp_path / "out", in_process=True)
+    assert [path.name for path in (tmp_path / "out/masks").iterdir()] == [f"{longest}.png"]
+    assert {refusal["image_id"] for refusal in manifest["refused"]} == {f"{twins}.jpg", f"{twins}.png"}
+    assert (manifest["rows_in"], manifest["rows_out"]) == (3, 1)
+
+
+@pytest.mark.reports
+def test_predict__masks_within_the_photographs_are_not_segmented_in_turn(
+    finished: Run, photos: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "photos"
+    shutil.copytree(photos, images)
+    for out in (images, images / "out", images):
+        command = ["predict", finished.folder.uri, "--images", str(images), "--out", str(out)]
+        result = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert result.exit_code == 0
+        assert json.loads((out / "predict.json").read_text())["rows_in"] == 7
+    assert "passed over: 26 output of transfgu" in result.output

@@ -8,7 +8,7 @@ import typer
 
 from transfgu_ray.cli.options import Address, Config, Quiet, Set, Verbose, absolute, at_work
 from transfgu_ray.cli.terminal import Terminal
-from transfgu_ray.cli.words import note_refused
+from transfgu_ray.cli.words import note_passed_over, note_refused
 
 
 class Pictures(StrEnum):
@@ -125,6 +125,7 @@ def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -
     if "knn_top1" in manifest:
         shown["k-NN top-1"] = f"{100 * manifest['knn_top1']:.2f} % (chance {100 * manifest['knn_chance']:.2f} %)"
     terminal.table([[name, value] for name, value in shown.items()], ["pretrain", opened.folder.uri], words=(1,))
+    note_passed_over(terminal, manifest.get("passed_over", {}))
     note_refused(terminal, manifest["refused"])
     for alarm in manifest["alarms"]:
         terminal.note(f"warning: {alarm}")

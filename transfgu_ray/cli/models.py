@@ -8,7 +8,7 @@ import typer
 
 from transfgu_ray.cli.options import Address, Quiet, Verbose, absolute
 from transfgu_ray.cli.terminal import Terminal, duration
-from transfgu_ray.cli.words import note_refused
+from transfgu_ray.cli.words import note_passed_over, note_refused
 from transfgu_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def predict(
     Named like the photographs; on request also probabilities and COCO JSON.
     """
     from transfgu_ray.config.sections import RuntimeConfig
+    from transfgu_ray.datasets.outputs import mark_outputs
     from transfgu_ray.engine.watchdog import unless_stalled
     from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.serving import predict as verb
@@ -68,8 +69,7 @@ def predict(
     terminal = Terminal(quiet, verbose)
     source, target = _model_folder(model, tracking_uri), Folder(out)
     root, photos = find_photographs(images)
-    target.write_bytes(".transfgu", b"")
-    target.delete(".transfgu")
+    mark_outputs(target, verb.PICTURES)
     wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
     with (
         kept_log(target, "predict"),
@@ -80,6 +80,7 @@ def predict(
         manifest = verb.predict(
             source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress
         )
+    note_passed_over(terminal, manifest["passed_over"])
     note_refused(terminal, manifest["refused"])
     terminal.note(
         f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "

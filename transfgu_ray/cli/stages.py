@@ -24,7 +24,7 @@ from transfgu_ray.cli.options import (
     named_settings,
 )
 from transfgu_ray.cli.terminal import Terminal
-from transfgu_ray.cli.words import note_pages, note_refused, note_scores
+from transfgu_ray.cli.words import note_pages, note_passed_over, note_refused, note_scores
 from transfgu_ray.runs.stages import STAGES
 
 
@@ -132,6 +132,7 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
         for m in manifests.values()
     ]
     terminal.table(rows, ["stage", "in", "out", "refused", "seconds"])
+    note_passed_over(terminal, manifests.get("extract", {}).get("passed_over", {}))
     refused = {r["image_id"]: r for m in manifests.values() for r in m["refused"]}
     note_refused(terminal, list(refused.values()))
     if "evaluate" in manifests:

@@ -1,5 +1,6 @@
 """Closing lines that several commands share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transfgu_ray.cli.terminal import Terminal, duration, printable
@@ -10,6 +11,14 @@ def note_pages(terminal: Terminal, opened: Any) -> None:
     for title, page in (("report", "report.html"), ("concepts", "atlas.html")):
         if opened.folder.exists(page):
             terminal.note(f"{title}: {opened.folder.uri_of(page)}")
+
+
+def note_passed_over(terminal: Terminal, passed_over: Mapping[str, int]) -> None:
+    """Print which files were not taken for photographs, unless nobody would."""
+    from transfgu_ray.datasets.listing import passed_over_words
+
+    if told := passed_over_words(passed_over):
+        terminal.note(f"passed over: {', '.join(told)}")
 
 
 def note_refused(terminal: Terminal, refused: list[dict[str, str]], most: int = 20) -> None:

@@ -1,9 +1,10 @@
 """Cityscapes (Cordts et al., CVPR 2016): 27 of its 34 ids; PiCIE and the paper leave out the seven of group `void`."""
 
+from collections import Counter
 from dataclasses import replace
 
 from transfgu_ray.datasets.dataset import MINI_BATCH, VOID, DatasetSpec, recipes, supplement
-from transfgu_ray.datasets.listing import Listing, photos_of
+from transfgu_ray.datasets.listing import NO_PICTURE, Listing, photos_of
 from transfgu_ray.storage import Folder
 
 
@@ -16,8 +17,8 @@ def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, st
 
     listing = photos_of(root, f"leftImg8bit/{split}", mask_of=mask_of, recursive=True)
     images = tuple(image for image in listing.images if image.image_id.endswith(_LEFT))
-    num_other_files = listing.num_other_files + len(listing.images) - len(images)
-    return replace(listing, images=images, num_other_files=num_other_files), masks
+    others = Counter(listing.passed_over) + Counter({NO_PICTURE: len(listing.images) - len(images)})
+    return replace(listing, images=images, passed_over=dict(others)), masks
 
 
 _LEFT = "_leftImg8bit.png"

@@ -11,7 +11,8 @@ def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, st
 
 FOLDER = DatasetSpec(
     name="folder",
-    expects="any tree of JPEG, PNG, WebP, BMP or TIFF files; no labels, nothing is scored",
+    expects="any tree of JPEG, PNG, WebP, AVIF, BMP or TIFF files, HEIC with the extra `heif`; no labels, nothing is "
+    "scored",
     list_split=_list_split,
     # Nothing is known about the photographs, so every window counts and all concepts form one group.
     region_mode="no_prior",

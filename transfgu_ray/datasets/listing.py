@@ -1,19 +1,30 @@
 """List the photographs of a dataset and find their labels."""
 
 import hashlib
+import itertools
 import os
 import posixpath
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 
 from transfgu_ray.datasets.dataset import DatasetSpec
+from transfgu_ray.datasets.outputs import MARK, marked_outputs
 from transfgu_ray.errors import ArtifactError, DataError, StorageError
-from transfgu_ray.images import EXTENSIONS
+from transfgu_ray.images import EXTENSIONS, OTHER_PICTURES
 from transfgu_ray.storage import Folder, leads_out
+
+# Why files are passed over, beside the endings of pictures in a format that is not read.
+NO_PICTURE, HIDDEN, OUTPUT = "no picture", "hidden, or in a hidden or system folder", "output of transfgu"
+# Trash and thumbnails of macOS, Windows, Linux and network drives, and MLflow's artifacts; others begin with a dot.
+_SYSTEM_FOLDERS = {
+    *("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"),
+    *("mlruns", "mlartifacts"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,12 @@ class Listing:
 
     Attributes:
         images: photographs in order of image_id.
-        num_other_files: number of files that are not photographs.
+        passed_over: number of files that are not read as photographs, by reason: `PASSED_OVER` or an ending.
         refused: links and names that cannot be used, each with its reason, in order of image_id.
     """
 
     images: tuple[ImageRef, ...]
-    num_other_files: int
+    passed_over: Mapping[str, int] = field(default_factory=dict)
     refused: tuple[dict[str, str], ...] = ()
 
     @property
@@ -126,12 +137,27 @@ def list_images(
     if not listing.images:
         of_split = f"dataset {spec.name}, split {split}" if split else f"dataset {spec.name}"
         hint = "" if spec.name == "folder" else "; for a plain tree of photographs use dataset folder"
-        raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}")
+        others = passed_over_words(listing.passed_over)
+        seen = f"; passed over: {', '.join(others)}" if others else ""
+        raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}{seen}")
     if granularity is None:
         return replace(listing, images=tuple(replace(image, label_id=None) for image in listing.images))
     if spec.class_names and not root.exists(masks):
         raise DataError(f"no labels in {uri}/{masks} (dataset {spec.name}): expected {spec.expects}")
     return listing
+
+
+def passed_over_words(passed_over: Mapping[str, int]) -> list[str]:
+    """Return in words which files were passed over that somebody may miss, with what to do where something can be."""
+    told = []
+    for reason, count in passed_over.items():
+        if reason in (".heic", ".heif"):
+            told.append(f"{count} {reason} (`pip install transfgu-ray[heif]` reads them)")
+        elif reason.startswith("."):
+            told.append(f"{count} {reason} (save them as JPEG or PNG)")
+        elif reason != NO_PICTURE:
+            told.append(f"{count} {reason}")
+    return told
 
 
 class ListMissing(Exception):
@@ -175,17 +201,18 @@ def photos_named(root: Folder, folder: str, *, stems: set[str], mask_of: Callabl
     images = [
         ImageRef(photo, mask_of(stem), sizes.get(photo, -1)) for stem, photo in photos.items() if not leads_out(photo)
     ]
-    return Listing(tuple(images), 0, tuple(refused))
+    return Listing(tuple(images), refused=tuple(refused))
 
 
 def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
-    images, others = [], 0
+    images, passed_over = [], Counter[str]()
     names: dict[str, str] = {}
-    found, refused = _walk(root, name) if recursive and root.is_local else (root.files(name, recursive), [])
+    found, refused = _walk(root, name) if recursive and root.is_local else (list(root.files(name, recursive)), [])
+    outputs = _outputs(root, [path for path, _ in found])
     for path, num_bytes in found:
-        if not _is_photo(path):
-            others += 1
+        if reason := _passed_over(path, outputs):
+            passed_over[reason] += 1
         elif leads_out(path):
             # Object stores have no folders: a name can be any text.
             refused.append({"image_id": path, "reason": "name out of the folder"})
@@ -193,11 +220,41 @@ def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], 
             refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
         else:
             images.append(ImageRef(path, mask_of(path), num_bytes))
-    return Listing(tuple(images), others, tuple(sorted(refused, key=itemgetter("image_id"))))
+    return Listing(tuple(images), dict(passed_over), tuple(sorted(refused, key=itemgetter("image_id"))))
+
+
+def _outputs(root: Folder, paths: Sequence[str]) -> frozenset[str]:
+    """Return what commands have written among these files, as files and folders; see `mark_outputs`."""
+    marks = [path for path in paths if posixpath.basename(path) == MARK]
+    return frozenset().union(*(marked_outputs(root, mark) for mark in marks))
+
+
+def _passed_over(path: str, outputs: Container[str]) -> str | None:
+    """Return why a file is not read as a photograph; None if it is.
+
+    Args:
+        path: of the file.
+        outputs: see `_outputs`.
+    """
+    ending = posixpath.splitext(path)[1].lower()
+    if ending not in (*EXTENSIONS, *OTHER_PICTURES):
+        return NO_PICTURE
+    if _is_hidden(path):
+        return HIDDEN
+    if any(each in outputs for each in itertools.accumulate(path.split("/"), posixpath.join)):
+        return OUTPUT
+    return None if _is_photo(path) else ending
+
+
+def _is_hidden(path: str) -> bool:
+    # Dots alone are no names, and lead out of the folder.
+    return any(
+        (part.startswith(".") and part.strip(".")) or part.lower() in _SYSTEM_FOLDERS for part in path.split("/")
+    )
 
 
 def _is_photo(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS) and not posixpath.basename(path).startswith(".")
+    return posixpath.splitext(path)[1].lower() in EXTENSIONS
 
 
 def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
@@ -212,8 +269,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
     refused: list[dict[str, str]] = []
 
     def refuse(path: str, reason: str) -> None:
-        shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        refused.append({"image_id": shown, "reason": reason})
+        if not _is_hidden(path):
+            shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            refused.append({"image_id": shown, "reason": reason})
 
     top = root.patiently("", partial(os.path.realpath, root.path, strict=True))
     folders = [name] if root.exists(name) else []
@@ -237,9 +295,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
             where, leads_to_folder = _target(root, path, top) if is_link else ("", False)
             if is_folder:
                 folders.append(path)
-            elif leads_to_folder or (is_link and _is_photo(path)):
+            elif leads_to_folder or (is_link and not _passed_over(path, ())):
                 refuse(path, f"link {where}")
-            elif _is_photo(path) and not stat.S_ISREG(status.st_mode):
+            elif not _passed_over(path, ()) and not stat.S_ISREG(status.st_mode):
                 # Reading a pipe without a writer would never end.
                 refuse(path, "not a regular file")
             else:

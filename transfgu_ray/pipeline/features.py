@@ -48,7 +48,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     return content | {
         "weights_sha256": read_safetensors(job.encoder, ENCODER)[1]["weights_sha256"],
         "weights_file_sha256": weights_file_sha256(config.encoder),
-        "other_files_passed_over": listing.num_other_files,
+        "passed_over": dict(listing.passed_over),
     }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -301,7 +302,7 @@ def _finish(work: _Work, copied: _Copied, state: dict[str, Any]) -> dict[str, An
             "rows_out": stats.images,
             "images_train": copied.num_train,
             "images_val": copied.num_val,
-            "other_files_passed_over": sum(source.num_other_files for source in work.sources),
+            "passed_over": dict(sum((Counter(source.passed_over) for source in work.sources), Counter())),
             "epochs": len(state["history"]["epochs"]),
             "steps": state["step"],
             "images_seen": images_seen,

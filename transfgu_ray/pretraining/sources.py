@@ -1,7 +1,8 @@
 """Encoded images to train on: photographs in a folder, or rows of Parquet tables."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from transfgu_ray.datasets.listing import list_images, opening
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder
 
+NO_TABLE = "no table of images"
 # Of a table; only `bytes` is required.
 _COLUMNS = ("bytes", "path", "label", "mask")
 _IMAGES_PER_UNIT = 256
@@ -70,14 +72,14 @@ class Source:
         root: the folder.
         units: all images, in order.
         fingerprint: hash of names and sizes of the files.
-        num_other_files: number of files that are not read.
+        passed_over: number of files that are not read, by reason; see `Listing`.
         refused: unusable names, each with its reason.
     """
 
     root: Folder
     units: tuple[Unit, ...]
     fingerprint: str
-    num_other_files: int
+    passed_over: Mapping[str, int]
     refused: tuple[dict[str, str], ...] = ()
 
     def num_images(self, split: str) -> int:
@@ -107,10 +109,10 @@ def open_source(uri: str, setting: str, option: str) -> Source:
     if is_file:
         folder, _, name = root.uri.rpartition("/")
         parent = Folder(folder)
-        return _tables(parent, dict(parent.files(name)), 0)
+        return _tables(parent, dict(parent.files(name)), {})
     files = dict(root.files())
     tables = {name: size for name, size in files.items() if name.endswith(".parquet")}
-    return _tables(root, tables, len(files) - len(tables)) if tables else _photographs(uri)
+    return _tables(root, tables, {NO_TABLE: len(files) - len(tables)}) if tables else _photographs(uri)
 
 
 def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
@@ -160,19 +162,19 @@ def _photographs(uri: str) -> Source:
     labels = labels if len(set(labels)) > 1 else []
     slices = [slice(start, start + _IMAGES_PER_UNIT) for start in range(0, len(names), _IMAGES_PER_UNIT)]
     units = [Unit("train", len(names[s]), names=tuple(names[s]), labels=tuple(labels[s])) for s in slices]
-    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.num_other_files, listing.refused)
+    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.passed_over, listing.refused)
 
 
-def _tables(root: Folder, sizes: dict[str, int], num_other_files: int) -> Source:
+def _tables(root: Folder, sizes: dict[str, int], passed_over: Mapping[str, int]) -> Source:
     splits = {name: split for name in sizes if (split := _split(name)) is not None}
     if "train" not in splits.values():
         splits = dict.fromkeys(sizes, "train")
-    num_other_files += len(sizes) - len(splits)
+    others = Counter(passed_over) + Counter({NO_TABLE: len(sizes) - len(splits)})
     units = [unit for name, split in splits.items() for unit in _table_units(root, name, split)]
     if not any(unit.split == "train" for unit in units):
         raise DataError(f"the tables in {root.uri} have no rows; give Parquet with encoded images in column `bytes`")
     text = "\n".join(f"{name}\t{sizes[name]}" for name in sorted(splits))
-    return Source(root, tuple(units), hashlib.sha256(text.encode()).hexdigest(), num_other_files)
+    return Source(root, tuple(units), hashlib.sha256(text.encode()).hexdigest(), dict(others))
 
 
 def _split(name: str) -> str | None:

@@ -52,7 +52,7 @@ def _single(images: str) -> tuple[Folder, Listing]:
             "photographs first, e.g. with `ffmpeg -i VIDEO frames/%06d.jpg`"
         )
     folder, name = _parent(images)
-    return Folder(folder), Listing((ImageRef(name, None, -1),), 0)
+    return Folder(folder), Listing((ImageRef(name, None, -1),))
 
 
 def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
@@ -64,7 +64,7 @@ def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
     if not found:
         raise DataError(f"no photograph matches --images {images}; {root.uri} holds {len(listing.images)}")
     refused = tuple(refusal for refusal in listing.refused if meant.match(refusal["image_id"]))
-    return root, Listing(found, 0, refused)
+    return root, Listing(found, refused=refused)
 
 
 def _natural(image_id: str) -> list[tuple[bool, int, str]]:

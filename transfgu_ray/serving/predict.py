@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,8 +29,12 @@ from transfgu_ray.serving.coco import CocoWriter, find_segments, panoptic_image
 from transfgu_ray.storage import Folder
 
 MANIFEST = "predict.json"
+# Files and folders of pictures.
+PICTURES = ("masks", "overlays", "probabilities", "coco", "legend.png")
 _IMAGES_PER_UNIT = 4
 _JPEG_MOST_PX = 65500
+# Of a file's name, on the file systems of Linux, macOS and Windows.
+_NAME_MOST_BYTES = 255
 # One record per finished unit, in a folder named by all that the outputs depend on, until the manifest is written.
 _RECORDS = ".units"
 
@@ -154,14 +158,16 @@ def predict(
     config = load_model_config(model)
     names = load_names(model, config.kinds)
     entries = legend(names)
+    stems = output_stems([image.image_id for image in photos.images])
+    photos, num_long = _without_long_names(photos, stems)
+    progress(num_long, refused=num_long)
     images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
     numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
     units = split_units(images, _IMAGES_PER_UNIT)
     records = f"{_RECORDS}/{_fingerprint(model, root, photos, wanted)}"
     finished = _finished_units(out, records)
     missing = {unit: refs for unit, refs in enumerate(units) if unit not in finished}
-    arguments = {"model_uri": model.uri, "out_uri": out.uri, "records": records, "wanted": wanted}
-    arguments["stems"] = output_stems(list(numbers))
+    arguments = {"model_uri": model.uri, "out_uri": out.uri, "records": records, "wanted": wanted, "stems": stems}
 
     def results() -> Iterator[UnitResult]:
         for result in stream_units(
@@ -197,6 +203,7 @@ def predict(
         "rows_in": len(images) + len(photos.refused),
         "rows_out": total.images,
         "refused": sorted(total.refused, key=lambda refusal: refusal["image_id"]),
+        "passed_over": dict(photos.passed_over),
         "units": len(units),
         "units_resumed": len(units) - len(missing),
         "seconds": seconds,
@@ -207,6 +214,21 @@ def predict(
     out.write_json(MANIFEST, manifest)
     out.delete(_RECORDS)
     return manifest
+
+
+def _without_long_names(photos: Listing, stems: dict[str, str]) -> tuple[Listing, int]:
+    """Refuse photographs whose outputs would have names that no file system allows; also return their number."""
+    fits = {
+        image_id: len(f"{PurePosixPath(stem).name}.png".encode()) <= _NAME_MOST_BYTES
+        for image_id, stem in stems.items()
+    }
+    refused = [
+        {"image_id": image_id, "reason": "another has the same name but for its ending, and both are too long to keep"}
+        for image_id, does in fits.items()
+        if not does
+    ]
+    images = tuple(image for image in photos.images if fits[image.image_id])
+    return replace(photos, images=images, refused=(*photos.refused, *refused)), len(refused)
 
 
 def _fingerprint(model: Folder, root: Folder, photos: Listing, wanted: Wanted) -> str:

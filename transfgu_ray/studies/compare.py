@@ -16,6 +16,7 @@ from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.datasets.listing import ImageRef, Listing, open_root
+from transfgu_ray.datasets.outputs import mark_outputs
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import PartStats, decode_labelled, require_some
 from transfgu_ray.engine.progress import Progress, Reporter
@@ -40,6 +41,7 @@ from transfgu_ray.studies.versions import Entry, enter
 from transfgu_ray.tracking.registry import Registry
 
 _METHOD = STAGE_NAMES[-1]
+_PICTURE = "comparison.png"
 _NUM_SHOWN = 6
 # A version is timed for at least this long.
 _TIMED_SECONDS = 1.0
@@ -305,8 +307,9 @@ def _write(registry: Registry, entries: Sequence[Entry], *, comparison: dict[str
     files = {
         "comparison.json": json.dumps(comparison, indent=1).encode(),
         "comparison.md": comparison_markdown(comparison).encode(),
-        "comparison.png": comparison_picture(comparison, folders, models),
+        _PICTURE: comparison_picture(comparison, folders, models),
     }
+    mark_outputs(out, [_PICTURE])
     for file, data in files.items():
         out.write_bytes(file, data)
     registry.log_comparison(entries[0].version.run_id, comparison, files)
