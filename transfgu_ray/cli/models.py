@@ -82,8 +82,9 @@ def predict(
         )
     note_passed_over(terminal, manifest["passed_over"])
     note_refused(terminal, manifest["refused"])
+    count = manifest["rows_out"]
     terminal.note(
-        f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
+        f"{count} photograph{'s' if count != 1 else ''} in {duration(manifest['seconds'])}, "
         f"{manifest['images_per_second']:.2f} per second, including the start of the workers"
     )
     terminal.note(f"masks: {target.uri_of('masks')}, overlays: {target.uri_of('overlays')}")
