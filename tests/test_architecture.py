@@ -27,6 +27,7 @@ FLOORS = (
     ("algorithms/labels", "algorithms/rounds", "algorithms/dino"),
     ("algorithms/encoder", "algorithms/concepts", "algorithms/scores"),
     ("images", "storage"),
+    ("tiff",),
     ("errors", "background", "cores"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -6,13 +6,14 @@ import pytest
 from PIL import Image
 
 from tests.builders import make_coco, make_folder, make_paired
+from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.check import Check
 from transfgu_ray.errors import ConfigError, DataError
 
 
 def _run(name, path):
     done = []
-    found = Check(name, str(path)).run(done.append)
+    found = Check(name, str(path), DataConfig()).run(done.append)
     return found, {(each.split, each.what): each.found for each in found.facts}, sum(done)
 
 
@@ -58,7 +59,7 @@ def test_check__names_every_file_that_is_wrong(tmp_path):
     found, facts, _ = _run("coco80", tmp_path)
     reasons = {refusal["image_id"].removesuffix(".jpg")[-1]: refusal["reason"] for refusal in found.refused}
     assert re.match(r"its label annotations/val2017/0+3\.png cannot be read", reasons["3"])
-    assert reasons["4"] == "its label is of 10 x 72 px, not 96 x 72"
+    assert reasons["4"] == "its label is of 10 x 72 px, but the upright photograph of 96 x 72 px"
     assert reasons["5"].startswith("its label holds an unknown id: 90; known are 0 to 10, 12 to 24, 26 to 27, ")
     assert reasons["6"] == "not an image"
     assert reasons["0"].startswith("cannot be read")
@@ -68,8 +69,8 @@ def test_check__names_every_file_that_is_wrong(tmp_path):
 
 def test_check__refuses_what_it_cannot_list(tmp_path):
     with pytest.raises(ConfigError, match="unknown dataset 'imagenet'; allowed: folder, paired"):
-        Check("imagenet", str(tmp_path))
+        Check("imagenet", str(tmp_path), DataConfig())
     with pytest.raises(ConfigError, match=r"dataset paired needs a readable names\.txt in data\.root="):
-        Check("paired", str(tmp_path))
+        Check("paired", str(tmp_path), DataConfig())
     with pytest.raises(DataError, match="has no readable ImageSets"):
-        Check("voc", str(tmp_path))
+        Check("voc", str(tmp_path), DataConfig())

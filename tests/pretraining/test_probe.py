@@ -3,6 +3,8 @@
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -88,3 +90,22 @@ def test_probe__refusals(tmp_path, weights):
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"no image to measure on; the first, a\.jpg: empty file"):
         Probe(weights, str(tmp_path / "bad")).run()
+
+
+@pytest.mark.reports
+def test_probe__refuses_masks_that_do_not_fit_or_are_lossy(tmp_path, weights):
+    make_table(tmp_path / "val-0.parquet", 4, size=(40, 32))
+    table = pq.read_table(tmp_path / "val-0.parquet")
+    masks = [Image.open(io.BytesIO(mask)) for mask in table["mask"].to_pylist()]
+    masks[0] = masks[0].transpose(Image.Transpose.ROTATE_90)
+    files = [io.BytesIO() for _ in masks]
+    for mask, file, kind in zip(masks, files, ("PNG", "JPEG", "PNG", "PNG"), strict=True):
+        mask.save(file, kind)
+    column = pa.array([file.getvalue() for file in files], pa.binary())
+    pq.write_table(table.set_column(table.schema.get_field_index("mask"), "mask", column), tmp_path / "val-0.parquet")
+    make_table(tmp_path / "train-0.parquet", 2, size=(40, 32))
+    result = Probe(weights, str(tmp_path)).run()
+    assert result.num_queries == 2
+    reasons = [refusal["reason"] for refusal in result.refused]
+    assert reasons[0] == "its label is of 32 x 40 px, but the upright photograph of 40 x 32 px"
+    assert reasons[1].startswith("its label is a JPEG inside, which changes ids")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transfgu_ray.cli.options import Quiet, Verbose, absolute
+from transfgu_ray.cli.options import Quiet, Set, Verbose, absolute
 from transfgu_ray.cli.terminal import Terminal
 from transfgu_ray.cli.words import note_refused
 from transfgu_ray.errors import DataError
@@ -34,13 +34,18 @@ def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which dataset; see `transfgu datasets`.")],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Its root, as --data of a run.")],
     *,
+    assignments: Set = [],  # noqa: B006
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Check a copy of a dataset: photographs, labels, sizes, label ids. Exit code 2 if it cannot be used."""
+    from transfgu_ray.config.presets import paper
+    from transfgu_ray.config.run import build_config
     from transfgu_ray.datasets.check import Check
 
-    terminal, prepared = Terminal(quiet, verbose), Check(name, absolute(folder))
+    # What is refused is the same in every preset.
+    limits = build_config(paper(), None, assignments).data
+    terminal, prepared = Terminal(quiet, verbose), Check(name, absolute(folder), limits)
     with terminal.stage("check", prepared.num_images, "photographs") as progress:
         found = prepared.run(progress)
     terminal.table(

@@ -31,6 +31,9 @@ def tuple_field(description: str, default: tuple[Any, ...]) -> Any:
     return Field(default=default, strict=False, min_length=1, description=description)
 
 
+# Characters of a wrong value that a message repeats.
+_MOST_SHOWN = 80
+
 # Configuration of a command: a run, or a pretraining.
 C = TypeVar("C", bound=Section)
 
@@ -157,5 +160,12 @@ def _explain(problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not name:
         return message
-    message = message[0].lower() + message[1:]
-    return f"{name}={problem['input']!r}: {message.replace('input should be', 'must be')}"
+    message = (message[0].lower() + message[1:]).replace("input should be", "must be")
+    # Of a section the message names what is wrong; all of its settings would hide that.
+    shown = "" if isinstance(problem["input"], dict | Section) else f"={_short(problem['input'])}"
+    return f"{name}{shown}: {message}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

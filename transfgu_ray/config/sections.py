@@ -46,6 +46,12 @@ class DataConfig(Section):
     max_pixels: Positive = Field(
         120_000_000, description="photographs with more pixels are refused before decoding (ours)"
     )
+    bands: tuple[Positive, Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="bands that are taken as red, green and blue, counted from 1, e.g. [3, 2, 1]; null = the colours "
+        "that the file names (ours)",
+    )
 
     @field_validator("dataset")
     @classmethod

@@ -1,17 +1,15 @@
 """Check that a copy of a dataset is complete, before a cluster is paid for."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from transfgu_ray.datasets import DATASETS, PAIRED, VOID, named_dataset
 from transfgu_ray.datasets.listing import ImageRef, list_images, open_root
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.errors import ConfigError
-from transfgu_ray.images import FORMATS, ImageRefused, decode_label, to_classes
+from transfgu_ray.images import ImageRefused, Limits, decode_pair
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,14 @@ class Check:
     Args:
         name: name of the dataset.
         folder: root of the copy.
+        limits: what a run refuses.
 
     Raises:
         ConfigError: no such dataset, or its names file is wrong.
         DataError: the root, a list or the folder of labels is missing, or there is no photograph.
     """
 
-    def __init__(self, name: str, folder: str | None) -> None:
+    def __init__(self, name: str, folder: str | None, limits: Limits) -> None:
         if name not in DATASETS:
             raise ConfigError(f"unknown dataset {name!r}; allowed: {', '.join(DATASETS)}")
         uri, spec = folder or "", DATASETS[name]
@@ -63,7 +62,7 @@ class Check:
                 spec = named_dataset(read_names(uri))
             except ValueError as error:
                 raise ConfigError(f"data.names: {error}") from None
-        self._spec, self._root = spec, open_root(uri)
+        self._spec, self._root, self._limits = spec, open_root(uri), limits
         splits = dict.fromkeys((spec.train_split, spec.evaluate_split or spec.train_split))
         scored = spec.evaluate_split
         listings = {
@@ -75,7 +74,7 @@ class Check:
         self.num_images = sum(map(len, self._listed.values()))
 
     def run(self, progress: Callable[[int], None]) -> CheckResult:
-        """Read the header of every photograph, and every label of the scored split."""
+        """Decode every photograph, and every label of the scored split, as a run does."""
         found, names = CheckResult(), self._spec.class_names
         for split, images in self._listed.items():
             sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
@@ -112,17 +111,14 @@ class Check:
         data, problem = self._root.try_read(image.image_id)
         if data is None:
             raise ImageRefused(problem)
-        try:
-            size = Image.open(io.BytesIO(data), formats=FORMATS).size
-        except (UnidentifiedImageError, OSError, ValueError):
-            raise ImageRefused("not an image") from None
-        counts = np.zeros(VOID + 1, dtype=np.int64)
+        label = None
         if image.label_id is not None:
-            data, problem = self._root.try_read(image.label_id)
-            if data is None:
+            label, problem = self._root.try_read(image.label_id)
+            if label is None:
                 raise ImageRefused(f"its label {image.label_id} {problem}")
-            label = to_classes(decode_label(data), self._spec.label_table("fine"))
-            if label.shape != (size[1], size[0]):
-                raise ImageRefused(f"its label is of {label.shape[1]} x {label.shape[0]} px, not {size[0]} x {size[1]}")
-            counts = np.bincount(label.ravel(), minlength=VOID + 1)
-        return size, counts
+        table = None if label is None else self._spec.label_table("fine")
+        photo, classes = decode_pair(data, label, limits=self._limits, table=table)
+        counts = np.zeros(VOID + 1, dtype=np.int64)
+        if classes is not None:
+            counts = np.bincount(classes.ravel(), minlength=VOID + 1)
+        return photo.size, counts

@@ -182,13 +182,15 @@ def read_list_file(root: Folder, name: str) -> bytes:
 
 
 def read_list(root: Folder, name: str) -> set[str]:
-    """Return the words of a text file that lists the photographs of a split.
+    """Return the lines of a text file that lists the photographs of a split, one a line, without empty ones.
 
     Raises:
         ListMissing: it cannot be read, or is not UTF-8.
     """
     try:
-        return set(read_list_file(root, name).decode().split())
+        # A line is a file's name, which can hold blanks.
+        lines = read_list_file(root, name).decode("utf-8-sig").splitlines()
+        return {line.strip() for line in lines} - {""}
     except UnicodeDecodeError:
         raise ListMissing(name) from None
 

@@ -80,12 +80,16 @@ def read_names(uri: str) -> list[str]:
         StorageError: the storage does not answer.
     """
     try:
-        lines = Folder(uri).read_bytes(NAMES_FILE).decode().splitlines()
+        # Editors on Windows begin a file with a mark that is no part of it.
+        lines = Folder(uri).read_bytes(NAMES_FILE).decode("utf-8-sig").splitlines()
     except StorageError:
         raise
-    except (OSError, UnicodeDecodeError, ArtifactError):
+    except UnicodeDecodeError:
+        raise ConfigError(f"{NAMES_FILE} in data.root={uri} is not UTF-8; save it as UTF-8") from None
+    except (OSError, ArtifactError):
         raise ConfigError(
             f"dataset paired needs a readable {NAMES_FILE} in data.root={uri or '(not given)'}; it expects "
             f"{PAIRED.expects}"
         ) from None
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    stripped = map(str.strip, lines)
+    return [line for line in stripped if line and not line.startswith("#")]

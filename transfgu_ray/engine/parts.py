@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
 from transfgu_ray.errors import DataError
-from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_classes
+from transfgu_ray.images import ImageRefused, Limits, decode_pair
 from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
@@ -109,34 +108,28 @@ class PartStats:
             self.drop(reason, count)
 
 
-def decode_photos(
-    photos: Iterable[Photo], stats: PartStats, *, limits: DataConfig
-) -> Iterator[tuple[Photo, Image.Image]]:
+def decode_photos(photos: Iterable[Photo], stats: PartStats, *, limits: Limits) -> Iterator[tuple[Photo, Image.Image]]:
     """Yield each readable photograph with its decoded RGB image; record the others as refused."""
     for photo, image, _ in decode_labelled(photos, stats, limits=limits, table=None):
         yield photo, image
 
 
 def decode_labelled(
-    photos: Iterable[Photo], stats: PartStats, *, limits: DataConfig, table: np.ndarray | None
+    photos: Iterable[Photo], stats: PartStats, *, limits: Limits, table: np.ndarray | None
 ) -> Iterator[tuple[Photo, Image.Image, np.ndarray | None]]:
     """Yield each readable photograph with its decoded RGB image and its label's classes.
 
     Args:
         photos: photographs as read.
         stats: counts the usable photographs and lists the others as refused.
-        limits: which sizes are refused.
+        limits: what is refused, and which bands make the picture.
         table: see `to_classes`; None where no labels are wanted.
     """
     for photo in photos:
         try:
             if photo.data is None:
                 raise ImageRefused(photo.error)
-            image, classes = decode_rgb(photo.data, limits.min_side_px, limits.max_pixels), None
-            if table is not None:
-                if photo.label is None:
-                    raise ImageRefused("its label cannot be read")
-                classes = to_classes(decode_label(photo.label), table)
+            image, classes = decode_pair(photo.data, photo.label, limits=limits, table=table)
             yield photo, image, classes
         except ImageRefused as refusal:
             stats.refused.append({"image_id": photo.image_id, "reason": str(refusal)})

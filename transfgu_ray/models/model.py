@@ -41,8 +41,9 @@ class ModelConfig:
         backbone: `prior`, or `resnet50_fpn` where the decoder reads backbone.safetensors instead of the encoder.
         norm_eps: epsilon of the norms in the decoder's blocks.
         qkv_bias: whether the decoder's queries, keys and values have biases.
-        resample: how photographs are resized, see `images.Resampling`. Models of version 0.1 do not say any of the last
-            three: the defaults are theirs.
+        resample: how photographs are resized, see `images.Resampling`.
+        bands: bands of a photograph that are its red, green and blue, see `images.decode_rgb`. Models of version 0.1 do
+            not say any of the last four: the defaults are theirs.
     """
 
     image_size: tuple[int, int]
@@ -57,6 +58,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     resample: Resampling = "bicubic"
+    bands: tuple[int, int, int] | None = None
 
     @property
     def background_id(self) -> int | None:
@@ -215,6 +217,7 @@ def load_model_config(folder: Folder) -> ModelConfig:
             raise ValueError
         del values["background_id"]
         values["image_size"], values["kinds"] = tuple(values["image_size"]), tuple(values["kinds"])
+        values["bands"] = tuple(values["bands"]) if values.get("bands") else None
         return ModelConfig(**values)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ArtifactError(

@@ -15,7 +15,7 @@ from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_to
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table, unit_of
 from transfgu_ray.errors import DataError
-from transfgu_ray.images import ImageRefused, decode_rgb, to_working
+from transfgu_ray.images import ImageRefused, decode_photo, to_working
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.storage import Folder, read_file
 
@@ -135,7 +135,7 @@ def read_photos(
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     try:
-        photo = decode_rgb(read_file(uri), config.data.min_side_px, config.data.max_pixels)
+        photo = decode_photo(read_file(uri), config.data)
     except (OSError, ImageRefused) as error:
         raise changed_since_labelled(uri, str(error)) from None
     return to_working(photo, size, config.data.resample)

@@ -55,6 +55,7 @@ def model_config(config: RunConfig, kinds: list[str], weights_sha256: str) -> Mo
         norm_eps=NORM_EPS,
         qkv_bias=False,
         resample=config.data.resample,
+        bands=config.data.bands,
     )
 
 

@@ -37,6 +37,12 @@ class PretrainDataConfig(Section):
     )
     min_side_px: Positive = Field(32, description="images whose shorter side is below this are refused (ours)")
     max_pixels: Positive = Field(120_000_000, description="images with more pixels are refused before decoding (ours)")
+    bands: tuple[Positive, Positive, Positive] | None = Field(
+        None,
+        strict=False,
+        description="bands that are taken as red, green and blue, counted from 1, e.g. [3, 2, 1]; null = the colours "
+        "that the file names (ours)",
+    )
     num_val: Positive = Field(
         1000,
         description="images held out by the seed where there are no validation images, at most a tenth (ours)",

@@ -15,7 +15,7 @@ from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, set_up_ray_data, unwrapped_errors
-from transfgu_ray.images import ImageRefused, decode_rgb, to_square
+from transfgu_ray.images import ImageRefused, decode_photo, to_square
 from transfgu_ray.pretraining.config import PretrainDataConfig
 from transfgu_ray.pretraining.copies import COPIES, INDEX, build_index, pack
 from transfgu_ray.pretraining.sources import Source, Unit, read_unit
@@ -134,7 +134,7 @@ def _copy_unit(table: pa.Table, copying: Copying, sign: Sign) -> pa.Table:
         try:
             if image.data is None:
                 raise ImageRefused(image.error)
-            square = _square(decode_rgb(image.data, config.min_side_px, config.max_pixels), config.source_size)
+            square = _square(decode_photo(image.data, config), config.source_size)
         except ImageRefused as refusal:
             stats.refused.append({"image_id": image.image_id, "reason": str(refusal)})
             continue

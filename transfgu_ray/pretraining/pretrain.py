@@ -167,7 +167,7 @@ def _copy(work: _Work, num_images: int) -> _Copied:
         DataError: fewer than two images can be used.
     """
     data = work.config.data
-    settings = [data.source_size, data.min_side_px, data.max_pixels]
+    settings = [data.source_size, data.min_side_px, data.max_pixels, data.bands]
     key = hashlib.sha256(json.dumps([settings, work.images]).encode()).hexdigest()
     with (
         work.reporter.stage("images", num_images, "images") as show,

@@ -12,7 +12,7 @@ from transfgu_ray.algorithms.encoder.checkpoints import load_encoder
 from transfgu_ray.algorithms.encoder.vit import above_mean
 from transfgu_ray.config.sections import EncoderConfig
 from transfgu_ray.errors import ConfigError, DataError
-from transfgu_ray.images import ImageRefused, decode_label, decode_rgb, to_square
+from transfgu_ray.images import ImageRefused, decode_label, decode_photo, to_square
 from transfgu_ray.models.weights import read_encoder
 from transfgu_ray.pretraining.config import PretrainDataConfig
 from transfgu_ray.pretraining.sources import EncodedImage, Source, open_source, read_unit
@@ -182,9 +182,10 @@ def _decode(image: EncodedImage, size: int) -> _Picture:
     limits = PretrainDataConfig()
     if image.data is None:
         raise ImageRefused(image.error)
-    square = to_square(decode_rgb(image.data, limits.min_side_px, limits.max_pixels), size)
+    photo = decode_photo(image.data, limits)
+    square = to_square(photo, size)
     is_object = None
     if image.mask is not None:
-        mask = Image.fromarray(decode_label(image.mask))
+        mask = Image.fromarray(decode_label(image.mask, photo.size))
         is_object = np.asarray(to_square(mask, size, Image.Resampling.NEAREST)) > 127
     return _Picture(image.label, np.asarray(square).transpose(2, 0, 1), is_object)

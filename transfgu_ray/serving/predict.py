@@ -83,7 +83,8 @@ class Predictor(UnitWorker):
         Return counts, refusals and COCO's segments as JSON, after writing them as the record of the unit.
         """
         stats, segmented = PartStats(), []
-        for photo, image in decode_photos(self.signed(photos), stats, limits=DataConfig(min_side_px=1)):
+        limits = DataConfig(min_side_px=1, bands=self._model.config.bands)
+        for photo, image in decode_photos(self.signed(photos), stats, limits=limits):
             stem, background_id = self._stems[photo.image_id], self._names.background_id
             maps = self._model.photo_maps(image, self._wanted.sliding)
             mask = self._names.apply(self._model.to_mask(maps, image))

@@ -132,7 +132,7 @@ class PhotoServer:
     def _segment(self, data: bytes) -> bytes:
         most = self._limits.max_megapixels
         try:
-            photo = decode_rgb(data, 1, int(most * 1e6))
+            photo = decode_rgb(data, 1, int(most * 1e6), self._model.config.bands)
         except TooManyPixels:
             raise _Refusal(413, f"The photograph is too large; at most {most:g} megapixels are accepted.") from None
         except NotAnImage:
