@@ -143,9 +143,8 @@ def _listen(stop: Stop, hears: socket.socket, last_words: str) -> None:
     """Wait for a signal that stops the process, or for the end of the body; see to it that a stop succeeds."""
     # A process that starts Ray points its stderr elsewhere for the moment.
     stderr = os.dup(2)
-    with hears:
-        while (number := hears.recv(1)) and number[0] not in _STOPS:
-            pass
+    while (number := hears.recv(1)) and number[0] not in _STOPS:
+        pass
     if number:
         stop.by = stop.by or number[0]
     stop.known.set()
@@ -157,4 +156,5 @@ def _listen(stop: Stop, hears: socket.socket, last_words: str) -> None:
             os._exit(128 + stop.by)
         if not stop.is_over:
             signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+    hears.close()
     os.close(stderr)

@@ -11,6 +11,7 @@ from transfgu_ray.background import Stop, stoppable
 from transfgu_ray.cli import catalogue, encoders, models, names, stages, studies
 from transfgu_ray.cli.terminal import printable
 from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError
+from transfgu_ray.surroundings import settle_surroundings
 
 app = typer.Typer(
     name="transfgu",
@@ -50,6 +51,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     stop = Stop()
     try:
+        settle_surroundings()
         with stoppable(stop, _LAST_WORDS):
             _refuse_former_form(sys.argv[1:])
             app()
