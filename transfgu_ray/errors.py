@@ -46,3 +46,14 @@ class UnfinishedError(Exception):
 
 class StalledError(UnfinishedError):
     """No progress for so long that something must be stuck; the message names it."""
+
+
+def foreign_words(error: BaseException, most: int = 600) -> str:
+    """Return what a library says of its error, in one line, and the class where it says nothing.
+
+    Args:
+        error: of a library.
+        most: characters; of a longer message the middle is left out, since it often ends with the cause.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"

@@ -7,9 +7,11 @@ from typing import NoReturn
 
 import typer
 
+from transfgu_ray.background import Stop, stoppable
 from transfgu_ray.cli import catalogue, encoders, models, names, stages, studies
 from transfgu_ray.cli.terminal import printable
 from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError
+from transfgu_ray.surroundings import settle_surroundings
 
 app = typer.Typer(
     name="transfgu",
@@ -40,38 +42,43 @@ app.add_typer(catalogue.datasets, name="datasets")
 app.add_typer(catalogue.presets, name="presets")
 
 
-class _Stopped(BaseException):
-    """SIGTERM, as `ray job stop` and schedulers send it."""
-
-
-def _on_sigterm(*_: object) -> None:
-    raise _Stopped
+_LAST_WORDS = "transfgu: stopped; the same command goes on from here"
 
 
 def main() -> None:
     """Run a command: wrong input ends in one sentence and exit code 2, a stop in exit code 128 + the signal."""
     # Deprecations in libraries concern developers, not users.
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    stop = Stop()
     try:
-        _refuse_former_form(sys.argv[1:])
-        app()
-    except (TransfguError, OSError) as error:
+        settle_surroundings()
+        with stoppable(stop, _LAST_WORDS):
+            _refuse_former_form(sys.argv[1:])
+            app()
+    except BaseException as error:
+        # Whatever a stop has become on its way; but a command may take Ctrl-C as its regular end.
+        if stop.by is not None and (stop.by == signal.SIGTERM or _code(error) != 0):
+            typer.echo(_LAST_WORDS, err=True)
+            sys.exit(128 + stop.by)
+        _exit_told(error)
+        raise
+
+
+def _code(error: BaseException) -> object:
+    """Return the exit code with which typer ends a command; 1 for an error."""
+    return error.code or 0 if isinstance(error, SystemExit) else 1
+
+
+def _exit_told(error: BaseException) -> None:
+    """Exit with a sentence, if the error is of a kind that has one for the user."""
+    if isinstance(error, TransfguError | OSError):
         from transfgu_ray.storage import storage_failure
 
         reported = error if isinstance(error, TransfguError) else storage_failure(error)
-        if reported is None:
-            raise
-        _exit_failed(str(reported), error, code=2)
-    except UnfinishedError as error:
+        if reported is not None:
+            _exit_failed(str(reported), error, code=2)
+    elif isinstance(error, UnfinishedError):
         _exit_failed(str(error), error, code=1)
-    except _Stopped:
-        _exit_stopped(signal.SIGTERM)
-    except SystemExit as error:
-        # How typer reports Ctrl-C.
-        if error.code == 128 + signal.SIGINT:
-            _exit_stopped(signal.SIGINT)
-        raise
 
 
 def _refuse_former_form(arguments: list[str]) -> None:
@@ -91,8 +98,3 @@ def _exit_failed(sentence: str, error: BaseException, *, code: int) -> NoReturn:
     if log := log_of(error):
         typer.echo(printable(f"transfgu: the log has more: {log}"), err=True)
     sys.exit(code)
-
-
-def _exit_stopped(by: int) -> NoReturn:
-    typer.echo("transfgu: stopped; the same command goes on from here", err=True)
-    sys.exit(128 + by)

@@ -1,5 +1,6 @@
 """Commands that use a model: predict masks, serve a page, compare versions."""
 
+import signal
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,11 +148,19 @@ def serve(
     limits = verb.Limits(max_megabytes, max_megapixels)
     name = model.rstrip("/").rpartition("/")[2]
     terminal.note("starting Ray Serve ...")
-    with ray_session(None, RuntimeConfig()) as resources:
-        url = verb.start(source, name, host=host, port=port, limits=limits, resources=resources)
-        terminal.note(f"{name} is served on {url}; open it in a browser, or POST photographs to {url}/predict")
-        terminal.note("Ctrl-C ends it")
-        verb.wait_for_ctrl_c()
+    is_up = False
+    # Not where it waits: what closes the session must not be interrupted by what ended the waiting.
+    try:
+        with ray_session(None, RuntimeConfig()) as resources:
+            url = verb.start(source, name, host=host, port=port, limits=limits, resources=resources)
+            terminal.note(f"{name} is served on {url}; open it in a browser, or POST photographs to {url}/predict")
+            terminal.note("Ctrl-C ends it")
+            is_up = True
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        if not is_up:
+            raise
     terminal.note("stopped")
 
 

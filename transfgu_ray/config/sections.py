@@ -425,7 +425,7 @@ class RuntimeConfig(Section):
     num_blocks: Positive | None = Field(None, description="Ray Data blocks; null = one per part, at most 1000")
     threads: Positive = Field(1, description="torch and FAISS threads per worker (two on a busy core are slower)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where Ray grants a GPU")
-    object_store_mb: Positive = Field(500, description="object store of a local Ray, MB")
+    object_store_mb: int = Field(500, ge=75, description="object store of a local Ray, MB; Ray takes no less than 75")
     max_refused_share: Fraction = Field(
         0.5, description="extract stops when more than this share of the photographs is refused (ours)"
     )
@@ -449,6 +449,19 @@ class RuntimeConfig(Section):
         description="go on with as few workers as this while nodes are missing; which photographs share a step then "
         "depends on how many there were, so a rerun need not give the same model. null = always all of them (ours)",
     )
+
+    @model_validator(mode="after")
+    def _check_train_workers(self) -> RuntimeConfig:
+        if self.train_workers and self.min_train_workers and self.min_train_workers > self.train_workers:
+            raise ValueError(
+                f"min_train_workers={self.min_train_workers} must be at most train_workers={self.train_workers}"
+            )
+        return self
+
+    @property
+    def fewest_train_workers(self) -> int | None:
+        """With how many Ray Train workers a training begins; None = as many as there is room for."""
+        return self.min_train_workers or self.train_workers
 
     @property
     def max_failures(self) -> int:

@@ -1,13 +1,6 @@
 """A Ray session, and the number and kind of workers that it can carry."""
 
-import logging
-import os
-import signal
-import socket
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,13 +9,13 @@ from typing import Any
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.cores import usable_cores
 from transfgu_ray.engine.logs import divert_ray_loggers, diverted_prints
+from transfgu_ray.engine.start import connect, import_ray, is_started_here, shut_down, start_ray
 from transfgu_ray.errors import ConfigError, StalledError
 from transfgu_ray.runs.logs import begin_work
 
 # A worker and the reading task that feeds it share one CPU, so that one CPU is enough to make progress.
 WORKER_CPUS = 0.75
 READER_CPUS = 0.25
-_STARTS = 3
 _POLL_S = 1.0
 
 
@@ -74,21 +67,12 @@ def ray_session(
         note: called with a line on the workers of the session, and with one before it waits for a GPU.
 
     Raises:
-        ConfigError: no cluster answers at `address`, or a local Ray has no GPU where cuda was asked for.
+        ConfigError: no cluster answers at `address`, Ray does not start here, or a local Ray has too little of what
+            was asked for, and never will.
         StalledError: no GPU came within `runtime.stall_minutes`.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray prints this amid the progress whenever several trials, each with several processes, run at once.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
     is_local = address in (None, "local")
-    if is_local:
-        # Ray reads this on import: 0 makes every process of a single machine listen on loopback only. The driver of a
-        # cluster must not set it, or other nodes could not reach it.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Each worker would otherwise use all cores: intra-op threads come from the configuration.
-    os.environ.setdefault("OMP_NUM_THREADS", str(runtime.threads))
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import_ray(runtime, is_local=is_local)
     import ray
 
     if ray.is_initialized():
@@ -96,101 +80,20 @@ def ray_session(
         # The outer session has seen a GPU; they may be gone for the moment, with a node that is being replaced.
         yield _resources(runtime, may_lack_gpus=True)
         return
-    logged: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if is_local:
-        # Slots, not cores: below four, Ray Train and the Ray Data that feeds it can wait for each other.
-        slots = max(usable_cores(), 4)
-        where: dict[str, Any] = {
-            # Ignore any cluster that already runs on this machine.
-            "address": "local",
-            "num_cpus": slots,
-            "include_dashboard": dashboard,
-            "object_store_memory": runtime.object_store_mb * 2**20,
-        }
-        _start(**where, **logged)
+        start_ray(runtime, dashboard=dashboard)
     else:
-        try:
-            with _quiet_start():
-                ray.init(address=address, **logged)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at --ray-address {address}: {str(error).splitlines()[0]}"
-            ) from None
+        connect(str(address))
     divert_ray_loggers()
     begin_work()
     try:
         with diverted_prints(), nullcontext() if is_local else _awaited_gpus(runtime, note):
             resources = _resources(runtime)
+            _require_room(resources, runtime, note)
             note(_words(resources, runtime, is_local=is_local))
             yield resources
     finally:
-        ray.shutdown()
-
-
-def _start(**settings: Any) -> None:
-    """Start a local Ray; try again where a busy machine takes longer than the 30 s that Ray allows itself."""
-    import ray
-
-    for attempt in range(_STARTS):
-        try:
-            with _quiet_start(), _own_address():
-                ray.init(**settings)
-            return
-        # Ray raises no narrower class here.
-        except Exception as error:
-            if "timed out during startup" not in str(error) or attempt == _STARTS - 1:
-                raise
-            ray.shutdown()
-
-
-@contextmanager
-def _own_address() -> Iterator[None]:
-    """Give the processes of a local Ray its address, through the environment that they inherit.
-
-    Without it, Ray Train's cleaner searches the machine for a Ray and, if it finds two, frees none of the resources of
-    a stopped training.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    with kept_environment(*address):
-        os.environ.update(address)
-        yield
-
-
-@contextmanager
-def kept_environment(*names: str) -> Iterator[None]:
-    """Restore environment variables when the context ends."""
-    kept = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Discard what Ray's C++ core prints while it starts; errors are still raised as exceptions.
-
-    Also keep the handler of SIGTERM: Ray's would end the process at once, before anything is closed.
-    """
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
+        shut_down()
 
 
 @contextmanager
@@ -259,7 +162,8 @@ def _resources(runtime: RuntimeConfig, may_lack_gpus: bool = False) -> Resources
     # On one machine slots may outnumber cores, see `ray_session`.
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
     cores = max(1, min(slots, usable_cores()) if len(nodes) == 1 else slots)
-    gpus = max(gpus, 1)
+    # A machine may have more GPUs than cores to feed them.
+    gpus = max(min(gpus, _room(total, device)), 1)
     wanted = gpus if device == "cuda" else max(1, cores // runtime.threads)
     return Resources(
         num_cores=cores,
@@ -269,6 +173,36 @@ def _resources(runtime: RuntimeConfig, may_lack_gpus: bool = False) -> Resources
         threads=runtime.threads,
         num_blocks=runtime.num_blocks,
     )
+
+
+def _room(total: Mapping[str, float], device: str) -> int:
+    """Return how many workers run at once, beside a task that reads for them."""
+    by_cpu = int((total.get("CPU", 1) - READER_CPUS) / WORKER_CPUS)
+    return min(by_cpu, int(total.get("GPU", 0))) if device == "cuda" else by_cpu
+
+
+def _require_room(resources: Resources, runtime: RuntimeConfig, note: Callable[[str], None]) -> None:
+    """Compare the workers that a configuration asks for with those that Ray has room for.
+
+    On a cluster nodes may come, so that the workers are waited for, and this is said.
+
+    Raises:
+        ConfigError: a local Ray never has room for them.
+    """
+    total = _granted()
+    room = _room(total, resources.device)
+    asked = {
+        "num_workers": runtime.num_workers,
+        "min_train_workers" if runtime.min_train_workers else "train_workers": runtime.fewest_train_workers,
+    }
+    for name, count in asked.items():
+        if count is None or count <= room:
+            continue
+        has = ", ".join(f"{total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU") if kind in total)
+        asks = f"runtime.{name}={count} asks for more workers than the {room} that this Ray has room for ({has})"
+        if is_started_here():
+            raise ConfigError(f"{asks}, and it stays so small; ask for fewer, or name a cluster by --ray-address")
+        note(f"{asks}: what needs them waits until nodes join; `ray status` shows what it lacks")
 
 
 def own_node() -> Mapping[str, float]:

@@ -12,7 +12,6 @@ import asyncio
 import base64
 import importlib
 import json
-import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -218,12 +217,3 @@ def require_free(host: str, port: int) -> None:
         raise ConfigError(
             f"cannot listen on --host {host} --port {port}: {reason}; give another port or an address of this machine"
         ) from None
-
-
-def wait_for_ctrl_c() -> None:
-    """Return at Ctrl-C; other signals act as usual."""
-    try:
-        while True:
-            signal.pause()
-    except KeyboardInterrupt:
-        return

@@ -270,6 +270,8 @@ def _tune(sweep: _Sweep, points: list[dict[str, Any]] | None, *, num_trials: int
         search, num_samples = None, 1
         space = {POINT: ray_tune.grid_search([to_text(point) for point in points])}
     folder.delete("tune")
+    # Its own handler of Ctrl-C would return as if the trials had ended.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     ray_tune.Tuner(
         ray_tune.with_resources(ray_tune.with_parameters(run_trial, settings=settings), {"CPU": DRIVER_CPUS}),
         param_space=space,

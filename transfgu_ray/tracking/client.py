@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.engine.session import kept_environment
+from transfgu_ray.engine.environment import kept_environment
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.storage import Folder, refuse_credentials
 
