@@ -1,6 +1,7 @@
 """One local Ray for all pipeline tests, and runs small enough to make in seconds."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, voc: Path, local_ray: Non
 
 
 def open_run(folder: Path, data: Path, *settings: str, dataset: str = "folder", overwrite: bool = False) -> Run:
-    named = [f"data.root={data}", f"data.dataset={dataset}"]
+    named = [f"data.root={json.dumps(str(data))}", f"data.dataset={dataset}"]
     if dataset == "folder":
         named.append("data.region_mode=things_and_stuff")
     return Run.open(str(folder), build_config(get_preset("tiny_cpu"), None, [*named, *TINY, *settings]), overwrite)

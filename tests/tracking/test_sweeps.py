@@ -22,7 +22,7 @@ def test_tracked__a_trial_that_is_torn_leaves_its_status_to_the_sweep(tmp_path: 
     client, found = mlflow.MlflowClient(uri), {}
 
     def tear(name: str, of: Trial | None) -> None:
-        with _tracked(Run.open(str(tmp_path / name), config), ["register"], of) as tracked:
+        with _tracked(Run.open(str(tmp_path / name), config), ["register"], of, print) as tracked:
             assert tracked is not None
             found[name] = tracked.run_id
             raise RuntimeError("torn")

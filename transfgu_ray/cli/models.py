@@ -68,7 +68,7 @@ def predict(
     from transfgu_ray.storage import Folder
 
     terminal = Terminal(quiet, verbose)
-    source, target = _model_folder(model, tracking_uri), Folder(out)
+    source, target = _model_folder(model, tracking_uri, terminal), Folder(out)
     root, photos = find_photographs(images)
     mark_outputs(target, verb.PICTURES)
     wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
@@ -108,14 +108,17 @@ def _workers(ray_address: str | None, num_images: int, terminal: Terminal) -> Ab
     return ray_session(ray_address, RuntimeConfig(), note=terminal.note)
 
 
-def _model_folder(model: str, tracking_uri: str | None) -> Any:
+def _model_folder(model: str, tracking_uri: str | None, terminal: Terminal) -> Any:
     """Return the folder of a model in a run folder, a model folder or the registry."""
     from transfgu_ray.serving.predict import model_folder
 
     if model.startswith("models:/"):
+        from transfgu_ray.tracking.client import registry_uri
         from transfgu_ray.tracking.models import fetch_model
+        from transfgu_ray.tracking.waiting import told_of_waits
 
-        model = fetch_model(model, tracking_uri)
+        with told_of_waits(registry_uri(tracking_uri), terminal.note):
+            model = fetch_model(model, tracking_uri)
     return model_folder(model)
 
 
@@ -143,7 +146,8 @@ def serve(
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.serving import serve as verb
 
-    terminal, source = Terminal(quiet, verbose), _model_folder(model, tracking_uri)
+    terminal = Terminal(quiet, verbose)
+    source = _model_folder(model, tracking_uri, terminal)
     verb.require_free(host, port)
     limits = verb.Limits(max_megabytes, max_megapixels)
     name = model.rstrip("/").rpartition("/")[2]

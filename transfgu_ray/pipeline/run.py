@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from transfgu_ray.runs.references import drop_references, table_folder
 from transfgu_ray.runs.run import Run, and_more
 from transfgu_ray.runs.stages import STAGES, Stage
 from transfgu_ray.tracking import runs as tracking
-from transfgu_ray.tracking.client import answering
+from transfgu_ray.tracking.client import answering, tracking_uri
 from transfgu_ray.tracking.runs import Tracked
+from transfgu_ray.tracking.waiting import told_of_waits
 
 _LOGGER = logging.getLogger("transfgu_ray")
 
@@ -74,7 +75,7 @@ def run_stages(
         # Before Ray starts, so that bad weights or sizes and missing labels are reported at once.
         weights = resolve_weights(run, to_make)
         with (
-            _tracked(run, to_make, trial) as tracked,
+            _tracked(run, to_make, trial, reporter.note) as tracked,
             ray_session(address, config.runtime, note=reporter.note) as resources,
         ):
             for stage in to_make:
@@ -92,7 +93,9 @@ def run_stages(
                     tracked=tracked,
                     trial=trial,
                 )
-                if not _run_stage(STAGES[stage], job, reporter):
+                with _waits_told(stage, tracked, reporter.note):
+                    is_same = _run_stage(STAGES[stage], job, reporter)
+                if not is_same:
                     reporter.note(f"{stage}: rebuilt with other content than before")
                 if outdated := _clear_outdated(run, stages, pending=pending, overwrite=overwrite):
                     break
@@ -201,14 +204,26 @@ def _discard_damaged(run: Run, stages: Sequence[str], *, pending: set[str], repo
 
 
 @contextlib.contextmanager
-def _tracked(run: Run, to_make: Sequence[str], trial: Trial | None) -> Iterator[Tracked | None]:
+def _tracked(
+    run: Run, to_make: Sequence[str], trial: Trial | None, note: Callable[[str], None]
+) -> Iterator[Tracked | None]:
     if "register" not in to_make:
         yield None
         return
-    tracked = tracking.begin(run.folder, run.config, None if trial is None else trial.parent)
+    with told_of_waits(tracking_uri(run.folder, run.config), note):
+        tracked = tracking.begin(run.folder, run.config, None if trial is None else trial.parent)
     # The sweep settles its trials: one that Tune stops would call itself failed, at any later time.
     with tracking.ended_on_error(tracked) if trial is None else answering(tracked.uri):
         yield tracked
+
+
+def _waits_told(
+    stage: str, tracked: Tracked | None, note: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """Tell of the waits for MLflow in the stage that lasts as long as they do."""
+    if tracked is None or stage != "register":
+        return contextlib.nullcontext()
+    return told_of_waits(tracked.uri, note)
 
 
 def _run_stage(stage: Stage, job: StageJob, reporter: Reporter) -> bool:

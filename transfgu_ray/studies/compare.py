@@ -38,7 +38,9 @@ from transfgu_ray.reports.comparison import (
 from transfgu_ray.reports.scores import STAGE_NAMES
 from transfgu_ray.storage import Folder
 from transfgu_ray.studies.versions import Entry, enter
+from transfgu_ray.tracking.client import answering, registry_uri
 from transfgu_ray.tracking.registry import Registry
+from transfgu_ray.tracking.waiting import told_of_waits
 
 _METHOD = STAGE_NAMES[-1]
 _PICTURE = "comparison.png"
@@ -154,8 +156,10 @@ def compare(
     Raises:
         TransfguError: the model or a version does not exist, versions cannot be compared, or photographs are unusable.
     """
-    registry = Registry(wanted.name, wanted.tracking_uri)
-    versions = registry.versions(wanted.numbers)
+    uri = registry_uri(wanted.tracking_uri)
+    with told_of_waits(uri, reporter.note), answering(uri):
+        registry = Registry(wanted.name, uri)
+        versions = registry.versions(wanted.numbers)
     entries, listing, has_labels = enter(registry, versions, dataset=wanted.dataset, data=wanted.data, out=out)
     measured = _choose(listing.images, NUM_MEASURED)
     num_scored = len(listing.images) if has_labels else min(len(measured), _NUM_SHOWN)
@@ -181,9 +185,10 @@ def compare(
         "refused": (scored_stats if has_labels else stats).refused,
         "promotion": None,
     }
-    if promote:
-        comparison["promotion"] = _promote(registry, comparison, force)
-    _write(registry, entries, comparison=comparison, out=out)
+    with told_of_waits(uri, reporter.note), answering(uri):
+        if promote:
+            comparison["promotion"] = _promote(registry, comparison, force)
+        _write(registry, entries, comparison=comparison, out=out)
     return comparison
 
 

@@ -43,6 +43,7 @@ from transfgu_ray.studies.trials import (
 from transfgu_ray.tracking.client import tracking_uri
 from transfgu_ray.tracking.runs import Tracked, ended_on_error
 from transfgu_ray.tracking.sweeps import begin_sweep, end_sweep, settle_trials
+from transfgu_ray.tracking.waiting import told_of_waits
 
 SWEEP, PAGE = "sweep.json", "sweep.html"
 _IDENTITY = "sweep_config.json"
@@ -98,9 +99,11 @@ def tune(
     _check(base, plan)
     base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": tracking_uri(folder, base)})})
     identity = _write_identity(folder, base, plan)
-    sweep = _Sweep(folder, base, plan, Trials(folder, base), begin_sweep(folder, base, identity))
+    with told_of_waits(tracking_uri(folder, base), reporter.note):
+        parent = begin_sweep(folder, base, identity)
+    sweep = _Sweep(folder, base, plan, Trials(folder, base), parent)
     with (
-        ended_on_error(sweep.parent),
+        ended_on_error(parent),
         ray_session(address, base.runtime, dashboard=True, note=reporter.note),
     ):
         try:
@@ -108,13 +111,15 @@ def tune(
         except StalledError as error:
             sweep.trials.interrupt(str(error))
             content = _write(sweep)
-            settle_trials(sweep.parent, content["trials"])
+            with told_of_waits(parent.uri, reporter.note):
+                settle_trials(parent, content["trials"])
             ended = sum(trial["status"] in ENDED for trial in content["trials"])
             raise StalledError(f"{error}; {ended} trials had ended") from None
         content = _write(sweep)
-        settle_trials(sweep.parent, content["trials"])
         write_sweep_report(folder, content)
-        end_sweep(sweep.parent, folder, sweep=content, artifacts=[SWEEP, PAGE])
+        with told_of_waits(parent.uri, reporter.note):
+            settle_trials(parent, content["trials"])
+            end_sweep(parent, folder, sweep=content, artifacts=[SWEEP, PAGE])
     return content
 
 

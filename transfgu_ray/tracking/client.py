@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.environment import kept_environment
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.storage import Folder, refuse_credentials
-
-SQLITE = "sqlite:///"
+from transfgu_ray.tracking.local_store import check_store, make_store, store_file, store_uri
 
 _SERVER = "MLFLOW_TRACKING_URI"
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -39,7 +37,7 @@ def tracking_uri(run_folder: Folder, config: RunConfig) -> str:
         raise ConfigError(
             "a run folder at a URI needs a tracking server: set --tracking-uri, tracking.uri or MLFLOW_TRACKING_URI"
         )
-    return f"{SQLITE}{Path(run_folder.uri).parent / 'mlflow.db'}"
+    return store_uri(Path(run_folder.uri).parent / "mlflow.db")
 
 
 @contextlib.contextmanager
@@ -92,11 +90,12 @@ def answering(uri: str) -> Iterator[None]:
     """Raise an ArtifactError of one sentence where a tracking server or store fails."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    # The latter where a server refuses a file.
-    except (MlflowException, RequestException) as error:
+    # The others where a server refuses a file, and where a store is damaged meanwhile.
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command continues from here") from None
 
@@ -107,7 +106,7 @@ def registry_uri(uri: str | None) -> str:
     Raises:
         ConfigError: it holds a password.
     """
-    found = uri or os.environ.get(_SERVER) or f"{SQLITE}{Path.cwd() / 'mlflow.db'}"
+    found = uri or os.environ.get(_SERVER) or store_uri(Path.cwd() / "mlflow.db")
     refuse_credentials("the tracking URI", found)
     return found
 
@@ -125,8 +124,12 @@ def has_run(client: Any, run_id: str) -> bool:
         return False
 
 
-def connect(uri: str) -> tuple[Any, str]:
+def connect(uri: str, *, writes: bool = True) -> tuple[Any, str]:
     """Return a client of a tracking server and registry, and the URI.
+
+    Args:
+        uri: tracking URI.
+        writes: whether something will be written there.
 
     Raises:
         ConfigError: it cannot be used.
@@ -138,31 +141,12 @@ def connect(uri: str) -> tuple[Any, str]:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # It prints the traceback of every failure that it raises.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        if uri.startswith(SQLITE):
-            _make_store(Path(uri.removeprefix(SQLITE)))
+        if (file := store_file(uri)) is not None:
+            make_store(file)
+            check_store(file, writes=writes)
         return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
-    except (mlflow.exceptions.MlflowException, OperationalError, OSError) as error:
+    except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
         raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def _make_store(file: Path) -> None:
-    """Make a missing sqlite store in one step, since MLflow cannot use one that is half made."""
-    import mlflow
-
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
-        made = f"{SQLITE}{folder}/{file.name}"
-        mlflow.MlflowClient(tracking_uri=made, registry_uri=made).search_experiments()
-        # Where several processes make one at the same time, the first one's is kept.
-        try:
-            os.link(f"{folder}/{file.name}", file)
-        except FileExistsError:
-            pass
-        except OSError:
-            # The file system has no hard links.
-            os.replace(f"{folder}/{file.name}", file)

@@ -17,13 +17,15 @@ from transfgu_ray.runs.provenance import git_commit
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import NAMES
 from transfgu_ray.storage import Folder
-from transfgu_ray.tracking.client import connect, mlflow_at, patient, registry_uri
+from transfgu_ray.tracking.client import answering, connect, mlflow_at, patient, registry_uri
 from transfgu_ray.tracking.requirements import requirements_of
 from transfgu_ray.tracking.runs import Tracked, log_files
 
 _MODEL_FILES = ("config.json", "encoder.safetensors", "backbone.safetensors", "decoder.safetensors", "names.yaml")
 
 _NAMED = "names_sha256"
+# Codes of errors of a server or store itself.
+_AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
 @patient
@@ -93,17 +95,21 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
     """Return a local folder with the files of a registered model, e.g. `models:/transfgu@champion`.
 
     Raises:
-        ArtifactError: the model does not exist.
+        ArtifactError: the model does not exist, or MLflow failed.
     """
     import mlflow
+    from requests import RequestException
 
-    _, uri = connect(registry_uri(uri))
-    try:
-        with mlflow_at(uri):
+    uri = registry_uri(uri)
+    with answering(uri), mlflow_at(connect(uri, writes=False)[1]):
+        try:
             return str(Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri)) / "artifacts" / "model")
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            # What does not answer may well have the model.
+            if isinstance(error, RequestException) or getattr(error, "error_code", None) in _AWAY:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
 
 
 def _log_model(run_folder: Folder, folder: Path, *, name: str, run_id: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from transfgu_ray.config.base import flatten
 from transfgu_ray.config.run import NOT_RESULT, RunConfig
 from transfgu_ray.storage import Folder
-from transfgu_ray.tracking.client import SQLITE, answering, connect, has_run, hasty, patient, tracking_uri
+from transfgu_ray.tracking.client import answering, connect, has_run, hasty, patient, tracking_uri
+from transfgu_ray.tracking.local_store import store_file
 
 RECORD = "mlflow.json"
 _NOT_TERMS = ("epoch",)
@@ -72,9 +73,8 @@ def open_run(folder: Folder, config: RunConfig, *, identity: dict[str, Any], tag
         return Tracked(uri, record["run_id"])
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        location = (
-            f"file://{Path(uri.removeprefix(SQLITE)).parent / 'mlartifacts'}" if uri.startswith("sqlite:") else None
-        )
+        file = store_file(uri)
+        location = None if file is None else (file.parent / "mlartifacts").as_uri()
         # Without it MLflow's page opens on traces of language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
         experiment_id = client.create_experiment(config.tracking.experiment, location, kind)
