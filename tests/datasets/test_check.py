@@ -42,6 +42,17 @@ def test_check__names_what_is_not_listed(tmp_path):
     assert found.refused == [{"image_id": "twice.jpg", "reason": "link within the folder"}]
 
 
+@pytest.mark.reports
+def test_check__tells_what_is_passed_over(tmp_path):
+    data = make_folder(tmp_path, num_images=2)
+    (data / ".thumbnails").mkdir()
+    shutil.copy(data / "photo_000.jpg", data / ".thumbnails")
+    (data / "IMG_1.gif").write_bytes(b"GIF89a")
+    _, facts, _ = _run("folder", data)
+    words = facts["all", "passed over"]
+    assert words == "1 .gif (save them as JPEG or PNG), 1 hidden, or in a hidden or system folder"
+
+
 def test_check__reads_the_names_of_a_paired_set(tmp_path):
     make_paired(tmp_path)
     _, facts, _ = _run("paired", tmp_path)

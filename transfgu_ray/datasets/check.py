@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from transfgu_ray.datasets import DATASETS, PAIRED, VOID, named_dataset
-from transfgu_ray.datasets.listing import ImageRef, list_images, open_root
+from transfgu_ray.datasets.listing import ImageRef, list_images, open_root, passed_over_words
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.images import ImageRefused, Limits, decode_pair
@@ -71,6 +71,7 @@ class Check:
         }
         self._listed = {split: listing.images for split, listing in listings.items()}
         self._not_listed = {split: listing.refused for split, listing in listings.items()}
+        self._passed_over = {split: listing.passed_over for split, listing in listings.items()}
         self.num_images = sum(map(len, self._listed.values()))
 
     def run(self, progress: Callable[[int], None]) -> CheckResult:
@@ -89,6 +90,8 @@ class Check:
                 progress(1)
             title = split or "all"
             found.facts.append(Fact(title, "photographs", self._count(split, len(images))))
+            if others := passed_over_words(self._passed_over[split]):
+                found.facts.append(Fact(title, "passed over", ", ".join(others)))
             if sizes:
                 low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
                 found.facts.append(Fact(title, "width x height", f"{low[0]} x {low[1]} to {high[0]} x {high[1]} px"))

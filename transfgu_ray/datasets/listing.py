@@ -150,7 +150,7 @@ def list_images(
 def passed_over_words(passed_over: Mapping[str, int]) -> list[str]:
     """Return in words which files were passed over that somebody may miss, with what to do where something can be."""
     told = []
-    for reason, count in passed_over.items():
+    for reason, count in sorted(passed_over.items()):
         if reason in (".heic", ".heif"):
             told.append(f"{count} {reason} (`pip install transfgu-ray[heif]` reads them)")
         elif reason.startswith("."):
