@@ -96,7 +96,7 @@ def decode_pair(
 
     Args:
         data: encoded photograph.
-        label: its encoded label; None where there is none.
+        label: its encoded label; None where none is wanted.
         limits: what is refused.
         table: see `to_classes`; None where no label is wanted.
 
@@ -104,10 +104,8 @@ def decode_pair(
         ImageRefused: one of them cannot be used, or they do not fit.
     """
     image = decode_photo(data, limits)
-    if table is None:
+    if label is None or table is None:
         return image, None
-    if label is None:
-        raise ImageRefused("its label cannot be read")
     return image, to_classes(decode_label(label, image.size), table)
 
 
@@ -391,7 +389,7 @@ def decode_label(data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.n
 
 def _of_other_size(size: tuple[int, int], wanted: tuple[int, int]) -> ImageRefused:
     return ImageRefused(
-        f"its label is of {size[0]} x {size[1]} px, but the upright photograph of {wanted[0]} x {wanted[1]} px"
+        f"its label is of another size: {size[0]} x {size[1]} px, the upright photograph {wanted[0]} x {wanted[1]} px"
     )
 
 

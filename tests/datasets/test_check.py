@@ -69,8 +69,8 @@ def test_check__names_every_file_that_is_wrong(tmp_path):
     shutil.rmtree(tmp_path / "images/train2017")
     found, facts, _ = _run("coco80", tmp_path)
     reasons = {refusal["image_id"].removesuffix(".jpg")[-1]: refusal["reason"] for refusal in found.refused}
-    assert re.match(r"its label annotations/val2017/0+3\.png cannot be read", reasons["3"])
-    assert reasons["4"] == "its label is of 10 x 72 px, but the upright photograph of 96 x 72 px"
+    assert re.match(r"its label cannot be read: .* \(annotations/val2017/0+3\.png\)", reasons["3"])
+    assert reasons["4"] == "its label is of another size: 10 x 72 px, the upright photograph 96 x 72 px"
     assert reasons["5"].startswith("its label holds an unknown id: 90; known are 0 to 10, 12 to 24, 26 to 27, ")
     assert reasons["6"] == "not an image"
     assert reasons["0"].startswith("cannot be read")

@@ -1,6 +1,7 @@
 """A check and a run judge the same files by the same rule: what one refuses, the other does, in the same words."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tests.builders import listed, make_paired
 from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.check import Check
+from transfgu_ray.datasets.listing import read_pair
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.engine.parts import PartStats, decode_labelled
 from transfgu_ray.engine.stream import Photo
@@ -24,7 +26,7 @@ def judged(data: Path, **settings):
     config = DataConfig(dataset="paired", root=str(data), names=tuple(read_names(str(data))), **settings)
     root, stats = Folder(str(data)), PartStats()
     photos = [
-        Photo(image.image_id, *root.try_read(image.image_id)[:1], root.try_read(image.label_id)[0], None)
+        Photo(image.image_id, *read_pair(root, image.image_id, image.label_id))
         for image in listed(config, "val", "fine").images
     ]
     taken = {
@@ -65,7 +67,7 @@ def test_masks__as_a_turned_photograph_is_stored_are_refused(tmp_path):
     turn(tmp_path, masks=True)
     taken, refused = judged(tmp_path)
     assert not taken
-    assert {*refused.values()} == {"its label is of 72 x 96 px, but the upright photograph of 96 x 72 px"}
+    assert {*refused.values()} == {"its label is of another size: 72 x 96 px, the upright photograph 96 x 72 px"}
 
 
 def test_masks__may_be_turned_by_an_orientation_of_their_own(tmp_path):
@@ -86,7 +88,7 @@ def test_masks__of_any_other_size_are_refused(tmp_path, size):
     make_paired(tmp_path, num_images=2)
     Image.new("L", size).save(tmp_path / "masks/deep/0.png")
     taken, refused = judged(tmp_path)
-    want = f"its label is of {size[0]} x {size[1]} px, but the upright photograph of 96 x 72 px"
+    want = f"its label is of another size: {size[0]} x {size[1]} px, the upright photograph 96 x 72 px"
     assert refused == {"images/deep/0.jpg": want}
     assert [*taken] == ["images/deep/1.jpg"]
 
@@ -175,3 +177,15 @@ def test_masks__may_be_any_lossless_file(tmp_path, kind, options):
     path.write_bytes(saved(Image.fromarray(ids), kind, **options))
     ((_, after),) = judged(tmp_path)[0].values()
     assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("lost", ["images/deep/0.jpg", "masks/deep/0.png"])
+def test_files__that_cannot_be_read_are_refused_in_the_same_words(tmp_path, lost):
+    make_paired(tmp_path, num_images=2)
+    path = tmp_path / lost
+    path.unlink()
+    # It is listed, and cannot be opened.
+    (path.mkdir if path.suffix == ".png" else lambda: path.write_bytes(b""))()
+    taken, refused = judged(tmp_path)
+    assert [*taken] == ["images/deep/1.jpg"]
+    assert re.match(r"empty file|its label cannot be read: .* \(masks/deep/0\.png\)", refused["images/deep/0.jpg"])

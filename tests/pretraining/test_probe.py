@@ -107,5 +107,5 @@ def test_probe__refuses_masks_that_do_not_fit_or_are_lossy(tmp_path, weights):
     result = Probe(weights, str(tmp_path)).run()
     assert result.num_queries == 2
     reasons = [refusal["reason"] for refusal in result.refused]
-    assert reasons[0] == "its label is of 32 x 40 px, but the upright photograph of 40 x 32 px"
+    assert reasons[0] == "its label is of another size: 32 x 40 px, the upright photograph 40 x 32 px"
     assert reasons[1].startswith("its label is a JPEG inside, which changes ids")

@@ -90,6 +90,10 @@ def probe(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side in px of the images. Default: what the encoder was trained at.")
     ] = None,
+    bands: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(min=1, help="Bands that are red, green and blue, from 1, as data.bands of the pretraining."),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -100,7 +104,7 @@ def probe(
     """
     from transfgu_ray.pretraining.probe import Probe
 
-    terminal, prepared = Terminal(quiet, verbose), Probe(weights, data, image_size)
+    terminal, prepared = Terminal(quiet, verbose), Probe(weights, data, image_size, bands)
     with terminal.stage("probe", prepared.num_images, "images") as progress:
         result = prepared.run(progress)
     note_refused(terminal, result.refused)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from transfgu_ray.datasets import DATASETS, PAIRED, VOID, named_dataset
-from transfgu_ray.datasets.listing import ImageRef, list_images, open_root, passed_over_words
+from transfgu_ray.datasets.listing import ImageRef, list_images, open_root, passed_over_words, read_pair
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.images import ImageRefused, Limits, decode_pair
@@ -111,14 +111,9 @@ class Check:
 
     def _read(self, image: ImageRef) -> tuple[tuple[int, int], np.ndarray]:
         """Return (width, height), and the number of pixels of each class in the label."""
-        data, problem = self._root.try_read(image.image_id)
-        if data is None:
+        data, label, problem = read_pair(self._root, image.image_id, image.label_id)
+        if data is None or problem is not None:
             raise ImageRefused(problem)
-        label = None
-        if image.label_id is not None:
-            label, problem = self._root.try_read(image.label_id)
-            if label is None:
-                raise ImageRefused(f"its label {image.label_id} {problem}")
         table = None if label is None else self._spec.label_table("fine")
         photo, classes = decode_pair(data, label, limits=self._limits, table=table)
         counts = np.zeros(VOID + 1, dtype=np.int64)

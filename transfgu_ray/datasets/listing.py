@@ -63,6 +63,26 @@ class Listing:
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def read_pair(root: Folder, image_id: str, label_id: str | None) -> tuple[bytes | None, bytes | None, str | None]:
+    """Return the encoded photograph, its encoded label, and why one of them cannot be read.
+
+    Args:
+        root: of the dataset.
+        image_id: see `ImageRef`.
+        label_id: see `ImageRef`.
+
+    Raises:
+        StorageError: the storage does not answer, which says nothing of the files.
+    """
+    data, problem = root.try_read(image_id)
+    if label_id is None:
+        return data, None, problem
+    label, problem_of_label = root.try_read(label_id)
+    if problem is None and problem_of_label is not None:
+        problem = f"its label {problem_of_label} ({label_id})"
+    return data, label, problem
+
+
 @contextmanager
 def opening(what: str) -> Iterator[None]:
     """Refuse a place of images that the body cannot open.

@@ -127,8 +127,8 @@ def decode_labelled(
     """
     for photo in photos:
         try:
-            if photo.data is None:
-                raise ImageRefused(photo.error)
+            if photo.data is None or (table is not None and photo.label is None):
+                raise ImageRefused(photo.error or "its label cannot be read")
             image, classes = decode_pair(photo.data, photo.label, limits=limits, table=table)
             yield photo, image, classes
         except ImageRefused as refusal:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.listing import ImageRef, read_pair
 from transfgu_ray.engine.inprocess import each_in_threads
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress
@@ -46,7 +46,7 @@ class Photo:
         image_id: path relative to the dataset root.
         data: encoded bytes; None if it could not be read.
         label: encoded label bytes; None without a label.
-        error: why it could not be read.
+        error: why it, or its label, could not be read.
     """
 
     image_id: str
@@ -317,14 +317,13 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
     """Add the encoded bytes of every photograph, and of its label if it has one."""
     root = Folder(root_uri)
     (row,) = table.to_pylist()
-    photos = [root.try_read(image_id) for image_id in row["image_ids"]]
-    labels = [None if label_id is None else root.try_read(label_id)[0] for label_id in row["label_ids"]]
+    pairs = [read_pair(root, *ids) for ids in zip(row["image_ids"], row["label_ids"], strict=True)]
     return pa.table(
         {
             "unit": [row["unit"]],
             "image_ids": pa.array([row["image_ids"]], pa.list_(pa.string())),
-            "data": pa.array([[data for data, _ in photos]], pa.list_(pa.large_binary())),
-            "labels": pa.array([labels], pa.list_(pa.large_binary())),
-            "errors": pa.array([[error for _, error in photos]], pa.list_(pa.string())),
+            "data": pa.array([[data for data, _, _ in pairs]], pa.list_(pa.large_binary())),
+            "labels": pa.array([[label for _, label, _ in pairs]], pa.list_(pa.large_binary())),
+            "errors": pa.array([[problem for _, _, problem in pairs]], pa.list_(pa.string())),
         }
     )

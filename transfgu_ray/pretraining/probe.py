@@ -72,12 +72,15 @@ class Probe:
         weights: checkpoint file, or another value of `encoder.weights`.
         data: folder of images or Parquet tables, or one table.
         image_size: side in px of the images; None for the size that the encoder was trained at.
+        bands: which are red, green and blue, see `images.decode_rgb`.
 
     Raises:
         TransfguError: weights or images cannot be used, or the size is not a multiple of the patch.
     """
 
-    def __init__(self, weights: str, data: str, image_size: int | None = None) -> None:
+    def __init__(
+        self, weights: str, data: str, image_size: int | None = None, bands: tuple[int, int, int] | None = None
+    ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoder = load_encoder(read_encoder(EncoderConfig(weights=weights), _SEED), weights, device=device)
         self._size = image_size or self._encoder.vit.patch_embed.img_size[0]
@@ -85,6 +88,7 @@ class Probe:
         if self._size % patch:
             raise ConfigError(f"--image-size {self._size} must be a multiple of the encoder's patch of {patch} px")
         self._data, self._source = data, open_source(data, "data", "--data")
+        self._limits = PretrainDataConfig(bands=bands)
         self._roles = _choose(self._source)
 
     @property
@@ -138,7 +142,7 @@ class Probe:
                     continue
                 progress(1)
                 try:
-                    waiting[role].append(_decode(image, self._size))
+                    waiting[role].append(_decode(image, self._size, self._limits))
                 except ImageRefused as refusal:
                     refused.append({"image_id": image.image_id, "reason": str(refusal)})
                 if len(waiting[role]) == _BATCH:
@@ -178,8 +182,7 @@ def _choose(source: Source) -> dict[int, str]:
     return dict.fromkeys(bank.tolist(), "bank") | dict.fromkeys(queries.tolist(), "queries")
 
 
-def _decode(image: EncodedImage, size: int) -> _Picture:
-    limits = PretrainDataConfig()
+def _decode(image: EncodedImage, size: int, limits: PretrainDataConfig) -> _Picture:
     if image.data is None:
         raise ImageRefused(image.error)
     photo = decode_photo(image.data, limits)

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from transfgu_ray import __version__
 
-_PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow", "pillow", "faiss-cpu")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "pillow",
+    "tifffile",
+    "imagecodecs",
+    "faiss-cpu",
+)
 
 
 def library_versions() -> dict[str, str]:
