@@ -17,7 +17,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after which something must have swallowed an interrupt.
 _AGAIN_S = 2.0
 # Schedulers kill what has not ended half a minute after SIGTERM.
-_CLOSING_S = 15.0
+_CLOSING_S = 10.0
 
 
 @contextmanager

@@ -251,9 +251,11 @@ def _own_address() -> Iterator[None]:
 def _quiet_start() -> Iterator[None]:
     """Discard what Ray's C++ core prints while it starts; errors are still raised as exceptions.
 
-    Also keep the handler of SIGTERM: Ray's would end the process at once, before anything is closed.
+    Also keep the handler of SIGTERM: Ray's ends the process before anything else is closed.
     """
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    utils: Any = importlib.import_module("ray._private.utils")
+    set_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
     sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -264,8 +266,7 @@ def _quiet_start() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
+        utils.set_sigterm_handler = set_handler
 
 
 def _require_answer(address: str) -> None:

@@ -1,0 +1,146 @@
+"""SIGTERM and Ctrl-C while the real command does this or that: the closing line, the exit code, and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.builders import make_folder
+from tests.fixtures import TINY, transfgu
+
+# Less than the half minute that schedulers leave between SIGTERM and SIGKILL.
+_LIMIT_S = 20
+_LAST = "transfgu: stopped; the same command goes on from here"
+_SETTINGS = [word for text in (*TINY, "train.round_epochs=[40]") for word in ("--set", text)]
+
+
+class Command:
+    """A command whose output is read as it comes."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.lines: list[str] = []
+        self.process = transfgu(*arguments, cwd=cwd)
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self._reader.start()
+
+    def reach(self, moment: Callable[["Command"], bool]) -> None:
+        """Wait for a moment."""
+        while not moment(self):
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+
+    def stop(self, *, by: int, times: int = 1) -> str:
+        """Send a signal and return what was printed, once the process has ended in time, by that signal's code."""
+        try:
+            sent = time.monotonic()
+            for _ in range(times):
+                self.process.send_signal(by)
+                time.sleep(0.3)
+            self.process.wait(_LIMIT_S)
+            took = time.monotonic() - sent
+        finally:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        output = "".join(self.lines)
+        assert took < _LIMIT_S
+        assert self.process.returncode == 128 + by, output
+        assert "Traceback" not in output
+        return output
+
+    def finish(self) -> str:
+        """Wait for the regular end; return what was printed."""
+        try:
+            code = self.process.wait(600)
+        finally:
+            self.process.kill()
+        self._reader.join()
+        output = "".join(self.lines)
+        assert code == 0, output
+        return output
+
+
+def says(words: str) -> Callable[[Command], bool]:
+    return lambda command: words in "".join(command.lines)
+
+
+def has_child(name: str) -> Callable[[Command], bool]:
+    """The process has started one whose executable has this name."""
+
+    def find(command: Command) -> bool:
+        listed = subprocess.run(["ps", "-o", "comm=", "--ppid", str(command.process.pid)], capture_output=True)
+        return name.encode() in listed.stdout
+
+    return find
+
+
+def has_log(folder: Path) -> Callable[[Command], bool]:
+    """The command has begun."""
+    return lambda command: any(folder.glob("logs/*.log"))
+
+
+def after(seconds: float, moment: Callable[[Command], bool]) -> Callable[[Command], bool]:
+    """Some time after a moment."""
+    seen: list[float] = []
+
+    def is_later(command: Command) -> bool:
+        if not seen and moment(command):
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + seconds
+
+    return is_later
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.reports
+def test_run__stopped_at_any_moment_says_so_soon_and_goes_on(tmp_path: Path) -> None:
+    data, run = make_folder(tmp_path / "photos", num_images=5), tmp_path / "run"
+    arguments = ("run", str(run), "--preset", "tiny_cpu", "--data", str(data), *_SETTINGS)
+    moments = (
+        (has_log(run), signal.SIGTERM, 1),
+        (has_child("gcs_server"), signal.SIGTERM, 1),
+        (has_child("raylet"), signal.SIGINT, 1),
+        (says("extract: 5"), signal.SIGTERM, 1),
+        (says("labels: 5"), signal.SIGINT, 1),
+        (says("train: 40"), signal.SIGTERM, 2),
+        (after(8, says("train: 40")), signal.SIGINT, 1),
+        (after(12, says("train: 40")), signal.SIGTERM, 1),
+    )
+    for moment, by, times in moments:
+        command = Command(*arguments, cwd=tmp_path)
+        command.reach(moment)
+        assert _LAST in command.stop(by=by, times=times)
+    command = Command(*arguments, cwd=tmp_path)
+    command.reach(says("evaluate: 5"))
+    assert _LAST in command.stop(by=signal.SIGTERM)
+    assert "train: done" not in Command(*arguments, cwd=tmp_path).finish()
+    assert json.loads((run / "register.json").read_text())["rows_out"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.reports
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("arguments", "moment"),
+    [
+        (("pretrain", "out", "--preset", "small_photos"), after(3, says("train"))),
+        (("tune", "out", "--preset", "tiny_cpu", "--num-trials", "2", *_SETTINGS), after(10, says("trials"))),
+        (("plan", "--preset", "tiny_cpu", *_SETTINGS), has_child("raylet")),
+    ],
+    ids=["pretrain", "tune", "plan"],
+)
+def test_other_commands__stopped_say_so_soon(
+    arguments: tuple[str, ...], moment: Callable[[Command], bool], by: int, tmp_path: Path
+) -> None:
+    data = make_folder(tmp_path / "photos", num_images=5)
+    command = Command(*arguments, "--data", str(data), cwd=tmp_path)
+    command.reach(moment)
+    assert _LAST in command.stop(by=by)
