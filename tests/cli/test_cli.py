@@ -288,3 +288,14 @@ def test_run__settings_of_an_existing_run_are_its_own(
     assert stored is not None
     assert stored.preset == "tiny_cpu"
     assert stored.concepts.num_concepts == 200000
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize(
+    "command", ["plan --gpu-tflops", "serve nowhere --max-megabytes", "serve nowhere --max-megapixels"]
+)
+def test_options__numbers_are_finite(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal(capsys, monkeypatch, *command.split(), "inf")
+    assert message == f"transfgu: {command.split()[-1]} inf must be a finite number\n"

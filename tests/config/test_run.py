@@ -2,8 +2,11 @@ import pytest
 import yaml
 
 from transfgu_ray.config.base import difference, dump_yaml, flatten, parse_config
+from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ConfigError
+from transfgu_ray.pretraining.config import PretrainConfig
+from transfgu_ray.pretraining.presets import get_pretrain_preset
 
 
 def _set(*assignments):
@@ -56,7 +59,8 @@ def test_dump_yaml__reads_back_equal(tmp_path):
         ("data.image_size=[128]", r"data\.image_size\.1.*field required"),
         ("extract.window_fracs=[0.5,1.5]", r"extract\.window_fracs\.1=1\.5: must be less than or equal to 1"),
         ("extract.window_fracs=[]", r"extract\.window_fracs=\[\].*at least 1 item"),
-        ("train.learning_rate=.nan", r"train\.learning_rate=nan: must be greater than 0"),
+        ("train.learning_rate=.nan", r"train\.learning_rate=nan: must be a finite number"),
+        ("train.augment=3", r"train\.augment in --set train\.augment=3 must hold settings of that section, such as"),
         ("train.dropout=1", r"train\.dropout=1: must be less than 1"),
         ("train=3", "train in --set train=3 must hold settings of that section, such as `image_size:`"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
@@ -252,3 +256,35 @@ def test_difference__names_what_changed():
 
 def test_flatten__dotted_names():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize("kind", [RunConfig, PretrainConfig])
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e400"])
+def test_build_config__no_setting_takes_a_number_that_is_not_finite(kind, number):
+    for name, value in flatten(kind().model_dump(mode="json")).items():
+        for text in (number, *([f"[{number}, {value[1]}]"] if isinstance(value, list) and len(value) == 2 else [])):
+            with pytest.raises(ConfigError, match=rf"^{name}"):
+                build_config(kind(), None, [f"{name}={text}"])
+
+
+@pytest.mark.reports
+def test_build_config__a_mapping_is_replaced_as_a_whole_and_its_entries_one_by_one(tmp_path):
+    base = get_preset("tiny_cpu")
+    had = base.encoder.overrides
+    assert had
+
+    def overrides(*assignments, file=None):
+        return build_config(base, file, assignments).encoder.overrides
+
+    assert overrides("encoder.overrides={}") == {}
+    assert overrides("encoder.overrides={depth: 2}") == {"depth": 2}
+    assert overrides("encoder.overrides.depth=2") == {**had, "depth": 2}
+    assert overrides("encoder.overrides={}", "encoder.overrides.depth=2") == {"depth": 2}
+    file = tmp_path / "mine.yaml"
+    file.write_text("encoder: {overrides: {}}\n")
+    assert overrides(file=str(file)) == {}
+    assert overrides("encoder.overrides.depth=2", file=str(file)) == {"depth": 2}
+    pretraining = get_pretrain_preset("small_photos")
+    assert pretraining.encoder.overrides
+    assert build_config(pretraining, None, ["encoder.overrides={}"]).encoder.overrides == {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transfgu_ray.cli.options import Address, Quiet, Verbose, absolute
+from transfgu_ray.cli.options import Address, Quiet, Verbose, absolute, finite
 from transfgu_ray.cli.terminal import Terminal, duration
 from transfgu_ray.cli.words import note_passed_over, note_refused
 from transfgu_ray.errors import ConfigError
@@ -129,8 +129,10 @@ def serve(
     ] = "127.0.0.1",
     *,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    max_megabytes: Annotated[float, typer.Option(min=0.001, help="Larger files are refused.")] = 25,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Larger photographs are refused.")] = 50,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, callback=finite, help="Larger files are refused.")] = 25,
+    max_megapixels: Annotated[
+        float, typer.Option(min=0.001, callback=finite, help="Larger photographs are refused.")
+    ] = 50,
     tracking_uri: ModelTrackingUri = None,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from transfgu_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from transfgu_ray.storage import Folder
@@ -50,6 +53,17 @@ def named_settings(dataset: str | None, data: str | None, weights: str | None) -
         "encoder.weights": weights if weights in NAMED_WEIGHTS else absolute(weights),
     }
     return [f"{key}={json.dumps(value)}" for key, value in shorthand.items() if value is not None]
+
+
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Return the value of an option that is a number; for `callback=`, since typer's limits let infinity pass.
+
+    Raises:
+        ConfigError: it is NaN or infinite.
+    """
+    if value is not None and not math.isfinite(value):
+        raise ConfigError(f"{param.opts[0]} {value} must be a finite number")
+    return value
 
 
 def absolute(path: str | None) -> str | None:

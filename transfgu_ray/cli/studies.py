@@ -18,6 +18,7 @@ from transfgu_ray.cli.options import (
     Weights,
     absolute,
     at_work,
+    finite,
     named_settings,
     write_json,
 )
@@ -182,6 +183,7 @@ def plan(
         float | None,
         typer.Option(
             min=0.001,
+            callback=finite,
             metavar="N",
             help="Sustained, not peak, TFLOP/s of one GPU; bounds its hours from below where none is timed. Measure it "
             "on the card: 0.0201 x crops_per_second.bare of `transfgu bench --only extract --json FILE`.",

@@ -20,9 +20,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, refuses unknown keys, converts no types silently."""
+    """Base of all sections: immutable, refuses unknown keys and infinite numbers, converts no types silently."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def tuple_field(description: str, default: tuple[Any, ...]) -> Any:
@@ -41,14 +41,18 @@ C = TypeVar("C", bound=Section)
 def merge_settings(base: Section, file: str | None, assignments: Sequence[str]) -> dict[str, Any]:
     """Return the values of `base` with changes, as in `build_config`, not checked yet.
 
+    Of a section, only the settings given change; any other value, a mapping too, is replaced as a whole, so that
+    `encoder.overrides={}` empties it. `encoder.overrides.depth=2` changes one entry of it.
+
     Raises:
         ConfigError: a missing or malformed file, or an unknown key.
     """
-    values = base.model_dump(mode="json")
+    values, kind = base.model_dump(mode="json"), type(base)
     if file is not None:
-        _merge(values, _read_yaml(file), where=file)
+        _merge(values, _read_yaml(file), kind=kind, where=file)
     for assignment in assignments:
-        _merge(values, _parse_assignment(assignment), where=f"--set {assignment}")
+        names, value = _parse_assignment(assignment)
+        _merge(values, _nest(names, value, values=values, kind=kind), kind=kind, where=f"--set {assignment}")
     return values
 
 
@@ -111,42 +115,58 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return values
 
 
-def _parse_assignment(assignment: str) -> dict[str, Any]:
+def _parse_assignment(assignment: str) -> tuple[list[str], Any]:
     name, equals, text = assignment.partition("=")
     # Before any message can repeat it.
     refuse_credentials(f"--set {name}", text)
     if not equals or not name.strip():
         raise ConfigError(f"--set {assignment} must look like section.field=value, e.g. concepts.num_concepts=27")
     try:
-        value = yaml.safe_load(text)
+        return name.strip().split("."), yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML") from None
-    *sections, field = name.strip().split(".")
-    values: dict[str, Any] = {field: value}
-    for section in reversed(sections):
-        values = {section: values}
-    return values
 
 
-def _merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, path: str = "") -> None:
+def _section(kind: type[Section], field: str) -> type[Section] | None:
+    """Return the section behind a field; None where it holds a value."""
+    found = kind.model_fields[field].annotation if field in kind.model_fields else None
+    return found if isinstance(found, type) and issubclass(found, Section) else None
+
+
+def _nest(names: Sequence[str], value: Any, *, values: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
+    """Return an assignment as nested sections; one to an entry of a mapping keeps the other entries."""
+    name, *rest = names
+    if not rest:
+        return {name: value}
+    inner, current = _section(kind, name), values.get(name)
+    if inner is not None and current is not None:
+        return {name: _nest(rest, value, values=current, kind=inner)}
+    return {name: {**(current if isinstance(current, dict) else {}), ".".join(rest): value}}
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], *, kind: type[Section], where: str, path: str = "") -> None:
     for key, change in changes.items():
-        if key not in values and path != "encoder.overrides.":
+        if key not in values:
             close = difflib.get_close_matches(str(key), list(values), n=1)
             hint = f"did you mean {path}{close[0]}?" if close else f"allowed here: {', '.join(values)}"
             raise ConfigError(f"unknown setting {path}{key} in {where}; {hint}")
-        current = values.get(key)
-        if isinstance(current, dict) and isinstance(change, dict):
-            _merge(current, change, where=where, path=f"{path}{key}.")
-        elif not path and isinstance(current, dict):
-            raise ConfigError(f"{key} in {where} must hold settings of that section, such as `{next(iter(current))}:`")
-        else:
+        current, inner = values[key], _section(kind, key)
+        if inner is None:
             values[key] = _number(change)
+        elif isinstance(change, dict):
+            _merge(current, change, kind=inner, where=where, path=f"{path}{key}.")
+        else:
+            raise ConfigError(
+                f"{path}{key} in {where} must hold settings of that section, such as `{next(iter(current))}:`"
+            )
 
 
 def _number(value: Any) -> Any:
     # YAML 1.1 reads 1e-4 as a string; people write rates that way.
     if isinstance(value, list):
         return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
     if not isinstance(value, str) or "e" not in value.lower() or value[0] not in "+-.0123456789":
         return value
     try:

@@ -109,6 +109,28 @@ class UnitWorker:
         )
 
 
+class _Started:
+    """A worker in its actor. What its constructor raises for the user to read is raised by the first unit instead.
+
+    An error in the constructor of an actor reaches the driver as text alone.
+    """
+
+    def __init__(self, worker: Callable[..., UnitWorker], **arguments: Any) -> None:
+        self._error: Exception | None = None
+        try:
+            self._worker = worker(**arguments)
+        except Exception as error:
+            if not isinstance(error, TransfguError) and storage_failure(error) is None:
+                raise
+            self._error = error
+
+    def __call__(self, table: pa.Table, sign: Sign) -> pa.Table:
+        """Return what the worker makes of a row."""
+        if self._error is not None:
+            raise self._error
+        return self._worker(table, sign)
+
+
 @dataclass(frozen=True)
 class UnitResult:
     """The result of a unit.
@@ -247,9 +269,9 @@ def _dataset(
         compute=TaskPoolStrategy(size=resources.num_workers),
         num_cpus=READER_CPUS,
     ).map_batches(
-        worker,
+        _Started,
         fn_kwargs={"sign": sign},
-        fn_constructor_kwargs=arguments,
+        fn_constructor_kwargs={"worker": worker, **arguments},
         batch_format="pyarrow",
         batch_size=1,
         compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),

@@ -1,6 +1,7 @@
 """Checkpoints in their authors' layouts, made from small models whose tokens they must reproduce."""
 
 import io
+import re
 
 import pytest
 import safetensors.torch
@@ -88,6 +89,62 @@ def _dinov3(state):
     return state | beside
 
 
+def _by_transformers(state, prefix=""):
+    """Files as Hugging Face publishes ViTs, of which queries, keys and values are three layers."""
+    state = _renamed(
+        state,
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("blocks.", "encoder.layer."),
+        ("attn.proj", "attention.output.dense"),
+    )
+    state = {re.sub(r"^norm\.", "layernorm.", key): value for key, value in state.items()}
+    for key in [key for key in state if ".attn.qkv." in key]:
+        for name, part in zip(("query", "key", "value"), state.pop(key).chunk(3), strict=True):
+            state[key.replace("attn.qkv", f"attention.attention.{name}")] = part
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def _dino_by_transformers(state):
+    state = _renamed(
+        _by_transformers(state),
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    )
+    return state | {"pooler.dense.weight": _noise(48, 48), "pooler.dense.bias": _noise(48)}
+
+
+def _classifier_by_transformers(state):
+    state = {f"vit.{key}": value for key, value in _dino_by_transformers(state).items() if "pooler" not in key}
+    return state | {"classifier.weight": _noise(5, 48)}
+
+
+def _dinov2_by_transformers(state):
+    state = {re.sub(r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1", key): value for key, value in state.items()}
+    return _by_transformers(state) | {"embeddings.mask_token": _noise(1, 48)}
+
+
+def _registers_by_transformers(state):
+    state = _dinov2_registers(state)
+    del state["mask_token"]
+    state = _renamed(state, ("register_tokens", "embeddings.register_tokens"))
+    return _dinov2_by_transformers(state)
+
+
+def _giant_by_transformers(state):
+    return _registers_by_transformers(_renamed(state, ("mlp.fc1", "mlp.weights_in"), ("mlp.fc2", "mlp.weights_out")))
+
+
+BY_TRANSFORMERS = {
+    "dino": ("vit_small_patch8_224.dino", _dino_by_transformers),
+    "dino_classifier": ("vit_small_patch16_224.dino", _classifier_by_transformers),
+    "dinov2": ("vit_small_patch14_dinov2.lvd142m", _dinov2_by_transformers),
+    "dinov2_registers": ("vit_small_patch14_reg4_dinov2.lvd142m", _registers_by_transformers),
+    "dinov2_giant": ("vit_giant_patch14_reg4_dinov2.lvd142m", _giant_by_transformers),
+}
 LAYOUTS = {
     "dino_p8": ("vit_small_patch8_224.dino", _dino),
     "dino_p16": ("vit_small_patch16_224.dino", _dino),
@@ -151,6 +208,36 @@ def test_load_vit__original_layouts_as_safetensors():
     _assert_same_tokens(_load(safetensors.torch.save(publish(source.state_dict())), name), source)
 
 
+@pytest.mark.reports
+@pytest.mark.parametrize("save", [_saved, lambda state: safetensors.torch.save(state, {"format": "pt"})])
+@pytest.mark.parametrize("layout", BY_TRANSFORMERS)
+def test_load_vit__files_of_hugging_faces_transformers(layout, save):
+    name, publish = BY_TRANSFORMERS[layout]
+    source = _source(name)
+    published = publish(source.state_dict())
+    assert not any(key.startswith("blocks.") or "qkv" in key for key in published)
+    _assert_same_tokens(_load(save(published), name), source)
+
+
+@pytest.mark.reports
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            "encoder.layer.1.attention.attention.key.weight",
+            r"has blocks\.1\.attn\.qkv\.weight of shape \(96, 48\)",
+        ),
+        ("embeddings.position_embeddings", "lacks pos_embed"),
+    ],
+)
+def test_load_vit__refuses_such_a_file_without_a_tensor(lost, message):
+    name, publish = BY_TRANSFORMERS["dino"]
+    published = publish(_source(name).state_dict())
+    del published[lost]
+    with pytest.raises(WeightsError, match=rf"does not fit encoder\.name={name} .*: it {message}"):
+        _load(_saved(published), name)
+
+
 def test_load_vit__moco_v3_brings_its_normalisation_and_needs_its_heads():
     # timm's own weights of this name are normalised to 0.5.
     name = "vit_small_patch16_224"
@@ -184,5 +271,5 @@ def test_load_vit__refuses_a_tensor_too_few_or_too_many(layout, change, message)
             del state[key]
         else:
             state[key] = value
-    with pytest.raises(WeightsError, match=rf"published\.pth does not fit encoder\.name={name}: {message}"):
+    with pytest.raises(WeightsError, match=rf"published\.pth does not fit encoder\.name={name} with .*: {message}"):
         _load(_saved(content), name)

@@ -81,7 +81,11 @@ def load_vit(data: bytes, source: str, *, name: str, overrides: dict[str, int | 
         vit = build_vit(name, overrides)
         state = to_timm(checkpoint, vit, source=source, name=name)
     if problem := misfit(state, vit.state_dict()):
-        raise WeightsError(f"{source} does not fit encoder.name={name}: it {problem}; name the model it was trained as")
+        changed, advice = "", "name the model it was trained as"
+        if overrides:
+            changed = f" with encoder.overrides={overrides}"
+            advice += ", and set encoder.overrides={} unless it was made with these"
+        raise WeightsError(f"{source} does not fit encoder.name={name}{changed}: it {problem}; {advice}")
     if unusable := not_finite(state):
         raise WeightsError(f"{source} {unusable}; train it again, or take another checkpoint of it")
     vit.load_state_dict({key: value.float() for key, value in state.items()})

@@ -7,11 +7,13 @@
 | MAE | `model`, with or without the decoder | vit_base_patch16_224.mae |
 | DINOv2 | bare, `register_tokens` where it has registers | vit_small_patch14_dinov2, vit_small_patch14_reg4_dinov2 |
 | DINOv3 | bare, `storage_tokens` | vit_small_patch16_dinov3; `_qkvb` where biases are not 0 |
+| DINO, MAE, DINOv2 by Hugging Face | bare, or under the name of the model: `vit.embeddings`, ... | as above |
 """
 
 import re
 from typing import Any
 
+import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -32,6 +34,25 @@ _RENAMED = [
     (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
 ]
 _RENAMED_IN_EVA = [(re.compile(r"\.ls([12])\.gamma$"), r".gamma_\1")]
+# Names of Hugging Face's transformers (ViT, Dinov2, Dinov2WithRegisters), in its files and in its models, and the
+# authors' own.
+_OF_TRANSFORMERS = [
+    (re.compile(r"^embeddings\.patch_embeddings\.projection\."), "patch_embed.proj."),
+    (re.compile(r"^embeddings\.position_embeddings$"), "pos_embed"),
+    (re.compile(r"^embeddings\."), ""),
+    (re.compile(r"^(encoder\.layer|layers)\."), "blocks."),
+    (re.compile(r"\.layernorm_before\."), ".norm1."),
+    (re.compile(r"\.layernorm_after\."), ".norm2."),
+    (re.compile(r"\.attention\.(output\.dense|o_proj)\."), ".attn.proj."),
+    (re.compile(r"\.intermediate\.dense\."), ".mlp.fc1."),
+    (re.compile(r"\.output\.dense\."), ".mlp.fc2."),
+    (re.compile(r"\.mlp\.weights_in\."), ".mlp.w12."),
+    (re.compile(r"\.mlp\.weights_out\."), ".mlp.w3."),
+    (re.compile(r"\.layer_scale([12])\.lambda1$"), r".ls\1.gamma"),
+    (re.compile(r"^layernorm\."), "norm."),
+]
+_ATTENTION = re.compile(r"\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.")
+_BESIDE_TRANSFORMERS = re.compile(r"(pooler|classifier|decoder)\..*")
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # Heads by width. Tensor shapes do not reveal the number of heads, and timm's ViT-S has 6.
 _MOCO_HEADS = {384: 12}
@@ -52,7 +73,7 @@ def to_timm(checkpoint: Any, vit: nn.Module, *, source: str, name: str) -> dict[
     Raises:
         WeightsError: there is no state dict, or its number of heads cannot be the model's.
     """
-    state = backbone_state(checkpoint, source)
+    state = _from_transformers(backbone_state(checkpoint, source))
     if any(key.startswith("base_encoder.") for key in state):
         state = {key: value for key, value in state.items() if not key.startswith("momentum_encoder.")}
         state = {key.removeprefix("base_encoder."): value for key, value in state.items()}
@@ -96,6 +117,30 @@ def _strip(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
                 key = key.removeprefix(prefix)
             state[key] = value
     return state
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file by Hugging Face's transformers under their authors' names; of any other, the same.
+
+    Where these hold one matrix for queries, keys and values, transformers holds three.
+    """
+    token = next((key for key in state if re.fullmatch(r"(\w+\.)?embeddings\.cls_token", key)), None)
+    if token is None:
+        return state
+    prefix, renamed, joined = token.removesuffix("embeddings.cls_token"), {}, {}
+    for key, value in state.items():
+        # Beside a prefix lies what the backbone was trained with.
+        if not key.startswith(prefix) or _BESIDE_TRANSFORMERS.fullmatch(key.removeprefix(prefix)):
+            continue
+        key = key.removeprefix(prefix)
+        for pattern, new in _OF_TRANSFORMERS:
+            key = pattern.sub(new, key)
+        if part := _ATTENTION.search(key):
+            joined.setdefault(_ATTENTION.sub(".attn.qkv.", key), {})[part[1][0]] = value
+        else:
+            renamed[key] = value
+    # One that lacks a part is found to be too small.
+    return renamed | {key: torch.cat([parts[each] for each in "qkv" if each in parts]) for key, parts in joined.items()}
 
 
 def _expect_moco(vit: nn.Module, source: str, name: str) -> None:
