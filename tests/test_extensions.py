@@ -122,7 +122,7 @@ def test_dataset__one_object_is_configured_listed_and_checked(toy_dataset: Path)
     assert config.region_mode == "no_prior"
     images = listed(config.data, "val", "fine").images
     assert [image.label_id for image in images] == ["masks/val/photo_000.png", "masks/val/photo_001.png"]
-    result = Check("toy", str(toy_dataset)).run(lambda done: None)
+    result = Check("toy", str(toy_dataset), config.data).run(lambda done: None)
     assert result.refused == []
     assert ("val", "classes", "2 of 2") in [(fact.split, fact.what, fact.found) for fact in result.facts]
 

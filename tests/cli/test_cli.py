@@ -236,6 +236,20 @@ def test_datasets__lists_and_checks(
     assert message.endswith("is not a usable copy of coco80: 1 files were refused\n")
 
 
+@pytest.mark.reports
+def test_datasets__are_checked_by_the_limits_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_folder(tmp_path, num_images=1, size=(40, 30))
+    words = ("datasets", "check", "folder", str(data))
+    assert "1 files were refused" in refusal(capsys, monkeypatch, *words, "--quiet")
+    assert "data.bands.2=[3, 2]: field required" in refusal(capsys, monkeypatch, *words, "--set", "data.bands=[3,2]")
+    monkeypatch.setattr(sys, "argv", ["transfgu", *words, "--set", "data.min_side_px=30"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code in (0, None)
+
+
 def test_probe__prints_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
