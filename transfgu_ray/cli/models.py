@@ -1,5 +1,6 @@
 """Commands that use a model: predict masks, serve a page, compare versions."""
 
+import shlex
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -78,6 +79,8 @@ def predict(
             source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress
         )
     note_refused(terminal, manifest["refused"])
+    if removed := manifest["masks_of_another_model_removed"]:
+        terminal.note(f"{removed} masks of another model, or with other names, were in {target.uri} and are removed")
     terminal.note(
         f"{manifest['rows_out']} photographs in {duration(manifest['seconds'])}, "
         f"{manifest['images_per_second']:.2f} per second, including the start of the workers"
@@ -88,7 +91,8 @@ def predict(
         terminal.note(f"probabilities: {target.uri_of('probabilities')}")
     if coco:
         terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
-    terminal.note(f"next: look at the overlays, or drop photographs on a page with `transfgu serve {model}`")
+    command = shlex.join(["transfgu", "serve", model])
+    terminal.note(f"next: look at the overlays, or drop photographs on a page with `{command}`")
 
 
 def _model_folder(model: str, tracking_uri: str | None, terminal: Terminal) -> Any:
