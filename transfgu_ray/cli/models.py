@@ -58,6 +58,7 @@ def predict(
     from transfgu_ray.config.sections import RuntimeConfig
     from transfgu_ray.engine.session import ray_session
     from transfgu_ray.engine.watchdog import unless_stalled
+    from transfgu_ray.models.model import load_model
     from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.serving import predict as verb
     from transfgu_ray.serving.photographs import find_photographs
@@ -65,6 +66,8 @@ def predict(
 
     terminal = Terminal(quiet, verbose)
     source, target = _model_folder(model, tracking_uri, terminal), Folder(out)
+    # Before Ray starts, and before anything in OUT changes.
+    load_model(source)
     root, photos = find_photographs(images)
     target.write_bytes(".transfgu", b"")
     target.delete(".transfgu")
