@@ -11,6 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, listed, make_coco, make_folder, make_scenes, make_table
+from tests.faults.storage import truncate
+from tests.serving.test_outputs import small_model
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.cli import app, main
 from transfgu_ray.runs import lock
@@ -313,3 +315,16 @@ def test_options__numbers_are_finite(
 ) -> None:
     message = refusal(capsys, monkeypatch, *command.split(), "inf")
     assert message == f"transfgu: {command.split()[-1]} inf must be a finite number\n"
+
+
+@pytest.mark.reports
+def test_predict__a_damaged_model_is_told_before_anything_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, photos, out = tmp_path / "model", make_folder(tmp_path / "photos", num_images=1), tmp_path / "out"
+    small_model(model, 3)
+    truncate(model / "decoder.safetensors")
+    (out / "masks").mkdir(parents=True)
+    message = refusal(capsys, monkeypatch, "predict", str(model), "--images", str(photos), "--out", str(out))
+    assert f"{model}/decoder.safetensors is not a readable safetensors file" in message
+    assert [path.name for path in out.iterdir()] == ["masks"]

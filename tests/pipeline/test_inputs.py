@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import make_coco, make_voc
+from tests.builders import make_coco, make_folder, make_voc
 from transfgu_ray.config.presets import configure
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import Listing
-from transfgu_ray.pipeline.inputs import list_clustered, list_scored, list_training, stage_inputs
+from transfgu_ray.errors import ConfigError
+from transfgu_ray.pipeline.inputs import check_early, list_clustered, list_scored, list_training, stage_inputs
 from transfgu_ray.runs.run import Run
 
 
@@ -64,3 +65,20 @@ def test_list_clustered__needs_labels_only_for_windows_of_the_truth(tmp_path: Pa
     listing = list_clustered(truth)
     assert listing is not None
     assert all(image.label_id for image in listing.images)
+
+
+@pytest.mark.reports
+def test_check_early__blames_the_settings_that_ask_for_too_many_crops(tmp_path: Path) -> None:
+    def refused(*settings: str) -> str:
+        named = [f"data.root={make_folder(tmp_path, num_images=1)}", "extract.window_fracs=[1.0]", *settings]
+        config = configure("tiny_cpu", None, named)
+        with pytest.raises(ConfigError) as error:
+            check_early(config, list_training(config))
+        return str(error.value)
+
+    assert refused("concepts.num_concepts=3") == (
+        "concepts.num_concepts=3 is more than the 1 crops that 1 photographs give at most; lower it or add photographs"
+    )
+    assert refused("concepts.num_concepts=2", "concepts.min_crops=5", "extract.window_fracs=[0.5]").startswith(
+        "concepts.num_concepts=2 times concepts.min_crops=5 is more than the 9 crops"
+    )

@@ -179,7 +179,7 @@ def test_predict__the_same_bytes_with_more_workers(
     out, _ = everything
     run_predict(finished, photos, tmp_path, False, True, True, num_workers=2, num_blocks=1)
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file() and path.name != "predict.json"]
-    assert len(files) == 2 + 2 + 6 * 3 + 6 * 5
+    assert len(files) == 2 + 2 + 1 + 6 * 3 + 6 * 5
     assert [name for name in files if (out / name).read_bytes() != (tmp_path / name).read_bytes()] == []
 
 

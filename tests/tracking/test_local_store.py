@@ -90,7 +90,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "garbage": (make_garbage, r"is damaged \(file is not a database\); restore it"),
     "a folder": (make_folder, "is not a file; move it away, or give another --tracking-uri"),
     "later": (with_schema("ffffffffffff"), "was made by a later MLflow than the 3"),
-    "earlier": (with_schema("451aebb31d03"), "was made by an earlier MLflow than the 3.* `mlflow db upgrade 'sqlite:"),
+    "earlier": (with_schema("451aebb31d03"), "was made by an earlier MLflow than the 3.* `mlflow db upgrade sqlite:"),
 }
 USES: dict[str, Callable[[str, Path], object]] = {
     "run": lambda uri, out: begin(Folder(str(out / "run")), config_at(uri)),

@@ -1,6 +1,7 @@
 """Commands for an encoder of one's own: render pictures, train without labels, measure the result."""
 
 import json
+import shlex
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -133,4 +134,4 @@ def _close_pretrain(terminal: Terminal, opened: Any, manifest: dict[str, Any]) -
     note_refused(terminal, manifest["refused"])
     for alarm in manifest["alarms"]:
         terminal.note(f"warning: {alarm}")
-    terminal.note(f"use it: transfgu run RUN --weights {opened.folder.uri_of('encoder.safetensors')} ...")
+    terminal.note(f"use it: transfgu run RUN --weights {shlex.quote(opened.folder.uri_of('encoder.safetensors'))} ...")

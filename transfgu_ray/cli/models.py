@@ -1,5 +1,6 @@
 """Commands that use a model: predict masks, serve a page, compare versions."""
 
+import shlex
 import signal
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
@@ -62,6 +63,7 @@ def predict(
     from transfgu_ray.config.sections import RuntimeConfig
     from transfgu_ray.datasets.outputs import mark_outputs
     from transfgu_ray.engine.watchdog import unless_stalled
+    from transfgu_ray.models.model import load_model
     from transfgu_ray.runs.logs import kept_log
     from transfgu_ray.serving import predict as verb
     from transfgu_ray.serving.photographs import find_photographs
@@ -69,6 +71,8 @@ def predict(
 
     terminal = Terminal(quiet, verbose)
     source, target = _model_folder(model, tracking_uri, terminal), Folder(out)
+    # Before Ray starts, and before anything in OUT changes.
+    load_model(source)
     root, photos = find_photographs(images)
     mark_outputs(target, verb.PICTURES)
     wanted = verb.Wanted(mode == Mode.SLIDE, probabilities, coco)
@@ -83,6 +87,8 @@ def predict(
         )
     note_passed_over(terminal, manifest["passed_over"])
     note_refused(terminal, manifest["refused"])
+    if removed := manifest["masks_of_another_model_removed"]:
+        terminal.note(f"{removed} masks of another model, or with other names, were in {target.uri} and are removed")
     count = manifest["rows_out"]
     terminal.note(
         f"{count} photograph{'s' if count != 1 else ''} in {duration(manifest['seconds'])}, "
@@ -94,7 +100,8 @@ def predict(
         terminal.note(f"probabilities: {target.uri_of('probabilities')}")
     if coco:
         terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
-    terminal.note(f"next: look at the overlays, or drop photographs on a page with `transfgu serve {model}`")
+    command = shlex.join(["transfgu", "serve", model])
+    terminal.note(f"next: look at the overlays, or drop photographs on a page with `{command}`")
 
 
 def _workers(ray_address: str | None, num_images: int, terminal: Terminal) -> AbstractContextManager["Resources"]:

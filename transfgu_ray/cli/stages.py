@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -143,14 +144,14 @@ def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]
         entry = manifests["register"]
         terminal.note(
             f"model: models:/{entry['model_name']}/{entry['model_version']}, seen with "
-            f"`mlflow ui --backend-store-uri {entry['tracking_uri']}`"
+            f"`mlflow ui --backend-store-uri {shlex.quote(entry['tracking_uri'])}`"
         )
     _note_next(terminal, opened, list(manifests)[-1])
 
 
 def _note_next(terminal: Terminal, opened: Any, done: str) -> None:
     """Print what to do after this stage."""
-    uri = opened.folder.uri
+    uri = shlex.quote(opened.folder.uri)
     *_, last = STAGES.lasting
     # `report` may also be asked of a finished run.
     if done == last or (done == "report" and opened.manifest(last) is not None):

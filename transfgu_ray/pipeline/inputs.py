@@ -139,8 +139,12 @@ def check_early(config: RunConfig, listing: Listing) -> None:
         return
     windows = len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
     most = windows * len(listing.images)
-    if config.num_concepts * config.concepts.min_crops > most:
+    wanted, each = f"concepts.num_concepts={config.num_concepts}", config.concepts.min_crops
+    if config.num_concepts * each > most:
+        lower = "it"
+        if each > 1:
+            wanted, lower = f"{wanted} times concepts.min_crops={each}", "one of them"
         raise ConfigError(
-            f"concepts.num_concepts={config.num_concepts} is more than the {most} crops that "
-            f"{len(listing.images)} photographs give at most; lower it or add photographs"
+            f"{wanted} is more than the {most} crops that {len(listing.images)} photographs give at most; "
+            f"lower {lower} or add photographs"
         )

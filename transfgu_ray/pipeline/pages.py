@@ -1,6 +1,7 @@
 """Pages and renamed scores, rebuilt from a run's artifacts alone, in seconds and without Ray."""
 
 import json
+import shlex
 import time
 from typing import Any
 
@@ -47,8 +48,8 @@ def rebuild_pages(run: Run) -> dict[str, Any]:
     evaluated = run.require("evaluate")
     if evaluated.get("names_sha256") != run.names_sha256("evaluate"):
         raise ArtifactError(
-            f"{run.folder.uri} was evaluated with other names of its concepts; run `transfgu evaluate "
-            f"{run.folder.uri}` first"
+            f"{run.folder.uri} was evaluated with other names of its concepts; run "
+            f"`{shlex.join(['transfgu', 'evaluate', run.folder.uri])}` first"
         )
     run.require_whole("evaluate")
     started, inputs = time.perf_counter(), evaluated["input_fingerprint"]

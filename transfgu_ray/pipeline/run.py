@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -139,7 +140,7 @@ def _require_before(run: Run, first: str, fingerprints: Mapping[str, str]) -> No
         if manifest["fingerprint"] != fingerprints[stage] or manifest.get("names_sha256") != run.names_sha256(stage):
             raise ArtifactError(
                 f"stage {stage} of {run.folder.uri} was made with other settings, photographs or names; run "
-                f"`transfgu {stage} {run.folder.uri} --overwrite` first"
+                f"`{shlex.join(['transfgu', stage, run.folder.uri, '--overwrite'])}` first"
             )
 
 
@@ -169,11 +170,11 @@ def _clear_outdated(run: Run, stages: Sequence[str], *, pending: set[str], overw
         if stage not in STAGES.lasting or stage in pending or (changed := run.changed_before(stage)) is None:
             continue
         if stage not in stages or not overwrite:
-            command = "run" if {*STAGES.lasting} <= {*stages} else stage
+            command = ["transfgu", "run" if {*STAGES.lasting} <= {*stages} else stage, run.folder.uri, "--overwrite"]
             raise ArtifactError(
                 f"stage {stage} of {run.folder.uri} was made of other files than stage {changed} has since it was made "
                 "again; everything is kept and a model can be used as before, but to go on, make stage "
-                f"{stage} again with `transfgu {command} {run.folder.uri} --overwrite`, or restore {changed}.json, "
+                f"{stage} again with `{shlex.join(command)}`, or restore {changed}.json, "
                 f"{changed}.files.json and the files that it lists from a copy"
             )
         for later in STAGES.after(changed):

@@ -1,5 +1,6 @@
 """A folder that begins with the configuration it was made with."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -49,7 +50,7 @@ class ConfiguredFolder(Generic[C]):
         folder, stored = Folder(uri), self.stored(uri)
         if config is None:
             if stored is None:
-                raise ArtifactError(self.missing.format(uri=uri))
+                raise ArtifactError(self.missing.format(uri=uri, quoted=shlex.quote(uri)))
             return folder, stored
         changes = [] if stored is None else difference(self.identity(stored), self.identity(config))
         # A call that was refused before it computed anything leaves only the configuration.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import posixpath
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,10 +128,11 @@ class Run:
         """
         manifest = self.manifest(stage)
         if manifest is None:
-            raise ArtifactError(
-                f"{self.folder.uri} has no finished stage {stage}; run `transfgu {stage} {self.folder.uri}` first"
-            )
+            raise ArtifactError(f"{self.folder.uri} has no finished stage {stage}; run `{self._command(stage)}` first")
         return manifest
+
+    def _command(self, stage: str) -> str:
+        return shlex.join(["transfgu", stage, self.folder.uri])
 
     def clear(self, stage: str) -> None:
         """Delete the manifest of a stage first, then its outputs; of shared tables only the reference."""
@@ -210,7 +212,7 @@ class Run:
             first = RunFiles(self.folder).folder_of(damaged[0]).uri_of(damaged[0])
             raise ArtifactError(
                 f"{first}{and_more(damaged)}: not what stage {stage} wrote, damaged or deleted since; run "
-                f"`transfgu {stage} {self.folder.uri}` to make it again"
+                f"`{self._command(stage)}` to make it again"
             )
 
     def discard(self, stage: str, damaged: list[str]) -> None:
@@ -267,7 +269,7 @@ _KIND = ConfiguredFolder(
     file="config.yaml",
     kind=RunConfig,
     noun="run folder",
-    missing="{uri} is no run folder (it has no config.yaml); start one with `transfgu run {uri}`",
+    missing="{uri} is no run folder (it has no config.yaml); start one with `transfgu run {quoted}`",
     again="compute again what this changes",
     identity=_identity,
     has_results=_has_results,

@@ -26,6 +26,7 @@ from transfgu_ray.reports.palette import class_colours, overlay, palette_image
 from transfgu_ray.runs.checksums import checksum_files
 from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.serving.coco import CocoWriter, find_segments, panoptic_image
+from transfgu_ray.serving.outputs import claim
 from transfgu_ray.storage import Folder
 
 MANIFEST = "predict.json"
@@ -165,10 +166,13 @@ def predict(
     images, coco = photos.images, CocoWriter(entries, names.background_id) if wanted.coco else None
     numbers = {image.image_id: number for number, image in enumerate(images, start=1)}
     units = split_units(images, _IMAGES_PER_UNIT)
-    records = f"{_RECORDS}/{_fingerprint(model, root, photos, wanted)}"
+    files = checksum_files(model, dict(model.files()))
+    records = f"{_RECORDS}/{_hash([files, root.uri, photos.fingerprint, asdict(wanted), _IMAGES_PER_UNIT])[:16]}"
     finished = _finished_units(out, records)
     missing = {unit: refs for unit, refs in enumerate(units) if unit not in finished}
     arguments = {"model_uri": model.uri, "out_uri": out.uri, "records": records, "wanted": wanted, "stems": stems}
+    # After the records of other calls are gone, which say that their masks are there.
+    num_removed = claim(out, _hash(files), [stems[image_id] for image_id in numbers])
 
     def results() -> Iterator[UnitResult]:
         for result in stream_units(
@@ -203,6 +207,7 @@ def predict(
         **asdict(wanted),
         "rows_in": len(images) + len(photos.refused),
         "rows_out": total.images,
+        "masks_of_another_model_removed": num_removed,
         "refused": sorted(total.refused, key=lambda refusal: refusal["image_id"]),
         "passed_over": dict(photos.passed_over),
         "units": len(units),
@@ -232,11 +237,8 @@ def _without_long_names(photos: Listing, stems: dict[str, str]) -> tuple[Listing
     return replace(photos, images=images, refused=(*photos.refused, *refused)), len(refused)
 
 
-def _fingerprint(model: Folder, root: Folder, photos: Listing, wanted: Wanted) -> str:
-    """Return sixteen hex digits that identify the files of the model, the photographs and what is wanted of them."""
-    files = checksum_files(model, dict(model.files()))
-    values = [files, root.uri, photos.fingerprint, asdict(wanted), _IMAGES_PER_UNIT]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _record_name(records: str, unit: int) -> str:

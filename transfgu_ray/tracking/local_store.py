@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shlex
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -119,7 +120,7 @@ def _check_schema(store: sqlite3.Connection, file: Path) -> None:
         ) from None
     raise ConfigError(
         f"the MLflow store {file} was made by an earlier MLflow than the {mlflow.__version__} that is installed here; "
-        f"copy it, then run `mlflow db upgrade '{store_uri(file)}'`, or give another --tracking-uri"
+        f"copy it, then run `mlflow db upgrade {shlex.quote(store_uri(file))}`, or give another --tracking-uri"
     )
 
 

@@ -80,19 +80,29 @@ def test_fit_concepts__starved_concepts_are_seeded_anew():
 def test_fit_concepts__refuses_concepts_that_stay_starved():
     # So far away that it always ends up alone.
     points = np.concatenate([_blobs(num=(20, 20)), [[1e6, 0.0, 0.0, 0.0]]])
-    with pytest.raises(DataError, match=r"1 of 3 foreground concepts have fewer than concepts\.min_crops=2"):
+    advice = r"lower concepts\.num_concepts or concepts\.min_crops$"
+    with pytest.raises(DataError, match=rf"1 of 3 foreground concepts have fewer than concepts\.min_crops=2.*{advice}"):
         _fit(points, 3, min_crops=2)
 
 
+@pytest.mark.reports
 def test_fit_concepts__refuses_more_concepts_than_distinct_points():
     points = np.repeat([[0.0, 1.0], [1.0, 0.0]], 10, axis=0)
-    with pytest.raises(DataError, match=r"of 4 foreground concepts have fewer than concepts\.min_crops=1"):
+    # A bound that is 1 already cannot be lowered.
+    advice = "lower concepts.num_concepts or leave out blank photographs, whose crops are all the same"
+    with pytest.raises(
+        DataError, match=rf"of 4 foreground concepts have fewer than concepts\.min_crops=1.*; {advice}$"
+    ):
         _fit(points, 4)
 
 
 def test_fit_concepts__refuses_more_concepts_than_points():
     with pytest.raises(DataError, match=r"5 foreground concepts were asked of 4 foreground crops.*num_concepts"):
         _fit(np.eye(4), 5)
+    with pytest.raises(
+        DataError, match=r"3 foreground concepts with at least concepts\.min_crops=2 each were asked of 4"
+    ):
+        _fit(np.eye(4), 3, min_crops=2)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

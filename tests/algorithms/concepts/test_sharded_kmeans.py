@@ -233,7 +233,7 @@ def test_fit_sharded_concepts__refuses_concepts_that_stay_starved(blocks_of_64):
 
 
 def test_fit_sharded_concepts__refuses_more_concepts_than_points():
-    with pytest.raises(DataError, match=r"9 foreground concepts were asked of 40 foreground crops"):
+    with pytest.raises(DataError, match=r"9 foreground concepts with .*=5 each were asked of 40 foreground crops"):
         _fit(_cloud(40), 9, min_crops=5, init_points=20)
 
 

@@ -73,7 +73,7 @@ def fit_concepts(points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: 
     if not np.isfinite(points).all():
         raise not_finite(group)
     if len(points) < num_concepts * how.min_crops:
-        raise too_few(num_concepts, len(points), group)
+        raise too_few(num_concepts, len(points), min_crops=how.min_crops, group=group)
     sample = points
     if how.max_points is not None and len(points) > how.max_points:
         sample = points[draw_rows(len(points), max(how.max_points, num_concepts), how.seed)]
@@ -137,9 +137,13 @@ def reseed_starved(
             break
         worst = () if attempt == MAX_RESEEDS else worst_served(centroids, num_crops, len(starved))
         if not len(worst):
+            # With 1, each concept would be a crop if there were as many that differ.
+            advice = (
+                "concepts.min_crops" if min_crops > 1 else "leave out blank photographs, whose crops are all the same"
+            )
             raise DataError(
                 f"{len(starved)} of {len(centroids)} {group} concepts have fewer than concepts.min_crops={min_crops} "
-                f"crops among {num_points}; lower concepts.num_concepts or concepts.min_crops"
+                f"crops among {num_points}; lower concepts.num_concepts or {advice}"
             )
         centroids[starved[: len(worst)]] = worst
         centroids = retrain(centroids)
@@ -219,9 +223,11 @@ def not_finite(group: str) -> DataError:
     return DataError(f"the {group} class tokens hold NaN or infinity; check encoder.weights and encoder.precision")
 
 
-def too_few(num_concepts: int, num_points: int, group: str) -> DataError:
+def too_few(num_concepts: int, num_points: int, *, min_crops: int, group: str) -> DataError:
     """Return the error for fewer points than concepts need."""
+    each = f" with at least concepts.min_crops={min_crops} each" if min_crops > 1 else ""
+    lower = "concepts.num_concepts or concepts.min_crops" if min_crops > 1 else "concepts.num_concepts"
     return DataError(
-        f"{num_concepts} {group} concepts were asked of {num_points} {group} crops; lower concepts.num_concepts, "
+        f"{num_concepts} {group} concepts{each} were asked of {num_points} {group} crops; lower {lower}, "
         "or give more photographs or more extract.window_fracs"
     )

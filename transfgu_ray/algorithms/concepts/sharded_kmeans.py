@@ -120,7 +120,7 @@ def fit_sharded_concepts(
             f"below {_MAX_SUM / total:.0f}; check encoder.weights, or set concepts.max_points"
         )
     if total < num_concepts * how.min_crops:
-        raise too_few(num_concepts, total, group)
+        raise too_few(num_concepts, total, min_crops=how.min_crops, group=group)
     rows = draw_rows(total, max(how.max_points or init_points, num_concepts), how.seed)
     on_sample_alone, num_passes = how.max_points is not None, 0
 

@@ -127,7 +127,8 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     token = next((key for key in state if re.fullmatch(r"(\w+\.)?embeddings\.cls_token", key)), None)
     if token is None:
         return state
-    prefix, renamed, joined = token.removesuffix("embeddings.cls_token"), {}, {}
+    prefix, renamed = token.removesuffix("embeddings.cls_token"), {}
+    joined: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         # Beside a prefix lies what the backbone was trained with.
         if not key.startswith(prefix) or _BESIDE_TRANSFORMERS.fullmatch(key.removeprefix(prefix)):
