@@ -1,7 +1,6 @@
 """SIGTERM and Ctrl-C while the real command does this or that: the closing line, the exit code, and going on."""
 
 import json
-import os
 import signal
 import subprocess
 import threading

@@ -72,8 +72,7 @@ def import_ray(runtime: RuntimeConfig, *, is_local: bool) -> None:
     if "ray" not in sys.modules:
         try:
             importlib.import_module("ray")
-        # A variable that should hold a number; or whatever else keeps a library from being loaded.
-        except (ValueError, OSError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001  # of any class: Ray reads each variable in its own way
             raise ConfigError(
                 f"Ray cannot be loaded: {foreign_words(error)}; check the RAY_* variables of the environment"
             ) from None
