@@ -26,7 +26,7 @@ FLOORS = (
     ("algorithms/baselines",),
     ("algorithms/labels", "algorithms/rounds", "algorithms/dino"),
     ("algorithms/encoder", "algorithms/concepts", "algorithms/scores"),
-    ("images", "storage"),
+    ("images", "storage", "surroundings"),
     ("errors", "background", "cores"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

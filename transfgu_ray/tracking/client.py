@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.environment import kept_environment
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, foreign_words
 from transfgu_ray.storage import Folder, refuse_credentials
 
 SQLITE = "sqlite:///"
@@ -97,8 +97,9 @@ def answering(uri: str) -> Iterator[None]:
         yield
     # The latter where a server refuses a file.
     except (MlflowException, RequestException) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command continues from here") from None
+        raise ArtifactError(
+            f"MLflow at {uri} failed: {foreign_words(error)}; the same command continues from here"
+        ) from None
 
 
 def registry_uri(uri: str | None) -> str:
@@ -145,7 +146,7 @@ def connect(uri: str) -> tuple[Any, str]:
             _make_store(Path(uri.removeprefix(SQLITE)))
         return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
     except (mlflow.exceptions.MlflowException, OperationalError, OSError) as error:
-        raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the tracking URI {uri} cannot be used: {foreign_words(error)}") from None
 
 
 def _make_store(file: Path) -> None:
