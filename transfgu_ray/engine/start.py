@@ -287,8 +287,7 @@ def _require_answer(address: str) -> None:
     # Ray speaks TLS then, with certificates that it reads itself.
     if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return
-    import grpc
-
+    grpc: Any = importlib.import_module("grpc")  # without types of its own
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_PROBE_S)
