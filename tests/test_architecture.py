@@ -26,7 +26,7 @@ FLOORS = (
     ("algorithms/baselines",),
     ("algorithms/labels", "algorithms/rounds", "algorithms/dino"),
     ("algorithms/encoder", "algorithms/concepts", "algorithms/scores"),
-    ("images", "storage"),
+    ("images", "storage", "surroundings"),
     ("tiff",),
     ("errors", "background", "cores"),
 )

@@ -7,6 +7,7 @@ that it starts; the rest is refused in one sentence.
 
 import atexit
 import functools
+import math
 import os
 import pwd
 import resource
@@ -26,8 +27,13 @@ _THREADS = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-# More helps nobody, and some programs close every possible file when they start.
-_MOST_FILES = 65536
+# Of each limit: what a command needs, what it takes if it may, the unit, and the option of `ulimit`. More files help
+# nobody, and some programs close every possible one when they start.
+_LIMITS = {
+    "RLIMIT_NOFILE": (64, 65536, "open files", "-n"),
+    "RLIMIT_STACK": (2**20, 2**20, "bytes of stack", "-s"),
+    "RLIMIT_AS": (2**32, 2**32, "bytes of address space", "-v"),
+}
 
 
 def settle_surroundings() -> None:
@@ -53,11 +59,26 @@ def settle_surroundings() -> None:
     for name in _THREADS:
         if name in os.environ and not all(part.isdigit() and int(part) for part in os.environ[name].split(",")):
             del os.environ[name]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _settle_limits()
     _require_readable_settings()
+
+
+def _settle_limits() -> None:
+    """Take as much as the limits of the process allow, and refuse those that end it amid the work.
+
+    Raises:
+        ConfigError: one is too small.
+    """
+    for name, (least, wanted, unit, option) in _LIMITS.items():
+        kind = getattr(resource, name)
+        soft, hard = (math.inf if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(kind))
+        if hard < least:
+            raise ConfigError(
+                f"this process may have {hard:.0f} {unit}, but needs at least {least}; raise the limit (`ulimit "
+                f"{option}`, or the memory that a job asks for)"
+            )
+        if soft < min(wanted, hard):
+            resource.setrlimit(kind, (int(min(wanted, hard)), -1 if hard == math.inf else int(hard)))
 
 
 def _require_readable_settings() -> None:

@@ -1,8 +1,11 @@
 """What the command line refuses, in one sentence and with exit code 2; and how fast it answers."""
 
 import re
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -71,17 +74,61 @@ def test_commands__refuse_a_folder_where_another_process_is_at_work(
     assert f"is at work in {tmp_path / 'out'}" in message
 
 
-def test_main__stopped_by_sigterm_says_so(tmp_path: Path) -> None:
+# What a command is doing when the signal comes: waiting, or closing, or nothing that an exception could end.
+_WAITS = "time.sleep(60)"
+_SWALLOWS = """
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0)
+        if tries.pop():
+            break
+time.sleep(60)
+"""
+_CLOSES = """
+try:
+    time.sleep(60)
+finally:
+    print("closing", flush=True)
+    time.sleep(3)
+    print("closed", flush=True)
+"""
+_NEVER_CLOSES = """
+try:
+    time.sleep(60)
+finally:
+    time.sleep(60)
+"""
+_FAILS = """
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ValueError("made of it")
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("body", [_WAITS, _SWALLOWS, _CLOSES, _NEVER_CLOSES, _FAILS])
+def test_main__stopped_says_so_once_whatever_it_is_doing(body: str, by: int) -> None:
     script = (
-        "import transfgu_ray.cli as cli, time; cli.app = lambda: (print('up', flush=True), time.sleep(60)); cli.main()"
+        "import time, transfgu_ray.cli as cli, transfgu_ray.background as background\n"
+        "background._AGAIN_S, background._CLOSING_S, tries = 0.5, 5.0, [True, False]\n"
+        f"def app():\n    print('up', flush=True)\n{textwrap.indent(body, '    ')}\n"
+        "cli.app = app\ncli.main()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "up\n"
-    process.terminate()
-    assert process.communicate(timeout=20)[1] == "transfgu: stopped; the same command goes on from here\n"
-    assert process.returncode == 143
+    process.send_signal(by)
+    time.sleep(1)
+    # Schedulers often send it twice.
+    process.send_signal(by)
+    out, said = process.communicate(timeout=20)
+    assert said == "transfgu: stopped; the same command goes on from here\n"
+    assert process.returncode == 128 + by
+    assert out == ("closing\nclosed\n" if body == _CLOSES else "")
 
 
 def test_run__unwritable_folder(

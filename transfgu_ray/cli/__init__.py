@@ -10,7 +10,7 @@ import typer
 from transfgu_ray.background import Stop, stoppable
 from transfgu_ray.cli import catalogue, encoders, models, names, stages, studies
 from transfgu_ray.cli.terminal import printable
-from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError
+from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError, foreign_words
 from transfgu_ray.surroundings import settle_surroundings
 
 app = typer.Typer(
@@ -79,6 +79,13 @@ def _exit_told(error: BaseException) -> None:
             _exit_failed(str(reported), error, code=2)
     elif isinstance(error, UnfinishedError):
         _exit_failed(str(error), error, code=1)
+    elif isinstance(error, ImportError | MemoryError) or "can't start new thread" in str(error):
+        _exit_failed(
+            f"this process lacks something to go on: {foreign_words(error)}; check its limits (`ulimit -a`), its "
+            "memory and the installation",
+            error,
+            code=2,
+        )
 
 
 def _refuse_former_form(arguments: list[str]) -> None:

@@ -72,8 +72,7 @@ def import_ray(runtime: RuntimeConfig, *, is_local: bool) -> None:
     if "ray" not in sys.modules:
         try:
             importlib.import_module("ray")
-        # A variable that should hold a number; or whatever else keeps a library from being loaded.
-        except (ValueError, OSError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001  # of any class: Ray reads each variable in its own way
             raise ConfigError(
                 f"Ray cannot be loaded: {foreign_words(error)}; check the RAY_* variables of the environment"
             ) from None
@@ -288,8 +287,7 @@ def _require_answer(address: str) -> None:
     # Ray speaks TLS then, with certificates that it reads itself.
     if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return
-    import grpc
-
+    grpc: Any = importlib.import_module("grpc")  # without types of its own
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_PROBE_S)

@@ -19,7 +19,15 @@ from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.session import WORKER_CPUS, Resources
 from transfgu_ray.engine.signs import Failure, Sign, signs_of_life
 from transfgu_ray.engine.stream import unwrapped_errors
-from transfgu_ray.errors import ArtifactError, CredentialsError, DataError, StorageError, TransfguError, UnfinishedError
+from transfgu_ray.errors import (
+    ArtifactError,
+    CredentialsError,
+    DataError,
+    StorageError,
+    TransfguError,
+    UnfinishedError,
+    foreign_words,
+)
 from transfgu_ray.storage import Folder
 
 if TYPE_CHECKING:
@@ -284,7 +292,7 @@ def fit(trainer: "TorchTrainer", sign: Sign, not_finite: str) -> Any:
         if has_lost_workers(error):
             raise UnfinishedError(
                 "the training lost a worker once more than runtime.max_restarts allows: "
-                f"{str(error).strip().splitlines()[0]}; the same command goes on from its last checkpoint"
+                f"{foreign_words(error)}; the same command goes on from its last checkpoint"
             ) from error
         raise
     failure = sign.final_failure()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from transfgu_ray.errors import ConfigError
+from transfgu_ray.errors import ConfigError, foreign_words
 from transfgu_ray.storage import Folder
 
 FILE = "names.yaml"
@@ -106,8 +106,9 @@ def parse_names(data: bytes, where: str, kinds: tuple[str, ...]) -> Names:
         root = yaml.compose(data, Loader=yaml.SafeLoader)
         values = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{where} is not YAML ({reason}); write one line per concept, e.g. `3: sky`") from None
+        raise ConfigError(
+            f"{where} is not YAML ({foreign_words(error)}); write one line per concept, e.g. `3: sky`"
+        ) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):

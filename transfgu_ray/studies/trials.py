@@ -11,7 +11,8 @@ from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.engine.progress import Progress, SilentReporter
 from transfgu_ray.engine.session import READER_CPUS, WORKER_CPUS, ray_session
 from transfgu_ray.engine.signs import Sign, ages, board
-from transfgu_ray.errors import TransfguError, UnfinishedError
+from transfgu_ray.engine.start import is_started_here
+from transfgu_ray.errors import ConfigError, TransfguError, UnfinishedError, foreign_words
 from transfgu_ray.pipeline.context import Trial
 from transfgu_ray.pipeline.run import run_stages
 from transfgu_ray.runs.logs import kept_log
@@ -46,6 +47,9 @@ def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
 
     The drivers and workers of all these trials and a reading task of each fit into Ray's CPUs and GPUs at once, since
     trials that wait for each other would never end.
+
+    Raises:
+        ConfigError: a local Ray never has room for a single one.
     """
     import ray
 
@@ -57,6 +61,12 @@ def trial_resources(base: RunConfig) -> tuple[RunConfig, int]:
         concurrent = max(1, int(total["GPU"]) // train_workers)
     else:
         need = DRIVER_CPUS + train_workers * WORKER_CPUS + READER_CPUS
+        if need > total["CPU"] and is_started_here():
+            raise ConfigError(
+                f"a trial with runtime.train_workers={train_workers} takes {need:g} CPUs, more than the "
+                f"{total['CPU']:g} of this Ray, and it stays so small; ask for fewer, or name a cluster by "
+                "--ray-address"
+            )
         concurrent = max(1, min(cores // train_workers, int(total["CPU"] / need)))
     # Fixed, so that no trial goes on with CPUs while a node with GPUs is being replaced.
     fixed = {"num_workers": train_workers, "train_workers": train_workers, "device": resources.device}
@@ -220,8 +230,8 @@ def run_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
         # It lost workers: Tune starts it again, on what is left of the cluster.
         if isinstance(error, UnfinishedError):
             raise
-        sentence = str(error) if isinstance(error, TransfguError) else f"{type(error).__name__}: {error}"
-        trials.fail(point, sentence.splitlines()[0])
+        kind = "" if isinstance(error, TransfguError) else f"{type(error).__name__}: "
+        trials.fail(point, f"{kind}{foreign_words(error)}")
         # Not raised: Tune would only repeat it.
         return
     history = json.loads(run.folder.read_bytes("train/history.json"))

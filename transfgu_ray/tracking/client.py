@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.environment import kept_environment
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, foreign_words
 from transfgu_ray.storage import Folder, refuse_credentials
 from transfgu_ray.tracking.local_store import check_store, make_store, store_file, store_uri
 
@@ -96,8 +96,9 @@ def answering(uri: str) -> Iterator[None]:
         yield
     # The others where a server refuses a file, and where a store is damaged meanwhile.
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"MLflow at {uri} failed: {reason}; the same command continues from here") from None
+        raise ArtifactError(
+            f"MLflow at {uri} failed: {foreign_words(error)}; the same command continues from here"
+        ) from None
 
 
 def registry_uri(uri: str | None) -> str:
@@ -149,4 +150,4 @@ def connect(uri: str, *, writes: bool = True) -> tuple[Any, str]:
             check_store(file, writes=writes)
         return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri), uri
     except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError) as error:
-        raise ConfigError(f"the tracking URI {uri} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the tracking URI {uri} cannot be used: {foreign_words(error)}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from transfgu_ray.config.base import flatten
-from transfgu_ray.errors import ArtifactError
+from transfgu_ray.errors import ArtifactError, foreign_words
 from transfgu_ray.models.model import load_model_config
 from transfgu_ray.reports.scores import scores_by_method
 from transfgu_ray.runs.provenance import git_commit
@@ -108,8 +108,9 @@ def fetch_model(model_uri: str, uri: str | None) -> str:
             # What does not answer may well have the model.
             if isinstance(error, RequestException) or getattr(error, "error_code", None) in _AWAY:
                 raise
-            reason = str(error).splitlines()[0]
-            raise ArtifactError(f"{model_uri} is not in the registry at {uri} ({reason}); see --tracking-uri") from None
+            raise ArtifactError(
+                f"{model_uri} is not in the registry at {uri} ({foreign_words(error)}); see --tracking-uri"
+            ) from None
 
 
 def _log_model(run_folder: Folder, folder: Path, *, name: str, run_id: str) -> str:

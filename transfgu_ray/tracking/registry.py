@@ -10,7 +10,7 @@ import yaml
 
 from transfgu_ray.config.base import flatten, parse_config
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.errors import ArtifactError, ConfigError
+from transfgu_ray.errors import ArtifactError, ConfigError, foreign_words
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.client import answering, connect, registry_uri
 from transfgu_ray.tracking.models import fetch_model
@@ -153,5 +153,5 @@ class Registry:
         except (mlflow.exceptions.MlflowException, OSError, yaml.YAMLError, ConfigError) as error:
             raise ArtifactError(
                 f"version {number} of {self.name} cannot be scored again: its MLflow run has no config.yaml that this "
-                f"package can read ({str(error).splitlines()[0]}); name other versions with --versions"
+                f"package can read ({foreign_words(error)}); name other versions with --versions"
             ) from None

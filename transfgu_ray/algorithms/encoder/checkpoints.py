@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transfgu_ray.algorithms.encoder.layouts import backbone_state, to_timm
 from transfgu_ray.algorithms.encoder.vit import Encoder
-from transfgu_ray.errors import WeightsError
+from transfgu_ray.errors import WeightsError, foreign_words
 
 FORMAT = "transfgu-encoder-1"
 # What may differ from the named architecture. timm accepts more, such as files to read.
@@ -284,7 +284,9 @@ def read_checkpoint(data: bytes, source: str) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a file that is not a plain checkpoint
-        reason = str(error).splitlines()[0][:160] if str(error) else "no reason given"
+        # What torch says before and after its reason is advice on how to load objects after all.
+        reason = foreign_words(error, most=4000).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0]
+        reason = reason.partition(" Check the documentation")[0][:300]
         raise WeightsError(
             f"{source} is not a checkpoint of plain tensors ({type(error).__name__}: {reason}); pickled objects are "
             "never loaded, so save its state_dict alone"
