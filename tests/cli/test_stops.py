@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import make_folder
+from tests.builders import make_folder, make_voc
 from tests.fixtures import TINY, transfgu
+from tests.pretraining.test_pretrain import TINY as PRETRAIN_TINY
+from transfgu_ray.runs.run import Run
 
 # Less than the half minute that schedulers leave between SIGTERM and SIGKILL.
 _LIMIT_S = 20
 _LAST = "transfgu: stopped; the same command goes on from here"
-_SETTINGS = [word for text in (*TINY, "train.round_epochs=[40]") for word in ("--set", text)]
+
+
+def _set(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+_SETTINGS = _set(*TINY, "train.round_epochs=[40]")
+_TUNE = ["--preset", "tiny_cpu", "--dataset", "voc", "--objective", "miou", *_set(*TINY, "train.round_epochs=[5000]")]
+_PRETRAIN = _set(*PRETRAIN_TINY, "schedule.epochs=5000", "schedule.batch_size=4")
 
 
 class Command:
@@ -79,11 +89,6 @@ def has_child(name: str) -> Callable[[Command], bool]:
     return find
 
 
-def has_log(folder: Path) -> Callable[[Command], bool]:
-    """The command has begun."""
-    return lambda command: any(folder.glob("logs/*.log"))
-
-
 def after(seconds: float, moment: Callable[[Command], bool]) -> Callable[[Command], bool]:
     """Some time after a moment."""
     seen: list[float] = []
@@ -96,50 +101,73 @@ def after(seconds: float, moment: Callable[[Command], bool]) -> Callable[[Comman
     return is_later
 
 
+_MOMENTS = {
+    "gcs_server": (has_child("gcs_server"), signal.SIGTERM, 1),
+    "raylet": (has_child("raylet"), signal.SIGINT, 1),
+    "extract": (says("extract: 5"), signal.SIGTERM, 1),
+    "labels": (says("labels: 5"), signal.SIGINT, 1),
+    "train": (says("train: 40"), signal.SIGTERM, 2),
+    "train, its workers starting": (after(8, says("train: 40")), signal.SIGINT, 1),
+    "evaluate": (says("evaluate: 2"), signal.SIGTERM, 1),
+}
+
+
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.reports
-def test_run__stopped_at_any_moment_says_so_soon_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(("gcs_server", "train"), marks=pytest.mark.slow),
+        pytest.param(tuple(_MOMENTS), marks=pytest.mark.long),
+    ],
+    ids=["some", "all"],
+)
+def test_run__stopped_at_any_moment_says_so_soon_and_goes_on(moments: tuple[str, ...], tmp_path: Path) -> None:
     data, run = make_folder(tmp_path / "photos", num_images=5), tmp_path / "run"
     arguments = ("run", str(run), "--preset", "tiny_cpu", "--data", str(data), *_SETTINGS)
-    moments = (
-        (has_log(run), signal.SIGTERM, 1),
-        (has_child("gcs_server"), signal.SIGTERM, 1),
-        (has_child("raylet"), signal.SIGINT, 1),
-        (says("extract: 5"), signal.SIGTERM, 1),
-        (says("labels: 5"), signal.SIGINT, 1),
-        (says("train: 40"), signal.SIGTERM, 2),
-        (after(8, says("train: 40")), signal.SIGINT, 1),
-        (after(12, says("train: 40")), signal.SIGTERM, 1),
-    )
-    for moment, by, times in moments:
+    for name in moments:
+        moment, by, times = _MOMENTS[name]
         command = Command(*arguments, cwd=tmp_path)
         command.reach(moment)
-        assert _LAST in command.stop(by=by, times=times)
-    command = Command(*arguments, cwd=tmp_path)
-    command.reach(says("evaluate: 5"))
-    assert _LAST in command.stop(by=signal.SIGTERM)
-    assert "train: done" not in Command(*arguments, cwd=tmp_path).finish()
+        assert _LAST in command.stop(by=by, times=times), name
+    output = Command(*arguments, cwd=tmp_path).finish()
+    assert "labels: done" not in output, "it had been finished before"
     assert json.loads((run / "register.json").read_text())["rows_out"] == 1
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.reports
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("arguments", "moment"),
+    ("arguments", "moment", "by"),
     [
-        (("pretrain", "out", "--preset", "small_photos"), after(3, says("train"))),
-        (("tune", "out", "--preset", "tiny_cpu", "--num-trials", "2", *_SETTINGS), after(10, says("trials"))),
-        (("plan", "--preset", "tiny_cpu", *_SETTINGS), has_child("raylet")),
+        (("pretrain", "out", "--preset", "small_photos", *_PRETRAIN), after(3, says("train: ")), signal.SIGTERM),
+        (
+            ("tune", "out", "--space", "space.yaml", "--sampler", "grid", *_TUNE),
+            after(9, says("trials: ")),
+            signal.SIGTERM,
+        ),
+        (("plan", "--preset", "tiny_cpu", *_SETTINGS), has_child("raylet"), signal.SIGTERM),
     ],
     ids=["pretrain", "tune", "plan"],
 )
 def test_other_commands__stopped_say_so_soon(
     arguments: tuple[str, ...], moment: Callable[[Command], bool], by: int, tmp_path: Path
 ) -> None:
-    data = make_folder(tmp_path / "photos", num_images=5)
+    data = (make_voc if "voc" in arguments else make_folder)(tmp_path / "photos")
+    (tmp_path / "space.yaml").write_text("train.omega_1: [0.5, 1.0]")
     command = Command(*arguments, "--data", str(data), cwd=tmp_path)
     command.reach(moment)
     assert _LAST in command.stop(by=by)
+
+
+@pytest.mark.slow
+@pytest.mark.reports
+def test_predict__without_ray_stopped_says_so_soon_and_goes_on(finished: Run, tmp_path: Path) -> None:
+    data, out = make_folder(tmp_path / "photos", num_images=190), tmp_path / "out"
+    arguments = ("predict", finished.folder.uri, "--images", str(data), "--out", str(out), "--probabilities")
+    command = Command(*arguments, cwd=tmp_path)
+    command.reach(lambda _: any(out.glob(".units/*/*.json")))
+    assert _LAST in command.stop(by=signal.SIGTERM)
+    Command(*arguments, cwd=tmp_path).finish()
+    assert json.loads((out / "predict.json").read_text())["units_resumed"] > 0

@@ -47,7 +47,7 @@ def satellite(path: Path, number: int) -> tuple[Path, Path]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_run__learns_from_the_chosen_bands(tmp_path):
     for number in range(5):

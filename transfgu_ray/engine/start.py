@@ -173,22 +173,37 @@ def connect(address: str) -> None:
 
 
 def shut_down() -> None:
-    """Leave Ray, and end it if it was started here. SIGTERM keeps its meaning, which Ray takes from it when it ends."""
+    """Leave Ray, and end it if it was started here."""
     import ray
 
     _Started.here = False
-    if threading.current_thread() is not threading.main_thread():
+    with _kept_sigterm():
         ray.shutdown()
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which Ray takes when it starts and when it ends.
+
+    Its Python handler ends the process before anything else is closed, that of its C++ core aborts it within 3 seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    utils: Any = importlib.import_module("ray._private.utils")
+    of_ray, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    utils.set_sigterm_handler = lambda _: None
     # Only the main thread may set a handler in Python, and it is busy.
     get_handler, set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
     get_handler.restype = set_handler.restype = ctypes.c_void_p
     set_handler.argtypes = [ctypes.c_int, ctypes.c_void_p]
     kept = get_handler(signal.SIGTERM)
-    with repeated(lambda: set_handler(signal.SIGTERM, kept), seconds=0.01, name="signals"):
-        ray.shutdown()
-    signal.signal(signal.SIGTERM, handler)
+    try:
+        with repeated(lambda: set_handler(signal.SIGTERM, kept), seconds=0.01, name="signals"):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        utils.set_sigterm_handler = of_ray
 
 
 def _job_config(paths: list[str]) -> Any:
@@ -248,24 +263,18 @@ def _own_address() -> Iterator[None]:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Discard what Ray's C++ core prints while it starts; errors are still raised as exceptions.
-
-    Also keep the handler of SIGTERM: Ray's ends the process before anything else is closed.
-    """
-    utils: Any = importlib.import_module("ray._private.utils")
-    set_handler = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda handler: None
+    """Discard what Ray's C++ core prints while it starts; errors are still raised as exceptions."""
     sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
-        yield
+        with _kept_sigterm():
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
-        utils.set_sigterm_handler = set_handler
 
 
 def _require_answer(address: str) -> None:

@@ -75,38 +75,36 @@ class UnitWorker:
         """Process one unit; the result is sent to the driver, so it must be small."""
         raise NotImplementedError
 
-    def __call__(self, table: pa.Table, sign: Callable[[], None]) -> pa.Table:
-        """Turn a row with a unit's photographs into a row with its result and this process's peak memory.
+    def run(self, unit: int, photos: list[Photo], sign: Callable[[], None]) -> dict[str, Any]:
+        """Return the result of a unit, and where and how it was made.
 
         Args:
-            table: the row, see `_read_unit`.
+            unit: its number.
+            photos: its photographs, at least one.
             sign: called inside the unit, as a sign of life.
         """
-        (row,) = table.to_pylist()
         self._alive = sign
-        photos = [
-            Photo(*values) for values in zip(row["image_ids"], row["data"], row["labels"], row["errors"], strict=True)
-        ]
         node, started, pid = socket.gethostname(), time.perf_counter(), os.getpid()
         try:
-            result = self.process(row["unit"], photos)
+            result = self.process(unit, photos)
         except Exception as error:
-            first, *_ = row["image_ids"]
-            note = f"in unit {row['unit']}, which begins with {first}, on node {node}, pid {pid}"
+            note = f"in unit {unit}, which begins with {photos[0].image_id}, on node {node}, pid {pid}"
             # Ray Data may repeat a failed call with the same error.
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
             raise
-        return pa.table(
-            {
-                "unit": [row["unit"]],
-                "result": pa.array([result], pa.binary()),
-                "peak_mb": [peak_memory_mb()],
-                "node": [node],
-                "pid": [pid],
-                "seconds": [time.perf_counter() - started],
-            }
-        )
+        seconds = time.perf_counter() - started
+        return {
+            "unit": unit, "result": result, "peak_mb": peak_memory_mb(), "node": node, "pid": pid, "seconds": seconds
+        }  # fmt: skip
+
+
+_RESULT = pa.schema(
+    {
+        "unit": pa.int64(), "result": pa.binary(), "peak_mb": pa.int64(), "node": pa.string(), "pid": pa.int64(),
+        "seconds": pa.float64(),
+    }
+)  # fmt: skip
 
 
 class _Started:
@@ -125,10 +123,13 @@ class _Started:
             self._error = error
 
     def __call__(self, table: pa.Table, sign: Sign) -> pa.Table:
-        """Return what the worker makes of a row."""
+        """Turn a row with a unit's photographs, see `_read_unit`, into the row that the worker makes of it."""
         if self._error is not None:
             raise self._error
-        return self._worker(table, sign)
+        (row,) = table.to_pylist()
+        columns = (row[name] for name in ("image_ids", "data", "labels", "errors"))
+        photos = [Photo(*values) for values in zip(*columns, strict=True)]
+        return pa.Table.from_pylist([self._worker.run(row["unit"], photos, sign)], _RESULT)
 
 
 @dataclass(frozen=True)
@@ -217,13 +218,7 @@ def _in_process(
     def work() -> Callable[[int], dict[str, Any]]:
         own = worker(**arguments)
 
-        def process(unit: int) -> dict[str, Any]:
-            (block,) = _unit_blocks({unit: units[unit]}, None)
-            row: dict[str, Any]
-            (row,) = own(_read_unit(block, root.uri), sign).to_pylist()
-            return row
-
-        return process
+        return lambda unit: own.run(unit, [_read(root, image) for image in units[unit]], sign)
 
     yield from each_in_threads(sorted(units), work, resources.num_workers, ended)
 
@@ -320,6 +315,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     for cause in (getattr(error, "cause", None) or error.__cause__, *of_training):
         if cause is not None:
             yield from _causes(cause)
+
+
+def _read(root: Folder, image: ImageRef) -> Photo:
+    return Photo(image.image_id, *read_pair(root, image.image_id, image.label_id))
 
 
 def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:

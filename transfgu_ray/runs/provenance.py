@@ -1,5 +1,6 @@
 """The provenance of a run: library versions and the commit."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -21,6 +22,7 @@ _PACKAGES = (
 )
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Return the versions of this package, Python and the libraries that determine results."""
     versions = {"transfgu_ray": __version__, "python": platform.python_version()}
