@@ -182,10 +182,11 @@ def stream_units(
     """
     if not units:
         return
-    rows = _in_process if resources.in_process else _mapped
     given = {"device": resources.device, "threads": resources.threads, **arguments}
+    work = _Work(root, units, worker, given, resources)
+    rows = _in_process(work, progress) if resources.in_process else _on_ray(work, progress)
     with unwrapped_errors():
-        for row in rows(root, units, worker=worker, arguments=given, resources=resources, progress=progress):
+        for row in rows:
             _LOGGER.debug(
                 "unit %d: done in %.2f s by %s on node %s, pid %d, peak memory %d MB",
                 row["unit"],
@@ -198,15 +199,18 @@ def stream_units(
             yield UnitResult(row["unit"], row["result"], row["peak_mb"])
 
 
-def _in_process(
-    root: Folder,
-    units: Mapping[int, Sequence[ImageRef]],
-    *,
-    worker: Callable[..., UnitWorker],
-    arguments: Mapping[str, Any],
-    resources: Resources,
-    progress: Progress,
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Work:
+    """The arguments of `stream_units`; those of the worker are whole."""
+
+    root: Folder
+    units: Mapping[int, Sequence[ImageRef]]
+    worker: Callable[..., UnitWorker]
+    arguments: Mapping[str, Any]
+    resources: Resources
+
+
+def _in_process(work: _Work, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield the rows that workers in threads of this process return."""
     ended = threading.Event()
 
@@ -215,49 +219,32 @@ def _in_process(
             raise InterruptedError
         progress()
 
-    def work() -> Callable[[int], dict[str, Any]]:
-        own = worker(**arguments)
+    def start() -> Callable[[int], dict[str, Any]]:
+        own = work.worker(**work.arguments)
+        return lambda unit: own.run(unit, [_read(work.root, image) for image in work.units[unit]], sign)
 
-        return lambda unit: own.run(unit, [_read(root, image) for image in units[unit]], sign)
-
-    yield from each_in_threads(sorted(units), work, resources.num_workers, ended)
+    yield from each_in_threads(sorted(work.units), start, work.resources.num_workers, ended)
 
 
-def _mapped(
-    root: Folder,
-    units: Mapping[int, Sequence[ImageRef]],
-    *,
-    worker: Callable[..., UnitWorker],
-    arguments: Mapping[str, Any],
-    resources: Resources,
-    progress: Progress,
-) -> Iterator[dict[str, Any]]:
+def _on_ray(work: _Work, progress: Progress) -> Iterator[dict[str, Any]]:
     """Yield the rows that actors of Ray return."""
     set_up_ray_data()
     with signs_of_life(lambda _: progress()) as sign:
-        dataset = _dataset(root, units, worker=worker, arguments=arguments, resources=resources, sign=sign)
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in _dataset(work, sign).iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
 
 
-def _dataset(
-    root: Folder,
-    units: Mapping[int, Sequence[ImageRef]],
-    *,
-    worker: Callable[..., UnitWorker],
-    arguments: Mapping[str, Any],
-    resources: Resources,
-    sign: Sign,
-) -> Any:
+def _dataset(work: _Work, sign: Sign) -> Any:
     """Return the dataset of the rows that the actors will return."""
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+    resources = work.resources
     # As Any: Ray's types for mapped functions do not include Arrow tables.
-    blocks: Any = ray.data.from_arrow(_unit_blocks(units, resources.num_blocks))
+    blocks: Any = ray.data.from_arrow(_unit_blocks(work.units, resources.num_blocks))
     return blocks.map_batches(
         _read_unit,
-        fn_kwargs={"root_uri": root.uri},
+        fn_kwargs={"root_uri": work.root.uri},
         batch_format="pyarrow",
         batch_size=1,
         # Without a limit, Ray starts as many processes as fractions of a CPU allow.
@@ -266,10 +253,10 @@ def _dataset(
     ).map_batches(
         _Started,
         fn_kwargs={"sign": sign},
-        fn_constructor_kwargs={"worker": worker, **arguments},
+        fn_constructor_kwargs={"worker": work.worker, **work.arguments},
         batch_format="pyarrow",
         batch_size=1,
-        compute=ActorPoolStrategy(size=min(resources.num_workers, len(units))),
+        compute=ActorPoolStrategy(size=min(resources.num_workers, len(work.units))),
         num_cpus=WORKER_CPUS,
         num_gpus=resources.gpus_per_worker or None,
     )
