@@ -86,7 +86,8 @@ def _require_readable_settings() -> None:
     names = sorted(name for name in os.environ if name.startswith("RAY_") and name[4:5].islower())
     if not names:
         return
-    tried = subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False)
+    command = [sys.executable, "-c", "import ray"]
+    tried = subprocess.run(command, capture_output=True, check=False)  # nosec B603  # fixed arguments
     if tried.returncode < 0:
         raise ConfigError(f"Ray does not take the value of {' or '.join(names)} in the environment; unset it")
 

@@ -30,7 +30,7 @@ _STARTS = 3
 _LOGGED: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
 # The longest path of a socket that Linux takes, less what Ray adds to its folder.
 _LONGEST_FOLDER = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
-_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # parents of a private folder
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108  # parents of a private folder
 # What is looked up, connected to and answered within it.
 _PROBE_S = 5.0
 _CLIENT_PORT = 10001
@@ -229,7 +229,8 @@ def _temporary_folder() -> str:
     Raises:
         ConfigError: there is none.
     """
-    default = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").absolute()
+    # As Ray itself chooses it.
+    default = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray").absolute()  # nosec B108
     if len(os.fsencode(default)) <= _LONGEST_FOLDER and is_writable(default):
         return str(default)
     parents = [scratch_folder(), *map(Path, _SHORT_FOLDERS)]
