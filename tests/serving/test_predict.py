@@ -219,7 +219,7 @@ def test_predict__sliding(finished: Run, photos: Path, tmp_path: Path) -> None:
 
 def test_predict__no_manifest_where_nothing_could_be_read(finished: Run, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "predict.json").write_text("{}")
-    with pytest.raises(DataError, match=r"none of 1 photographs can be read; b\.jpg: not an image"):
+    with pytest.raises(DataError, match=r"none of 1 photographs can be used; the first, b\.jpg: not an image"):
         run_predict(finished, photos / "b.jpg", tmp_path)
     assert not (tmp_path / "predict.json").exists()
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,12 +12,12 @@ from PIL import Image
 
 from transfgu_ray.algorithms.scores.upsampling import upsample_probabilities
 from transfgu_ray.config.sections import DataConfig
-from transfgu_ray.datasets.listing import Listing
-from transfgu_ray.engine.parts import PartStats, decode_photos
+from transfgu_ray.datasets.listing import ImageRef, Listing
+from transfgu_ray.engine.parts import PartStats, decode_photos, require_some
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitResult, UnitWorker, split_units, stream_units
-from transfgu_ray.errors import ArtifactError, DataError
+from transfgu_ray.errors import ArtifactError
 from transfgu_ray.images import encode
 from transfgu_ray.models.model import load_model, load_model_config
 from transfgu_ray.models.names import load_names
@@ -174,15 +174,9 @@ def predict(
     # After the records of other calls are gone, which say that their masks are there.
     num_removed = claim(out, _hash(files), [stems[image_id] for image_id in numbers])
 
-    def results() -> Iterator[UnitResult]:
-        for result in stream_units(
-            root, missing, worker=Predictor, arguments=arguments, resources=resources, progress=progress
-        ):
-            progress(len(units[result.unit]))
-            yield result
-
+    results = stream_units(root, missing, worker=Predictor, arguments=arguments, resources=resources, progress=progress)
     total, num_new, peak_mb = PartStats(refused=list(photos.refused)), 0, 0
-    for unit, result in _in_order(results(), len(units), missing):
+    for unit, result in _in_order(_counted(results, units, progress), len(units), missing):
         found = json.loads(out.read_bytes(_record_name(records, unit)) if result is None else result.result)
         stats = PartStats(**found["stats"])
         total.add(stats)
@@ -195,8 +189,7 @@ def predict(
     if not total.images:
         # Or photographs that are repaired without a change of size would stay refused.
         out.delete(_RECORDS)
-        first = total.refused[0]
-        raise DataError(f"none of {len(images)} photographs can be read; {first['image_id']}: {first['reason']}")
+        require_some(total, len(images))
     _write_shared(out, entries, coco)
     seconds = time.monotonic() - started
     manifest = {
@@ -260,6 +253,15 @@ def _write_shared(out: Folder, entries: list[dict[str, Any]], coco: CocoWriter |
     out.write_bytes("legend.png", encode(legend_image(entries), "PNG"))
     if coco:
         coco.write(out)
+
+
+def _counted(
+    results: Iterator[UnitResult], units: Sequence[Sequence[ImageRef]], progress: Progress
+) -> Iterator[UnitResult]:
+    """Yield results as they come, counting their photographs."""
+    for result in results:
+        progress(len(units[result.unit]))
+        yield result
 
 
 def _in_order(
