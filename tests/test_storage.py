@@ -510,3 +510,27 @@ def test_write_bytes__names_as_long_as_a_file_system_allows(tmp_path):
     assert len(name.encode()) == 255
     Folder(str(tmp_path)).write_bytes(name, b"x")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_requests__an_object_is_written_and_a_folder_listed_by_one_each(monkeypatch):
+    with s3_server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        folder = Folder("s3://bucket/run")
+
+        def asked(action):
+            before = len(server.requests())
+            result = action()
+            return result, server.requests()[before:]
+
+        for name in ("a/b.json", "a/b c#.json"):
+            assert asked(lambda name=name: folder.write_bytes(name, b"x" * 1000))[1] == [f"PUT /bucket/run/{name}"]
+        assert len(asked(lambda: list(folder.files("a")))[1]) == 1
+        assert list(folder.files()) == []
+        assert list(folder.files(recursive=True)) == [("a/b c#.json", 1000), ("a/b.json", 1000)]
+        assert list(folder.files("a/b.json")) == [("a/b.json", 1000)]
+        assert list(folder.files("nothing")) == []
+        assert folder.read_bytes("a/b.json") == b"x" * 1000
+        # Too large for one request.
+        folder.write_bytes("large", bytes(12_000_000))
+        assert folder.read_bytes("large") == bytes(12_000_000)

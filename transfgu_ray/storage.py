@@ -56,8 +56,8 @@ _Result = TypeVar("_Result")
 RETRY_S = 60.0
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
-# Of Google's client, which by itself asks again for 15 minutes.
-_GCS_RETRY_S = 10
+# Google's client asks again for 15 minutes by itself; S3's sends three requests for an object of any size.
+_OPTIONS = dict.fromkeys(("gs", "gcs"), "retry_limit_seconds=10") | {"s3": "allow_delayed_open=true"}
 
 # Errors of the whole disk rather than of a file.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -205,8 +205,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme, _, rest = uri.partition("://")
-    if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in rest:
-        uri += f"{'&' if '?' in rest else '?'}retry_limit_seconds={_GCS_RETRY_S}"
+    if scheme in _OPTIONS and f"{_OPTIONS[scheme].partition('=')[0]}=" not in rest:
+        uri += f"{'&' if '?' in rest else '?'}{_OPTIONS[scheme]}"
     try:
         opened: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(uri)
         return opened
@@ -330,12 +330,21 @@ class Folder:
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """Yield (relative name, bytes) of a file or of those below a folder, sorted; nothing if neither exists."""
-        info = self._info(name)
-        if info.type == pafs.FileType.File:
-            yield name, info.size
-            return
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
-        found = self.patiently(name, lambda: self.fs.get_file_info(selector))
+        is_flat = self.fs.type_name in _ATOMIC_PUT
+
+        def listed() -> list[pafs.FileInfo]:
+            found: list[pafs.FileInfo] = self.patiently(name, lambda: self.fs.get_file_info(selector))
+            return found
+
+        # An object store lists a file as an empty folder: one request, where it has folders, instead of three.
+        found = listed() if is_flat else []
+        if not found:
+            info = self._info(name)
+            if info.type == pafs.FileType.File:
+                yield name, info.size
+                return
+            found = found if is_flat else listed()
         prefix = self.path.rstrip("/") + "/"
         yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
 
@@ -425,7 +434,9 @@ class Folder:
         # Without the name itself, which may be as long as a file system allows.
         path = target if direct else posixpath.join(folder, f".{uuid.uuid4().hex[:16]}{_TMP_SUFFIX}")
         try:
-            self.fs.create_dir(folder, recursive=True)
+            # Object stores have no folders; a request for each would only say so.
+            if not direct:
+                self.fs.create_dir(folder, recursive=True)
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)
             if not direct:

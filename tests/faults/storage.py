@@ -138,8 +138,15 @@ class FaultyStore:
 
     def count_faults(self) -> int:
         """Return the number of failed requests so far."""
+        return self._state()["failed"]
+
+    def requests(self) -> list[str]:
+        """Return each request so far, as its method and path, e.g. `PUT /bucket/a`."""
+        return self._state()["requests"]
+
+    def _state(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}{_CONTROL}", timeout=30) as answer:
-            return json.load(answer)["failed"]
+            return json.load(answer)
 
     def open(self) -> pafs.S3FileSystem:
         """Return a file system with the buckets of the store."""
@@ -222,6 +229,7 @@ def _serve(port: int) -> None:
     store = create_backend_app("s3")
     faults: dict[str, Any] = {"share": 0.0, "seed": 0, "stall_s": 0.0, "answer": "", "numbers": itertools.count()}
     failed: list[str] = []
+    requests: list[str] = []
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == _CONTROL:
@@ -229,7 +237,8 @@ def _serve(port: int) -> None:
                 values = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
                 faults.update(values, numbers=itertools.count())
             start_response("200 OK", [("Content-Type", "application/json")])
-            return [json.dumps({"failed": len(failed)}).encode()]
+            return [json.dumps({"failed": len(failed), "requests": requests}).encode()]
+        requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
         rng = random.Random(f"{faults['seed']} {next(faults['numbers'])}")
         if rng.random() >= faults["share"]:
             return store(environ, start_response)

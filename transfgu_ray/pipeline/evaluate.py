@@ -13,6 +13,7 @@ from transfgu_ray.algorithms.scores.pamr import refined_argmax
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.outputs import mark_outputs
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import TableResult, batched_rows, refusals, require_some
 from transfgu_ray.engine.progress import Heartbeat
@@ -36,12 +37,15 @@ from transfgu_ray.pipeline.scoring import (
 )
 from transfgu_ray.pipeline.train_data import bank_image_ids
 from transfgu_ray.reports.scores import REFINED, STAGE_NAMES, metrics_json, photo_mious
+from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
     """Score the stages of a run, or segment samples if there are no labels; return the content of the manifest."""
     run, config = job.run, job.config
+    # The run may lie among photographs, and this is the stage that writes pictures.
+    mark_outputs(run.folder, STAGES["evaluate"].outputs)
     scored = list_scored(config)
     if scored is None:
         # The samples are only shown, so choose among photographs known to be readable.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from transfgu_ray.config.run import NOT_IDENTITY, RunConfig
-from transfgu_ray.datasets.outputs import mark_outputs
 from transfgu_ray.errors import ArtifactError
 from transfgu_ray.runs.checksums import (
     Mending,
@@ -45,11 +44,7 @@ class Run:
         Raises:
             ArtifactError: there is no run, it was made with another configuration, or it cannot be written.
         """
-        run = cls(*_KIND.open(uri, config, overwrite=overwrite))
-        if config is not None:
-            # The stage whose outputs are pictures.
-            mark_outputs(run.folder, STAGES["evaluate"].outputs)
-        return run
+        return cls(*_KIND.open(uri, config, overwrite=overwrite))
 
     @staticmethod
     def stored_config(uri: str) -> RunConfig | None:
