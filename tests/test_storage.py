@@ -534,3 +534,13 @@ def test_requests__an_object_is_written_and_a_folder_listed_by_one_each(monkeypa
         # Too large for one request.
         folder.write_bytes("large", bytes(12_000_000))
         assert folder.read_bytes("large") == bytes(12_000_000)
+
+
+def test_folder__opens_a_store_once_per_process_and_settings(monkeypatch):
+    with s3_server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        assert Folder("s3://bucket/run").fs is Folder("s3://bucket/run").fs
+        before = Folder("s3://bucket/run").fs
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "renewed")
+        assert Folder("s3://bucket/run").fs is not before

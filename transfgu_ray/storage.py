@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import functools
 import json
 import logging
 import os
@@ -46,6 +47,8 @@ def refuse_credentials(name: str, value: str) -> None:
         )
 
 
+# Variables of these beginnings hold endpoints, regions and credentials.
+_OF_CLIENTS = ("AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "STORAGE_EMULATOR")
 # In an object store a file appears whole when its PUT ends; elsewhere a rename makes it so.
 _ATOMIC_PUT = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
@@ -204,6 +207,18 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _opened(uri: str) -> tuple[pafs.FileSystem, str]:
+    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(_OF_CLIENTS)))
+    return _client(uri, settings)
+
+
+@functools.lru_cache(maxsize=256)
+def _client(uri: str, settings: tuple[tuple[str, str], ...]) -> tuple[pafs.FileSystem, str]:
+    """Open a URI; once per process and settings, since a client holds the connections to its store.
+
+    Args:
+        uri: of any scheme.
+        settings: variables of the environment that clients read.
+    """
     scheme, _, rest = uri.partition("://")
     if scheme in _OPTIONS and f"{_OPTIONS[scheme].partition('=')[0]}=" not in rest:
         uri += f"{'&' if '?' in rest else '?'}{_OPTIONS[scheme]}"
