@@ -10,15 +10,17 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_TIMEOUT_S = 300
+_TIMEOUT_S = 120
 UID = 12345
 # What each variable may be; {own} is a folder of the environment's user, {long} one with a path of 99 characters.
 _VARIABLES: dict[str, tuple[str, ...]] = {
@@ -138,7 +140,7 @@ def call(environment: Environment, arguments: Callable[[Path], list[str]]) -> tu
         for folder in (own, long, usual, deleted):
             os.chown(folder, UID, UID)
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-c", _ENTER, folders.get(environment.folder, environment.folder), *arguments(usual)],
             env={
                 "PATH": os.environ["PATH"],
@@ -151,10 +153,14 @@ def call(environment: Environment, arguments: Callable[[Path], list[str]]) -> tu
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_TIMEOUT_S,
-            check=False,
+            start_new_session=True,
         )
-        return done.returncode, done.stdout.decode(errors="replace")
+        try:
+            output, _ = process.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return process.returncode, output.decode(errors="replace")
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
@@ -208,7 +214,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("predict", "datasets"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    failed = 0
+    failed, counts = 0, Counter[int]()
     with tempfile.TemporaryDirectory(prefix="envs", dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         photographs = make_folder(Path(folder, "photographs"), num_images=1)
@@ -220,11 +226,13 @@ def main() -> int:
                 if options.only not in (None, arguments(Path())[0]):
                     continue
                 code, output = call(environment, arguments)
+                counts[code] += 1
                 if reason := fault(code, output):
                     failed += 1
                     sys.stdout.write(f"{number}: {arguments(Path())[0]} {reason}: {environment}\n{output[-1500:]}\n")
                     sys.stdout.flush()
-    sys.stdout.write(f"{options.count} environments, {failed} failed\n")
+    ends = ", ".join(f"{count} x {code}" for code, count in sorted(counts.items()))
+    sys.stdout.write(f"{options.count} environments, {failed} failed; exit codes: {ends}\n")
     return int(failed > 0)
 
 
