@@ -142,10 +142,11 @@ def test_run__stopped_at_any_moment_says_so_soon_and_goes_on(moments: tuple[str,
     ("arguments", "moment", "by"),
     [
         (("pretrain", "out", "--preset", "small_photos", *_PRETRAIN), after(3, says("train: ")), signal.SIGTERM),
-        (
+        pytest.param(
             ("tune", "out", "--space", "space.yaml", "--sampler", "grid", *_TUNE),
             after(9, says("trials: ")),
             signal.SIGTERM,
+            marks=pytest.mark.long,
         ),
         (("plan", "--preset", "tiny_cpu", *_SETTINGS), has_child("raylet"), signal.SIGTERM),
     ],

@@ -12,7 +12,7 @@ from transfgu_ray.models.model import load_model_config
 from transfgu_ray.storage import Folder
 from transfgu_ray.tracking.models import fetch_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.reports, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.reports, pytest.mark.long]
 
 
 def test_run__in_a_folder_of_any_name_leaves_everything_there(tmp_path: Path, local_ray: None) -> None:

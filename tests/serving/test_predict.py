@@ -263,20 +263,25 @@ def test_predict__killed_goes_on_at_the_next_unit_to_the_same_bytes(
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_predict__records_serve_the_same_model_and_wishes_alone(finished: Run, photos: Path, tmp_path: Path) -> None:
+def test_predict__records_serve_the_same_model_and_wishes_alone(
+    finished: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, wanted = tmp_path / "out", (False, False, True)
     renamed = Run.open(str(shutil.copytree(finished.folder.path, tmp_path / "renamed")), None)
     renamed.folder.write_bytes("model/names.yaml", b"0: sky")
 
     def resumed(run: Run, *wanted: bool) -> int:
         """Finish all units of a call that fails after them, then give another call; return what it resumed."""
-        (out / "legend.json" / "in the way").mkdir(parents=True)
-        with pytest.raises(ArtifactError, match=r"legend\.json"):
-            run_predict(finished, photos, out, False, False, True)
-        shutil.rmtree(out / "legend.json")
-        manifest = run_predict(run, photos, out, *wanted)
+
+        def fail(*_: object) -> None:
+            raise ArtifactError("cannot write legend.json")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction, "_write_shared", fail)
+            with pytest.raises(ArtifactError, match=r"legend\.json"):
+                run_predict(finished, photos, out, False, False, True, in_process=True)
+        manifest = run_predict(run, photos, out, *wanted, in_process=True)
         assert not (out / ".units").exists()
-        (out / "legend.json").unlink()
         return manifest["units_resumed"]
 
     assert resumed(finished, *wanted) == 2

@@ -20,9 +20,8 @@ _STALL_MIN = 1.5
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "objective", [pytest.param("miou", marks=pytest.mark.slow), pytest.param("score", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["miou", "score"])
 def test_tune__a_trial_that_hangs_ends_the_sweep_which_names_it(tmp_path: Path, objective: str) -> None:
     weights, overrides = (
         tmp_path / "encoder.safetensors",
