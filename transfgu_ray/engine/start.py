@@ -79,7 +79,7 @@ def import_ray(runtime: RuntimeConfig, *, is_local: bool) -> None:
 
 
 def _provide_token() -> None:
-    """Let the processes of a local Ray know each other by a token of this session where no lasting one can be kept."""
+    """Let the processes of a local Ray know each other by a token of their own where no lasting one can be kept."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
