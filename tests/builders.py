@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,17 @@ def random_images(num: int, height: int, width: int, seed: int = 0) -> torch.Ten
     """RGB noise, uint8, (num, 3, height, width)."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num, 3, height, width), generator=rng, dtype=torch.uint8)
+
+
+def damaged_copies(whole: bytes, count: int) -> Iterator[bytes]:
+    """Copies of a file with three bytes changed near one of its ends, where headers and metadata lie."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        broken = bytearray(whole)
+        near = rng.integers(0, min(300, len(whole)), 3)
+        for place in near if rng.random() < 0.7 else len(whole) - 1 - near:
+            broken[place] = rng.integers(256)
+        yield bytes(broken)
 
 
 def scene(size: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:

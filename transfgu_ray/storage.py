@@ -50,7 +50,7 @@ def refuse_credentials(name: str, value: str) -> None:
 # Variables of these beginnings hold endpoints, regions and credentials.
 _OF_CLIENTS = ("AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "STORAGE_EMULATOR")
 # In an object store a file appears whole when its PUT ends; elsewhere a rename makes it so.
-_ATOMIC_PUT = {"s3", "gcs", "abfs"}
+_OBJECT_STORES = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
 _LOGGER = logging.getLogger("transfgu_ray")
 _Result = TypeVar("_Result")
@@ -332,6 +332,10 @@ class Folder:
         """Return whether the folder is on a file system of this machine."""
         return bool(self.fs.type_name == "local")
 
+    @property
+    def _is_object_store(self) -> bool:
+        return self.fs.type_name in _OBJECT_STORES
+
     def exists(self, name: str = "") -> bool:
         """Return whether a file or folder of that name exists."""
         return bool(self._info(name).type != pafs.FileType.NotFound)
@@ -346,20 +350,19 @@ class Folder:
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """Yield (relative name, bytes) of a file or of those below a folder, sorted; nothing if neither exists."""
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
-        is_flat = self.fs.type_name in _ATOMIC_PUT
 
         def listed() -> list[pafs.FileInfo]:
             found: list[pafs.FileInfo] = self.patiently(name, lambda: self.fs.get_file_info(selector))
             return found
 
         # An object store lists a file as an empty folder: one request, where it has folders, instead of three.
-        found = listed() if is_flat else []
+        found = listed() if self._is_object_store else []
         if not found:
             info = self._info(name)
             if info.type == pafs.FileType.File:
                 yield name, info.size
                 return
-            found = found if is_flat else listed()
+            found = found if self._is_object_store else listed()
         prefix = self.path.rstrip("/") + "/"
         yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
 
@@ -444,7 +447,7 @@ class Folder:
             ) from None
 
     def _write(self, target: str, data: bytes | pa.Buffer) -> None:
-        direct = self.fs.type_name in _ATOMIC_PUT
+        direct = self._is_object_store
         folder = posixpath.dirname(target)
         # Without the name itself, which may be as long as a file system allows.
         path = target if direct else posixpath.join(folder, f".{uuid.uuid4().hex[:16]}{_TMP_SUFFIX}")

@@ -15,6 +15,7 @@ from transfgu_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from transfgu_ray.engine.session import Resources
+    from transfgu_ray.storage import Folder
 
 
 class Mode(StrEnum):
@@ -85,6 +86,13 @@ def predict(
         manifest = verb.predict(
             source, target, root=root, photos=photos, wanted=wanted, resources=resources, progress=progress
         )
+    _close_prediction(terminal, target, manifest)
+    command = shlex.join(["transfgu", "serve", model])
+    terminal.note(f"next: look at the overlays, or drop photographs on a page with `{command}`")
+
+
+def _close_prediction(terminal: Terminal, target: "Folder", manifest: dict[str, Any]) -> None:
+    """Print what was left out or removed, how long it took, and where the outputs are."""
     note_passed_over(terminal, manifest["passed_over"])
     note_refused(terminal, manifest["refused"])
     if removed := manifest["masks_of_another_model_removed"]:
@@ -96,21 +104,20 @@ def predict(
     )
     terminal.note(f"masks: {target.uri_of('masks')}, overlays: {target.uri_of('overlays')}")
     terminal.note(f"legend: {target.uri_of('legend.png')} and .json")
-    if probabilities:
+    if manifest["probabilities"]:
         terminal.note(f"probabilities: {target.uri_of('probabilities')}")
-    if coco:
-        terminal.note(f"COCO: {target.uri_of('coco/labels.json')} and panoptic.json, of the photographs in {root.uri}")
-    command = shlex.join(["transfgu", "serve", model])
-    terminal.note(f"next: look at the overlays, or drop photographs on a page with `{command}`")
+    if manifest["coco"]:
+        labels, images = target.uri_of("coco/labels.json"), manifest["images"]
+        terminal.note(f"COCO: {labels} and panoptic.json, of the photographs in {images}")
 
 
 def _workers(ray_address: str | None, num_images: int, terminal: Terminal) -> AbstractContextManager["Resources"]:
     """Return a session of Ray; for few photographs on no cluster, the resources of this process."""
     from transfgu_ray.config.sections import RuntimeConfig
-    from transfgu_ray.engine.inprocess import MOST_IMAGES, own_resources
+    from transfgu_ray.engine.inprocess import FEWEST_FOR_RAY, own_resources
     from transfgu_ray.engine.session import ray_session
 
-    if ray_address is None and num_images < MOST_IMAGES:
+    if ray_address is None and num_images < FEWEST_FOR_RAY:
         return nullcontext(own_resources(RuntimeConfig()))
     return ray_session(ray_address, RuntimeConfig(), note=terminal.note)
 

@@ -18,6 +18,15 @@ Positive = Annotated[int, Field(ge=1)]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Bands = Annotated[
+    tuple[Positive, Positive, Positive] | None,
+    Field(
+        strict=False,
+        description="bands that are taken as red, green and blue, counted from 1, e.g. [3, 2, 1]; null = the colours "
+        "that the file names (ours)",
+    ),
+]
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, refuses unknown keys and infinite numbers, converts no types silently."""

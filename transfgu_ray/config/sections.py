@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from transfgu_ray.config.base import Fraction, Positive, Section, tuple_field
+from transfgu_ray.config.base import Bands, Fraction, Positive, Section, tuple_field
 from transfgu_ray.datasets import DATASETS, DatasetSpec, named_dataset
 from transfgu_ray.images import Resampling
 
@@ -46,12 +46,7 @@ class DataConfig(Section):
     max_pixels: Positive = Field(
         120_000_000, description="photographs with more pixels are refused before decoding (ours)"
     )
-    bands: tuple[Positive, Positive, Positive] | None = Field(
-        None,
-        strict=False,
-        description="bands that are taken as red, green and blue, counted from 1, e.g. [3, 2, 1]; null = the colours "
-        "that the file names (ours)",
-    )
+    bands: Bands = None
 
     @field_validator("dataset")
     @classmethod

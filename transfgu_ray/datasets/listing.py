@@ -6,7 +6,7 @@ import os
 import posixpath
 import stat
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from transfgu_ray.storage import Folder, leads_out
 
 # Why files are passed over, beside the endings of pictures in a format that is not read.
 NO_PICTURE, HIDDEN, OUTPUT = "no picture", "hidden, or in a hidden or system folder", "output of transfgu"
+_PICTURES = {*EXTENSIONS, *OTHER_PICTURES}
 # Trash and thumbnails of macOS, Windows, Linux and network drives, and MLflow's artifacts; others begin with a dot.
 _SYSTEM_FOLDERS = {
     *("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"),
@@ -48,7 +49,8 @@ class Listing:
 
     Attributes:
         images: photographs in order of image_id.
-        passed_over: number of files that are not read as photographs, by reason: `PASSED_OVER` or an ending.
+        passed_over: number of files that are not read as photographs, by reason: `NO_PICTURE`, `HIDDEN`,
+            `OUTPUT`, or an ending.
         refused: links and names that cannot be used, each with its reason, in order of image_id.
     """
 
@@ -251,7 +253,7 @@ def _outputs(root: Folder, paths: Sequence[str]) -> frozenset[str]:
     return frozenset().union(*(marked_outputs(root, mark) for mark in marks))
 
 
-def _passed_over(path: str, outputs: Container[str]) -> str | None:
+def _passed_over(path: str, outputs: Collection[str] = ()) -> str | None:
     """Return why a file is not read as a photograph; None if it is.
 
     Args:
@@ -259,13 +261,13 @@ def _passed_over(path: str, outputs: Container[str]) -> str | None:
         outputs: see `_outputs`.
     """
     ending = posixpath.splitext(path)[1].lower()
-    if ending not in (*EXTENSIONS, *OTHER_PICTURES):
+    if ending not in _PICTURES:
         return NO_PICTURE
     if _is_hidden(path):
         return HIDDEN
-    if any(each in outputs for each in itertools.accumulate(path.split("/"), posixpath.join)):
+    if outputs and any(each in outputs for each in itertools.accumulate(path.split("/"), posixpath.join)):
         return OUTPUT
-    return None if _is_photo(path) else ending
+    return None if ending in EXTENSIONS else ending
 
 
 def _is_hidden(path: str) -> bool:
@@ -273,10 +275,6 @@ def _is_hidden(path: str) -> bool:
     return any(
         (part.startswith(".") and part.strip(".")) or part.lower() in _SYSTEM_FOLDERS for part in path.split("/")
     )
-
-
-def _is_photo(path: str) -> bool:
-    return posixpath.splitext(path)[1].lower() in EXTENSIONS
 
 
 def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
@@ -317,9 +315,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
             where, leads_to_folder = _target(root, path, top) if is_link else ("", False)
             if is_folder:
                 folders.append(path)
-            elif leads_to_folder or (is_link and not _passed_over(path, ())):
+            elif leads_to_folder or (is_link and not _passed_over(path)):
                 refuse(path, f"link {where}")
-            elif not _passed_over(path, ()) and not stat.S_ISREG(status.st_mode):
+            elif not stat.S_ISREG(status.st_mode) and not _passed_over(path):
                 # Reading a pipe without a writer would never end.
                 refuse(path, "not a regular file")
             else:

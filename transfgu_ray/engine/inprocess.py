@@ -11,8 +11,8 @@ from transfgu_ray.engine.session import Resources
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.runs.logs import begin_work
 
-# Photographs above which Ray's start is a small share of the work.
-MOST_IMAGES = 200
+# Photographs from which on Ray's start is a small share of the work.
+FEWEST_FOR_RAY = 200
 _ENDING_S = 10.0
 
 

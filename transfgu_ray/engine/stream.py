@@ -221,7 +221,9 @@ def _in_process(work: _Work, progress: Progress) -> Iterator[dict[str, Any]]:
 
     def start() -> Callable[[int], dict[str, Any]]:
         own = work.worker(**work.arguments)
-        return lambda unit: own.run(unit, [_read(work.root, image) for image in work.units[unit]], sign)
+        return lambda unit: own.run(
+            unit, [_read(work.root, image.image_id, image.label_id) for image in work.units[unit]], sign
+        )
 
     yield from each_in_threads(sorted(work.units), start, work.resources.num_workers, ended)
 
@@ -304,8 +306,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield from _causes(cause)
 
 
-def _read(root: Folder, image: ImageRef) -> Photo:
-    return Photo(image.image_id, *read_pair(root, image.image_id, image.label_id))
+def _read(root: Folder, image_id: str, label_id: str | None) -> Photo:
+    return Photo(image_id, *read_pair(root, image_id, label_id))
 
 
 def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
@@ -325,13 +327,13 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
     """Add the encoded bytes of every photograph, and of its label if it has one."""
     root = Folder(root_uri)
     (row,) = table.to_pylist()
-    pairs = [read_pair(root, *ids) for ids in zip(row["image_ids"], row["label_ids"], strict=True)]
+    photos = [_read(root, *ids) for ids in zip(row["image_ids"], row["label_ids"], strict=True)]
     return pa.table(
         {
             "unit": [row["unit"]],
             "image_ids": pa.array([row["image_ids"]], pa.list_(pa.string())),
-            "data": pa.array([[data for data, _, _ in pairs]], pa.list_(pa.large_binary())),
-            "labels": pa.array([[label for _, label, _ in pairs]], pa.list_(pa.large_binary())),
-            "errors": pa.array([[problem for _, _, problem in pairs]], pa.list_(pa.string())),
+            "data": pa.array([[photo.data for photo in photos]], pa.list_(pa.large_binary())),
+            "labels": pa.array([[photo.label for photo in photos]], pa.list_(pa.large_binary())),
+            "errors": pa.array([[photo.error for photo in photos]], pa.list_(pa.string())),
         }
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from transfgu_ray.config.base import Fraction, Positive, Section
+from transfgu_ray.config.base import Bands, Fraction, Positive, Section
 from transfgu_ray.config.sections import Override, RuntimeConfig
 
 Rate = Annotated[float, Field(ge=0.0)]
@@ -37,12 +37,7 @@ class PretrainDataConfig(Section):
     )
     min_side_px: Positive = Field(32, description="images whose shorter side is below this are refused (ours)")
     max_pixels: Positive = Field(120_000_000, description="images with more pixels are refused before decoding (ours)")
-    bands: tuple[Positive, Positive, Positive] | None = Field(
-        None,
-        strict=False,
-        description="bands that are taken as red, green and blue, counted from 1, e.g. [3, 2, 1]; null = the colours "
-        "that the file names (ours)",
-    )
+    bands: Bands = None
     num_val: Positive = Field(
         1000,
         description="images held out by the seed where there are no validation images, at most a tenth (ours)",

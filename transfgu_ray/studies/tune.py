@@ -97,9 +97,10 @@ def tune(
         TransfguError: settings, data, weights or the folder are unusable.
     """
     _check(base, plan)
-    base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": tracking_uri(folder, base)})})
+    uri = tracking_uri(folder, base)
+    base = base.model_copy(update={"tracking": base.tracking.model_copy(update={"uri": uri})})
     identity = _write_identity(folder, base, plan)
-    with told_of_waits(tracking_uri(folder, base), reporter.note):
+    with told_of_waits(uri, reporter.note):
         parent = begin_sweep(folder, base, identity)
     sweep = _Sweep(folder, base, plan, Trials(folder, base), parent)
     with (
