@@ -3,7 +3,8 @@
 It needs its own Ray: without a dashboard, which the tests' shared one lacks, Ray does not free a stopped training.
 
 So that nothing depends on the speed of the machine, no training reports an epoch before Tune has decided on the one
-before, and the trial whose rate makes it collapse begins after another has left a better score at ASHA's first rung.
+before, and the trial whose rate teaches it next to nothing begins after another has left a better score at ASHA's first
+rung.
 """
 
 import json
@@ -24,9 +25,10 @@ from transfgu_ray.storage import Folder
 from transfgu_ray.studies import tune
 from transfgu_ray.studies.trials import POINT, Trials, run_trial
 
-# A student that learns so fast finds a single class from its first epoch on, which scores 0.
-COLLAPSES = 1.0
-RATES = (COLLAPSES, 1e-4, 1e-5, 1e-6)
+# A student that learns so slowly stays as it began. One that learns much too fast ends no better, but on the way its
+# scores are those of chance, and others on another processor.
+SLOW = 1e-6
+RATES = (SLOW, 1e-4, 1.5e-4, 2e-4)
 EPOCHS, RUNGS = (4, 8), (3, 6)
 # Epochs on which Tune has decided, in the run folder of a trial.
 _DECIDED = "decided.json"
@@ -50,7 +52,7 @@ def paced_trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
 
     ray.tune.report = noted
     train.train_loop = paced_loop
-    while rate == COLLAPSES and max(map(_decided, folders.values())) < RUNGS[0]:
+    while rate == SLOW and max(map(_decided, folders.values())) < RUNGS[0]:
         time.sleep(0.5)
     run_trial(values, settings)
 

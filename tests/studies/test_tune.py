@@ -14,7 +14,7 @@ import yaml
 
 from tests.builders import make_paired
 from tests.fixtures import TINY, Silent, transfgu
-from tests.studies.stopped import COLLAPSES, EPOCHS, RATES, RUNGS
+from tests.studies.stopped import EPOCHS, RATES, RUNGS, SLOW
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.config.presets import configure, get_preset
 from transfgu_ray.config.run import RunConfig, build_config
@@ -124,7 +124,7 @@ def test_tune__a_scheduler_that_stops_trials_frees_everything(tmp_path: Path) ->
     assert set(statuses) == {"finished", "stopped"}, trials
     assert all((trial["miou"] is not None) == (trial["status"] == "finished") for trial in trials.values())
     stopped = {rate: trial["epochs"] for rate, trial in trials.items() if trial["status"] == "stopped"}
-    assert stopped[COLLAPSES] == RUNGS[0], trials
+    assert stopped[SLOW] == RUNGS[0], trials
     assert set(stopped.values()) <= set(RUNGS), trials
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = [client.get_run(trial["mlflow_run_id"]).info.status for trial in trials.values()]
