@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -54,6 +55,9 @@ _OBJECT_STORES = {"s3", "gcs", "abfs"}
 _TMP_SUFFIX = ".tmp"
 _LOGGER = logging.getLogger("transfgu_ray")
 _Result = TypeVar("_Result")
+
+# What to do about a file of a run that has changed.
+REMEDY = "`transfgu verify RUN` finds all such files, and the same command then makes them again"
 
 # For how long a storage that fails is asked again, and the waits between, which double from the first to the longest.
 RETRY_S = 60.0
@@ -233,6 +237,12 @@ def _client(uri: str, settings: tuple[tuple[str, str], ...]) -> tuple[pafs.FileS
     return pafs.PyFileSystem(_StrictHandler(fs)), path
 
 
+@functools.lru_cache(maxsize=4096)
+def _opened_object(uri: str, path: str, num_bytes: int) -> pa.NativeFile:
+    """Open an object, which holds no connection, once per process and size: opening asks the store for the size."""
+    return _opened(uri)[0].open_input_file(path)
+
+
 class _StrictHandler(pafs.FSSpecHandler):  # type: ignore[misc]
     """pyarrow's handler without its habit, and fsspec's, to take any error of a store for a missing file.
 
@@ -349,6 +359,10 @@ class Folder:
 
     def files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int]]:
         """Yield (relative name, bytes) of a file or of those below a folder, sorted; nothing if neither exists."""
+        yield from ((path, num_bytes) for path, num_bytes, _ in self.dated_files(name, recursive))
+
+    def dated_files(self, name: str = "", recursive: bool = False) -> Iterator[tuple[str, int, int | None]]:
+        """As `files`, with when each was last written, in ns by the storage's own clock; None where it does not say."""
         selector = pafs.FileSelector(self.join(name), allow_not_found=True, recursive=recursive)
 
         def listed() -> list[pafs.FileInfo]:
@@ -360,11 +374,12 @@ class Folder:
         if not found:
             info = self._info(name)
             if info.type == pafs.FileType.File:
-                yield name, info.size
+                yield name, info.size, info.mtime_ns
                 return
             found = found if self._is_object_store else listed()
         prefix = self.path.rstrip("/") + "/"
-        yield from sorted((i.path.removeprefix(prefix), i.size) for i in found if i.type == pafs.FileType.File)
+        files = [(i.path.removeprefix(prefix), i.size, i.mtime_ns) for i in found if i.type == pafs.FileType.File]
+        yield from sorted(files, key=itemgetter(0))
 
     def read(self, name: str, reader: Callable[[pa.NativeFile], _Result]) -> _Result:
         """Read a file with a function and return its result.
@@ -395,6 +410,33 @@ class Folder:
         """Return the content of a file; see `read`."""
         content: bytes = self.read(name, lambda file: file.read())
         return content
+
+    def read_range(self, name: str, offset: int, length: int, *, num_bytes: int) -> pa.Buffer:
+        """Return some bytes of a file; an object store gives them for one request, after one that opens the file.
+
+        Args:
+            name: of the file, which is not written while this process lives, unless its size changes.
+            offset: first byte.
+            length: number of bytes.
+            num_bytes: size of the whole file.
+
+        Raises:
+            FileNotFoundError, PermissionError, OSError: there is no such file, or it is not to be read.
+            ArtifactError: the file is shorter.
+            StorageError: the storage does not answer.
+        """
+        path = self.join(name)
+
+        def read() -> bytes:
+            if self._is_object_store:
+                return bytes(_opened_object(self.uri, path, num_bytes).read_at(length, offset))
+            with self.fs.open_input_file(path) as file:
+                return bytes(file.read_at(length, offset))
+
+        found = pa.py_buffer(self.patiently(name, read))
+        if len(found) != length:
+            raise ArtifactError(f"{self.uri_of(name)} is shorter than it was; {REMEDY}")
+        return found
 
     def find_bytes(self, name: str) -> bytes | None:
         """Return the content of a file, None if there is none; see `read`."""

@@ -7,25 +7,27 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from tests.faults.storage import flip_byte
 from transfgu_ray import storage
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
-    build_table_of_parts,
     part_files,
-    part_name,
+    part_of,
     read_footer,
+    read_part,
     read_table,
     require_finite,
-    unit_of,
 )
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo
-from transfgu_ray.errors import DataError, StorageError
+from transfgu_ray.errors import ArtifactError, DataError, StorageError
+from transfgu_ray.runs.index import part_metadata, part_name
 from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
@@ -49,9 +51,9 @@ def test_part_stats__add_up():
     assert vars(one) == {"images": 3, "refused": other.refused, "dropped": {"small": 3}, "halvings": 2}
 
 
-def write_part(folder: Folder, unit: int, fingerprint: str = "now", table: str = "t") -> None:
+def write_part(folder: Folder, unit: int, fingerprint: str = "now:2x1", table: str = "t") -> None:
     content = pa.table({"unit": pa.array([unit, unit], pa.int32())})
-    metadata = {"fingerprint": fingerprint, "stats": '{"images": 2}'}
+    metadata = part_metadata(fingerprint, '{"images": 2}', [2])
     folder.write_bytes(part_name(table, unit), to_parquet(content, metadata))
 
 
@@ -91,7 +93,7 @@ def job_of(folder: Folder, progress: Progress) -> Job:
 def build(folder: Folder, num_units: int, progress: Progress | None = None):
     images = [ImageRef(f"{i}.jpg", None, 0) for i in range(2 * num_units)]
     job = job_of(folder, progress or Progress())
-    return build_table_of_parts(job, "t", images=images, images_per_part=2, worker=Unwilling)
+    return build_table_of_parts(job, "t", images=images, images_per_unit=2, worker=Unwilling)
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_build_table_of_parts__a_passing_error_costs_no_part(folder: Folder, mon
     signs = Signs()
     result = build(folder, 3, signs)
     assert (result.num_rows, result.num_parts, result.num_resumed) == (6, 3, 3)
-    assert signs.calls.count(0) == 6, "a sign of life at every footer"
+    assert signs.calls.count(0) == 3, "a sign of life at every part that no index knows"
     assert sum(signs.calls) == 6
 
 
@@ -136,6 +138,7 @@ def test_build_table_of_parts__only_names_that_are_not_wanted_are_deleted(folder
     with pytest.raises(DataError, match="the worker began"):
         build(folder, 3)
     assert [name for name, _ in folder.files("t")] == [part_name("t", unit) for unit in range(3)]
+    assert read_footer(folder, part_name("t", 0), "now:2x1") is not None
 
 
 def test_read_footer__none_only_for_a_missing_damaged_or_foreign_part(
@@ -145,15 +148,15 @@ def test_read_footer__none_only_for_a_missing_damaged_or_foreign_part(
     write_part(folder, 0)
     write_part(folder, 1, fingerprint="of other settings")
     (Path(folder.path) / names[2]).write_bytes(b"damaged")
-    stats, rows = read_footer(folder, names[0], "now")
+    stats, rows = read_footer(folder, names[0], "now:2x1")
     assert (stats.images, rows) == (2, 2)
-    assert [read_footer(folder, name, "now") for name in names[1:]] == [None] * 3
+    assert [read_footer(folder, name, "now:2x1") for name in names[1:]] == [None] * 3
     broken = Stuttering()
     broken.always = True
     monkeypatch.setattr(folder, "fs", broken)
     monkeypatch.setattr(storage, "RETRY_S", 0.0)
     with pytest.raises(StorageError):
-        read_footer(folder, names[0], "now")
+        read_footer(folder, names[0], "now:2x1")
 
 
 def test_part_files__are_in_order_of_unit(folder: Folder) -> None:
@@ -164,8 +167,15 @@ def test_part_files__are_in_order_of_unit(folder: Folder) -> None:
     names = part_files(folder, "t")
     assert names == [part_name("t", unit) for unit in units]
     assert names[0] == "t/part-000000.parquet"
-    assert [unit_of(name) for name in names] == units
+    assert [part_of(name) for name in names] == units
     assert read_table(folder, "t", ["unit"])["unit"].to_pylist() == [unit for unit in units for _ in range(2)]
     assert pq.read_table(Path(folder.path) / names[-1])["unit"].to_pylist() == [10_000_000] * 2
     with pytest.raises(ValueError, match="x is no name of a part"):
-        unit_of("x")
+        part_of("x")
+
+
+def test_read_part__damage_is_told_with_the_command_that_finds_it_all(folder: Folder) -> None:
+    write_part(folder, 0)
+    flip_byte(folder.join(part_name("t", 0)))
+    with pytest.raises(ArtifactError, match=r"t/part-000000\.parquet is damaged: .*; `transfgu verify RUN` finds all"):
+        read_part(folder, part_name("t", 0), ["unit"])

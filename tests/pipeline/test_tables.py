@@ -15,12 +15,10 @@ import pytest
 from tests.builders import make_folder
 from tests.fixtures import Silent, make_run, transfgu
 from transfgu_ray.config.run import build_config
-from transfgu_ray.engine.parts import part_name
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.pipeline.labels import BankBuilder
 from transfgu_ray.pipeline.run import run_stages
-from transfgu_ray.pipeline.train_data import bank_image_ids, bank_index
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.runs.tables import to_parquet
@@ -121,21 +119,6 @@ def test_tables__readable_without_this_package(undisturbed: Run) -> None:
         # Exclusion (4.2): concepts 0-1 are foreground, 2-3 background.
         assert (scores[:2, foreground == 0] == 0).all()
         assert (scores[2:, foreground == 1] == 0).all()
-
-
-def test_bank_index__units_follow_the_names_beyond_a_million_parts(tmp_path: Path) -> None:
-    folder = Folder(str(tmp_path))
-    rows = {3: ["a"], 100_001: ["b", "c"], 999_999: ["d"], 1_000_000: ["e"], 1_000_002: ["f", "g"]}
-    for unit, image_ids in rows.items():
-        folder.write_bytes(part_name("labels", unit), to_parquet(pa.table({"image_id": image_ids}), {}))
-    index = bank_index(folder).to_pylist()
-    assert [(place["unit"], place["row"]) for place in index] == [
-        (3, 0), (100_001, 0), (100_001, 1), (999_999, 0), (1_000_000, 0), (1_000_002, 0), (1_000_002, 1)
-    ]  # fmt: skip
-    assert bank_image_ids(folder) == list("abcdefg")
-    for place, image_id in zip(index, "abcdefg", strict=True):
-        part = pq.read_table(tmp_path / part_name("labels", place["unit"]))
-        assert part["image_id"][place["row"]].as_py() == image_id
 
 
 @pytest.mark.ray

@@ -12,6 +12,7 @@ import torch
 
 from tests.fixtures import Silent, open_run
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
+from transfgu_ray.engine.parts import UnitDone
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import decode_rgb, to_working
@@ -76,7 +77,7 @@ def test_token_cacher__stores_what_inference_reads_in_the_order_of_the_bank(run:
         got = np.frombuffer(row["tokens"], "<f2").reshape(16, 48)
         # Half a float16 step, plus the last bits that depend on the shape of the batch.
         np.testing.assert_allclose(got, expected[row["image_id"]], rtol=2.0**-11, atol=1e-5)
-    parts = [pq.ParquetFile(path) for path in sorted((Path(run.folder.path) / "tokens").iterdir())]
+    parts = [pq.ParquetFile(path) for path in sorted((Path(run.folder.path) / "tokens").glob("part-*"))]
     assert [(part.num_row_groups, part.metadata.num_rows) for part in parts] == [(2, 2), (1, 1), (2, 2)]
 
 
@@ -89,7 +90,7 @@ def test_token_cacher__a_photograph_that_the_bank_lacks_is_refused(
 ) -> None:
     whole, other = read_photos(photographs, "photo_000.jpg", "photo_002.jpg")
     mended = Photo("photo_001a.jpg", whole.data if is_readable_now else b"no picture", None, None)
-    assert cacher(run).process(1, [mended, other]) == b"1"
+    assert UnitDone.load(cacher(run).process(1, [mended, other])).refused == 1
     part = pq.ParquetFile(Path(run.folder.path) / "tokens/part-000001.parquet")
     assert part.read(["image_id"])["image_id"].to_pylist() == ["photo_002.jpg"]
     assert part.num_row_groups == 1
@@ -124,7 +125,7 @@ def test_train__table_survives_a_kill_and_does_not_depend_on_workers(
     monkeypatch.setattr(train_rounds, "train", interrupted)
     with pytest.raises(InterruptedError):
         run_stages(run, ("train",), address=None, reporter=Silent())
-    parts = sorted((Path(run.folder.path) / "tokens").iterdir())
+    parts = sorted((Path(run.folder.path) / "tokens").glob("part-*"))
     before = {part: part.stat().st_mtime_ns for part in parts}
     num_bytes = sum(part.stat().st_size for part in parts)
     parts[1].unlink()

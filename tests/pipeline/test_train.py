@@ -18,6 +18,7 @@ from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
 from transfgu_ray.algorithms.rounds.schedule import Epoch, sample_order, schedule
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.parts import UnitDone
 from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import Photo
@@ -27,7 +28,8 @@ from transfgu_ray.models.weights import BACKBONE, load_run_backbone, load_run_en
 from transfgu_ray.pipeline import train_loop as train_rounds
 from transfgu_ray.pipeline.context import StageJob, Trial
 from transfgu_ray.pipeline.tokens import TokenCacher
-from transfgu_ray.pipeline.train_data import _read_photo, bank_image_ids, bank_index, load_train_data
+from transfgu_ray.pipeline.train_data import _read_photo, bank_image_ids, load_train_data, sample_index
+from transfgu_ray.runs.index import IndexWriter
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
@@ -61,15 +63,15 @@ def cache_tokens(run: Run, config: RunConfig) -> None:
     part = {"run_uri": run.folder.uri, "table": "tokens", "fingerprint": "", "device": "cpu", "threads": 1}
     cacher = TokenCacher(config, **part)
     photos = [Photo(path.name, path.read_bytes(), None, None) for path in sorted(data.iterdir())]
-    for unit in range(3):
-        cacher.process(unit, photos[2 * unit : 2 * unit + 2])
+    done = [UnitDone.load(cacher.process(unit, photos[2 * unit : 2 * unit + 2])) for unit in range(3)]
+    IndexWriter(run.folder, "tokens", "").finish({unit: of.record for unit, of in enumerate(done) if of.record})
 
 
 def read_batches(
     run: Run, num_readers: int, rank: int = 0, world_size: int = 1, config: RunConfig | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    index, device = bank_index(run.folder), torch.device("cpu")
     config = config or run.config
+    index, device = sample_index(run.folder, config), torch.device("cpu")
     place = {"rank": rank, "world_size": world_size, "grid_hw": grid_hw(config)}
     how = {"epochs": EPOCHS, "num_readers": num_readers, "device": device, "config": config}
     return list(train_rounds._batches(index, run.folder.uri, **how, **place))
@@ -77,7 +79,7 @@ def read_batches(
 
 def read_plainly(run: Run, config: RunConfig, rank: int = 0, world_size: int = 1) -> list[dict[str, np.ndarray]]:
     """Return the batches by their definition, one after the other and without Ray."""
-    index, found = bank_index(run.folder), []
+    index, found = sample_index(run.folder, config), []
     for epoch in EPOCHS:
         order = sample_order(
             config.seed,
@@ -329,7 +331,7 @@ def test_load_train_data__names_a_photograph_that_changed(
 
 def test_learner__with_other_workers_goes_on_after_as_many_photographs(cached_run: Run) -> None:
     config = configured(cached_run, "live", "train.batch_size=4", "train.epoch_repeats=4")
-    index = bank_index(cached_run.folder)
+    index = sample_index(cached_run.folder, cached_run.config)
     encoder = load_run_encoder(cached_run.folder, "float32", "cpu")
     kinds = train_rounds.model_config(config, ["foreground"] * 4, "")
 

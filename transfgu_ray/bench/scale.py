@@ -23,13 +23,13 @@ from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.cores import usable_cores
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.engine.job import Job
-from transfgu_ray.engine.parts import part_name
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources, ray_session
 from transfgu_ray.engine.stream import Photo, split_units, stream_units
 from transfgu_ray.models.weights import ENCODER, resolve_encoder
 from transfgu_ray.pipeline.concepts import cluster
 from transfgu_ray.pipeline.features import FeatureExtractor
+from transfgu_ray.runs.index import part_name
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.runs.tables import build_table, features_schema, to_parquet
 from transfgu_ray.storage import Folder

@@ -123,7 +123,9 @@ class ExtractConfig(Section):
     batch_size: Positive = Field(
         32, description="crops per encoder forward pass; part of the run's identity, since it changes last bits"
     )
-    images_per_part: Positive = Field(16, description="photographs per Parquet part, the unit of work and of resuming")
+    images_per_part: Positive = Field(
+        16, description="photographs of a unit of work and of resuming; a Parquet part holds one or more"
+    )
 
 
 class ConceptsConfig(Section):

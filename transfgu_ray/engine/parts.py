@@ -1,12 +1,13 @@
-"""Tables stored as one part per unit: which parts exist, and what their footers say."""
+"""Parts of tables: the workers that make them, a unit of photographs at a time, and how they are read."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +15,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
-from transfgu_ray.engine.job import Job
-from transfgu_ray.engine.stream import Photo, UnitWorker, split_units, stream_units
-from transfgu_ray.errors import DataError
+from transfgu_ray.engine.stream import Photo, UnitWorker
+from transfgu_ray.errors import ArtifactError, DataError
 from transfgu_ray.images import ImageRefused, Limits, decode_pair
-from transfgu_ray.runs.tables import to_parquet
-from transfgu_ray.storage import Folder
+from transfgu_ray.runs.index import PartRecord, describe_part, part_metadata, part_name
+from transfgu_ray.runs.tables import read_parquet, to_parquet
+from transfgu_ray.storage import REMEDY, Folder
 
 _PART = re.compile(r"/part-(\d+)\.parquet$")
+_UNIT = re.compile(r"/_units/\d+/unit-(\d+)\.parquet$")
 
 
 def require_some(stats: Any, num_images: int) -> None:
@@ -61,13 +62,8 @@ def batched_rows(items: np.ndarray, batch_size: int) -> Iterator[tuple[slice, np
         yield slice(start, start + len(batch)), batch
 
 
-def part_name(table: str, unit: int) -> str:
-    """Return the name of a unit's file."""
-    return f"{table}/part-{unit:06d}.parquet"
-
-
-def unit_of(name: str) -> int:
-    """Return the unit of a part's file; the inverse of `part_name`."""
+def part_of(name: str) -> int:
+    """Return the number of a part's file; the inverse of `part_name`."""
     found = _PART.search(name)
     if found is None:
         raise ValueError(f"{name} is no name of a part")
@@ -157,114 +153,99 @@ def require_finite(values: np.ndarray, image_ids: Sequence[str], what: str) -> N
         )
 
 
+@dataclass(frozen=True)
+class UnitDone:
+    """What a worker says of a unit that it has written.
+
+    Attributes:
+        refused: number of refused photographs.
+        num_bytes: size of the unit's file; 0 where its part is finished with it.
+        record: of the part that is finished with it; None while other units of it may be missing.
+    """
+
+    refused: int
+    num_bytes: int
+    record: PartRecord | None
+
+    def dump(self) -> bytes:
+        """Return it as bytes."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def load(cls, data: bytes) -> "UnitDone":
+        """Return what `dump` was called on."""
+        values = json.loads(data)
+        record = values.pop("record")
+        return cls(**values, record=None if record is None else PartRecord(**record))
+
+
 class PartWorker(UnitWorker):
-    """A worker whose units become Parquet parts of one table.
+    """A worker whose units become parts of one table.
 
     Attributes:
         config: the run's configuration.
         run_folder: the run folder.
+        rows_apart: whether training reads single rows; see `to_parquet`.
     """
 
+    rows_apart: ClassVar[bool] = False
+
     def __init__(
-        self, config: RunConfig, run_uri: str, *, table: str, fingerprint: str, device: str, threads: int
+        self,
+        config: RunConfig,
+        run_uri: str,
+        *,
+        table: str,
+        fingerprint: str,
+        device: str,
+        threads: int,
+        units_per_part: int = 1,
     ) -> None:
         super().__init__(device, threads)
         self.config = config
         self.run_folder = Folder(run_uri)
         self._table = table
         self._fingerprint = fingerprint
+        self._units_per_part = units_per_part
 
-    def write(self, unit: int, table: pa.Table, *, stats: PartStats, row_group_size: int | None = None) -> bytes:
-        """Write the unit's part atomically; return the number of refused photographs as bytes, for the progress."""
-        metadata = {"fingerprint": self._fingerprint, "stats": json.dumps(vars(stats))}
-        self.run_folder.write_bytes(part_name(self._table, unit), to_parquet(table, metadata, row_group_size))
-        return str(len(stats.refused)).encode()
+    @staticmethod
+    def photograph_bytes(config: RunConfig) -> int:
+        """Return about how many bytes of the table a photograph takes."""
+        return 4096
 
-
-@dataclass
-class TableResult:
-    """A finished table.
-
-    Attributes:
-        stats: sum over all parts.
-        num_rows: rows of all parts.
-        num_parts: number of parts.
-        num_resumed: parts left by an earlier, interrupted call.
-        peak_mb: highest peak memory of any worker, MB.
-    """
-
-    stats: PartStats
-    num_rows: int
-    num_parts: int
-    num_resumed: int
-    peak_mb: int
+    def write(self, unit: int, table: pa.Table, *, stats: PartStats) -> bytes:
+        """Write the unit atomically, as a part where each unit is one; return `UnitDone` as bytes."""
+        metadata = part_metadata(self._fingerprint, json.dumps(vars(stats)), [table.num_rows])
+        part, alone = unit // self._units_per_part, self._units_per_part == 1
+        name = part_name(self._table, unit) if alone else unit_name(self._table, part, unit)
+        data = to_parquet(table, metadata, rows_apart=alone and self.rows_apart)
+        self.run_folder.write_bytes(name, data)
+        if not alone:
+            return UnitDone(len(stats.refused), len(data), None).dump()
+        record = describe_part(part, data, fingerprint=self._fingerprint, rows_apart=self.rows_apart)
+        return UnitDone(len(stats.refused), 0, record).dump()
 
 
-def build_table_of_parts(
-    job: Job,
-    table: str,
-    *,
-    images: Sequence[ImageRef],
-    images_per_part: int,
-    worker: Callable[..., PartWorker],
-    arguments: Mapping[str, Any] | None = None,
-) -> TableResult:
-    """Make the missing parts of a table, and read the footer of each part: the table is complete when this returns.
+def unit_name(table: str, part: int, unit: int) -> str:
+    """Return the name of a unit's file while other units of its part are missing; readers of tables pass it over."""
+    return f"{units_folder(table, part)}/unit-{unit:06d}.parquet"
 
-    A part that is damaged or of other settings is made again and replaced, never deleted before.
 
-    Args:
-        job: folders, settings and resources.
-        table: the table's folder.
-        images: photographs, in order; consecutive ones share a part.
-        images_per_part: photographs per part.
-        worker: class that makes the parts; called with the arguments of `PartWorker`.
-        arguments: further keyword arguments of the worker.
+def units_folder(table: str, part: int | None = None) -> str:
+    """Return the folder of the units of an unfinished part; None = of all such parts."""
+    return f"{table}/_units" if part is None else f"{table}/_units/{part:06d}"
 
-    Raises:
-        TransfguError: raised by a worker because the user's input is wrong.
-        StorageError: the storage does not answer.
-    """
-    folder = job.folder
-    units = dict(enumerate(split_units(images, images_per_part)))
-    wanted = {part_name(table, unit): unit for unit in units}
-    present: dict[int, tuple[PartStats, int]] = {}
-    for name, _ in folder.files(table):
-        job.progress()
-        if name not in wanted:
-            folder.delete(name)
-        elif (footer := read_footer(folder, name, job.fingerprint)) is not None:
-            present[wanted[name]] = footer
-    job.progress(sum(len(units[unit]) for unit in present))
-    missing = {unit: refs for unit, refs in units.items() if unit not in present}
-    given = {"config": job.config, "run_uri": folder.uri, "table": table, "fingerprint": job.fingerprint}
-    peak_mb = 0
-    for result in stream_units(
-        job.root,
-        missing,
-        worker=worker,
-        arguments=given | dict(arguments or {}),
-        resources=job.resources,
-        progress=job.progress,
-    ):
-        peak_mb = max(peak_mb, result.peak_mb)
-        job.progress(len(units[result.unit]), refused=int(result.result))
-    total, num_rows = PartStats(), 0
-    for name, unit in wanted.items():
-        job.progress()
-        footer = present.get(unit) or read_footer(folder, name, job.fingerprint)
-        if footer is None:
-            raise RuntimeError(f"{folder.uri_of(name)} was not written")
-        stats, rows = footer
-        num_rows += rows
-        total.add(stats)
-    return TableResult(total, num_rows, len(units), len(present), peak_mb)
+
+def unit_of(name: str) -> int:
+    """Return the unit of a file that `unit_name` names; -1 for any other file."""
+    found = _UNIT.search(name)
+    return -1 if found is None else int(found[1])
 
 
 def part_files(run_folder: Folder, table: str) -> list[str]:
-    """Return the names of a table's parts, in order of unit."""
+    """Return the names of a table's parts, in order."""
     # As text, part-1000000 comes before part-999999.
-    return sorted((name for name, _ in run_folder.files(table) if _PART.search(name)), key=unit_of)
+    return sorted((name for name, _ in run_folder.files(table) if _PART.search(name)), key=part_of)
 
 
 def read_table(run_folder: Folder, table: str, columns: list[str]) -> pa.Table:
@@ -273,15 +254,58 @@ def read_table(run_folder: Folder, table: str, columns: list[str]) -> pa.Table:
 
 
 def read_part(run_folder: Folder, name: str, columns: list[str]) -> pa.Table:
-    """Read some columns of one part."""
-    return run_folder.read(name, partial(pq.read_table, columns=columns)).replace_schema_metadata()
+    """Read some columns of one part.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    with _damage_told(run_folder, name):
+        return run_folder.read(name, partial(read_parquet, columns=columns))
 
 
-def read_row(run_folder: Folder, name: str, row: int) -> dict[str, Any]:
-    """Read one row of a part written with one row per row group."""
+def read_rows(run_folder: Folder, name: str, columns: list[str], *, most: int) -> Iterator[pa.Table]:
+    """Yield some columns of one part, at most so many rows at a time.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    with _damage_told(run_folder, name):
+        content = run_folder.read(name, lambda file: pa.py_buffer(file.read()))
+        part = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        for batch in part.iter_batches(most, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def read_row(run_folder: Folder, table: str, place: Mapping[str, int]) -> dict[str, Any]:
+    """Read one row of a table whose rows can be read one by one; one request to an object store.
+
+    Args:
+        run_folder: holds the table.
+        table: its name.
+        place: a row of `Index.rows`.
+
+    Raises:
+        ArtifactError: the part is damaged, or other than the index says.
+    """
+    name = part_name(table, place["part"])
+    found = run_folder.read_range(name, place["offset"], place["length"], num_bytes=place["num_bytes"])
     record: dict[str, Any]
-    (record,) = run_folder.read(name, lambda file: pq.ParquetFile(file).read_row_group(row)).to_pylist()
+    with _damage_told(run_folder, name):
+        try:
+            (record,) = read_parquet(pa.BufferReader(found)).to_pylist()
+        except OSError as error:
+            # Of Parquet, not of a disk.
+            raise pa.ArrowInvalid(str(error)) from None
     return record
+
+
+@contextmanager
+def _damage_told(run_folder: Folder, name: str) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        reason = str(error).partition("\n")[0]
+        raise ArtifactError(f"{run_folder.uri_of(name)} is damaged: {reason}; {REMEDY}") from None
 
 
 def read_footer(run_folder: Folder, name: str, fingerprint: str) -> tuple[PartStats, int] | None:

@@ -12,16 +12,15 @@ from PIL import Image
 from transfgu_ray.algorithms.scores.examples import Best, nearest_crops, stand_ins, strongest_responses
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
-    build_table_of_parts,
     decode_photos,
-    part_files,
-    part_name,
     read_part,
     read_row,
+    read_rows,
 )
 from transfgu_ray.engine.progress import Heartbeat
 from transfgu_ray.engine.session import WORKER_CPUS
@@ -31,6 +30,7 @@ from transfgu_ray.images import encode
 from transfgu_ray.pipeline.concepts import read_concepts
 from transfgu_ray.pipeline.train_data import decode_bank_row
 from transfgu_ray.reports.palette import spotlight
+from transfgu_ray.runs.index import part_name, read_index
 from transfgu_ray.runs.references import RunFiles, table_folder
 from transfgu_ray.runs.tables import atlas_schema, build_table, vectors
 from transfgu_ray.storage import Folder
@@ -55,6 +55,15 @@ class _Scan:
     patches: np.ndarray
     followed: np.ndarray
     peak_mb: int = 0
+
+    @classmethod
+    def none(cls, num_concepts: int) -> "_Scan":
+        return cls(
+            Best.none(CROPS_PER_CONCEPT, num_concepts),
+            Best.none(MAPS_PER_CONCEPT, num_concepts),
+            np.zeros(num_concepts, np.int64),
+            np.zeros((num_concepts, num_concepts), np.int64),
+        )
 
     def merge(self, later: "_Scan") -> "_Scan":
         return _Scan(
@@ -84,7 +93,7 @@ def build_atlas(job: Job, images: Sequence[ImageRef]) -> tuple[dict[str, int], i
         replace(job, progress=Heartbeat(job.progress)),
         _TABLE,
         images=[image for image in images if image.image_id in pictures],
-        images_per_part=_PHOTOS_PER_UNIT,
+        images_per_unit=_PHOTOS_PER_UNIT,
         worker=ExamplePainter,
         arguments={"pictures": pictures},
     )
@@ -107,49 +116,56 @@ def _scan_parts(job: Job, kinds: list[str], centroids: np.ndarray) -> _Scan:
     import ray
 
     files, resources = RunFiles(job.folder), job.resources
-    bank, features = files.folder_of("labels"), files.folder_of("features")
-    count = len(part_files(bank, "labels"))
-    # As Any: Ray's types for remote functions do not cover keyword arguments.
-    function: Any = _scan
-    task = ray.remote(function).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
-    runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
-    given = ray.put((bank.uri, features.uri, kinds, centroids))
+    given = ray.put((kinds, centroids))
     with signs_of_life(lambda _: job.progress()) as sign, unwrapped_errors():
-        scans: list[_Scan] = ray.get(
-            [task.remote(given, parts=parts, threads=resources.threads, sign=sign) for parts in runs]
-        )
+        tasks = []
+        for table, function in (("features", _scan_features), ("labels", _scan_bank)):
+            holder = files.folder_of(table)
+            # As Any: Ray's types for remote functions do not cover keyword arguments.
+            of_table: Any = function
+            task = ray.remote(of_table).options(num_cpus=WORKER_CPUS, scheduling_strategy="DEFAULT")
+            count = len(read_index(holder, table).sizes)
+            runs = [parts for parts in even_ranges(count, resources.num_workers) if parts]
+            tasks += [
+                task.remote(given, uri=holder.uri, parts=parts, threads=resources.threads, sign=sign) for parts in runs
+            ]
+        scans: list[_Scan] = ray.get(tasks)
     return functools.reduce(_Scan.merge, scans)
 
 
-def _scan(given: tuple[str, str, list[str], np.ndarray], *, parts: range, threads: int, sign: Sign) -> _Scan:
+def _scan_features(given: tuple[list[str], np.ndarray], *, uri: str, parts: range, threads: int, sign: Sign) -> _Scan:
     torch.set_num_threads(threads)
-    bank_uri, features_uri, kinds, centroids = given
-    bank_folder, features = Folder(bank_uri), Folder(features_uri)
-    num_concepts = len(kinds)
-    found = _Scan(
-        Best.none(CROPS_PER_CONCEPT, num_concepts),
-        Best.none(MAPS_PER_CONCEPT, num_concepts),
-        np.zeros(num_concepts, np.int64),
-        np.zeros((num_concepts, num_concepts), np.int64),
-    )
+    kinds, centroids = given
+    found, features = _Scan.none(len(kinds)), Folder(uri)
     for part in parts:
         sign()
-        bank = read_part(bank_folder, part_name("labels", part), ["grid_h", "grid_w", "scores", "low", "high"])
-        means = np.zeros((bank.num_rows, num_concepts), np.float32)
-        patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
-        for row, record in enumerate(bank.to_pylist()):
-            codes, scores = decode_bank_row(record)
-            means[row] = scores.mean((1, 2)).numpy()
-            won, pairs = stand_ins(codes)
-            patches, followed = patches + won, followed + pairs
         found = found.merge(
-            _Scan(
-                _nearest(features, part, kinds=np.array(kinds), centroids=centroids),
-                strongest_responses(means, part, MAPS_PER_CONCEPT),
-                patches,
-                followed,
-                peak_memory_mb(),
+            replace(
+                _Scan.none(len(kinds)),
+                crops=_nearest(features, part, kinds=np.array(kinds), centroids=centroids),
+                peak_mb=peak_memory_mb(),
             )
+        )
+    return found
+
+
+def _scan_bank(given: tuple[list[str], np.ndarray], *, uri: str, parts: range, threads: int, sign: Sign) -> _Scan:
+    torch.set_num_threads(threads)
+    kinds, _ = given
+    found, bank, columns = _Scan.none(len(kinds)), Folder(uri), ["grid_h", "grid_w", "scores", "low", "high"]
+    for part in parts:
+        means = []
+        patches, followed = np.zeros_like(found.patches), np.zeros_like(found.followed)
+        for rows in read_rows(bank, part_name("labels", part), columns, most=_PHOTOS_PER_UNIT):
+            sign()
+            for record in rows.to_pylist():
+                codes, scores = decode_bank_row(record)
+                means.append(scores.mean((1, 2)).numpy())
+                won, pairs = stand_ins(codes)
+                patches, followed = patches + won, followed + pairs
+        maps = strongest_responses(np.array(means, np.float32).reshape(-1, len(kinds)), part, MAPS_PER_CONCEPT)
+        found = found.merge(
+            replace(_Scan.none(len(kinds)), maps=maps, patches=patches, followed=followed, peak_mb=peak_memory_mb())
         )
     return found
 
@@ -170,6 +186,9 @@ def _pictures(run_folder: Folder, found: _Scan) -> dict[str, list[dict[str, Any]
     files = RunFiles(run_folder)
     for what, table, best in (("crop", "features", found.crops), ("map", "labels", found.maps)):
         columns = ["image_id", "box_xyxy"] if what == "crop" else ["image_id", "height_px", "width_px"]
+        first, starts = 0, {}
+        for part, num_rows in read_index(files.folder_of(table), table).sizes.items():
+            first, starts[part] = first + num_rows, first
         for part in np.unique(best.parts[np.isfinite(best.values)]).tolist():
             rows = read_part(files.folder_of(table), part_name(table, part), columns)
             for rank, concept in np.argwhere(np.isfinite(best.values) & (best.parts == part)).tolist():
@@ -178,7 +197,7 @@ def _pictures(run_folder: Folder, found: _Scan) -> dict[str, list[dict[str, Any]
                 box = record["box_xyxy"] if what == "crop" else [0, 0, record["width_px"], record["height_px"]]
                 value = abs(float(best.values[rank, concept]))
                 picture = {"concept_id": concept, "what": what, "rank": rank, "box_xyxy": box, "value": value}
-                pictures.setdefault(record["image_id"], []).append(picture | {"place": (part, row)})
+                pictures.setdefault(record["image_id"], []).append(picture | {"row": starts[part] + row})
     return pictures
 
 
@@ -192,9 +211,10 @@ class ExamplePainter(PartWorker):
         self._limits = config.data
         self._pictures = pictures
         self._bank = table_folder(self.run_folder, "labels")
+        self._rows = read_index(self._bank, "labels").rows
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's part."""
+        """Write the unit."""
         stats = PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in atlas_schema()}
         for photo, image in decode_photos(self.signed(photos), stats, limits=self._limits):
@@ -213,7 +233,7 @@ class ExamplePainter(PartWorker):
         else:
             picture = image.copy()
             picture.thumbnail((_MAP_PX, _MAP_PX))
-            part, row = wanted["place"]
-            scores = decode_bank_row(read_row(self._bank, part_name("labels", part), row))[1][wanted["concept_id"]]
+            (place,) = self._rows.slice(wanted["row"], 1).to_pylist()
+            scores = decode_bank_row(read_row(self._bank, "labels", place))[1][wanted["concept_id"]]
             picture = spotlight(picture, scores.numpy())
         return encode(picture, "WEBP", quality=75)

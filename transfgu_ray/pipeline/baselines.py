@@ -23,12 +23,12 @@ from transfgu_ray.algorithms.encoder.checkpoints import load_untrained
 from transfgu_ray.algorithms.encoder.tokens import read_tokens, token_dim
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
     batched_rows,
-    build_table_of_parts,
     decode_photos,
     read_table,
 )
@@ -144,7 +144,7 @@ class BaselineMapper:
 
 
 class PatchSampler(PartWorker):
-    """A worker: one unit of photographs -> one part of the table of drawn patches."""
+    """A worker: one unit of photographs -> its rows of the table of drawn patches."""
 
     def __init__(self, config: RunConfig, run_uri: str, *, patches_per_photo: int, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
@@ -152,7 +152,7 @@ class PatchSampler(PartWorker):
         self._features = PatchFeatures(self.run_folder, config, self.device)
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's part."""
+        """Write the unit."""
         stats, data, features = PartStats(), self.config.data, self._features
         working = {
             photo.image_id: to_working(image, data.image_size, data.resample)
@@ -213,7 +213,7 @@ def fit_baselines(
         job,
         _TABLE,
         images=chosen,
-        images_per_part=_PHOTOS_PER_UNIT,
+        images_per_unit=_PHOTOS_PER_UNIT,
         worker=PatchSampler,
         arguments={"patches_per_photo": MAX_POINTS // len(chosen)},
     )

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.engine.build import TableResult, build_table_of_parts
 from transfgu_ray.engine.job import Job
-from transfgu_ray.engine.parts import PartWorker, TableResult, build_table_of_parts, refusals
+from transfgu_ray.engine.parts import PartWorker, refusals
 from transfgu_ray.runs.run import Run
 from transfgu_ray.tracking.runs import Tracked
 
@@ -59,7 +60,7 @@ class StageJob(Job):
 def table_of_photographs(
     job: StageJob, table: str, *, worker: type[PartWorker], listing: Listing | None = None, **arguments: Any
 ) -> TableResult:
-    """Bring a table of the training photographs up to date; see `parts.build_table_of_parts`.
+    """Bring a table of the training photographs up to date; see `build_table_of_parts`.
 
     Args:
         job: job of the stage.
@@ -74,7 +75,7 @@ def table_of_photographs(
         job,
         table,
         images=images,
-        images_per_part=job.config.extract.images_per_part,
+        images_per_unit=job.config.extract.images_per_part,
         worker=worker,
         arguments=arguments,
     )
@@ -91,5 +92,6 @@ def table_content(listing: Listing, result: TableResult) -> dict[str, Any]:
         "batches_halved": stats.halvings,
         "parts": result.num_parts,
         "parts_resumed": result.num_resumed,
+        "units_resumed": result.num_units_resumed,
         "peak_memory_mb": result.peak_mb,
     }

@@ -14,8 +14,9 @@ from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.datasets.outputs import mark_outputs
+from transfgu_ray.engine.build import TableResult
 from transfgu_ray.engine.job import Job
-from transfgu_ray.engine.parts import TableResult, batched_rows, refusals, require_some
+from transfgu_ray.engine.parts import batched_rows, refusals, require_some
 from transfgu_ray.engine.progress import Heartbeat
 from transfgu_ray.images import to_working
 from transfgu_ray.models.model import load_model, load_model_config

@@ -31,6 +31,9 @@ from transfgu_ray.pipeline.context import StageJob, table_content, table_of_phot
 from transfgu_ray.pipeline.inputs import list_clustered
 from transfgu_ray.runs.tables import build_table, features_schema
 
+# Of a row of the features, for ViT-S.
+_TOKEN_BYTES = 828
+
 
 def run_stage(job: StageJob) -> dict[str, Any]:
     """Write the class tokens of all windows, and the encoder; return the content of the manifest."""
@@ -84,7 +87,12 @@ def _column(windows: list[_Windows], name: str, dtype: type) -> np.ndarray:
 
 
 class FeatureExtractor(PartWorker):
-    """A worker: one unit of photographs -> one part of the features table."""
+    """A worker: one unit of photographs -> its rows of the features table."""
+
+    @staticmethod
+    def photograph_bytes(config: RunConfig) -> int:
+        """Return the bytes of a class token of ViT-S for each of the windows of half steps."""
+        return _TOKEN_BYTES * len(enumerate_windows(*config.data.image_size, config.extract.window_fracs)[0])
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
@@ -105,7 +113,7 @@ class FeatureExtractor(PartWorker):
         self._num_cutters = cores_per_gpu(own_node()) if on_gpu else 1
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's part."""
+        """Write the unit."""
         config, stats = self.config, PartStats()
         image_ids, sizes, working, labels = [], [], [], []
         for photo, image, classes in decode_labelled(

@@ -83,18 +83,23 @@ def load_labeller(run_folder: Folder, config: RunConfig, device: str) -> Labelle
 
 
 class BankBuilder(PartWorker):
-    """A worker: one unit of photographs -> one part of the bank.
+    """A worker: one unit of photographs -> its rows of the bank, which training reads one by one."""
 
-    One row per row group, so that training can read single images.
-    """
+    rows_apart = True
 
     def __init__(self, config: RunConfig, run_uri: str, *, root_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._root = Folder(root_uri)
         self._labeller = load_labeller(self.run_folder, config, self.device)
 
+    @staticmethod
+    def photograph_bytes(config: RunConfig) -> int:
+        """Return the bytes of the scores, which zstd halves, on patches of 8 px."""
+        height, width = config.cam_image_size
+        return max(1, config.num_concepts * height * width // (2 * 8**2))
+
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's part."""
+        """Write the unit."""
         config, stats = self.config, PartStats()
         columns: dict[str, list[Any]] = {field.name: [] for field in labels_schema()}
         working = []
@@ -115,4 +120,4 @@ class BankBuilder(PartWorker):
                     columns[name] += [image.tobytes() for image in values.cpu().numpy()]
                 columns["foreground"] += [mask.tobytes() for mask in foreground.to(torch.uint8).cpu().numpy()]
         table: pa.Table = build_table(columns, labels_schema())
-        return self.write(unit, table, stats=stats, row_group_size=1)
+        return self.write(unit, table, stats=stats)

@@ -12,13 +12,12 @@ from transfgu_ray.algorithms.scores.intervals import photo_counts, stack_counts
 from transfgu_ray.algorithms.scores.metrics import IGNORE, confusion_matrix
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.engine.build import TableResult, build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
     PartWorker,
-    TableResult,
     batched_rows,
-    build_table_of_parts,
     decode_labelled,
     part_files,
     read_part,
@@ -40,7 +39,7 @@ _SAMPLE_PX = 480
 
 
 class Scorer(PartWorker):
-    """A worker: one unit of photographs -> one part of the table of confusions, and the masks of samples.
+    """A worker: one unit of photographs -> its rows of the table of confusions, and the masks of samples.
 
     Subclasses implement `predict`, and list in `shown` the methods whose masks go into samples. The run folder must
     hold a model.
@@ -67,7 +66,7 @@ class Scorer(PartWorker):
         return {}
 
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's samples, then its part; without classes nothing is counted."""
+        """Write the unit's samples, then its rows; without classes nothing is counted."""
         stats, limits = PartStats(), self.config.data
         image_ids, images, targets = [], [], []
         decoded = decode_labelled(self.signed(photos), stats, limits=limits, table=self._label_table)
@@ -176,7 +175,7 @@ def score_photos(
     arguments: Mapping[str, Any] | None = None,
     table: str = CONFUSIONS,
 ) -> TableResult:
-    """Bring the table of confusions up to date, one part per unit; without labels only samples are made.
+    """Bring the table of confusions up to date; without labels only samples are made.
 
     Args:
         job: job on a folder that holds the model; the table and the samples are written there.
@@ -194,7 +193,7 @@ def score_photos(
         job,
         table,
         images=images,
-        images_per_part=_PHOTOS_PER_UNIT,
+        images_per_unit=_PHOTOS_PER_UNIT,
         worker=scorer,
         arguments=given | dict(arguments or {}),
     )

@@ -8,7 +8,7 @@ import torch
 from transfgu_ray.algorithms.encoder.tokens import read_tokens
 from transfgu_ray.algorithms.rounds.token_crops import encode_tokens
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_photos, part_name, read_part
+from transfgu_ray.engine.parts import PartStats, PartWorker, batched_rows, decode_photos
 from transfgu_ray.engine.stream import Photo
 from transfgu_ray.images import to_working
 from transfgu_ray.models.weights import (
@@ -18,8 +18,12 @@ from transfgu_ray.models.weights import (
 )
 from transfgu_ray.pipeline.context import StageJob, table_content, table_of_photographs
 from transfgu_ray.pipeline.train_data import TOKENS, changed_since_labelled
+from transfgu_ray.runs.index import read_index
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, tokens_schema
+
+# Of ViT-S.
+_TOKEN_WIDTH = 384
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
@@ -32,25 +36,33 @@ def run_stage(job: StageJob) -> dict[str, Any]:
 
 
 class TokenCacher(PartWorker):
-    """A worker: one unit of photographs -> one part of the token table, with the same rows as the bank's part.
+    """A worker: one unit of photographs -> its rows of the token table, the same as in the bank.
 
-    One row per row group, so that training can read single images.
+    Training reads them one by one.
     """
+
+    rows_apart = True
 
     def __init__(self, config: RunConfig, run_uri: str, **part: Any) -> None:
         super().__init__(config, run_uri, **part)
         self._encoder = load_run_encoder(self.run_folder, config.encoder.precision, self.device)
-        self._bank = table_folder(self.run_folder, "labels")
+        self._bank = read_index(table_folder(self.run_folder, "labels"), "labels")
         self._backbone = load_run_backbone(self.run_folder, config, self.device)
 
+    @staticmethod
+    def photograph_bytes(config: RunConfig) -> int:
+        """Return the bytes of the tokens of ViT-S on patches of 8 px."""
+        height, width = config.train_crop_size
+        return max(1, 2 * _TOKEN_WIDTH * height * width // 8**2)
+
     def process(self, unit: int, photos: list[Photo]) -> bytes:
-        """Write the unit's part.
+        """Write the unit.
 
         Raises:
             DataError: a photograph of the bank is missing or cannot be used any more.
         """
         config, stats = self.config, PartStats()
-        banked = read_part(self._bank, part_name("labels", unit), ["image_id"])["image_id"].to_pylist()
+        banked = self._bank.image_ids_of(unit)
         image_ids, working = [], []
         for photo, image in decode_photos(self.signed(_only(banked, photos, stats)), stats, limits=config.data):
             image_ids.append(photo.image_id)
@@ -68,7 +80,7 @@ class TokenCacher(PartWorker):
             "grid_w": [grid_w] * len(image_ids),
             "tokens": tokens,
         }
-        return self.write(unit, build_table(columns, tokens_schema()), stats=stats, row_group_size=1)
+        return self.write(unit, build_table(columns, tokens_schema()), stats=stats)
 
 
 def _only(banked: list[str], photos: list[Photo], stats: PartStats) -> list[Photo]:

@@ -1,11 +1,9 @@
 """Training samples: augmented crops, or their tokens, and scores, read by Ray tasks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
 
@@ -13,41 +11,35 @@ from transfgu_ray.algorithms.labels.bank import decode_scores, training_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table, unit_of
+from transfgu_ray.engine.parts import read_row
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_photo, to_working
+from transfgu_ray.runs.index import read_index
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.storage import Folder, read_file
 
-# The table of cached tokens, with the same parts and rows as the bank.
+# The table of cached tokens, with the same rows as the bank.
 TOKENS = "tokens"
 # Tells the draws of a step's colours from those of its samples.
 _COLOUR = 1
 
 
-def bank_index(run_folder: Folder, alive: Callable[[int], None] = lambda number: None) -> pa.Table:
-    """Return the place of each image in the bank: unit, and row in its part. One row per image, in order.
+def sample_index(run_folder: Folder, config: RunConfig) -> pa.Table:
+    """Return where to read each image of the bank, in order, one row per image.
 
-    Args:
-        run_folder: holds the bank.
-        alive: called with the number of each part that has been read.
+    Columns: labels, and tokens where they are cached; each a row of `Index.rows` of that table.
+
+    Raises:
+        ArtifactError: an index is missing or damaged.
     """
-    units: list[int] = []
-    rows: list[int] = []
-    bank = table_folder(run_folder, "labels")
-    for number, name in enumerate(part_files(bank, "labels")):
-        count = bank.read(name, pq.read_metadata).num_rows
-        units += [unit_of(name)] * count
-        rows += range(count)
-        alive(number)
-    return pa.table({"unit": pa.array(units, pa.int32()), "row": pa.array(rows, pa.int32())})
+    tables = ["labels", *([TOKENS] if config.train.features == "cached" else [])]
+    rows = {table: read_index(table_folder(run_folder, table), table).rows for table in tables}
+    return pa.table({table: of_table.to_struct_array() for table, of_table in rows.items()})
 
 
 def bank_image_ids(run_folder: Folder) -> list[str]:
-    """Read the image_id of every image of the bank, in order."""
-    image_ids: list[str] = read_table(table_folder(run_folder, "labels"), "labels", ["image_id"])[
-        "image_id"
-    ].to_pylist()
+    """Return the image_id of every image of the bank, in order."""
+    image_ids: list[str] = read_index(table_folder(run_folder, "labels"), "labels").image_ids.to_pylist()
     return image_ids
 
 
@@ -68,7 +60,7 @@ def load_train_data(
     that makes it.
 
     Args:
-        places: rows of `bank_index`.
+        places: rows of `sample_index`.
         positions: position of each sample in the epoch.
         bank_uri: the run folder that holds the bank.
         tokens_uri: the one that holds the cached tokens.
@@ -90,11 +82,11 @@ def load_train_data(
     threshold = config.cam.background_threshold if config.has_background else None
     seen: dict[str, list[np.ndarray]] = {}
     for place, position in zip(places.to_pylist(), positions, strict=True):
-        record = read_row(bank, part_name("labels", place["unit"]), place["row"])
+        record = read_row(bank, "labels", place["labels"])
         _, maps = decode_bank_row(record)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
-            cached = read_row(cache, part_name(TOKENS, place["unit"]), place["row"])
+            cached = read_row(cache, TOKENS, place[TOKENS])
             assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
             tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
@@ -127,9 +119,9 @@ def load_train_data(
 def read_photos(
     places: pa.Table, run_folder: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
-    """Read the whole photographs of some rows of `bank_index`, squashed to (height, width) px."""
+    """Read the whole photographs of some rows of `sample_index`, squashed to (height, width) px."""
     bank = table_folder(run_folder, "labels")
-    rows = [read_row(bank, part_name("labels", place["unit"]), place["row"]) for place in places.to_pylist()]
+    rows = [read_row(bank, "labels", place["labels"]) for place in places.to_pylist()]
     return np.stack([_read_photo(row["path"], config, size) for row in rows])
 
 

@@ -22,7 +22,7 @@ from transfgu_ray.engine.stream import peak_memory_mb
 from transfgu_ray.engine.trainer import failures_noted, latest_state, report_state
 from transfgu_ray.models.model import ModelConfig, build_decoder
 from transfgu_ray.models.weights import load_run_backbone, load_run_encoder
-from transfgu_ray.pipeline.train_data import TOKENS, bank_image_ids, bank_index, load_train_data, read_photos
+from transfgu_ray.pipeline.train_data import TOKENS, bank_image_ids, load_train_data, read_photos, sample_index
 from transfgu_ray.runs.references import RunFiles
 from transfgu_ray.storage import Folder
 
@@ -120,7 +120,7 @@ class _Training:
         config, folder = of["config"], Folder(of["run_uri"])
         learner = _Learner(
             _new_bootstrap(config, self._settings["model"], self._encoder),
-            bank_index(folder, self._alive),
+            sample_index(folder, config),
             run_folder=folder,
             config=config,
             rank=self.rank,
@@ -312,7 +312,7 @@ def _new_measure(
     run_folder: Folder, config: RunConfig, *, model: ModelConfig, encoder: Encoder, backbone: Backbone | None
 ) -> LabelFreeMeasure:
     """Return the label-free measure, on photographs of the bank that are the same in every trial."""
-    index = bank_index(run_folder)
+    index = sample_index(run_folder, config)
     chosen = np.sort(np.random.default_rng(0).permutation(len(index))[:NUM_MEASURED])
     photos = read_photos(index.take(pa.array(chosen)), run_folder, config=config, size=model.image_size)
     return LabelFreeMeasure(

@@ -1,12 +1,14 @@
 """The tables of a run folder. Any Parquet reader opens them without this package."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_ENCODING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 
 def features_schema(embed_dim: int) -> pa.Schema:
@@ -154,12 +156,59 @@ def build_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def to_parquet(table: pa.Table, metadata: dict[str, str], row_group_size: int | None = None) -> pa.Buffer:
-    """Return a table as Parquet bytes (zstd) with string metadata in its footer. Equal input gives equal bytes."""
+def to_parquet(table: pa.Table, metadata: dict[str, str], *, rows_apart: bool = False) -> pa.Buffer:
+    """Return a table as Parquet bytes (zstd) with string metadata in its footer. Equal input gives equal bytes.
+
+    Pages have checksums, so that a reader meets damage.
+
+    Args:
+        table: at most some hundred MB.
+        metadata: for the footer.
+        rows_apart: let each row be one row group, and what `row_slices` finds of it a Parquet file of its own. Any
+            reader opens the whole as usual: between row groups a footer of the row before is passed over.
+    """
     sink = pa.BufferOutputStream()
     table = table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION), **metadata})
-    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+    if not rows_apart:
+        pq.write_table(table, sink, **_ENCODING)
+        return sink.getvalue()
+    # The least and greatest value of a map are as large as the map, and a dictionary of one value is no shorter.
+    how: dict[str, Any] = {**_ENCODING, "write_statistics": False, "use_dictionary": False}
+    with pq.ParquetWriter(sink, table.schema, **how) as writer:
+        for row in range(table.num_rows):
+            one = table.slice(row, 1)
+            writer.write_table(one)
+            alone = pa.BufferOutputStream()
+            pq.write_table(one.replace_schema_metadata(), alone, store_schema=False, **how)
+            whole = alone.getvalue()
+            footer = int.from_bytes(whole[-8:-4], "little") + 8
+            # The writer asks the sink where it stands before each column.
+            sink.write(whole.slice(len(whole) - footer))
     return sink.getvalue()
+
+
+def row_slices(footer: pq.FileMetaData, num_bytes: int) -> tuple[list[int], list[int]]:
+    """Return the first byte, and the number of bytes, of what `to_parquet` wrote of each row apart.
+
+    Args:
+        footer: of the whole file.
+        num_bytes: of the whole file.
+    """
+    starts = [footer.row_group(i).column(0).data_page_offset for i in range(footer.num_row_groups)]
+    ends = [*starts, num_bytes - footer.serialized_size - 8][1:]
+    # A file begins with four bytes of its own, which nobody reads: here those before the row.
+    offsets = [start - 4 for start in starts]
+    return offsets, [end - offset for offset, end in zip(offsets, ends, strict=True)]
+
+
+def read_parquet(file: pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table, or some of its columns, in one go; its pages must have the checksums that they were written with.
+
+    Raises:
+        OSError, pa.ArrowInvalid: the content is damaged.
+    """
+    whole = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
+    return whole.read(None if columns is None else list(columns), use_threads=False).replace_schema_metadata()
 
 
 def vectors(column: pa.ChunkedArray) -> np.ndarray:
