@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -9,8 +10,11 @@ from tests.faults.storage import flip_byte, truncate
 from transfgu_ray.config.presets import tiny_cpu
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.errors import ArtifactError
+from transfgu_ray.runs import checksums
+from transfgu_ray.runs.index import IndexWriter, describe_part, part_metadata
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
+from transfgu_ray.runs.tables import to_parquet
 from transfgu_ray.storage import Folder
 
 
@@ -192,6 +196,64 @@ def test_run_changed_before__manifests_of_older_versions_are_accepted(tmp_path):
     run.folder.write_json("concepts.json", manifest)
     _finish(run, "extract", b"y")
     assert run.changed_before("concepts") is None
+
+
+def _reads(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the stage's files that are read from now on."""
+    read: list[str] = []
+    hash_files = checksums.hash_files
+
+    def noted(folder, names):
+        read.extend(names)
+        return hash_files(folder, names)
+
+    monkeypatch.setattr(checksums, "hash_files", noted)
+    return read
+
+
+def test_run_damaged_files__only_files_written_since_are_read(tmp_path, monkeypatch):
+    run = Run.open(str(tmp_path), _config())
+    parts = [f"features/part-{unit:06d}.parquet" for unit in range(4)]
+    for number, name in enumerate(parts):
+        run.folder.write_bytes(name, name.encode())
+        os.utime(tmp_path / name, ns=(number, number))
+    run.write_manifest("extract", "f", {})
+    manifest, read = run.require("extract"), _reads(run, monkeypatch)
+    assert run.damaged_files("extract") == []
+    assert read == parts[-1:], "the clock may not have ticked since the last"
+    os.utime(tmp_path / parts[1], ns=(10, 10))
+    read.clear()
+    assert run.damaged_files("extract") == []
+    assert read == [parts[1], parts[3]]
+    assert {**run.require("extract"), "newest_file_ns": 3} == manifest
+    read.clear()
+    assert run.damaged_files("extract") == []
+    assert read == [parts[1]], "found whole, it is not read for ever"
+    run.suspect("extract", [parts[0]])
+    read.clear()
+    assert run.damaged_files("extract") == []
+    assert read == [parts[0], parts[1]]
+    read.clear()
+    assert run.damaged_files("extract") == []
+    assert read == [parts[1]], "whole, so suspected no more"
+
+
+def test_run_write_manifest__takes_the_checksums_of_parts_from_their_index(tmp_path, monkeypatch):
+    run = Run.open(str(tmp_path), _config())
+    data = to_parquet(pa.table({"x": [1]}), part_metadata("f", "{}", [1]))
+    run.folder.write_bytes("features/part-000000.parquet", data)
+    run.folder.write_bytes("model/encoder.safetensors", b"x")
+    record = describe_part(0, data, fingerprint="f", rows_apart=False)
+    IndexWriter(run.folder, "features", "f").finish({0: record})
+    read = _reads(run, monkeypatch)
+    run.write_manifest("extract", "f", {})
+    assert read == ["features/_index/index.parquet", "model/encoder.safetensors"]
+    recorded = run.recorded_files("extract")
+    assert recorded["features/part-000000.parquet"] == hashlib.sha256(bytes(data)).hexdigest()
+    monkeypatch.undo()
+    assert run.damaged_files("extract") == []
+    (tmp_path / "extract.files.json").write_text("{}")
+    assert run.recorded_files("extract") is None
 
 
 def test_run_write_manifest__rebuilt_with_other_bytes_deletes_parts_of_the_former_but_nothing_finished(tmp_path):

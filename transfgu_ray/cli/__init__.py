@@ -32,6 +32,7 @@ for _command in (
     encoders.pretrain,
     encoders.probe,
     stages.demo,
+    stages.verify,
     studies.ablate,
     studies.tune,
     studies.plan,

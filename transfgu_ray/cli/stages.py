@@ -126,6 +126,18 @@ def demo(
     )
 
 
+def verify(folder: RunFolder, *, ray_address: Address = None, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Read every file of a run and compare it with its checksum; `run` only looks at sizes and times."""
+    from transfgu_ray.pipeline.verify import verify as verify_run
+    from transfgu_ray.runs.run import Run
+    from transfgu_ray.storage import Folder
+
+    terminal = Terminal(quiet, verbose)
+    with at_work(Folder(folder), "verify"):
+        count = verify_run(Run.open(folder, None), address=ray_address, reporter=terminal)
+    terminal.note(f"{count} files are as they were written")
+
+
 def _close(terminal: Terminal, opened: Any, manifests: dict[str, dict[str, Any]]) -> None:
     """Print the result, what was refused, and what to do next."""
     rows = [

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -43,14 +44,17 @@ def record_name(stage: str) -> str:
     return f"{stage}.files.json"
 
 
-def checksum_files(folder: Readable, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def checksum_files(
+    folder: Readable, sizes: Mapping[str, int], known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
     """Return the bytes and sha256 of each file, by name.
 
     Args:
         folder: holds the files.
         sizes: bytes of each file.
+        known: sha256 of files that are not read, as whoever wrote them took it.
     """
-    hashes = _hashes(folder, sizes)
+    hashes = hash_files(folder, [name for name in sizes if name not in known]) | dict(known)
     return {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in sorted(sizes)}
 
 
@@ -60,17 +64,24 @@ def dump_record(files: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def find_damaged(folder: Readable, record: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
-    """Return the names of files that are missing or differ from the record; files of the right size are read.
+def find_damaged(
+    folder: Readable, record: Mapping[str, Any], sizes: Mapping[str, int], untouched: Container[str]
+) -> list[str]:
+    """Return the names of files that are missing or differ from the record.
 
     Args:
         folder: holds the files.
         record: result of `checksum_files`.
         sizes: bytes of the files that exist.
+        untouched: files that nobody has written since the record; their size is enough.
     """
     whole = [name for name, entry in record.items() if sizes.get(name) == entry["bytes"]]
-    hashes = _hashes(folder, whole)
-    return [name for name, entry in record.items() if hashes.get(name) != entry["sha256"]]
+    hashes = hash_files(folder, [name for name in whole if name not in untouched])
+    return [
+        name
+        for name, entry in record.items()
+        if sizes.get(name) != entry["bytes"] or hashes.get(name, entry["sha256"]) != entry["sha256"]
+    ]
 
 
 def write_mending(folder: Folder, stage: str, mending: Mending) -> None:
@@ -86,8 +97,8 @@ def read_mending(folder: Folder, stage: str) -> Mending | None:
         return None
 
 
-def _hashes(folder: Readable, names: Iterable[str]) -> dict[str, str]:
-    names = list(names)
+def hash_files(folder: Readable, names: Sequence[str]) -> dict[str, str]:
+    """Return the sha256 of each file, by name."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(partial(_sha256, folder), names), strict=True))
 

@@ -37,6 +37,10 @@ class RunFiles:
         """Yield (name, bytes) of a file or of those below a folder; see `Folder.files`."""
         return self.folder_of(name).files(name, recursive)
 
+    def dated_files(self, name: str, recursive: bool = False) -> Iterator[tuple[str, int, int | None]]:
+        """Yield (name, bytes, when it was written) of a file or of those below a folder; see `Folder.dated_files`."""
+        return self.folder_of(name).dated_files(name, recursive)
+
     def read(self, name: str, reader: Callable[[pa.NativeFile], _Read]) -> _Read:
         """Read a file with a function and return its result; see `Folder.read`."""
         return self.folder_of(name).read(name, reader)

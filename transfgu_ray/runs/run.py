@@ -1,10 +1,11 @@
 """The run folder: configuration first, manifests last, and what may be reused on a rerun."""
 
+import contextlib
 import hashlib
 import json
 import posixpath
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transfgu_ray.config.run import NOT_IDENTITY, RunConfig
@@ -19,10 +20,14 @@ from transfgu_ray.runs.checksums import (
     write_mending,
 )
 from transfgu_ray.runs.configured import ConfiguredFolder
+from transfgu_ray.runs.index import indexed_checksums, is_of_index
 from transfgu_ray.runs.provenance import library_versions
 from transfgu_ray.runs.references import TABLES, RunFiles, drop_references, refer, table_folder
 from transfgu_ray.runs.stages import NAMES, STAGES
 from transfgu_ray.storage import Folder
+
+# In a manifest: when the last file of the stage was written; files to read although nobody has written them since.
+_NEWEST, _SUSPECTED = "newest_file_ns", "suspected"
 
 
 class Run:
@@ -141,7 +146,8 @@ class Run:
         It records the checksums of the stages before, which this one was made of. Where `discard` had removed damaged
         files, it names them.
         """
-        record = dump_record(checksum_files(self.folder, self._files(stage)))
+        there = self._files(stage)
+        record = dump_record(checksum_files(self.folder, _sizes(there), self._known_checksums(stage, there)))
         checksum = hashlib.sha256(record).hexdigest()
         mended = {}
         if (note := read_mending(self.folder, stage)) is not None:
@@ -150,7 +156,7 @@ class Run:
                 self._clear_unfinished(STAGES.after(stage))
         names = {"names_sha256": self.names_sha256(stage)} if STAGES[stage].reads_names else {}
         manifest = {"stage": stage, "fingerprint": fingerprint, **names, "made_of": self._made_of(stage), **content}
-        manifest |= {**mended, "files_sha256": checksum, "versions": library_versions()}
+        manifest |= {**mended, "files_sha256": checksum, _NEWEST: _newest(there), "versions": library_versions()}
         self.folder.write_bytes(record_name(stage), record)
         self.folder.write_json(f"{stage}.json", manifest)
         return manifest
@@ -182,20 +188,43 @@ class Run:
     def damaged_files(self, stage: str) -> list[str]:
         """Return the files of a finished stage that are missing or changed; none if it has no checksums.
 
-        If the record of checksums is damaged but all files are as the manifest says, it is rewritten; else all count.
+        Files that nobody has written since the stage ended, or since all were last found whole, are compared by size;
+        others are read. If the record of checksums is damaged but all files are as the manifest says, it is rewritten;
+        else all count.
         """
         manifest = self.manifest(stage)
         if manifest is None or "files_sha256" not in manifest:
             return []
         there, checksum, files = self._files(stage), manifest["files_sha256"], RunFiles(self.folder)
-        record = self.folder.read_bytes(record_name(stage)) if self.folder.exists(record_name(stage)) else b""
+        record = self.folder.find_bytes(record_name(stage)) or b""
+        newest = manifest.get(_NEWEST) or 0
+        # Clocks of storages tick in milliseconds to seconds.
+        untouched = {name for name, (_, written_at) in there.items() if written_at is not None and written_at < newest}
+        untouched -= set(manifest.get(_SUSPECTED, ()))
         if hashlib.sha256(record).hexdigest() == checksum:
-            return find_damaged(files, json.loads(record), there)
-        record = dump_record(checksum_files(files, there))
+            damaged = find_damaged(files, json.loads(record), _sizes(there), untouched)
+            if not damaged and (_newest(there) > newest or _SUSPECTED in manifest):
+                # Copied, touched or suspected: not to be read the next time too, wherever the folder can be written.
+                whole = {name: value for name, value in manifest.items() if name != _SUSPECTED}
+                with contextlib.suppress(ArtifactError):
+                    self.folder.write_json(f"{stage}.json", whole | {_NEWEST: _newest(there)})
+            return damaged
+        record = dump_record(checksum_files(files, _sizes(there)))
         if hashlib.sha256(record).hexdigest() != checksum:
             return [record_name(stage), *sorted(there)]
         self.folder.write_bytes(record_name(stage), record)
         return []
+
+    def recorded_files(self, stage: str) -> dict[str, str] | None:
+        """Return the sha256 of each file of a finished stage, by name; None where the record itself is damaged."""
+        record = self.folder.find_bytes(record_name(stage)) or b""
+        if hashlib.sha256(record).hexdigest() != self.require(stage).get("files_sha256"):
+            return None
+        return {name: entry["sha256"] for name, entry in json.loads(record).items()}
+
+    def suspect(self, stage: str, names: Sequence[str]) -> None:
+        """Let the next call read some files of a finished stage, although nobody has written them since."""
+        self.folder.write_json(f"{stage}.json", self.require(stage) | {_SUSPECTED: list(names)})
 
     def require_whole(self, stage: str) -> None:
         """Refuse a finished stage whose files have changed since.
@@ -226,18 +255,35 @@ class Run:
         write_mending(self.folder, stage, Mending(damaged, checksum))
         self.folder.delete(f"{stage}.json")
 
-    def _files(self, stage: str) -> dict[str, int]:
-        """Return the size in bytes of each file of a stage that checksums are kept of."""
-        found: dict[str, int] = {}
+    def _known_checksums(self, stage: str, there: Iterable[str]) -> dict[str, str]:
+        """Return the checksums that the writers of a stage's parts have taken, of the files that are there."""
+        known: dict[str, str] = {}
+        for table in {name.partition("/")[0] for name in there if is_of_index(name)}:
+            known |= indexed_checksums(self.folder, table)
+        return {name: known[name] for name in there if name in known}
+
+    def _files(self, stage: str) -> dict[str, tuple[int, int | None]]:
+        """Return the bytes of each file of a stage that checksums are kept of, and when it was written."""
+        found: dict[str, tuple[int, int | None]] = {}
         files = RunFiles(self.folder)
         for output in STAGES[stage].outputs:
             # The stage train itself leaves nothing deeper.
-            found |= files.files(output, recursive=output != "train")
+            for name, num_bytes, written_at in files.dated_files(output, recursive=output != "train"):
+                found[name] = num_bytes, written_at
         return {
-            name: size
-            for name, size in found.items()
+            name: of_file
+            for name, of_file in found.items()
             if not name.startswith(STAGES[stage].unchecked) and not posixpath.basename(name).startswith(".")
         }
+
+
+def _sizes(files: Mapping[str, tuple[int, int | None]]) -> dict[str, int]:
+    return {name: num_bytes for name, (num_bytes, _) in files.items()}
+
+
+def _newest(files: Mapping[str, tuple[int, int | None]]) -> int:
+    """Return when the last of these files was written, ns by the storage's clock; 0 where it does not say."""
+    return max((written_at or 0 for _, written_at in files.values()), default=0)
 
 
 def and_more(damaged: Sequence[str]) -> str:
