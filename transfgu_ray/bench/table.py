@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from transfgu_ray.bench import bank, extract, labels, scale, train
+from transfgu_ray.bench import bank, extract, labels, many, scale, train
 from transfgu_ray.bench.timing import Measurements
 from transfgu_ray.cores import usable_cores
 from transfgu_ray.errors import ConfigError
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[str], Measurements]] = {
     "ray": scale.measure_ray,
     "concepts": scale.measure_concepts,
     "memory": scale.measure_memory,
+    "scale": many.measure,
 }
 
 

@@ -189,6 +189,10 @@ def plan(
             "on the card: 0.0201 x crops_per_second.bare of `transfgu bench --only extract --json FILE`.",
         ),
     ] = None,
+    node_price: Annotated[
+        float | None,
+        typer.Option(min=0, callback=finite, metavar="USD", help="Dollars of an hour of one node; adds what it costs."),
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write everything here.")] = None,
 ) -> None:
     """Estimate forwards, bytes and hours before a run starts.
@@ -199,7 +203,7 @@ def plan(
     from transfgu_ray.planning.plan import plan as verb
 
     named = named_settings(dataset, data, weights)
-    planned = verb(configure(preset, config, [*named, *assignments]), ray_address, gpu_tflops)
+    planned = verb(configure(preset, config, [*named, *assignments]), ray_address, gpu_tflops, node_price)
     write_json(json_file, planned)
     note_plan(Terminal(quiet=False), planned)
 

@@ -82,6 +82,8 @@ def note_plan(terminal: Terminal, planned: dict[str, Any]) -> None:
         f"{planned['train_workers']} in training, on {card or planned['device']}; "
         f"timed in {planned['calibration_seconds']:.0f} s; all: with the start of Ray"
     )
+    price = "" if planned["dollars"] is None else f"; {planned['dollars']:,.2f} dollars on {planned['nodes']} node(s)"
+    terminal.note(f"features and bank: {planned['files']:,} files{price}")
     if card is not None:
         terminal.note(f"1 and 8 GPUs: as timed on {card}, each with as many CPU cores as here")
     elif tflops is not None:

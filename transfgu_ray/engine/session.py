@@ -226,3 +226,12 @@ def cores_per_gpu(node: Mapping[str, float]) -> int:
         node: see `own_node`. Ray lists only what there is of each.
     """
     return max(1, int(node.get("CPU", 0)) // max(1, int(node.get("GPU", 0))))
+
+
+def num_nodes() -> int:
+    """Return the nodes of the cluster that this process is connected to."""
+    import ray
+
+    # As Any: Ray annotates no return.
+    nodes: Any = ray.nodes
+    return sum(1 for node in nodes() if node["Alive"])

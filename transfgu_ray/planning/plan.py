@@ -7,12 +7,15 @@ from typing import Any
 from transfgu_ray.algorithms.encoder.tokens import token_dim
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.datasets.listing import open_root
-from transfgu_ray.engine.session import Resources, ray_session
+from transfgu_ray.engine.build import Layout
+from transfgu_ray.engine.session import Resources, num_nodes, ray_session
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
 from transfgu_ray.pipeline.concepts import is_spread
+from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.pipeline.inputs import list_clustered, list_scored, list_training
+from transfgu_ray.pipeline.labels import BankBuilder
 from transfgu_ray.pipeline.train_loop import epoch_steps
 from transfgu_ray.planning.operations import VitShape, least_seconds, shape_of
 from transfgu_ray.planning.passes import (
@@ -247,7 +250,19 @@ def predict(
     }
 
 
-def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None) -> dict[str, Any]:
+def num_files(config: RunConfig, *, clustered: int, training: int) -> int:
+    """Return the files of the features and the bank, the largest tables that a run keeps."""
+    tables = ((clustered, FeatureExtractor), (training, BankBuilder))
+    layouts = [
+        Layout.of(count, config.extract.images_per_part, table.photograph_bytes(config)) for count, table in tables
+    ]
+    # Each has an index.
+    return sum(layout.num_parts + 1 for layout in layouts)
+
+
+def plan(
+    config: RunConfig, address: str | None, gpu_tflops: float | None = None, node_price: float | None = None
+) -> dict[str, Any]:
     """Predict forwards, operations, bytes and seconds of each stage, from a calibration on the machines of the run.
 
     Args:
@@ -255,6 +270,7 @@ def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None
         address: Ray to use; None = start a local one.
         gpu_tflops: sustained speed of a GPU, 1e12 operations a second, above 0; not used where the calibration ran on
             GPUs.
+        node_price: dollars of an hour of one node, at least 0.
 
     Returns:
         "stages": of each its "stage", "forwards" and "operations" (floating-point) of the encoder, "num_bytes",
@@ -262,7 +278,8 @@ def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None
         from the operations and `gpu_tflops`, else empty; "all": the same summed, with the start of Ray in what was
         timed; "passes": see `by_size`; "start_ray": seconds; "workers"; "train_workers"; "device"; "card": names of
         the GPUs that were timed, or None; "gpu_tflops": as used; "photographs"; "scored"; "calibration_seconds";
-        "pieces": what was timed.
+        "pieces": what was timed; "nodes"; "files": of the features and the bank; "dollars": of the time here on all
+        nodes, or None.
 
     Raises:
         TransfguError: settings, data or weights are unusable.
@@ -278,16 +295,16 @@ def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None
     start = time.perf_counter()
     with ray_session(address, config.runtime) as resources:
         start_ray = time.perf_counter() - start
+        nodes = num_nodes()
         pieces = calibrate(config, encoder, backbone=backbone, root=root, images=images, resources=resources)
     if "refused" in pieces:
         first = pieces["refused"][0]
         raise DataError(f"none of the photographs tried is usable; the first, {first['image_id']}: {first['reason']}")
+    num_clustered = len(images if clustered is None else clustered.images)
     predicted = predict(
         config,
         pieces,
-        photographs=Photographs(
-            clustered=len(images if clustered is None else clustered.images), training=len(images), scored=num_scored
-        ),
+        photographs=Photographs(clustered=num_clustered, training=len(images), scored=num_scored),
         shape=shape_of(load_encoder(encoder, config.encoder.weights)),
         resources=resources,
         start_ray=start_ray,
@@ -298,4 +315,7 @@ def plan(config: RunConfig, address: str | None, gpu_tflops: float | None = None
         "scored": num_scored,
         "calibration_seconds": time.perf_counter() - start,
         "pieces": pieces,
+        "nodes": nodes,
+        "files": num_files(config, clustered=num_clustered, training=len(images)),
+        "dollars": None if node_price is None else node_price * nodes * predicted["all"]["seconds"] / 3600,
     }
