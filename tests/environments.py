@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 120
@@ -140,7 +142,7 @@ def call(environment: Environment, arguments: Callable[[Path], list[str]]) -> tu
         for folder in (own, long, usual, deleted):
             os.chown(folder, UID, UID)
     try:
-        process = subprocess.Popen(
+        process = _started(
             [sys.executable, "-c", _ENTER, folders.get(environment.folder, environment.folder), *arguments(usual)],
             env={
                 "PATH": os.environ["PATH"],
@@ -163,6 +165,16 @@ def call(environment: Environment, arguments: Callable[[Path], list[str]]) -> tu
         return process.returncode, output.decode(errors="replace")
     finally:
         shutil.rmtree(own, ignore_errors=True)
+
+
+def _started(command: list[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a process; where the user's limit is used up by what has ended but is not reaped yet, a little later."""
+    for wait in (1, 2, 4, 8):
+        try:
+            return subprocess.Popen(command, **how)
+        except BlockingIOError:
+            time.sleep(wait)
+    return subprocess.Popen(command, **how)
 
 
 # The working directory goes after the process has begun in it.
