@@ -13,11 +13,12 @@ from transfgu_ray.algorithms.labels.bank import decode_scores, training_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.places import read_uri
 from transfgu_ray.engine.parts import part_files, part_name, read_row, read_table, unit_of
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_photo, to_working
 from transfgu_ray.runs.references import table_folder
-from transfgu_ray.storage import Folder, read_file
+from transfgu_ray.storage import Folder
 
 # The table of cached tokens, with the same parts and rows as the bank.
 TOKENS = "tokens"
@@ -135,7 +136,7 @@ def read_photos(
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     try:
-        photo = decode_photo(read_file(uri), config.data)
+        photo = decode_photo(read_uri(uri), config.data)
     except (OSError, ImageRefused) as error:
         raise changed_since_labelled(uri, str(error)) from None
     return to_working(photo, size, config.data.resample)
