@@ -1,11 +1,14 @@
 """Photographs in shards, tars or tables: splits by the names of the shards, and one name for each photograph."""
 
+import functools
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import itemgetter
+
+import pyarrow.fs as pafs
 
 from transfgu_ray.datasets.listing import HIDDEN, NO_PICTURE, ImageRef, Listing, is_hidden, is_utf8
 from transfgu_ray.errors import DataError
@@ -81,9 +84,18 @@ def list_shards(
 
 def _listed(root: Folder, name: str, list_shard: ListShard) -> Listing:
     try:
-        return list_shard(root, name)
+        info: pafs.FileInfo = root.patiently(name, lambda: root.fs.get_file_info(root.join(name)))
+        # Where a store has no times, another file of this size may lie there by now.
+        listed = _kept if info.mtime_ns else _kept.__wrapped__
+        return listed(list_shard, root.uri, name, info.size, info.mtime_ns)
     except OSError as error:
         raise DataError(f"{root.uri_of(name)} cannot be read: {error}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(list_shard: ListShard, uri: str, name: str, num_bytes: int, mtime_ns: int | None) -> Listing:
+    """Return the photographs of a shard, which are listed once: a command asks for them several times."""
+    return list_shard(Folder(uri), name)
 
 
 def _named(listings: Mapping[str, Listing]) -> tuple[list[ImageRef], list[dict[str, str]]]:

@@ -1,6 +1,5 @@
 """Tar files as they lie: the members are found by their headers alone and read by their place."""
 
-import functools
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder
@@ -64,15 +62,6 @@ def list_members(root: Folder, name: str) -> tuple[Member, ...]:
         OSError: there is no such file, or it is not to be read.
         StorageError: the storage does not answer.
     """
-    info: pafs.FileInfo = root.patiently(name, lambda: root.fs.get_file_info(root.join(name)))
-    # A command lists its photographs several times. Where a store has no times, it may not be the same file.
-    listed = _members if info.mtime_ns else _members.__wrapped__
-    return listed(root.uri, name, info.size, info.mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _members(uri: str, name: str, num_bytes: int, mtime_ns: int | None) -> tuple[Member, ...]:
-    root = Folder(uri)
 
     def read() -> tuple[Member, ...]:
         with root.fs.open_input_file(root.join(name)) as file:
