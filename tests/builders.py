@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,40 @@ def make_table(
         rows.append({"path": name, "bytes": encode_png(photo), "label": label, "mask": encode_png(mask)})
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=row_group_size)
+    return file
+
+
+def contents(folder: Path | str) -> dict[str, bytes]:
+    """Every file below a folder by its relative path, sorted."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def make_tar(file: Path | str, members: Mapping[str, bytes], kind: int = tarfile.PAX_FORMAT, mode: str = "w") -> Path:
+    """A tar of these members, in order; `mode` is that of `tarfile`, e.g. `w:gz`."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, mode, format=kind) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def make_hub_table(
+    file: Path | str,
+    images: Mapping[str | None, bytes | None],
+    masks: Sequence[bytes] = (),
+    row_group_size: int = 100,
+) -> Path:
+    """Parquet as the Hugging Face hub has it: `image`, and on request `annotation`, are structs of bytes and path."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"image": [{"bytes": data, "path": name} for name, data in images.items()], "text": ["x"] * len(images)}
+    if masks:
+        columns["annotation"] = [{"bytes": data, "path": None} for data in masks]
+    pq.write_table(pa.table(columns), file, row_group_size=row_group_size)
     return file
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.builders import listed, make_paired
 from transfgu_ray.config.sections import DataConfig
 from transfgu_ray.datasets.check import Check
-from transfgu_ray.datasets.listing import read_pair
+from transfgu_ray.datasets.listing import read_pairs
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.engine.parts import PartStats, decode_labelled
 from transfgu_ray.engine.stream import Photo
@@ -25,10 +25,9 @@ def judged(data: Path, **settings):
     """Photographs that a run takes, with their masks, and those refused, with their reasons; a check must agree."""
     config = DataConfig(dataset="paired", root=str(data), names=tuple(read_names(str(data))), **settings)
     root, stats = Folder(str(data)), PartStats()
-    photos = [
-        Photo(image.image_id, *read_pair(root, image.image_id, image.label_id))
-        for image in listed(config, "val", "fine").images
-    ]
+    images = listed(config, "val", "fine").images
+    pairs = read_pairs(root, [image.place for image in images], [image.label_id for image in images])
+    photos = [Photo(image.image_id, *pair) for image, pair in zip(images, pairs, strict=True)]
     taken = {
         photo.image_id: (image, classes)
         for photo, image, classes in decode_labelled(

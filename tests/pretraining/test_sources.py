@@ -101,7 +101,7 @@ def test_read_unit__bytes_alone_and_missing_ones(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (pa.table({"image": [b"x"]}), r"no binary column `bytes` .*its columns are image$"),
+        (pa.table({"text": ["x"]}), r"no binary column `bytes` .*its columns are text$"),
         (pa.table({"bytes": ["x"]}), "no binary column `bytes`"),
         (pa.table({"bytes": pa.array([], pa.binary())}), "have no rows"),
     ],

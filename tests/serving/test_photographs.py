@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.builders import make_hub_table, make_tar
+from transfgu_ray.datasets.places import read_places
 from transfgu_ray.errors import DataError, StorageError
 from transfgu_ray.serving.photographs import find_photographs
 
@@ -74,6 +76,28 @@ def test_find_photographs__one_sentence_where_there_are_none(
     with pytest.raises(DataError, match=words) as refused:
         find_photographs(images.format(photos))
     assert "\n" not in str(refused.value)
+
+
+def test_find_photographs__in_shards_only_where_no_files_are(photos: Path) -> None:
+    members = {name: (photos / name).read_bytes() for name in ("b.jpg", "a.PNG", "frames/f_10.jpg", "frames/f_9.jpg")}
+    root = photos.parent / "shards"
+    tars = [
+        make_tar(root / f"deep/{i}.tar", {name: members[name] for name in some})
+        for i, some in enumerate([["b.jpg", "a.PNG"], ["frames/f_10.jpg", "frames/f_9.jpg"]])
+    ]
+    table = make_hub_table(root.parent / "tables/train-0.parquet", members)
+    # As they lie there, so that neighbours are read together.
+    assert found(str(root)) == found(str(table.parent)) == found(str(table)) == [*members]
+    assert found(str(tars[1])) == [*members][2:]
+    assert found(f"{root}/deep/*.tar") == [*members]
+    assert found(f"{root}/**/0.tar") == [*members][:2]
+    folder, listing = find_photographs(str(tars[0]))
+    assert read_places(folder, [image.place for image in listing.images]) == [
+        (members[name], None) for name in ("b.jpg", "a.PNG")
+    ]
+    # An archive beside what was unpacked from it.
+    make_tar(photos / "all.tar", members)
+    assert len(found(str(photos))) == 6
 
 
 @pytest.mark.usefixtures("dead_disk")

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
+from tests.builders import contents, make_hub_table, make_tar
 from tests.fixtures import transfgu
 from transfgu_ray.cli import app
 from transfgu_ray.config.sections import RuntimeConfig
@@ -92,6 +93,18 @@ def test_output_stems__no_two_photographs_write_the_same_file() -> None:
     image_ids = ["a.jpg", "a.png", "a.jpg.png", "b.jpg", "b.jpg.webp", "d/c.tif"]
     stems = prediction.output_stems(image_ids)
     assert [stems[image_id] for image_id in image_ids] == ["a.jpg", "a.png", "a.jpg.png", "b", "b.jpg.webp", "d/c"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_predict__photographs_in_a_shard_get_the_masks_of_those_in_files(
+    finished: Run, photos: Path, everything: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    members, (out, expected) = contents(photos), everything
+    pack = make_tar if kind == "tar" else make_hub_table
+    manifest = run_predict(finished, pack(tmp_path / f"a.{kind}", members), tmp_path / "out", in_process=True)
+    assert manifest["refused"] == expected["refused"]
+    for folder in ("masks", "overlays"):
+        assert contents(tmp_path / "out" / folder) == contents(out / folder)
 
 
 def mask_of(out: Path, stem: str) -> np.ndarray:

@@ -32,7 +32,10 @@ ModelTrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI,
 def predict(
     model: ModelUri,
     images: Annotated[
-        str, typer.Option(help="New photographs: a folder, a file, a glob in quotes, or a URI of one of these.")
+        str,
+        typer.Option(
+            help="New photographs: a folder, a file, a tar or Parquet table, a glob in quotes, or a URI of these."
+        ),
     ],
     *,
     out: Annotated[str, typer.Option(help="Folder or URI that masks/, overlays/ and the legend go to.")],

@@ -22,7 +22,7 @@ from transfgu_ray.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from transfgu_ray.datasets import PAIRED
+from transfgu_ray.datasets import DATASETS
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.images import Resampling
 
@@ -259,9 +259,11 @@ def build_config(base: C, file: str | None = None, assignments: Sequence[str] = 
         ConfigError: a missing or malformed file, an unknown key, or a value out of its range.
     """
     values = merge_settings(base, file, assignments)
-    if isinstance(base, RunConfig) and values["data"]["dataset"] == PAIRED.name and not values["data"]["names"]:
+    if isinstance(base, RunConfig) and not values["data"]["names"]:
         # The configuration must say what its classes are.
-        values["data"]["names"] = read_names(values["data"]["root"])
+        named = [each for each in DATASETS.values() if each.has_own_names and each.name == values["data"]["dataset"]]
+        for spec in named:
+            values["data"]["names"] = read_names(values["data"]["root"], spec)
     return parse_config(values, type(base))
 
 

@@ -29,7 +29,10 @@ class DataConfig(Section):
     dataset: str = Field("folder", description="dataset, which fixes the layout of `root`; see `transfgu datasets`")
     root: str = Field("", description="folder or URI that holds the photographs")
     names: tuple[str, ...] = Field(
-        (), strict=False, description="lines of the names file of dataset paired; empty = read from names.txt in `root`"
+        (),
+        strict=False,
+        description="lines of the names file of dataset paired, parquet or webdataset; empty = read from names.txt in "
+        "`root`",
     )
     image_size: tuple[Positive, Positive] = tuple_field(
         "working (height, width) in px that photographs are squashed to (released: 640 x 640)", (640, 640)
@@ -57,7 +60,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:
-        if self.names and self.dataset != "paired":
+        if self.names and not DATASETS[self.dataset].has_own_names:
             raise ValueError(f"data.names has no use when data.dataset is {self.dataset}, which has its own classes")
         # Refuses lines that cannot be read.
         named_dataset(self.names)
@@ -66,7 +69,8 @@ class DataConfig(Section):
     @property
     def spec(self) -> DatasetSpec:
         """Everything the package knows about the dataset."""
-        return named_dataset(self.names) if self.dataset == "paired" else DATASETS[self.dataset]
+        spec = DATASETS[self.dataset]
+        return named_dataset(self.names, spec) if spec.has_own_names else spec
 
 
 class EncoderConfig(Section):

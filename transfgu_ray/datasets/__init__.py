@@ -6,8 +6,10 @@ from transfgu_ray.datasets.dataset import UNKNOWN, VOID, DatasetSpec
 from transfgu_ray.datasets.folder import FOLDER
 from transfgu_ray.datasets.lip import LIP_5, LIP_16, LIP_19
 from transfgu_ray.datasets.paired import PAIRED, named_dataset
+from transfgu_ray.datasets.parquet import PARQUET
 from transfgu_ray.datasets.scenes import SCENES
 from transfgu_ray.datasets.voc import VOC
+from transfgu_ray.datasets.webdataset import WEBDATASET
 
 __all__ = ["DATASETS", "FOLDER", "PAIRED", "UNKNOWN", "VOID", "DatasetSpec", "add_dataset", "named_dataset"]
 
@@ -29,6 +31,8 @@ def add_dataset(spec: DatasetSpec) -> None:
 for _spec in (
     FOLDER,
     PAIRED,
+    PARQUET,
+    WEBDATASET,
     COCO_STUFF_27,
     COCO_STUFF_27_CURATED,
     COCO_STUFF_171,

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from transfgu_ray.datasets import DATASETS, PAIRED, VOID, named_dataset
-from transfgu_ray.datasets.listing import ImageRef, list_images, open_root, passed_over_words, read_pair
+from transfgu_ray.datasets import DATASETS, VOID, named_dataset
+from transfgu_ray.datasets.listing import list_images, open_root, passed_over_words, read_pairs
 from transfgu_ray.datasets.paired import read_names
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.images import ImageRefused, Limits, decode_pair
+
+_READ_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Check:
         if name not in DATASETS:
             raise ConfigError(f"unknown dataset {name!r}; allowed: {', '.join(DATASETS)}")
         uri, spec = folder or "", DATASETS[name]
-        if spec is PAIRED:
+        if spec.has_own_names:
             try:
-                spec = named_dataset(read_names(uri))
+                spec = named_dataset(read_names(uri, spec), spec)
             except ValueError as error:
                 raise ConfigError(f"data.names: {error}") from None
         self._spec, self._root, self._limits = spec, open_root(uri), limits
@@ -80,14 +82,18 @@ class Check:
         for split, images in self._listed.items():
             sizes, pixels = [], np.zeros(VOID + 1, dtype=np.int64)
             found.refused += self._not_listed[split]
-            for image in images:
-                try:
-                    size, counts = self._read(image)
-                    sizes.append(size)
-                    pixels += counts
-                except ImageRefused as refusal:
-                    found.refused.append({"image_id": image.image_id, "reason": str(refusal)})
-                progress(1)
+            labelled = bool(names) and split == self._spec.evaluate_split
+            for start in range(0, len(images), _READ_TOGETHER):
+                some = images[start : start + _READ_TOGETHER]
+                places, label_places = [image.place for image in some], [image.label_id for image in some]
+                for image, pair in zip(some, read_pairs(self._root, places, label_places), strict=True):
+                    try:
+                        size, counts = self._decode(*pair, labelled=labelled)
+                        sizes.append(size)
+                        pixels += counts
+                    except ImageRefused as refusal:
+                        found.refused.append({"image_id": image.image_id, "reason": str(refusal)})
+                    progress(1)
             title = split or "all"
             found.facts.append(Fact(title, "photographs", self._count(split, len(images))))
             if others := passed_over_words(self._passed_over[split]):
@@ -109,11 +115,14 @@ class Check:
             return str(count)
         return f"{count}, not the published {published}: scores cannot be compared"
 
-    def _read(self, image: ImageRef) -> tuple[tuple[int, int], np.ndarray]:
+    def _decode(
+        self, data: bytes | None, label: bytes | None, problem: str | None, *, labelled: bool
+    ) -> tuple[tuple[int, int], np.ndarray]:
         """Return (width, height), and the number of pixels of each class in the label."""
-        data, label, problem = read_pair(self._root, image.image_id, image.label_id)
         if data is None or problem is not None:
             raise ImageRefused(problem)
+        if labelled and label is None:
+            raise ImageRefused("it has no label")
         table = None if label is None else self._spec.label_table("fine")
         photo, classes = decode_pair(data, label, limits=self._limits, table=table)
         counts = np.zeros(VOID + 1, dtype=np.int64)

@@ -41,6 +41,8 @@ class DatasetSpec:
             255, are errors. Empty where the ids are the classes.
         settings: preset -> its settings for this dataset, such as `train.batch_size`: 256.
         num_images: split -> published number of photographs.
+        has_own_names: whether the classes are those of a names file beside the photographs, which may be missing where
+            `evaluate_split` is None: then there are no labels.
         list_all: as `list_split`, for all photographs of which `list_split` gives a selection; None where it gives all.
     """
 
@@ -57,6 +59,7 @@ class DatasetSpec:
     class_of_id: Mapping[int, int] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     num_images: Mapping[str, int] = field(default_factory=dict)
+    has_own_names: bool = False
     list_all: ListSplit | None = None
 
     def names(self, granularity: str) -> tuple[str, ...]:

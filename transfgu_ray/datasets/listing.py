@@ -14,6 +14,7 @@ from operator import itemgetter
 
 from transfgu_ray.datasets.dataset import DatasetSpec
 from transfgu_ray.datasets.outputs import MARK, marked_outputs
+from transfgu_ray.datasets.places import read_places
 from transfgu_ray.errors import ArtifactError, DataError, StorageError
 from transfgu_ray.images import EXTENSIONS, OTHER_PICTURES
 from transfgu_ray.storage import Folder, leads_out
@@ -28,19 +29,25 @@ _SYSTEM_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRef:
     """A photograph of a dataset.
 
     Attributes:
-        image_id: path relative to the dataset root; stable on every machine.
-        label_id: path of its label relative to the root; None without one, or where labels were not requested.
+        image_id: path relative to the dataset root, or the photograph's name in a shard; stable on every machine.
+        label_id: place of its label, see `places`; None without one, or where labels were not requested.
         num_bytes: size of the file; -1 where the listing does not say.
+        place: where its bytes are, see `places`; "" stands for the file `image_id`.
     """
 
     image_id: str
     label_id: str | None
     num_bytes: int
+    place: str = ""
+
+    def __post_init__(self) -> None:
+        """Make `place` complete."""
+        object.__setattr__(self, "place", self.place or self.image_id)
 
 
 @dataclass(frozen=True)
@@ -48,41 +55,50 @@ class Listing:
     """The photographs in a folder.
 
     Attributes:
-        images: photographs in order of image_id.
+        images: photographs in order of image_id; in shards, of the shards and as they lie in them.
         passed_over: number of files that are not read as photographs, by reason: `NO_PICTURE`, `HIDDEN`,
             `OUTPUT`, or an ending.
         refused: links and names that cannot be used, each with its reason, in order of image_id.
+        shards: bytes of each tar or table that photographs lie in.
     """
 
     images: tuple[ImageRef, ...]
     passed_over: Mapping[str, int] = field(default_factory=dict)
     refused: tuple[dict[str, str], ...] = ()
+    shards: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every image_id and file size, which identifies the input of a run."""
-        text = "\n".join(f"{image.image_id}\t{image.num_bytes}" for image in self.images)
+        """Hash of every image_id, file size and place in a shard, which identifies the input of a run."""
+        lines = [
+            f"{image.image_id}\t{image.num_bytes}" + ("" if image.place == image.image_id else f"\t{image.place}")
+            for image in self.images
+        ]
+        text = "\n".join([*lines, *(f"{name}\t{num_bytes}" for name, num_bytes in self.shards.items())])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_pair(root: Folder, image_id: str, label_id: str | None) -> tuple[bytes | None, bytes | None, str | None]:
-    """Return the encoded photograph, its encoded label, and why one of them cannot be read.
+def read_pairs(
+    root: Folder, places: Sequence[str], label_places: Sequence[str | None]
+) -> list[tuple[bytes | None, bytes | None, str | None]]:
+    """Return encoded photographs, each with its encoded label, and why one of the two cannot be read.
 
     Args:
         root: of the dataset.
-        image_id: see `ImageRef`.
-        label_id: see `ImageRef`.
+        places: of the photographs, see `ImageRef`.
+        label_places: of their labels; None for a photograph without one.
 
     Raises:
         StorageError: the storage does not answer, which says nothing of the files.
     """
-    data, problem = root.try_read(image_id)
-    if label_id is None:
-        return data, None, problem
-    label, problem_of_label = root.try_read(label_id)
-    if problem is None and problem_of_label is not None:
-        problem = f"its label {problem_of_label} ({label_id})"
-    return data, label, problem
+    labels = iter(read_places(root, [place for place in label_places if place is not None]))
+    pairs = []
+    for (data, problem), place in zip(read_places(root, places), label_places, strict=True):
+        label, problem_of_label = (None, None) if place is None else next(labels)
+        if problem is None and problem_of_label is not None:
+            problem = f"its label {problem_of_label} ({place})"
+        pairs.append((data, label, problem))
+    return pairs
 
 
 @contextmanager
@@ -163,9 +179,11 @@ def list_images(
         seen = f"; passed over: {', '.join(others)}" if others else ""
         raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}{seen}")
     if granularity is None:
-        return replace(listing, images=tuple(replace(image, label_id=None) for image in listing.images))
-    if spec.class_names and not root.exists(masks):
-        raise DataError(f"no labels in {uri}/{masks} (dataset {spec.name}): expected {spec.expects}")
+        unlabelled = (image if image.label_id is None else replace(image, label_id=None) for image in listing.images)
+        return replace(listing, images=tuple(unlabelled))
+    if spec.class_names and not (root.exists(masks) and any(image.label_id for image in listing.images)):
+        where = f"{uri}/{masks}" if masks else uri
+        raise DataError(f"no labels in {where} (dataset {spec.name}): expected {spec.expects}")
     return listing
 
 
@@ -235,7 +253,7 @@ def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], 
     found, refused = _walk(root, name) if recursive and root.is_local else (list(root.files(name, recursive)), [])
     outputs = _outputs(root, [path for path, _ in found])
     for path, num_bytes in found:
-        if reason := _passed_over(path, outputs):
+        if reason := why_passed_over(path, outputs):
             passed_over[reason] += 1
         elif leads_out(path):
             # Object stores have no folders: a name can be any text.
@@ -253,7 +271,7 @@ def _outputs(root: Folder, paths: Sequence[str]) -> frozenset[str]:
     return frozenset().union(*(marked_outputs(root, mark) for mark in marks))
 
 
-def _passed_over(path: str, outputs: Collection[str] = ()) -> str | None:
+def why_passed_over(path: str, outputs: Collection[str] = ()) -> str | None:
     """Return why a file is not read as a photograph; None if it is.
 
     Args:
@@ -263,14 +281,15 @@ def _passed_over(path: str, outputs: Collection[str] = ()) -> str | None:
     ending = posixpath.splitext(path)[1].lower()
     if ending not in _PICTURES:
         return NO_PICTURE
-    if _is_hidden(path):
+    if is_hidden(path):
         return HIDDEN
     if outputs and any(each in outputs for each in itertools.accumulate(path.split("/"), posixpath.join)):
         return OUTPUT
     return None if ending in EXTENSIONS else ending
 
 
-def _is_hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
+    """Return whether a file is hidden, or lies in a hidden or system folder."""
     # Dots alone are no names, and lead out of the folder.
     return any(
         (part.startswith(".") and part.strip(".")) or part.lower() in _SYSTEM_FOLDERS for part in path.split("/")
@@ -289,7 +308,7 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
     refused: list[dict[str, str]] = []
 
     def refuse(path: str, reason: str) -> None:
-        if not _is_hidden(path):
+        if not is_hidden(path):
             shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             refused.append({"image_id": shown, "reason": reason})
 
@@ -303,7 +322,7 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
             refuse(folder or ".", f"folder cannot be read: {error.strerror}")
             continue
         for path in (posixpath.join(folder, each) for each in inside):
-            if not _is_utf8(path):
+            if not is_utf8(path):
                 refuse(path, "name is not UTF-8")
                 continue
             try:
@@ -315,9 +334,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
             where, leads_to_folder = _target(root, path, top) if is_link else ("", False)
             if is_folder:
                 folders.append(path)
-            elif leads_to_folder or (is_link and not _passed_over(path)):
+            elif leads_to_folder or (is_link and not why_passed_over(path)):
                 refuse(path, f"link {where}")
-            elif not stat.S_ISREG(status.st_mode) and not _passed_over(path):
+            elif not stat.S_ISREG(status.st_mode) and not why_passed_over(path):
                 # Reading a pipe without a writer would never end.
                 refuse(path, "not a regular file")
             else:
@@ -340,7 +359,8 @@ def _target(root: Folder, path: str, top: str) -> tuple[str, bool]:
     return f"{'within' if inside else 'out of'} the folder", is_folder
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
+    """Return whether a name was UTF-8; other bytes become surrogates in it."""
     try:
         name.encode()
     except UnicodeEncodeError:

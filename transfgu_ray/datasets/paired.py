@@ -1,4 +1,7 @@
-"""Any labelled photographs: a folder of images, a folder of masks, and a file that names the ids in the masks."""
+"""Any labelled photographs: a folder of images, a folder of masks, and a file that names the ids in the masks.
+
+Datasets in shards share the file of names.
+"""
 
 import posixpath
 import re
@@ -21,6 +24,7 @@ def _list_split(root: Folder, split: str, granularity: str) -> tuple[Listing, st
 
 
 NAMES_FILE = "names.txt"
+_EVALUATE_SPLIT = "val"
 PAIRED = DatasetSpec(
     name="paired",
     expects=f"images/**, masks/** (PNG of the same path and stem), {NAMES_FILE} with a line `id: name | thing` or "
@@ -29,18 +33,20 @@ PAIRED = DatasetSpec(
     list_split=_list_split,
     region_mode="no_prior",
     train_split="train",
-    evaluate_split="val",
+    evaluate_split=_EVALUATE_SPLIT,
+    has_own_names=True,
 )
 _LINE = re.compile(r"(\d+)\s*:\s*([^|]+?)\s*(?:\|\s*(thing|stuff))?$")
 _VOID = "void"
 
 
-def named_dataset(lines: Sequence[str]) -> DatasetSpec:
-    """Return the dataset `paired` with the classes of its names file.
+def named_dataset(lines: Sequence[str], spec: DatasetSpec = PAIRED) -> DatasetSpec:
+    """Return a dataset with the classes of its names file; without lines it has no labels.
 
     Args:
         lines: each `id: name`, `id: name | thing` or `id: name | stuff`; a class without a kind is a thing, except the
             one called background.
+        spec: of a dataset that has its own names.
 
     Raises:
         ValueError: a line has another form, an id is above 255, repeated or void, or a name has two kinds.
@@ -62,23 +68,28 @@ def named_dataset(lines: Sequence[str]) -> DatasetSpec:
             raise ValueError(f"{NAMES_FILE}: {name} is called both thing and stuff; give all its ids the same kind")
     names = tuple(kinds)
     return replace(
-        PAIRED,
+        spec,
+        evaluate_split=_EVALUATE_SPLIT if names else spec.evaluate_split,
         class_names=names,
         class_kinds=tuple(kinds.values()),
         class_of_id={i: VOID if name == _VOID else names.index(name) for i, name in name_of_id.items()},
     )
 
 
-def read_names(uri: str) -> list[str]:
-    """Return the lines of the names file of a copy of dataset `paired`, comments and empty lines left out.
+def read_names(uri: str, spec: DatasetSpec = PAIRED) -> list[str]:
+    """Return the lines of the names file of a copy of a dataset, comments and empty lines left out.
 
     Args:
         uri: root of the dataset.
+        spec: the dataset; nothing is returned where its file is missing and may be.
 
     Raises:
         ConfigError: the file cannot be read.
         StorageError: the storage does not answer.
     """
+    may_be_missing = spec.evaluate_split is None
+    if may_be_missing and not uri:
+        return []
     try:
         # Editors on Windows begin a file with a mark that is no part of it.
         lines = Folder(uri).read_bytes(NAMES_FILE).decode("utf-8-sig").splitlines()
@@ -86,10 +97,12 @@ def read_names(uri: str) -> list[str]:
         raise
     except UnicodeDecodeError:
         raise ConfigError(f"{NAMES_FILE} in data.root={uri} is not UTF-8; save it as UTF-8") from None
-    except (OSError, ArtifactError):
+    except (OSError, ArtifactError) as error:
+        if may_be_missing and isinstance(error, FileNotFoundError):
+            return []
         raise ConfigError(
-            f"dataset paired needs a readable {NAMES_FILE} in data.root={uri or '(not given)'}; it expects "
-            f"{PAIRED.expects}"
+            f"dataset {spec.name} needs a readable {NAMES_FILE} in data.root={uri or '(not given)'}; it expects "
+            f"{spec.expects}"
         ) from None
     stripped = map(str.strip, lines)
     return [line for line in stripped if line and not line.startswith("#")]

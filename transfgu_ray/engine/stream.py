@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from transfgu_ray.datasets.listing import ImageRef, read_pair
+from transfgu_ray.datasets.listing import ImageRef, read_pairs
 from transfgu_ray.engine.inprocess import each_in_threads
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress
@@ -43,16 +43,18 @@ class Photo:
     """One photograph of a unit, as read.
 
     Attributes:
-        image_id: path relative to the dataset root.
+        image_id: see `ImageRef`.
         data: encoded bytes; None if it could not be read.
         label: encoded label bytes; None without a label.
         error: why it, or its label, could not be read.
+        place: see `ImageRef`; "" stands for the file `image_id`.
     """
 
     image_id: str
     data: bytes | None
     label: bytes | None
     error: str | None
+    place: str = ""
 
 
 class UnitWorker:
@@ -127,7 +129,7 @@ class _Started:
         if self._error is not None:
             raise self._error
         (row,) = table.to_pylist()
-        columns = (row[name] for name in ("image_ids", "data", "labels", "errors"))
+        columns = (row[name] for name in ("image_ids", "data", "labels", "errors", "places"))
         photos = [Photo(*values) for values in zip(*columns, strict=True)]
         return pa.Table.from_pylist([self._worker.run(row["unit"], photos, sign)], _RESULT)
 
@@ -221,9 +223,7 @@ def _in_process(work: _Work, progress: Progress) -> Iterator[dict[str, Any]]:
 
     def start() -> Callable[[int], dict[str, Any]]:
         own = work.worker(**work.arguments)
-        return lambda unit: own.run(
-            unit, [_read(work.root, image.image_id, image.label_id) for image in work.units[unit]], sign
-        )
+        return lambda unit: own.run(unit, _read(work.root, *_columns(work.units[unit])), sign)
 
     yield from each_in_threads(sorted(work.units), start, work.resources.num_workers, ended)
 
@@ -306,17 +306,32 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield from _causes(cause)
 
 
-def _read(root: Folder, image_id: str, label_id: str | None) -> Photo:
-    return Photo(image_id, *read_pair(root, image_id, label_id))
+def _columns(images: Sequence[ImageRef]) -> tuple[list[str], list[str], list[str | None]]:
+    """Return what is to be known of photographs to read them: image_id, place and place of the label."""
+    return (
+        [image.image_id for image in images],
+        [image.place for image in images],
+        [image.label_id for image in images],
+    )
+
+
+def _read(
+    root: Folder, image_ids: Sequence[str], places: Sequence[str], label_ids: Sequence[str | None]
+) -> list[Photo]:
+    pairs = read_pairs(root, places, label_ids)
+    return [Photo(name, *pair, place) for name, pair, place in zip(image_ids, pairs, places, strict=True)]
 
 
 def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
     numbers = sorted(units)
+    columns = zip(*(_columns(units[n]) for n in numbers), strict=True)
     table = pa.table(
         {
             "unit": pa.array(numbers, pa.int64()),
-            "image_ids": pa.array([[i.image_id for i in units[n]] for n in numbers], pa.list_(pa.string())),
-            "label_ids": pa.array([[i.label_id for i in units[n]] for n in numbers], pa.list_(pa.string())),
+            **{
+                name: pa.array(values, pa.list_(pa.string()))
+                for name, values in zip(("image_ids", "places", "label_ids"), columns, strict=True)
+            },
         }
     )
     blocks = min(num_blocks or _MAX_BLOCKS, len(numbers))
@@ -327,7 +342,7 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
     """Add the encoded bytes of every photograph, and of its label if it has one."""
     root = Folder(root_uri)
     (row,) = table.to_pylist()
-    photos = [_read(root, *ids) for ids in zip(row["image_ids"], row["label_ids"], strict=True)]
+    photos = _read(root, row["image_ids"], row["places"], row["label_ids"])
     return pa.table(
         {
             "unit": [row["unit"]],
@@ -335,5 +350,6 @@ def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:
             "data": pa.array([[photo.data for photo in photos]], pa.list_(pa.large_binary())),
             "labels": pa.array([[photo.label for photo in photos]], pa.list_(pa.large_binary())),
             "errors": pa.array([[photo.error for photo in photos]], pa.list_(pa.string())),
+            "places": pa.array([row["places"]], pa.list_(pa.string())),
         }
     )

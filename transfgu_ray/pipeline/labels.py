@@ -105,7 +105,7 @@ class BankBuilder(PartWorker):
         working = []
         for photo, image in decode_photos(self.signed(photos), stats, limits=config.data):
             columns["image_id"].append(photo.image_id)
-            columns["path"].append(self._root.uri_of(photo.image_id))
+            columns["path"].append(self._root.uri_of(photo.place or photo.image_id))
             columns["height_px"].append(image.height)
             columns["width_px"].append(image.width)
             working.append(to_working(image, config.cam_image_size, config.cam_resample))

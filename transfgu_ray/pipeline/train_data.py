@@ -1,5 +1,6 @@
 """Training samples: augmented crops, or their tokens, and scores, read by Ray tasks."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,19 @@ from transfgu_ray.algorithms.labels.bank import decode_scores, training_scores
 from transfgu_ray.algorithms.rounds.augment import Augmentation, augment
 from transfgu_ray.algorithms.rounds.token_crops import augment_tokens, decode_tokens
 from transfgu_ray.config.run import RunConfig
+from transfgu_ray.datasets.places import read_uri
 from transfgu_ray.engine.parts import read_row
+from transfgu_ray.engine.prefetch import made_ahead
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import ImageRefused, decode_photo, to_working
 from transfgu_ray.runs.index import read_index
 from transfgu_ray.runs.references import table_folder
-from transfgu_ray.storage import Folder, read_file
+from transfgu_ray.storage import Folder
 
 # The table of cached tokens, with the same rows as the bank.
 TOKENS = "tokens"
+# An object store answers after some 25 ms, however many are asked for at once.
+_READS_AT_ONCE = 8
 # Tells the draws of a step's colours from those of its samples.
 _COLOUR = 1
 
@@ -81,16 +86,13 @@ def load_train_data(
     how = Augmentation(**config.train.augment.model_dump())
     threshold = config.cam.background_threshold if config.has_background else None
     seen: dict[str, list[np.ndarray]] = {}
-    for place, position in zip(places.to_pylist(), positions, strict=True):
-        record = read_row(bank, "labels", place["labels"])
+    read = made_ahead(partial(_read_sample, bank, cache, config), places.to_pylist(), _READS_AT_ONCE)
+    for (record, source), position in zip(read, positions, strict=True):
         _, maps = decode_bank_row(record)
         rng = np.random.default_rng([config.seed, epoch, int(position)])
         if config.train.features == "cached":
-            cached = read_row(cache, TOKENS, place[TOKENS])
-            assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
-            tokens = torch.from_numpy(decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"])))
             crop, cropped = augment_tokens(
-                tokens,
+                torch.from_numpy(source),
                 maps,
                 image_hw=config.train_image_size,
                 grid_hw=grid_hw,
@@ -99,9 +101,8 @@ def load_train_data(
             )
             sample = {"tokens": crop.half().numpy()}
         else:
-            image = torch.from_numpy(_read_photo(record["path"], config, config.train_image_size))
             crop, cropped = augment(
-                image,
+                torch.from_numpy(source),
                 maps,
                 crop_hw=config.train_crop_size,
                 grid_hw=grid_hw,
@@ -116,6 +117,18 @@ def load_train_data(
     return {name: np.stack(values) for name, values in seen.items()}
 
 
+def _read_sample(
+    bank: Folder, cache: Folder, config: RunConfig, place: dict[str, dict[str, int]]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return a row of the bank, and the cached tokens or the photograph that go with it."""
+    record = read_row(bank, "labels", place["labels"])
+    if config.train.features != "cached":
+        return record, _read_photo(record["path"], config, config.train_image_size)
+    cached = read_row(cache, TOKENS, place[TOKENS])
+    assert cached["image_id"] == record["image_id"], "the tokens belong to another bank"
+    return record, decode_tokens(cached["tokens"], (cached["grid_h"], cached["grid_w"]))
+
+
 def read_photos(
     places: pa.Table, run_folder: Folder, *, config: RunConfig, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "b 3 y x"]:
@@ -127,7 +140,7 @@ def read_photos(
 
 def _read_photo(uri: str, config: RunConfig, size: tuple[int, int]) -> UInt8[np.ndarray, "3 y x"]:
     try:
-        photo = decode_photo(read_file(uri), config.data)
+        photo = decode_photo(read_uri(uri), config.data)
     except (OSError, ImageRefused) as error:
         raise changed_since_labelled(uri, str(error)) from None
     return to_working(photo, size, config.data.resample)

@@ -1,25 +1,25 @@
-"""Encoded images to train on: photographs in a folder, or rows of Parquet tables."""
+"""Encoded images to train on: photographs in a folder or in tars, or rows of Parquet tables."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from transfgu_ray.datasets import FOLDER
-from transfgu_ray.datasets.listing import list_images, opening
+from transfgu_ray.datasets.found import list_found, list_in_shards
+from transfgu_ray.datasets.listing import ImageRef, Listing, opening
+from transfgu_ray.datasets.places import read_places, shard_of
+from transfgu_ray.datasets.shards import splits_of
+from transfgu_ray.datasets.tables import ENDINGS, read_layout, read_rows
+from transfgu_ray.datasets.tars import ENDINGS as TARS
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder
 
 NO_TABLE = "no table of images"
-# Of a table; only `bytes` is required.
-_COLUMNS = ("bytes", "path", "label", "mask")
 _IMAGES_PER_UNIT = 256
-_ROWS_AT_ONCE = 64
+# Photographs that are in memory together.
+_READ_TOGETHER = 16
+# Splits that are trained on or measured.
+_SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class Unit:
     Attributes:
         split: "train" or "val".
         num_images: number of images, readable or not.
-        table: Parquet file that holds them; "" where each is a file.
+        table: Parquet file that holds them; "" where each has a place of its own.
         row_groups: of that table.
         first_row: row of the first image in the table.
-        names: of the files, where there is no table.
-        labels: classes of the files; empty where there are none.
+        names: of the photographs, where there is no table.
+        places: of the photographs, see `datasets.places`.
+        labels: classes of the photographs; empty where there are none.
     """
 
     split: str
@@ -42,6 +43,7 @@ class Unit:
     row_groups: tuple[int, ...] = ()
     first_row: int = 0
     names: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
 
@@ -50,7 +52,7 @@ class EncodedImage:
     """One image as stored.
 
     Attributes:
-        image_id: path of the file, or the row's `path`; stable on every machine.
+        image_id: path of the file, or name in the tar or table; stable on every machine.
         label: its class; None where there is none.
         data: encoded bytes; None if it could not be read.
         error: why it could not be read.
@@ -88,15 +90,15 @@ class Source:
 
 
 def open_source(uri: str, setting: str, option: str) -> Source:
-    """List images; tables named `train-*` and `val-*` are the splits, and where there are such, no other table is read.
+    """List images; shards named `train-*` and `val-*` are the splits, and where there are such, no other one is read.
 
     Args:
-        uri: folder of photographs (in class folders or not), folder of Parquet tables, or one table.
+        uri: folder of photographs (in class folders or not), folder of Parquet tables or tars, or one of these files.
         setting: name of the setting that holds the path, for messages.
         option: its command-line option, for messages.
 
     Raises:
-        DataError: there is nothing, a table is damaged, or a table has no column `bytes`.
+        DataError: there is nothing, a table is damaged, or a table has no column of images.
         StorageError: the storage does not answer.
     """
     if not uri:
@@ -109,10 +111,14 @@ def open_source(uri: str, setting: str, option: str) -> Source:
     if is_file:
         folder, _, name = root.uri.rpartition("/")
         parent = Folder(folder)
+        if name.lower().endswith(TARS):
+            return _photographs(parent, list_in_shards(parent, [name]))
         return _tables(parent, dict(parent.files(name)), {})
     files = dict(root.files())
-    tables = {name: size for name, size in files.items() if name.endswith(".parquet")}
-    return _tables(root, tables, {NO_TABLE: len(files) - len(tables)}) if tables else _photographs(uri)
+    tables = {name: size for name, size in files.items() if name.endswith(ENDINGS)}
+    if tables:
+        return _tables(root, tables, {NO_TABLE: len(files) - len(tables)})
+    return _photographs(root, list_found(uri))
 
 
 def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
@@ -122,53 +128,43 @@ def read_unit(root: Folder, unit: Unit) -> Iterator[EncodedImage]:
         DataError: a table is damaged.
         StorageError: the storage does not answer.
     """
-    if not unit.table:
-        for name, label in zip(unit.names, unit.labels or [None] * len(unit.names), strict=True):
-            yield EncodedImage(name, label, *root.try_read(name), None)
+    if unit.table:
+        layout = read_layout(root, unit.table)
+        for number, row in enumerate(read_rows(root, unit.table, layout, unit.row_groups), unit.first_row):
+            error = None if row.data is not None else "the row has no bytes"
+            yield EncodedImage(row.name or f"{unit.table}#{number}", row.label, row.data, error, row.mask)
         return
-    number = unit.first_row
-    try:
-        table = root.read(unit.table, partial(_read_rows, row_groups=unit.row_groups))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(root, unit.table, error) from None
-    for batch in table.to_batches(_ROWS_AT_ONCE):
-        for row in batch.to_pylist():
-            yield _from_row(row, f"{unit.table}#{number}")
-            number += 1
+    labels = iter(unit.labels or [None] * len(unit.names))
+    for start in range(0, len(unit.names), _READ_TOGETHER):
+        some = slice(start, start + _READ_TOGETHER)
+        for name, (data, error) in zip(unit.names[some], read_places(root, unit.places[some]), strict=True):
+            yield EncodedImage(name, next(labels), data, error, None)
 
 
-def _read_rows(file: pa.NativeFile, row_groups: Sequence[int]) -> pa.Table:
-    table = pq.ParquetFile(file)
-    columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
-    return table.read_row_groups(list(row_groups), columns=columns)
+def _photographs(root: Folder, listing: Listing) -> Source:
+    named = splits_of(listing.shards)
+    of_shard = dict.fromkeys(("", *listing.shards), "train") if named is None else named
+    images = {split: [i for i in listing.images if of_shard.get(shard_of(i.place)) == split] for split in _SPLITS}
+    units = [unit for split, some in images.items() for unit in _units(split, some)]
+    num_unread = sum(of_shard.get(shard) not in _SPLITS for shard in listing.shards)
+    others = Counter(listing.passed_over) + Counter({NO_TABLE: num_unread})
+    return Source(root, tuple(units), listing.fingerprint, dict(others), listing.refused)
 
 
-def _from_row(row: dict[str, Any], name: str) -> EncodedImage:
-    label, data = row.get("label"), row["bytes"]
-    return EncodedImage(
-        image_id=str(row.get("path") or name),
-        label=None if label is None else str(label),
-        data=data,
-        error=None if data is not None else "the row has no bytes",
-        mask=row.get("mask"),
-    )
-
-
-def _photographs(uri: str) -> Source:
-    listing = list_images(uri, FOLDER, split="")
-    names = [image.image_id for image in listing.images]
+def _units(split: str, images: Sequence[ImageRef]) -> Iterator[Unit]:
+    """Yield units of photographs that have places of their own."""
+    names, places = [image.image_id for image in images], [image.place for image in images]
     # Folders are classes if there are several and every photograph is one level deep.
     labels = [name.split("/")[0] for name in names] if all(name.count("/") == 1 for name in names) else []
     labels = labels if len(set(labels)) > 1 else []
-    slices = [slice(start, start + _IMAGES_PER_UNIT) for start in range(0, len(names), _IMAGES_PER_UNIT)]
-    units = [Unit("train", len(names[s]), names=tuple(names[s]), labels=tuple(labels[s])) for s in slices]
-    return Source(Folder(uri), tuple(units), listing.fingerprint, listing.passed_over, listing.refused)
+    for start in range(0, len(names), _IMAGES_PER_UNIT):
+        s = slice(start, start + _IMAGES_PER_UNIT)
+        yield Unit(split, len(names[s]), names=tuple(names[s]), places=tuple(places[s]), labels=tuple(labels[s]))
 
 
 def _tables(root: Folder, sizes: dict[str, int], passed_over: Mapping[str, int]) -> Source:
-    splits = {name: split for name in sizes if (split := _split(name)) is not None}
-    if "train" not in splits.values():
-        splits = dict.fromkeys(sizes, "train")
+    named = splits_of(sizes)
+    splits = {name: split for name, split in (named or dict.fromkeys(sizes, "train")).items() if split in _SPLITS}
     others = Counter(passed_over) + Counter({NO_TABLE: len(sizes) - len(splits)})
     units = [unit for name, split in splits.items() for unit in _table_units(root, name, split)]
     if not any(unit.split == "train" for unit in units):
@@ -177,22 +173,8 @@ def _tables(root: Folder, sizes: dict[str, int], passed_over: Mapping[str, int])
     return Source(root, tuple(units), hashlib.sha256(text.encode()).hexdigest(), dict(others))
 
 
-def _split(name: str) -> str | None:
-    """Return the split named by a table such as `train-00000-of-00004.parquet`; None for any other name."""
-    start = name.removesuffix(".parquet").split("-")[0]
-    return {"train": "train", "val": "val", "validation": "val"}.get(start)
-
-
 def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
-    try:
-        schema, counts = root.read(name, _read_layout)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(root, name, error) from None
-    if "bytes" not in schema.names or not _is_binary(schema.field("bytes").type):
-        raise DataError(
-            f"{root.uri_of(name)} has no binary column `bytes` of encoded images; its columns are "
-            f"{', '.join(schema.names)}"
-        )
+    counts = read_layout(root, name).group_rows
     groups: list[int] = []
     first = count = 0
     for group, rows in enumerate(counts):
@@ -203,18 +185,3 @@ def _table_units(root: Folder, name: str, split: str) -> Iterator[Unit]:
             if count:
                 yield Unit(split, count, name, tuple(groups), first)
             groups, first, count = [], first + count, 0
-
-
-def _read_layout(file: pa.NativeFile) -> tuple[pa.Schema, list[int]]:
-    """Return the schema of a table and the number of rows of each row group."""
-    table = pq.ParquetFile(file)
-    return table.schema_arrow, [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _damaged(root: Folder, name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120]
-    return DataError(f"{root.uri_of(name)} is not a readable Parquet file: {reason}; write it again")

@@ -1,4 +1,4 @@
-"""Find the photographs that `--images` gives: a folder, a file, a glob or a URI of one of these."""
+"""Find the photographs that `--images` gives: a folder, a file, a shard, a glob or a URI of one of these."""
 
 import re
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 from fsspec.utils import glob_translate
 
 from transfgu_ray.datasets import FOLDER
+from transfgu_ray.datasets.found import SHARDS, list_found, list_in_shards
 from transfgu_ray.datasets.listing import ImageRef, Listing, list_images, opening
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import EXTENSIONS
@@ -17,8 +18,10 @@ _WILD = re.compile(r"[*?[]")
 def find_photographs(images: str) -> tuple[Folder, Listing]:
     """Return the folder of the photographs, and those that match, in the order of their frame numbers.
 
+    Those in tars and tables come in the order in which they lie there, so that neighbours are read together.
+
     Args:
-        images: a folder, a file, a glob such as `photos/**/*.jpg`, or a URI of one of these.
+        images: a folder, a photograph, a tar or Parquet table, a glob such as `photos/**/*.jpg`, or a URI of these.
 
     Raises:
         DataError: there are no photographs.
@@ -30,12 +33,14 @@ def find_photographs(images: str) -> tuple[Folder, Listing]:
     if is_file:
         root, listing = _single(images)
     elif is_there:
-        root, listing = whole, list_images(images, FOLDER, split="")
+        root, listing = whole, list_found(images)
     elif wild := _WILD.search(images):
         parent, pattern = _parent(images[: wild.start()])
         root, listing = _matching(images, parent, pattern + images[wild.start() :])
     else:
         raise DataError(f"--images {images} does not exist; give a folder, a file, a glob in quotes or a URI")
+    if listing.shards:
+        return root, listing
     return root, replace(listing, images=tuple(sorted(listing.images, key=lambda image: _natural(image.image_id))))
 
 
@@ -46,12 +51,15 @@ def _parent(path: str) -> tuple[str, str]:
 
 
 def _single(images: str) -> tuple[Folder, Listing]:
+    folder, name = _parent(images)
+    if images.lower().endswith(SHARDS):
+        root = Folder(folder)
+        return root, list_in_shards(root, [name])
     if not images.lower().endswith(EXTENSIONS):
         raise DataError(
             f"--images {images} is not a photograph ({', '.join(EXTENSIONS)}); save the frames of a video as "
             "photographs first, e.g. with `ffmpeg -i VIDEO frames/%06d.jpg`"
         )
-    folder, name = _parent(images)
     return Folder(folder), Listing((ImageRef(name, None, -1),))
 
 
@@ -59,7 +67,12 @@ def _matching(images: str, folder: str, pattern: str) -> tuple[Folder, Listing]:
     root = Folder(folder)
     if not root.exists() or root.is_file():
         raise DataError(f"--images {images}: there is no folder {folder}")
-    listing, meant = list_images(folder, FOLDER, split=""), re.compile(glob_translate(pattern))
+    meant = re.compile(glob_translate(pattern))
+    if pattern.lower().endswith(SHARDS) and (
+        names := [name for name, _ in root.files(recursive=True) if meant.match(name)]
+    ):
+        return root, list_in_shards(root, names)
+    listing = list_images(folder, FOLDER, split="")
     found = tuple(image for image in listing.images if meant.match(image.image_id))
     if not found:
         raise DataError(f"no photograph matches --images {images}; {root.uri} holds {len(listing.images)}")

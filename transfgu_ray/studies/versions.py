@@ -8,6 +8,7 @@ from typing import Any
 
 from transfgu_ray.config.base import flatten
 from transfgu_ray.config.run import NOT_RESULT, RunConfig, build_config
+from transfgu_ray.datasets import DATASETS
 from transfgu_ray.datasets.listing import Listing
 from transfgu_ray.errors import ConfigError
 from transfgu_ray.pipeline.inputs import list_scored, list_training
@@ -99,7 +100,7 @@ def _configs_on(versions: Sequence[Version], dataset: str | None, data: str) -> 
         }
         if name != config.data.dataset:
             changes["evaluate.split"] = None
-        if name == "folder":
+        if name in DATASETS and DATASETS[name].evaluate_split is None:
             # Neither has a meaning without labels.
             changes |= {"concepts.granularity": "fine", "extract.windows": "sliding"}
         try:
