@@ -13,7 +13,7 @@ import pytest
 from tests.builders import make_folder
 from tests.faults.storage import s3_server
 from transfgu_ray.config.presets import get_preset
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine import build as build_module
 from transfgu_ray.engine.build import Layout, TableResult, build_table_of_parts
 from transfgu_ray.engine.job import Job

@@ -10,7 +10,7 @@ import pytest
 from tests.faults.storage import flip_byte
 from transfgu_ray import storage
 from transfgu_ray.config.presets import get_preset
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (

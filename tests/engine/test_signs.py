@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import Counted
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine import signs
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.signs import Board, Sign, ages, board, signs_of_life

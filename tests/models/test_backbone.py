@@ -6,7 +6,8 @@ import torch
 from tests.builders import small_resnet
 from transfgu_ray.algorithms.encoder.resnet import dump_resnet, random_resnet
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.datasets.listing import ImageRef, Listing
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.errors import WeightsError
 from transfgu_ray.models.weights import BACKBONE, backbone_file_sha256, load_run_backbone, resolve_backbone
 from transfgu_ray.pipeline.inputs import stage_inputs

@@ -9,7 +9,7 @@ import pytest
 
 from tests.builders import TINY_OVERRIDES, TINY_VIT, make_folder, tiny_encoder
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitResult

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.fixtures import Silent
 from transfgu_ray.config.run import build_config
-from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.datasets.outputs import MARK
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine import parts
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources

@@ -18,7 +18,7 @@ from transfgu_ray.bench.slow_store import slow_store
 from transfgu_ray.bench.timing import Measurements, Target
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine import build
 from transfgu_ray.engine.build import Layout, build_table_of_parts
 from transfgu_ray.engine.job import Job

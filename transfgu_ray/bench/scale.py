@@ -21,7 +21,7 @@ from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.config.sections import RuntimeConfig
 from transfgu_ray.cores import usable_cores
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources, ray_session

@@ -6,14 +6,19 @@ import os
 import posixpath
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import itemgetter
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from transfgu_ray.datasets.dataset import DatasetSpec
 from transfgu_ray.datasets.outputs import MARK, marked_outputs
+from transfgu_ray.datasets.photographs import ImageRef, Images
 from transfgu_ray.datasets.places import read_places
 from transfgu_ray.errors import ArtifactError, DataError, StorageError
 from transfgu_ray.images import EXTENSIONS, OTHER_PICTURES
@@ -21,33 +26,14 @@ from transfgu_ray.storage import Folder, leads_out
 
 # Why files are passed over, beside the endings of pictures in a format that is not read.
 NO_PICTURE, HIDDEN, OUTPUT = "no picture", "hidden, or in a hidden or system folder", "output of transfgu"
+_ROWS_AT_ONCE = 2**16
+_FILE = pa.struct({"name": pa.string(), "num_bytes": pa.int64()})
 _PICTURES = {*EXTENSIONS, *OTHER_PICTURES}
 # Trash and thumbnails of macOS, Windows, Linux and network drives, and MLflow's artifacts; others begin with a dot.
 _SYSTEM_FOLDERS = {
     *("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"),
     *("mlruns", "mlartifacts"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """A photograph of a dataset.
-
-    Attributes:
-        image_id: path relative to the dataset root, or the photograph's name in a shard; stable on every machine.
-        label_id: place of its label, see `places`; None without one, or where labels were not requested.
-        num_bytes: size of the file; -1 where the listing does not say.
-        place: where its bytes are, see `places`; "" stands for the file `image_id`.
-    """
-
-    image_id: str
-    label_id: str | None
-    num_bytes: int
-    place: str = ""
-
-    def __post_init__(self) -> None:
-        """Make `place` complete."""
-        object.__setattr__(self, "place", self.place or self.image_id)
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,7 @@ class Listing:
         shards: bytes of each tar or table that photographs lie in.
     """
 
-    images: tuple[ImageRef, ...]
+    images: Sequence[ImageRef]
     passed_over: Mapping[str, int] = field(default_factory=dict)
     refused: tuple[dict[str, str], ...] = ()
     shards: Mapping[str, int] = field(default_factory=dict)
@@ -70,12 +56,16 @@ class Listing:
     @property
     def fingerprint(self) -> str:
         """Hash of every image_id, file size and place in a shard, which identifies the input of a run."""
-        lines = [
+        lines = (
             f"{image.image_id}\t{image.num_bytes}" + ("" if image.place == image.image_id else f"\t{image.place}")
             for image in self.images
-        ]
-        text = "\n".join([*lines, *(f"{name}\t{num_bytes}" for name, num_bytes in self.shards.items())])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        )
+        of_shards = (f"{name}\t{num_bytes}" for name, num_bytes in self.shards.items())
+        found, between = hashlib.sha256(), ""
+        for line in itertools.chain(lines, of_shards):
+            found.update(f"{between}{line}".encode("utf-8", "surrogateescape"))
+            between = "\n"
+        return found.hexdigest()
 
 
 def read_pairs(
@@ -179,12 +169,17 @@ def list_images(
         seen = f"; passed over: {', '.join(others)}" if others else ""
         raise DataError(f"no photograph in {uri} ({of_split}): expected {spec.expects}{hint}{seen}")
     if granularity is None:
-        unlabelled = (image if image.label_id is None else replace(image, label_id=None) for image in listing.images)
-        return replace(listing, images=tuple(unlabelled))
+        return replace(listing, images=_without_labels(listing.images))
     if spec.class_names and not (root.exists(masks) and any(image.label_id for image in listing.images)):
         where = f"{uri}/{masks}" if masks else uri
         raise DataError(f"no labels in {where} (dataset {spec.name}): expected {spec.expects}")
     return listing
+
+
+def _without_labels(images: Sequence[ImageRef]) -> Sequence[ImageRef]:
+    if isinstance(images, Images):
+        return images.without_labels()
+    return tuple(image if image.label_id is None else replace(image, label_id=None) for image in images)
 
 
 def passed_over_words(passed_over: Mapping[str, int]) -> list[str]:
@@ -248,26 +243,45 @@ def photos_named(root: Folder, folder: str, *, stems: set[str], mask_of: Callabl
 
 def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
-    images, passed_over = [], Counter[str]()
-    names: dict[str, str] = {}
-    found, refused = _walk(root, name) if recursive and root.is_local else (list(root.files(name, recursive)), [])
-    outputs = _outputs(root, [path for path, _ in found])
-    for path, num_bytes in found:
-        if reason := why_passed_over(path, outputs):
-            passed_over[reason] += 1
-        elif leads_out(path):
-            # Object stores have no folders: a name can be any text.
-            refused.append({"image_id": path, "reason": "name out of the folder"})
-        elif (twin := names.setdefault(path.casefold(), path)) != path:
-            refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
-        else:
-            images.append(ImageRef(path, mask_of(path), num_bytes))
-    return Listing(tuple(images), dict(passed_over), tuple(sorted(refused, key=itemgetter("image_id"))))
+    passed_over, refused = Counter[str](), list[dict[str, str]]()
+    found = (
+        _walk(root, name, refused) if recursive and root.is_local else pa.array([*root.files(name, recursive)], _FILE)
+    )
+    outputs = _outputs(root, [path for path, _ in _each(found) if posixpath.basename(path) == MARK])
+    doubtful = _alike(path for path, _ in _each(found))
+
+    def photographs() -> Iterator[ImageRef]:
+        names: dict[str, str] = {}
+        for path, num_bytes in _each(found):
+            if reason := why_passed_over(path, outputs):
+                passed_over[reason] += 1
+            elif leads_out(path):
+                # Object stores have no folders: a name can be any text.
+                refused.append({"image_id": path, "reason": "name out of the folder"})
+            elif doubtful and (twin := names.setdefault(path.casefold(), path)) != path:
+                refused.append({"image_id": path, "reason": f"named as another but for case: {twin}"})
+            else:
+                yield ImageRef(path, mask_of(path), num_bytes)
+
+    images = Images(photographs())
+    return Listing(images, dict(passed_over), tuple(sorted(refused, key=itemgetter("image_id"))))
 
 
-def _outputs(root: Folder, paths: Sequence[str]) -> frozenset[str]:
-    """Return what commands have written among these files, as files and folders; see `mark_outputs`."""
-    marks = [path for path in paths if posixpath.basename(path) == MARK]
+def _each(files: pa.StructArray) -> Iterator[tuple[str, int]]:
+    """Yield the name and bytes of files; a million of them as Python's objects would take half a gigabyte."""
+    for start in range(0, len(files), _ROWS_AT_ONCE):
+        some = files.slice(start, _ROWS_AT_ONCE)
+        yield from zip(some.field("name").to_pylist(), some.field("num_bytes").to_pylist(), strict=True)
+
+
+def _alike(paths: Iterable[str]) -> bool:
+    """Return whether names may differ by case alone."""
+    hashes = np.sort(np.fromiter((hash(path.casefold()) for path in paths), np.int64))
+    return bool((hashes[1:] == hashes[:-1]).any())
+
+
+def _outputs(root: Folder, marks: Sequence[str]) -> frozenset[str]:
+    """Return what commands have written where these marks are, as files and folders; see `mark_outputs`."""
     return frozenset().union(*(marked_outputs(root, mark) for mark in marks))
 
 
@@ -296,16 +310,21 @@ def is_hidden(path: str) -> bool:
     )
 
 
-def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
-    """Return the files below a local folder with their sizes, sorted, and what is refused with its reason.
+def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructArray:
+    """Return the files below a local folder with their sizes, sorted.
 
     Links are not followed: they can show a photograph twice, lead out of the folder, or go in circles.
+
+    Args:
+        root: of the dataset.
+        name: the folder.
+        refused: gets what is refused with its reason.
 
     Raises:
         StorageError: the storage does not answer, which refuses nothing.
     """
     found: list[tuple[str, int]] = []
-    refused: list[dict[str, str]] = []
+    kept: list[pa.StructArray] = []
 
     def refuse(path: str, reason: str) -> None:
         if not is_hidden(path):
@@ -316,6 +335,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
     folders = [name] if root.exists(name) else []
     while folders:
         folder = folders.pop()
+        if len(found) >= _ROWS_AT_ONCE:
+            kept.append(pa.array(found, _FILE))
+            found = []
         try:
             inside = root.patiently(folder, partial(os.listdir, root.join(folder)))
         except OSError as error:
@@ -341,7 +363,9 @@ def _walk(root: Folder, name: str) -> tuple[list[tuple[str, int]], list[dict[str
                 refuse(path, "not a regular file")
             else:
                 found.append((path, status.st_size))
-    return sorted(found), refused
+    files = pa.concat_arrays([*kept, pa.array(found, _FILE)])
+    # By bytes of UTF-8, which is the order of Python's strings too.
+    return files.take(pc.sort_indices(files.field("name")))
 
 
 def _target(root: Folder, path: str, top: str) -> tuple[str, bool]:

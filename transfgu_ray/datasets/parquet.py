@@ -1,7 +1,8 @@
 """Photographs in Parquet tables: a column of encoded bytes, or a Hugging Face column of images."""
 
 from transfgu_ray.datasets.dataset import DatasetSpec
-from transfgu_ray.datasets.listing import ImageRef, Listing
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.datasets.places import in_table
 from transfgu_ray.datasets.shards import list_split
 from transfgu_ray.datasets.tables import ENDINGS, read_layout, read_names

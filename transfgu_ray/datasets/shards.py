@@ -10,7 +10,8 @@ from operator import itemgetter
 
 import pyarrow.fs as pafs
 
-from transfgu_ray.datasets.listing import HIDDEN, NO_PICTURE, ImageRef, Listing, is_hidden, is_utf8
+from transfgu_ray.datasets.listing import HIDDEN, NO_PICTURE, Listing, is_hidden, is_utf8
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder, leads_out
 

@@ -4,7 +4,8 @@ import posixpath
 from collections import Counter
 
 from transfgu_ray.datasets.dataset import DatasetSpec
-from transfgu_ray.datasets.listing import ImageRef, Listing, why_passed_over
+from transfgu_ray.datasets.listing import Listing, why_passed_over
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.datasets.places import in_tar
 from transfgu_ray.datasets.shards import list_split
 from transfgu_ray.datasets.tars import ENDINGS, list_members

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (
     PartStats,
@@ -159,7 +159,7 @@ def build_table_of_parts(
     merges = _Merges(folder.uri, table, layout, key, rows_apart=worker.rows_apart)
     unfinished = [part for part in range(layout.num_parts) if part not in records]
     missing = {
-        unit: [images[i] for i in layout.images_of(unit)]
+        unit: images[layout.images_of(unit).start : layout.images_of(unit).stop]
         for part in unfinished
         for unit in layout.units_of(part)
         if unit not in units

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from transfgu_ray.datasets.listing import ImageRef, read_pairs
+from transfgu_ray.datasets.listing import read_pairs
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.inprocess import each_in_threads
 from transfgu_ray.engine.logs import divert_ray_loggers
 from transfgu_ray.engine.progress import Progress
@@ -324,18 +325,18 @@ def _read(
 
 def _unit_blocks(units: Mapping[int, Sequence[ImageRef]], num_blocks: int | None) -> list[pa.Table]:
     numbers = sorted(units)
-    columns = zip(*(_columns(units[n]) for n in numbers), strict=True)
-    table = pa.table(
-        {
-            "unit": pa.array(numbers, pa.int64()),
-            **{
-                name: pa.array(values, pa.list_(pa.string()))
-                for name, values in zip(("image_ids", "places", "label_ids"), columns, strict=True)
-            },
-        }
-    )
-    blocks = min(num_blocks or _MAX_BLOCKS, len(numbers))
-    return [table.slice(rows.start, len(rows)).combine_chunks() for rows in even_ranges(len(numbers), blocks)]
+    blocks = even_ranges(len(numbers), min(num_blocks or _MAX_BLOCKS, len(numbers)))
+    # One after the other: as Python's objects, names take several times the memory.
+    return [_unit_block({n: units[n] for n in numbers[rows.start : rows.stop]}) for rows in blocks]
+
+
+def _unit_block(units: Mapping[int, Sequence[ImageRef]]) -> pa.Table:
+    columns = zip(*map(_columns, units.values()), strict=True)
+    lists = {
+        name: pa.array(values, pa.list_(pa.string()))
+        for name, values in zip(("image_ids", "places", "label_ids"), columns, strict=True)
+    }
+    return pa.table({"unit": pa.array([*units], pa.int64()), **lists})
 
 
 def _read_unit(table: pa.Table, root_uri: str) -> pa.Table:

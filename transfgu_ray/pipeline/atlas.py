@@ -11,7 +11,7 @@ from PIL import Image
 
 from transfgu_ray.algorithms.scores.examples import Best, nearest_crops, stand_ins, strongest_responses
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (

@@ -22,7 +22,7 @@ from transfgu_ray.algorithms.baselines.views import token_views
 from transfgu_ray.algorithms.encoder.checkpoints import load_untrained
 from transfgu_ray.algorithms.encoder.tokens import read_tokens, token_dim
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.build import build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (

@@ -12,8 +12,8 @@ from transfgu_ray.algorithms.labels.bank import add_background, decode_scores, e
 from transfgu_ray.algorithms.scores.pamr import refined_argmax
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
 from transfgu_ray.datasets.outputs import mark_outputs
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.build import TableResult
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import batched_rows, refusals, require_some

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from transfgu_ray.algorithms.scores.intervals import photo_counts, stack_counts
 from transfgu_ray.algorithms.scores.metrics import IGNORE, confusion_matrix
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.build import TableResult, build_table_of_parts
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import (

@@ -19,7 +19,7 @@ from transfgu_ray.algorithms.rounds.bootstrap import Bootstrap
 from transfgu_ray.algorithms.rounds.schedule import schedule
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
-from transfgu_ray.datasets.listing import ImageRef
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.parts import PartStats, decode_photos
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources

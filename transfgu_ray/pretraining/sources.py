@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transfgu_ray.datasets.found import list_found, list_in_shards
-from transfgu_ray.datasets.listing import ImageRef, Listing, opening
+from transfgu_ray.datasets.listing import Listing, opening
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.datasets.places import read_places, shard_of
 from transfgu_ray.datasets.shards import splits_of
 from transfgu_ray.datasets.tables import ENDINGS, read_layout, read_rows

@@ -7,7 +7,8 @@ from fsspec.utils import glob_translate
 
 from transfgu_ray.datasets import FOLDER
 from transfgu_ray.datasets.found import SHARDS, list_found, list_in_shards
-from transfgu_ray.datasets.listing import ImageRef, Listing, list_images, opening
+from transfgu_ray.datasets.listing import Listing, list_images, opening
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.errors import DataError
 from transfgu_ray.images import EXTENSIONS
 from transfgu_ray.storage import Folder

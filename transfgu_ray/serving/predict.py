@@ -12,7 +12,8 @@ from PIL import Image
 
 from transfgu_ray.algorithms.scores.upsampling import upsample_probabilities
 from transfgu_ray.config.sections import DataConfig
-from transfgu_ray.datasets.listing import ImageRef, Listing
+from transfgu_ray.datasets.listing import Listing
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.parts import PartStats, decode_photos, require_some
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources

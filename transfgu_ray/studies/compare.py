@@ -15,8 +15,9 @@ from transfgu_ray.algorithms.scores.label_free import NUM_MEASURED, LabelFreeMea
 from transfgu_ray.algorithms.scores.upsampling import upsample_argmax
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.config.sections import RuntimeConfig
-from transfgu_ray.datasets.listing import ImageRef, Listing, open_root
+from transfgu_ray.datasets.listing import Listing, open_root
 from transfgu_ray.datasets.outputs import mark_outputs
+from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import PartStats, decode_labelled, require_some
 from transfgu_ray.engine.progress import Progress, Reporter
