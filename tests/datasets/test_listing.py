@@ -1,6 +1,7 @@
 import errno
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -271,16 +272,16 @@ def test_list_images__nothing_but_links(tmp_path):
 
 
 class FailsOnce:
-    """A call of the system that fails the first time for each path below a folder, and then works."""
+    """A call of the system that fails the first time, or times, for each path below a folder, and then works."""
 
-    def __init__(self, call, folder, number):
-        self._call, self._folder, self._number = call, str(folder), number
-        self._seen = set()
+    def __init__(self, call, folder, number, times=1):
+        self._call, self._folder, self._number, self._times = call, str(folder), number, times
+        self._seen = Counter()
 
     def __call__(self, path=".", **options):
         below = isinstance(path, str) and path.startswith(self._folder)
-        if below and path not in self._seen:
-            self._seen.add(path)
+        if below and self._seen[path] < self._times:
+            self._seen[path] += 1
             raise OSError(self._number, os.strerror(self._number), path)
         return self._call(path, **options)
 
@@ -308,7 +309,7 @@ def test_list_images__a_disk_that_does_not_answer_stops_the_command(tmp_path, mo
     (data / "deep" / "link").symlink_to(data)
     monkeypatch.setattr(storage, "RETRY_S", 0.0)
     for each in (name, "listdir") if name == "scandir" else (name,):
-        monkeypatch.setattr(os, each, FailsOnce(getattr(os, each), data / "deep", errno.ESTALE))
+        monkeypatch.setattr(os, each, FailsOnce(getattr(os, each), data / "deep", errno.ESTALE, times=2))
     with pytest.raises(StorageError, match=r"^the storage does not answer: .*/deep.*: Stale file handle"):
         listed(DataConfig(root=str(data)), "")
 

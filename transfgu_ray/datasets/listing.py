@@ -348,7 +348,7 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
                 refuse(path, "name is not UTF-8")
                 continue
             try:
-                status = root.patiently(path, partial(os.lstat, root.join(path)))
+                status = _lstat(root, path)
             except OSError as error:
                 refuse(path, f"cannot be read: {error.strerror}")
                 continue
@@ -366,6 +366,23 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
     files = pa.concat_arrays([*kept, pa.array(found, _FILE)])
     # By bytes of UTF-8, which is the order of Python's strings too.
     return files.take(pc.sort_indices(files.field("name")))
+
+
+def _lstat(root: Folder, path: str) -> os.stat_result:
+    """Return the status of a local file itself, not of what it links to.
+
+    Raises:
+        OSError: it is missing or forbidden.
+        StorageError: the storage does not answer.
+    """
+    at = os.path.join(root.path, path)
+    try:
+        # Patience has its price, a million times.
+        return os.lstat(at)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError:
+        return root.patiently(path, partial(os.lstat, at))
 
 
 def _target(root: Folder, path: str, top: str) -> tuple[str, bool]:
