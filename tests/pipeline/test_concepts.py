@@ -1,5 +1,6 @@
 """Concepts do not depend on workers or parts, whether a group fits into one worker or is spread over several."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def make_features(folder: Path, num_rows: int, rows_per_part: int, bad_row: int 
         }
         run.write_bytes(part_name("features", unit), to_parquet(build_table(columns, features_schema(8)), {}))
     return run
+
+
+class Told(Counted):
+    """Adds up what was done, and keeps what was said once for as long as it was."""
+
+    def __init__(self, add: Callable[[int], None], words: list[str]) -> None:
+        super().__init__(add)
+        self._words = words
+
+    def expect(self, total: int) -> None:
+        self._words.append(f"{total} expected")
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        super().__call__(done)
+        if words not in ("", *self._words[-1:]):
+            self._words.append(words)
 
 
 def tokens_of(run: Folder, kind: str) -> np.ndarray:
@@ -133,7 +150,7 @@ def test_concepts__manifest_has_passes_and_the_workers_memory(tmp_path: Path, lo
     folder = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
     run = Run(folder, config("concepts.init_points=5000"))
     run.write_manifest("extract", "", {"rows_out": NUM_ROWS, "weights_sha256": "0" * 64})
-    done = []
+    done, words = [], []
     resources = Resources(2, 1, 1, "cpu", 1, None)
     job = StageJob(
         folder=folder,
@@ -141,14 +158,16 @@ def test_concepts__manifest_has_passes_and_the_workers_memory(tmp_path: Path, lo
         root=folder,
         resources=resources,
         fingerprint="",
-        progress=Counted(done.append),
+        progress=Told(done.append, words),
         run=run,
         listing=Listing(()),
         inputs="",
     )
     content = STAGES["concepts"].function(job)
-    # Signs of life come between them.
-    assert [count for count in done if count] == [1, 1], "its two groups"
+    # Six passes over the background, in memory; six and one to count over the foreground.
+    assert words[0] == "13 expected"
+    assert sum(done) == 13
+    assert [word for word in words if word.startswith("foreground: pass")][0::7] == ["foreground: pass 1 of 7"]
     assert (content["rows_in"], content["rows_out"]) == (NUM_ROWS, 9)
     assert content["groups"]["foreground"]["passes"] == 7
     assert 50 < content["peak_memory_mb"] < 2048

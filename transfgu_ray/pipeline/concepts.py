@@ -1,6 +1,7 @@
 """features -> concepts: k-means per group, on one worker or, for a large group, on all workers of the cluster."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transfgu_ray.engine.session import READER_CPUS, Resources
 from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.context import StageJob
+from transfgu_ray.pipeline.passes import ShownPasses
 from transfgu_ray.pipeline.shards import actor_shards, read_points
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet, vectors
@@ -25,7 +27,6 @@ from transfgu_ray.storage import Folder
 def run_stage(job: StageJob) -> dict[str, Any]:
     """Cluster the class tokens of a run; return the content of the manifest."""
     extracted = job.run.require("extract")
-    job.progress.expect(len(concept_groups(job.config)))
     with unwrapped_errors():
         groups, peak_mb = cluster(job, extracted["rows_out"])
     return {
@@ -82,21 +83,22 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     Raises:
         DataError: a group has too few crops for its concepts, or class tokens that are NaN or infinite.
     """
-    groups = concept_groups(job.config)
-    with signs_of_life(lambda _: job.progress()) as sign:
-        return _cluster(job, groups, sign, num_rows)
+    shown = ShownPasses(job.progress, concept_groups(job.config))
+    with signs_of_life(shown.sign) as sign:
+        return _cluster(job, shown, sign, num_rows)
 
 
-def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tuple[dict[str, Any], int]:
+def _cluster(job: Job, shown: ShownPasses, sign: Sign, num_rows: int) -> tuple[dict[str, Any], int]:
     import ray
 
-    config, resources = job.config, job.resources
+    config, resources, groups = job.config, job.resources, concept_groups(job.config)
     features = table_folder(job.folder, "features")
     # Most runs are small enough to skip the counting.
     parts = _count_parts(features, resources, sign) if is_spread(config, num_rows) else {}
     totals = {kind: sum(rows for _, rows in parts.get(kind, [])) for kind in groups}
     large = [kind for kind in groups if is_spread(config, totals[kind])]
     small = {kind: count for kind, count in groups.items() if kind not in large}
+    shown.expect({kind: _num_passes(config, kind in large) for kind in groups})
     fitted: dict[str, Clustering] = {}
     peak_mb = 0
     if small:
@@ -107,8 +109,10 @@ def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tup
         fitted, peak_mb = ray.get(
             task.remote(features.uri, config, groups=small, threads=resources.threads, use_gpu=use_gpu, sign=sign)
         )
-        job.progress(len(small))
+        for kind in small:
+            shown.end(kind)
     for kind in large:
+        shown.begin(kind)
         with actor_shards(features, kind, parts=parts[kind], resources=resources, sign=sign) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
@@ -116,12 +120,25 @@ def _cluster(job: Job, groups: dict[str, int], sign: Sign, num_rows: int) -> tup
                 how=kmeans_settings(config, use_gpu=False),
                 init_points=config.concepts.init_points,
                 group=kind,
+                on_pass=shown.reach,
             )
             peak_mb = max(peak_mb, points.peak_mb())
-        job.progress(1)
+        shown.end(kind)
     ordered = {kind: fitted[kind] for kind in groups}
     _write_concepts(job.folder, ordered)
     return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
+
+
+def _num_passes(config: RunConfig, is_large: bool) -> int:
+    """Return how often k-means goes over all crops of a group at most, if it seeds no concept anew.
+
+    Those of mini-batches cannot be told apart.
+    """
+    concepts = config.concepts
+    if is_large:
+        # The last one counts the crops.
+        return 1 + (concepts.num_iterations if concepts.max_points is None else 0)
+    return concepts.num_iterations * concepts.num_redos if concepts.algorithm == "faiss" else 1
 
 
 def _count_parts(features: Folder, resources: Resources, sign: Sign) -> dict[str, list[tuple[str, int]]]:
@@ -156,11 +173,21 @@ def _fit_in_memory(
     faiss.omp_set_num_threads(threads)
     run_folder = Folder(run_uri)
     names = part_files(run_folder, "features")
-    fitted = {}
+    fitted, order = {}, list(concept_groups(config))
     for kind, count in groups.items():
         points = np.concatenate([_read_signed(run_folder, name, kind, sign) for name in names])
-        fitted[kind] = fit_concepts(points.astype(np.float32), count, how=kmeans_settings(config, use_gpu), group=kind)
+        fitted[kind] = fit_concepts(
+            points.astype(np.float32),
+            count,
+            how=kmeans_settings(config, use_gpu),
+            group=kind,
+            on_pass=partial(_sign_pass, sign, order.index(kind)),
+        )
     return fitted, peak_memory_mb()
+
+
+def _sign_pass(sign: Sign, group: int, number: int, most: int) -> None:
+    sign(group=group, number=number, most=most)
 
 
 def _read_signed(run_folder: Folder, name: str, kind: str, sign: Sign) -> np.ndarray:

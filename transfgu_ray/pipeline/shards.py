@@ -119,7 +119,10 @@ class PointShard:
     def train_on(
         self, rows: np.ndarray, num_concepts: int, *, how: KMeans, start: np.ndarray | None, others: list[Any]
     ) -> np.ndarray:
-        """Run `train` on some rows of the group, fetched in order from all shards, a block at a time."""
+        """Run `train` on some rows of the group, fetched in order from all shards, a block at a time.
+
+        Its signs name each pass and the number of passes.
+        """
         import ray
 
         _, width = self._file()
@@ -128,7 +131,8 @@ class PointShard:
             drawn = rows[first : first + lloyd.BLOCK_ROWS]
             far = [other.take.remote(drawn) for other in others]
             np.concatenate([self.take(drawn), *ray.get(far)], out=points[first : first + len(drawn)])
-        return train(points, num_concepts, how=replace(how, use_gpu=self._use_gpu), start=start)
+        how = replace(how, use_gpu=self._use_gpu)
+        return train(points, num_concepts, how=how, start=start, on_pass=lambda n, of: self._sign(number=n, most=of))
 
     def peak_mb(self) -> int:
         """Return the peak resident memory of this process so far, MB."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
-from transfgu_ray.algorithms.concepts.kmeans import KMeans, draw_rows, fit_concepts, nearest, train
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, draw_rows, fit_concepts, nearest, train, unwatched
 from transfgu_ray.errors import DataError
 
 
@@ -43,9 +43,15 @@ def blocks_of_64(monkeypatch):
 
 def _fit(points, num_concepts, num_shards=1, **changes):
     init_points = changes.pop("init_points", 100)
+    on_pass = changes.pop("on_pass", unwatched)
     how = KMeans(**{"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1} | changes)
     return lloyd.fit_sharded_concepts(
-        InMemory(points, num_shards), num_concepts, how=how, init_points=init_points, group="foreground"
+        InMemory(points, num_shards),
+        num_concepts,
+        how=how,
+        init_points=init_points,
+        group="foreground",
+        on_pass=on_pass,
     )
 
 
@@ -94,7 +100,7 @@ def test_largest_value__of_either_sign():
 
 def test_iterate__a_concept_without_points_stays_where_it_is():
     start = np.array([[-1, 0], [1, 0], [90, 90]], np.float32)
-    centroids, num_crops, _ = lloyd._iterate(InMemory(_cloud(dim=2)), start, 5)
+    centroids, num_crops, _ = lloyd._iterate(InMemory(_cloud(dim=2)), start, 5, unwatched)
     assert centroids[2].tolist() == [90, 90]
     assert num_crops[2] == 0
     assert num_crops.sum() == 1000
@@ -138,7 +144,9 @@ def test_fit_sharded_concepts__equal_to_plain_lloyd_from_the_drawn_start(blocks_
 
 def test_fit_sharded_concepts__ends_where_the_centroids_stand_still(blocks_of_64):
     points = _cloud()
-    got = _fit(points, 5, num_iterations=500)
+    told = []
+    got = _fit(points, 5, num_iterations=500, on_pass=lambda *pair: told.append(pair))
+    assert told == [(number, 501) for number in range(1, got.num_passes + 1)]
     assert 2 < got.num_passes < 100
     expected, _ = _plain_lloyd(points, got.centroids, 1)
     np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
@@ -151,7 +159,7 @@ def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
     shards = InMemory(points, 2)
     objectives = []
     for num_iterations in range(12):
-        centroids, _, _ = lloyd._iterate(shards, start, num_iterations)
+        centroids, _, _ = lloyd._iterate(shards, start, num_iterations, unwatched)
         objectives.append(_plain_lloyd(points, centroids, 1)[1][0])
     assert (np.diff(objectives) <= 0).all()
     assert objectives[-1] < objectives[0]

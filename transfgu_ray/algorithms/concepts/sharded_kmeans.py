@@ -21,11 +21,13 @@ from scipy.sparse import csr_array
 from transfgu_ray.algorithms.concepts.kmeans import (
     Clustering,
     KMeans,
+    OnPass,
     draw_rows,
     flat_index,
     not_finite,
     reseed_starved,
     too_few,
+    unwatched,
 )
 from transfgu_ray.errors import DataError
 
@@ -98,7 +100,13 @@ class ShardedPoints(ABC):
 
 
 def fit_sharded_concepts(
-    points: ShardedPoints, num_concepts: int, *, how: KMeans, init_points: int, group: str
+    points: ShardedPoints,
+    num_concepts: int,
+    *,
+    how: KMeans,
+    init_points: int,
+    group: str,
+    on_pass: OnPass = unwatched,
 ) -> Clustering:
     """Run Euclidean k-means: FAISS on `init_points` drawn from the seed, then Lloyd iterations over all points.
 
@@ -126,7 +134,8 @@ def fit_sharded_concepts(
 
     def settle(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nonlocal num_passes
-        centroids, num_crops, passes = _iterate(points, centroids, 0 if on_sample_alone else how.num_iterations)
+        num_iterations = 0 if on_sample_alone else how.num_iterations
+        centroids, num_crops, passes = _iterate(points, centroids, num_iterations, on_pass)
         num_passes += passes
         return centroids, num_crops
 
@@ -207,10 +216,13 @@ def farthest(
     return far
 
 
-def _iterate(points: ShardedPoints, centroids: np.ndarray, num_iterations: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _iterate(
+    points: ShardedPoints, centroids: np.ndarray, num_iterations: int, on_pass: OnPass
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Move centroids until they rest, at most `num_iterations` times; return them, their crops and the passes made."""
     for num_moves in range(num_iterations + 1):
         shards = points.sum_nearest(centroids)
+        on_pass(num_moves + 1, num_iterations + 1)
         num_crops = np.sum([shard.num_points for shard in shards], axis=0)
         served = num_crops > 0
         moved = centroids.copy()

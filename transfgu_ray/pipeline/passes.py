@@ -1,0 +1,70 @@
+"""The passes of k-means over the crops of each group: shown while they are made."""
+
+import threading
+from collections.abc import Iterable, Mapping
+
+from transfgu_ray.engine.progress import Progress
+
+
+class ShownPasses:
+    """The progress of a clustering. Passes are counted once, whoever tells of them: workers by signs, or the driver.
+
+    Args:
+        progress: counts passes over all crops of a group; others, over a sample, are only told in words.
+        kinds: kind of the crops of each group, in order.
+    """
+
+    def __init__(self, progress: Progress, kinds: Iterable[str]) -> None:
+        self._progress = progress
+        self._order = list(kinds)
+        self._planned: Mapping[str, int] = {}
+        self._done = dict.fromkeys(self._order, 0)
+        self._kind, self._words = "", ""
+        # Signs come from a thread.
+        self._lock = threading.Lock()
+
+    def expect(self, planned: Mapping[str, int]) -> None:
+        """Set the most passes that each group takes, as long as no concept is seeded anew."""
+        self._planned = planned
+        self._progress.expect(sum(planned.values()))
+
+    def begin(self, kind: str) -> None:
+        """Go on to a group of which the driver tells."""
+        with self._lock:
+            self._kind, self._words = kind, ""
+
+    def reach(self, number: int, most: int) -> None:
+        """Count a pass over all crops of the group that was begun last; passes after a reseeding begin at 1 again."""
+        self._reach(self._kind, number, most)
+
+    def end(self, kind: str) -> None:
+        """Count what is left of a group, whose centroids may rest early."""
+        with self._lock:
+            self._count(kind, self._planned[kind])
+
+    def sign(self, words: Mapping[str, float]) -> None:
+        """Take a sign of life, which may name a pass: its `number`, how many there are at `most`, and its `group`.
+
+        Without a group it is a pass over the sample that a large group starts from.
+        """
+        if "group" in words:
+            self._reach(self._order[int(words["group"])], int(words["number"]), int(words["most"]))
+            return
+        with self._lock:
+            if "number" in words:
+                said = f"first centroids, pass {words['number']:.0f} of {words['most']:.0f}"
+                self._words = self._named(self._kind, said)
+            self._progress(0, self._words)
+
+    def _reach(self, kind: str, number: int, most: int) -> None:
+        with self._lock:
+            self._words = self._named(kind, f"pass {number} of {most}")
+            self._count(kind, number)
+
+    def _named(self, kind: str, said: str) -> str:
+        return f"{kind}: {said}" if len(self._order) > 1 else said
+
+    def _count(self, kind: str, done: int) -> None:
+        done = min(done, self._planned[kind])
+        self._progress(max(0, done - self._done[kind]), self._words)
+        self._done[kind] = max(done, self._done[kind])
