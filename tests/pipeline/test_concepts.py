@@ -17,6 +17,7 @@ from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.datasets.listing import Listing
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_name
+from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import DataError
@@ -81,11 +82,20 @@ def config(*settings: str) -> RunConfig:
     return build_config(get_preset("tiny_cpu"), None, [*named, *fixed, *settings])
 
 
-def fit(run: Folder, num_workers: int, *settings: str) -> tuple[dict, np.ndarray, list[int]]:
+def fit(
+    run: Folder, num_workers: int, *settings: str, progress: Progress | None = None
+) -> tuple[dict, np.ndarray, list[int]]:
     """Return the groups in the manifest, the centroids and their numbers of crops."""
     resources = Resources(2, num_workers, 1, "cpu", 1, None)
     with unwrapped_errors():
-        job = Job(folder=run, config=config(*settings), root=run, resources=resources, fingerprint="")
+        job = Job(
+            folder=run,
+            config=config(*settings),
+            root=run,
+            resources=resources,
+            fingerprint="these settings",
+            progress=progress or Progress(),
+        )
         groups, peak_mb = cluster(job, NUM_ROWS)
     assert 50 < peak_mb < 2048
     table = pq.read_table(run.join("concepts.parquet")).to_pandas()
@@ -120,7 +130,8 @@ def test_cluster__large_group_is_the_same_for_any_workers_and_parts(tmp_path: Pa
         assert centroids.tobytes() == np.concatenate([expected.centroids, background.centroids]).tobytes()
         assert num_crops == [*expected.num_crops, *background.num_crops]
         assert groups["foreground"] == {
-            "concepts": 6, "points_used": 27_000, "points_total": 27_000, "passes": 7, "reseeded": 0,
+            "concepts": 6, "points_used": 27_000, "points_total": 27_000, "passes": 7, "resumed_at_pass": None,
+            "reseeded": 0,
             "smallest_concept_crops": expected.num_crops.min(), "used_gpu": False,
         }  # fmt: skip
         assert groups["background"]["passes"] == 0
@@ -136,6 +147,40 @@ def test_cluster__large_group_with_a_cap_uses_no_more(tmp_path: Path, local_ray:
     assert centroids[:6].tobytes() == expected.centroids.tobytes()
     assert num_crops[:6] == expected.num_crops.tolist()
     assert (groups["foreground"]["points_used"], groups["foreground"]["points_total"]) == (4000, 27_000)
+
+
+class Ended(Told):
+    """Ends the process, as far as it is concerned, when a pass is shown: it was kept by then or never."""
+
+    def __init__(self, words: list[str], at: str) -> None:
+        super().__init__(lambda done: None, words)
+        self._at = at
+
+    def __call__(self, done: int = 0, words: str = "", *, refused: int = 0) -> None:
+        super().__call__(done, words)
+        if words == self._at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.ray
+def test_cluster__an_ended_one_goes_on_after_its_last_pass_to_the_same_bytes(tmp_path: Path, local_ray: None) -> None:
+    run = make_features(tmp_path / "run", NUM_ROWS, rows_per_part=7000)
+    whole, *_ = fit(run, 2, "concepts.init_points=5000")
+    expected = run.read_bytes("concepts.parquet")
+    assert not run.exists("concepts"), "deleted once the concepts are written"
+    run.delete("concepts.parquet")
+    words: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, 2, "concepts.init_points=5000", progress=Ended(words, "foreground: pass 4 of 7"))
+    assert run.exists("concepts/passes-foreground.safetensors")
+    assert not run.exists("concepts.parquet")
+    words.clear()
+    groups, *_ = fit(run, 1, "concepts.init_points=5000", progress=Told(lambda done: None, words))
+    assert run.read_bytes("concepts.parquet") == expected
+    assert not run.exists("concepts")
+    # The three passes that were kept, not the fourth, which was shown before its centroids were.
+    assert groups["foreground"] == whole["foreground"] | {"resumed_at_pass": 3}
+    assert next(word for word in words if "foreground" in word) == "foreground: pass 4 of 7"
 
 
 @pytest.mark.ray

@@ -1,9 +1,15 @@
-"""What is shown of a clustering adds up, whoever tells of its passes and in what order."""
+"""What is shown of a clustering adds up, whoever tells of its passes and in what order; what is kept comes back."""
 
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from transfgu_ray.algorithms.concepts.sharded_kmeans import FitState
 from transfgu_ray.engine.progress import Progress
-from transfgu_ray.pipeline.passes import ShownPasses
+from transfgu_ray.pipeline.passes import PassFile, ShownPasses, forget_passes
+from transfgu_ray.storage import Folder
 
 
 class Kept(Progress):
@@ -65,3 +71,49 @@ def test_shown_passes__a_single_group_needs_no_name(kept: Kept) -> None:
     shown.sign({"group": 0, "number": 33, "most": 40})
     shown.end("any")
     assert kept.said == [(7, "pass 7 of 20"), (13, "pass 33 of 40"), (0, "pass 33 of 40")]
+
+
+STATE = FitState(np.arange(12, dtype=np.float32).reshape(3, 4) / 7, 5, 17, 2, 3)
+
+
+def test_pass_file__a_state_comes_back_and_goes(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    passes = PassFile(run, "background", "these crops")
+    assert passes.read() is None
+    passes.write(FitState(np.zeros((3, 4), np.float32)))
+    passes.write(STATE)
+    found = passes.read()
+    assert np.array_equal(found.centroids, STATE.centroids)
+    assert astuple(found)[1:] == (5, 17, 2, 3)
+    assert PassFile(run, "foreground", "these crops").read() is None
+    assert [path.name for path in (tmp_path / "concepts").iterdir()] == ["passes-background.safetensors"]
+    forget_passes(run)
+    assert passes.read() is None
+    forget_passes(run)
+
+
+def test_pass_file__of_other_crops_is_none_and_is_replaced(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    PassFile(run, "any", "other crops").write(STATE)
+    passes = PassFile(run, "any", "these crops")
+    assert passes.read() is None
+    passes.write(STATE)
+    assert astuple(passes.read())[1:] == (5, 17, 2, 3)
+
+
+def test_pass_file__a_damaged_one_is_none(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    passes = PassFile(run, "any", "these crops")
+    passes.write(STATE)
+    path = tmp_path / "concepts/passes-any.safetensors"
+    whole = path.read_bytes()
+    # Cut short, and with any single byte changed: of the header, a centroid, or a count.
+    for length in (0, 7, 8, 60, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert passes.read() is None
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert (found := passes.read()) is None or astuple(found)[1:] == (5, 17, 2, 3)
+        assert found is None or np.array_equal(found.centroids, STATE.centroids)
+    path.write_bytes(whole)
+    assert passes.read() is not None

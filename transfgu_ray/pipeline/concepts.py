@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transfgu_ray.algorithms.concepts.kmeans import Clustering, KMeans, fit_concepts
-from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
+from transfgu_ray.algorithms.concepts.sharded_kmeans import FitState, fit_sharded_concepts
 from transfgu_ray.config.run import RunConfig
 from transfgu_ray.engine.job import Job
 from transfgu_ray.engine.parts import part_files, read_part
@@ -17,7 +17,7 @@ from transfgu_ray.engine.session import READER_CPUS, Resources
 from transfgu_ray.engine.signs import Sign, signs_of_life
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb, unwrapped_errors
 from transfgu_ray.pipeline.context import StageJob
-from transfgu_ray.pipeline.passes import ShownPasses
+from transfgu_ray.pipeline.passes import PassFile, ShownPasses, forget_passes
 from transfgu_ray.pipeline.shards import actor_shards, read_points
 from transfgu_ray.runs.references import table_folder
 from transfgu_ray.runs.tables import build_table, concepts_schema, to_parquet, vectors
@@ -28,7 +28,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     """Cluster the class tokens of a run; return the content of the manifest."""
     extracted = job.run.require("extract")
     with unwrapped_errors():
-        groups, peak_mb = cluster(job, extracted["rows_out"])
+        groups, peak_mb = cluster(job, extracted["rows_out"], made_of=extracted.get("files_sha256", ""))
     return {
         "rows_in": sum(group["points_total"] for group in groups.values()),
         "rows_out": sum(group["concepts"] for group in groups.values()),
@@ -67,15 +67,17 @@ def is_spread(config: RunConfig, num_points: int) -> bool:
     return config.concepts.algorithm == "faiss" and num_points > config.concepts.init_points
 
 
-def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
+def cluster(job: Job, num_rows: int, made_of: str = "") -> tuple[dict[str, Any], int]:
     """Read the features of a run and write concepts.parquet.
 
     A group of at most `concepts.init_points` crops is clustered by one worker; the crops of a larger group are spread
-    over all workers, unless they are clustered in mini-batches.
+    over all workers, unless they are clustered in mini-batches. Where a call was ended in the midst of a large group,
+    the next one goes on after the last pass.
 
     Args:
         job: job of the run.
         num_rows: number of rows of the features.
+        made_of: identifies the files of the features.
 
     Returns:
         The manifest's entry for each group, and the highest peak memory of any worker, MB.
@@ -85,10 +87,10 @@ def cluster(job: Job, num_rows: int) -> tuple[dict[str, Any], int]:
     """
     shown = ShownPasses(job.progress, concept_groups(job.config))
     with signs_of_life(shown.sign) as sign:
-        return _cluster(job, shown, sign, num_rows)
+        return _cluster(job, shown, sign, num_rows=num_rows, made_of=made_of)
 
 
-def _cluster(job: Job, shown: ShownPasses, sign: Sign, num_rows: int) -> tuple[dict[str, Any], int]:
+def _cluster(job: Job, shown: ShownPasses, sign: Sign, *, num_rows: int, made_of: str) -> tuple[dict[str, Any], int]:
     import ray
 
     config, resources, groups = job.config, job.resources, concept_groups(job.config)
@@ -100,6 +102,7 @@ def _cluster(job: Job, shown: ShownPasses, sign: Sign, num_rows: int) -> tuple[d
     small = {kind: count for kind, count in groups.items() if kind not in large}
     shown.expect({kind: _num_passes(config, kind in large) for kind in groups})
     fitted: dict[str, Clustering] = {}
+    begun: dict[str, FitState | None] = {}
     peak_mb = 0
     if small:
         # As Any: Ray's types for remote functions do not cover keyword arguments.
@@ -113,6 +116,8 @@ def _cluster(job: Job, shown: ShownPasses, sign: Sign, num_rows: int) -> tuple[d
             shown.end(kind)
     for kind in large:
         shown.begin(kind)
+        passes = PassFile(job.folder, kind, f"{job.fingerprint} {made_of}")
+        begun[kind] = passes.read()
         with actor_shards(features, kind, parts=parts[kind], resources=resources, sign=sign) as points:
             fitted[kind] = fit_sharded_concepts(
                 points,
@@ -121,12 +126,15 @@ def _cluster(job: Job, shown: ShownPasses, sign: Sign, num_rows: int) -> tuple[d
                 init_points=config.concepts.init_points,
                 group=kind,
                 on_pass=shown.reach,
+                keep=passes.write,
+                begun=begun[kind],
             )
             peak_mb = max(peak_mb, points.peak_mb())
         shown.end(kind)
     ordered = {kind: fitted[kind] for kind in groups}
     _write_concepts(job.folder, ordered)
-    return {kind: _describe(group) for kind, group in ordered.items()}, peak_mb
+    forget_passes(job.folder)
+    return {kind: _describe(group, begun.get(kind)) for kind, group in ordered.items()}, peak_mb
 
 
 def _num_passes(config: RunConfig, is_large: bool) -> int:
@@ -210,12 +218,13 @@ def _write_concepts(run_folder: Folder, fitted: dict[str, Clustering]) -> None:
     run_folder.write_bytes("concepts.parquet", to_parquet(table, {}))
 
 
-def _describe(group: Clustering) -> dict[str, Any]:
+def _describe(group: Clustering, begun: FitState | None) -> dict[str, Any]:
     return {
         "concepts": len(group.num_crops),
         "points_used": group.points_used,
         "points_total": group.points_total,
         "passes": group.num_passes,
+        "resumed_at_pass": None if begun is None else begun.num_passes,
         "reseeded": group.num_reseeded,
         "smallest_concept_crops": int(group.num_crops.min()),
         "used_gpu": group.used_gpu,

@@ -1,9 +1,20 @@
-"""The passes of k-means over the crops of each group: shown while they are made."""
+"""The passes of k-means over the crops of each group: shown while they are made, and kept so that a rerun goes on."""
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple, fields
 
+import numpy as np
+import safetensors.torch
+import torch
+
+from transfgu_ray.algorithms.concepts.sharded_kmeans import FitState
+from transfgu_ray.algorithms.encoder.checkpoints import hash_weights, read_safetensors
 from transfgu_ray.engine.progress import Progress
+from transfgu_ray.errors import WeightsError
+from transfgu_ray.storage import Folder
+
+_FOLDER = "concepts"
 
 
 class ShownPasses:
@@ -68,3 +79,53 @@ class ShownPasses:
         done = min(done, self._planned[kind])
         self._progress(max(0, done - self._done[kind]), self._words)
         self._done[kind] = max(done, self._done[kind])
+
+
+class PassFile:
+    """The state of an unfinished clustering of one group, `concepts/passes-KIND.safetensors` in the run folder.
+
+    Args:
+        run_folder: the run folder.
+        kind: kind of the crops.
+        made_of: identifies settings and crops; a state of others is none.
+    """
+
+    def __init__(self, run_folder: Folder, kind: str, made_of: str) -> None:
+        self._run_folder = run_folder
+        self._made_of = made_of
+        self._name = f"{_FOLDER}/passes-{kind}.safetensors"
+
+    def read(self) -> FitState | None:
+        """Return the state; None if there is none, it is damaged, or it was made of something else."""
+        if (data := self._run_folder.find_bytes(self._name)) is None:
+            return None
+        try:
+            tensors, metadata = read_safetensors(data, self._name)
+        except WeightsError:
+            return None
+        if metadata.get("made_of") != self._made_of or metadata.get("sha256") != hash_weights(tensors):
+            return None
+        return FitState(tensors["centroids"].numpy(), *tensors["counts"].tolist())
+
+    def write(self, state: FitState) -> None:
+        """Write the state, whole or not at all.
+
+        Raises:
+            ArtifactError: the run folder cannot be written.
+        """
+        centroids, *counts = astuple(state)
+        tensors = {
+            "centroids": torch.from_numpy(np.ascontiguousarray(centroids)),
+            "counts": torch.tensor(counts, dtype=torch.int64),
+        }
+        metadata = {
+            "made_of": self._made_of,
+            "sha256": hash_weights(tensors),
+            "counts": ", ".join(field.name for field in fields(FitState)[1:]),
+        }
+        self._run_folder.write_bytes(self._name, safetensors.torch.save(tensors, metadata))
+
+
+def forget_passes(run_folder: Folder) -> None:
+    """Delete the states of all groups, once their concepts are written."""
+    run_folder.delete(_FOLDER)

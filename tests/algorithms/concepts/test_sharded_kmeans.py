@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
-from transfgu_ray.algorithms.concepts.kmeans import KMeans, draw_rows, fit_concepts, nearest, train, unwatched
+from transfgu_ray.algorithms.concepts.kmeans import (
+    MAX_RESEEDS,
+    KMeans,
+    draw_rows,
+    fit_concepts,
+    nearest,
+    train,
+    unwatched,
+)
 from transfgu_ray.errors import DataError
 
 
@@ -43,7 +51,7 @@ def blocks_of_64(monkeypatch):
 
 def _fit(points, num_concepts, num_shards=1, **changes):
     init_points = changes.pop("init_points", 100)
-    on_pass = changes.pop("on_pass", unwatched)
+    watched = {name: changes.pop(name) for name in ("on_pass", "keep", "begun") if name in changes}
     how = KMeans(**{"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1} | changes)
     return lloyd.fit_sharded_concepts(
         InMemory(points, num_shards),
@@ -51,7 +59,7 @@ def _fit(points, num_concepts, num_shards=1, **changes):
         how=how,
         init_points=init_points,
         group="foreground",
-        on_pass=on_pass,
+        **watched,
     )
 
 
@@ -100,8 +108,9 @@ def test_largest_value__of_either_sign():
 
 def test_iterate__a_concept_without_points_stays_where_it_is():
     start = np.array([[-1, 0], [1, 0], [90, 90]], np.float32)
-    centroids, num_crops, _ = lloyd._iterate(InMemory(_cloud(dim=2)), start, 5, unwatched)
-    assert centroids[2].tolist() == [90, 90]
+    state = lloyd.FitState(start)
+    state, num_crops = lloyd._iterate(InMemory(_cloud(dim=2)), state, 5, unwatched, lloyd.forgotten)
+    assert state.centroids[2].tolist() == [90, 90]
     assert num_crops[2] == 0
     assert num_crops.sum() == 1000
 
@@ -159,8 +168,8 @@ def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
     shards = InMemory(points, 2)
     objectives = []
     for num_iterations in range(12):
-        centroids, _, _ = lloyd._iterate(shards, start, num_iterations, unwatched)
-        objectives.append(_plain_lloyd(points, centroids, 1)[1][0])
+        state, _ = lloyd._iterate(shards, lloyd.FitState(start), num_iterations, unwatched, lloyd.forgotten)
+        objectives.append(_plain_lloyd(points, state.centroids, 1)[1][0])
     assert (np.diff(objectives) <= 0).all()
     assert objectives[-1] < objectives[0]
 
@@ -173,6 +182,35 @@ def test_fit_sharded_concepts__same_bits_for_any_number_of_shards(blocks_of_64):
         assert other.centroids.tobytes() == first.centroids.tobytes()
         assert np.array_equal(other.num_crops, first.num_crops)
     assert _fit(points, 9, seed=1).centroids.tobytes() != first.centroids.tobytes()
+
+
+def test_fit_sharded_concepts__goes_on_from_any_pass_to_the_same_bits(blocks_of_64):
+    # 300 points in which starved concepts are seeded anew, after which passes count from one again.
+    points, kept = _cloud(300, dim=4, seed=7), []
+    whole = _fit(points, 6, min_crops=35, keep=kept.append)
+    assert whole.num_reseeded > 0
+    assert [state.num_passes for state in kept[:2]] == [0, 1]
+    assert len({state.num_attempts for state in kept}) > 1
+    for state in kept:
+        told = []
+        got = _fit(points, 6, 2, min_crops=35, begun=state, on_pass=lambda *pair, told=told: told.append(pair))
+        assert got.centroids.tobytes() == whole.centroids.tobytes()
+        assert got.num_crops.tolist() == whole.num_crops.tolist()
+        assert (got.num_passes, got.num_reseeded) == (whole.num_passes, whole.num_reseeded)
+        assert len(told) == whole.num_passes - state.num_passes
+        assert told[0] == (state.num_moves + 1, 21)
+
+
+def test_fit_sharded_concepts__a_fit_that_goes_on_has_no_more_attempts_than_a_whole_one(blocks_of_64):
+    points, kept = np.concatenate([_cloud(300, dim=2), [[60000.0, 0.0]]]), []
+    with pytest.raises(DataError):
+        _fit(points, 3, min_crops=2, init_points=300, keep=kept.append)
+    last = kept[-1]
+    assert last.num_attempts == MAX_RESEEDS
+    told = []
+    with pytest.raises(DataError, match="1 of 3 foreground concepts"):
+        _fit(points, 3, min_crops=2, init_points=300, begun=last, on_pass=lambda *pair: told.append(pair))
+    assert len(told) <= 2
 
 
 def test_fit_sharded_concepts__a_cap_is_the_same_as_in_memory(blocks_of_64):

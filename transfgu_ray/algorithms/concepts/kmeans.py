@@ -119,6 +119,7 @@ def reseed_starved(
     min_crops: int,
     num_points: int,
     group: str,
+    num_attempts: int = 0,
 ) -> tuple[Float32[np.ndarray, "k d"], Int64[np.ndarray, " k"], int]:
     """Move starved concepts to points that the largest concept serves worst, until every concept has its crops.
 
@@ -131,15 +132,16 @@ def reseed_starved(
         min_crops: points that a concept needs.
         num_points: points in the group.
         group: its name, for the message.
+        num_attempts: how often concepts were moved before, in a fit that goes on.
 
     Returns:
-        Centroids, the crops of each, and how many concepts were seeded anew.
+        Centroids, the crops of each, and how many concepts were seeded anew by this call.
 
     Raises:
         DataError: starved concepts remain.
     """
     num_reseeded = 0
-    for attempt in range(MAX_RESEEDS + 1):
+    for attempt in range(num_attempts, MAX_RESEEDS + 1):
         centroids, num_crops = settle(centroids)
         starved = np.flatnonzero(num_crops < min_crops)
         if not len(starved):
@@ -154,6 +156,8 @@ def reseed_starved(
                 f"{len(starved)} of {len(centroids)} {group} concepts have fewer than concepts.min_crops={min_crops} "
                 f"crops among {num_points}; lower concepts.num_concepts or {advice}"
             )
+        # The state that a fit keeps holds them too.
+        centroids = centroids.copy()
         centroids[starved[: len(worst)]] = worst
         centroids = retrain(centroids)
         num_reseeded += len(starved)

@@ -11,8 +11,8 @@ number of shards, because
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int64
@@ -66,6 +66,29 @@ class FarPoints:
     points: Float16[np.ndarray, "n d"]
 
 
+@dataclass(frozen=True)
+class FitState:
+    """How far a fit is between two passes; from here it goes on to the same bits.
+
+    Attributes:
+        centroids: for the next pass.
+        num_moves: times that they were moved since they were last seeded.
+        num_passes: passes made over all points.
+        num_attempts: times that starved concepts were seeded anew.
+        num_reseeded: starved concepts that were seeded anew.
+    """
+
+    centroids: Float32[np.ndarray, "k d"]
+    num_moves: int = 0
+    num_passes: int = 0
+    num_attempts: int = 0
+    num_reseeded: int = 0
+
+
+def forgotten(state: FitState) -> None:
+    """Keep no state."""
+
+
 class ShardedPoints(ABC):
     """The points of one group, in shards that begin at multiples of `BLOCK_ROWS`.
 
@@ -107,6 +130,8 @@ def fit_sharded_concepts(
     init_points: int,
     group: str,
     on_pass: OnPass = unwatched,
+    keep: Callable[[FitState], None] = forgotten,
+    begun: FitState | None = None,
 ) -> Clustering:
     """Run Euclidean k-means: FAISS on `init_points` drawn from the seed, then Lloyd iterations over all points.
 
@@ -114,6 +139,16 @@ def fit_sharded_concepts(
     most `init_points`), FAISS on that many points is all, as in `fit_concepts`. Concepts with fewer than
     `how.min_crops` crops move to the points that the largest concept serves worst, and the fit continues from there. A
     concept that loses all its points during the iterations stays where it is until then.
+
+    Args:
+        points: of one group.
+        num_concepts: number of centroids.
+        how: settings.
+        init_points: most points that FAISS is given.
+        group: its name, for messages.
+        on_pass: told of each pass over all points.
+        keep: given the state after each pass that moved the centroids, and after FAISS.
+        begun: a state that an earlier call with the same arguments kept, to go on from there.
 
     Raises:
         DataError: there are fewer points than concepts need, points are not finite or too large to be summed exactly,
@@ -130,33 +165,39 @@ def fit_sharded_concepts(
     if total < num_concepts * how.min_crops:
         raise too_few(num_concepts, total, min_crops=how.min_crops, group=group)
     rows = draw_rows(total, max(how.max_points or init_points, num_concepts), how.seed)
-    on_sample_alone, num_passes = how.max_points is not None, 0
+    on_sample_alone = how.max_points is not None
+    if begun is None:
+        begun = FitState(points.train_on(rows, num_concepts, how=how, start=None))
+        keep(begun)
+    state = begun
 
     def settle(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal num_passes
+        nonlocal state
         num_iterations = 0 if on_sample_alone else how.num_iterations
-        centroids, num_crops, passes = _iterate(points, centroids, num_iterations, on_pass)
-        num_passes += passes
-        return centroids, num_crops
+        state, num_crops = _iterate(points, replace(state, centroids=centroids), num_iterations, on_pass, keep)
+        return state.centroids, num_crops
 
     def worst_served(centroids: np.ndarray, num_crops: np.ndarray, most: int) -> np.ndarray:
+        nonlocal state
+        state = replace(state, num_moves=0, num_attempts=state.num_attempts + 1, num_reseeded=state.num_reseeded + most)
         return _merge(points.farthest(centroids, int(num_crops.argmax()), most), most).points
 
     def retrain(start: np.ndarray) -> np.ndarray:
         # Otherwise `settle` iterates over all points from `start`.
         return points.train_on(rows, num_concepts, how=how, start=start) if on_sample_alone else start
 
-    centroids, num_crops, num_reseeded = reseed_starved(
-        points.train_on(rows, num_concepts, how=how, start=None),
+    centroids, num_crops, _ = reseed_starved(
+        begun.centroids,
         settle,
         worst_served=worst_served,
         retrain=retrain,
         min_crops=how.min_crops,
         num_points=total,
         group=group,
+        num_attempts=begun.num_attempts,
     )
     points_used = len(rows) if on_sample_alone else total
-    return Clustering(centroids, num_crops, points_used, total, num_passes, num_reseeded, points.used_gpu)
+    return Clustering(centroids, num_crops, points_used, total, state.num_passes, state.num_reseeded, points.used_gpu)
 
 
 def largest_value(blocks: Iterable[Float16[np.ndarray, "_ d"]]) -> float:
@@ -217,21 +258,27 @@ def farthest(
 
 
 def _iterate(
-    points: ShardedPoints, centroids: np.ndarray, num_iterations: int, on_pass: OnPass
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Move centroids until they rest, at most `num_iterations` times; return them, their crops and the passes made."""
-    for num_moves in range(num_iterations + 1):
-        shards = points.sum_nearest(centroids)
+    points: ShardedPoints,
+    state: FitState,
+    num_iterations: int,
+    on_pass: OnPass,
+    keep: Callable[[FitState], None],
+) -> tuple[FitState, Int64[np.ndarray, " k"]]:
+    """Move centroids until they rest, at most `num_iterations` times; return them and the crops of each."""
+    for num_moves in range(state.num_moves, num_iterations + 1):
+        shards = points.sum_nearest(state.centroids)
+        state = replace(state, num_passes=state.num_passes + 1)
         on_pass(num_moves + 1, num_iterations + 1)
         num_crops = np.sum([shard.num_points for shard in shards], axis=0)
         served = num_crops > 0
-        moved = centroids.copy()
+        moved = state.centroids.copy()
         sums = np.sum([shard.sums for shard in shards], axis=0)
         moved[served] = sums[served] / (num_crops[served, None] * _UNITS)
-        if num_moves == num_iterations or np.array_equal(moved, centroids):
+        if num_moves == num_iterations or np.array_equal(moved, state.centroids):
             break
-        centroids = moved
-    return centroids, num_crops, num_moves + 1
+        state = replace(state, centroids=moved, num_moves=num_moves + 1)
+        keep(state)
+    return state, num_crops
 
 
 def _merge(found: Sequence[FarPoints], most: int) -> FarPoints:
