@@ -1,17 +1,17 @@
 """The passes of k-means over the crops of each group: shown while they are made, and kept so that a rerun goes on."""
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, fields
 
 import numpy as np
-import safetensors.torch
-import torch
+import safetensors.numpy
+from safetensors import SafetensorError
 
 from transfgu_ray.algorithms.concepts.sharded_kmeans import FitState
-from transfgu_ray.algorithms.encoder.checkpoints import hash_weights, read_safetensors
 from transfgu_ray.engine.progress import Progress
-from transfgu_ray.errors import WeightsError
 from transfgu_ray.storage import Folder
 
 _FOLDER = "concepts"
@@ -100,12 +100,12 @@ class PassFile:
         if (data := self._run_folder.find_bytes(self._name)) is None:
             return None
         try:
-            tensors, metadata = read_safetensors(data, self._name)
-        except WeightsError:
+            centroids = safetensors.numpy.load(data)["centroids"]
+            facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            state = FitState(centroids, *(int(facts[field.name]) for field in fields(FitState)[1:]))
+        except (SafetensorError, ValueError, KeyError):
             return None
-        if metadata.get("made_of") != self._made_of or metadata.get("sha256") != hash_weights(tensors):
-            return None
-        return FitState(tensors["centroids"].numpy(), *tensors["counts"].tolist())
+        return state if facts == self._facts(state) else None
 
     def write(self, state: FitState) -> None:
         """Write the state, whole or not at all.
@@ -113,17 +113,15 @@ class PassFile:
         Raises:
             ArtifactError: the run folder cannot be written.
         """
-        centroids, *counts = astuple(state)
-        tensors = {
-            "centroids": torch.from_numpy(np.ascontiguousarray(centroids)),
-            "counts": torch.tensor(counts, dtype=torch.int64),
-        }
-        metadata = {
-            "made_of": self._made_of,
-            "sha256": hash_weights(tensors),
-            "counts": ", ".join(field.name for field in fields(FitState)[1:]),
-        }
-        self._run_folder.write_bytes(self._name, safetensors.torch.save(tensors, metadata))
+        centroids = np.ascontiguousarray(state.centroids)
+        self._run_folder.write_bytes(self._name, safetensors.numpy.save({"centroids": centroids}, self._facts(state)))
+
+    def _facts(self, state: FitState) -> dict[str, str]:
+        """Return the metadata of a state's file, with a checksum of all that is in it."""
+        counts = {field.name: str(value) for field, value in zip(fields(state), astuple(state), strict=True)}
+        counts["centroids"] = hashlib.sha256(state.centroids.tobytes()).hexdigest()
+        facts = {"made_of": self._made_of, **counts}
+        return facts | {"sha256": hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
 
 
 def forget_passes(run_folder: Folder) -> None:
