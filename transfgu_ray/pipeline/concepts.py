@@ -155,7 +155,7 @@ def _count_parts(features: Folder, resources: Resources, sign: Sign) -> dict[str
 
     names = part_files(features, "features")
     task: Any = ray.remote(_count_kinds).options(num_cpus=READER_CPUS)
-    shares = even_ranges(len(names), resources.num_workers)
+    shares = even_ranges(len(names), resources.num_cores)
     runs = ray.get([task.remote(features.uri, names[share.start : share.stop], sign) for share in shares])
     counts = dict(zip(names, itertools.chain.from_iterable(runs), strict=True))
     kinds = set(itertools.chain.from_iterable(counts.values()))

@@ -33,12 +33,12 @@ class InMemory(lloyd.ShardedPoints):
         return train(self._points[rows].astype(np.float32), num_concepts, how=how, start=start)
 
     def sum_nearest(self, centroids):
-        return [lloyd.sum_nearest(self._blocks(i), centroids, False) for i in range(len(self._cuts) - 1)]
+        return [lloyd.sum_nearest(self._blocks(i), centroids, "cpu") for i in range(len(self._cuts) - 1)]
 
     def farthest(self, centroids, concept, most):
         return [
             lloyd.farthest(
-                self._blocks(i), self._cuts[i], centroids=centroids, concept=concept, most=most, use_gpu=False
+                self._blocks(i), self._cuts[i], centroids=centroids, concept=concept, most=most, device="cpu"
             )
             for i in range(len(self._cuts) - 1)
         ]
@@ -84,7 +84,7 @@ def _plain_lloyd(points, centroids, num_iterations):
 
 def test_sum_nearest__worked_by_hand():
     points = np.array([[0, 1], [0, 3], [8, 0], [0.5, 2], [10, -1]], np.float16)
-    got = lloyd.sum_nearest([points[:3], points[3:]], np.array([[0, 2], [9, 0], [50, 50]], np.float32), False)
+    got = lloyd.sum_nearest([points[:3], points[3:]], np.array([[0, 2], [9, 0], [50, 50]], np.float32), "cpu")
     assert got.num_points.tolist() == [3, 2, 0]
     assert (got.sums / 2**24).tolist() == [[0.5, 6], [18, -1], [0, 0]]
 
@@ -94,7 +94,7 @@ def test_sum_nearest__exact_for_the_largest_and_the_smallest_float16_together():
     points = np.full((lloyd.BLOCK_ROWS, 2), 65504, np.float16)
     points[1::2] = 2.0**-24
     points[5, 1] = -(2.0**-24)
-    got = lloyd.sum_nearest([points, points[::-1].copy()], np.zeros((1, 2), np.float32), False)
+    got = lloyd.sum_nearest([points, points[::-1].copy()], np.zeros((1, 2), np.float32), "cpu")
     units = [[int(float(value) * 2**24) for value in row] for row in points]
     assert got.sums.tolist() == [[2 * sum(column) for column in zip(*units, strict=True)]]
 
@@ -122,7 +122,7 @@ def test_farthest__equal_to_a_sort_and_ties_go_by_row(blocks_of_64):
     own = np.flatnonzero(assigned == 2)
     expected = own[np.argsort(-distance[own], kind="stable")][:7]
     blocks = [points[i : i + 64] for i in range(0, 400, 64)]
-    got = lloyd.farthest(blocks, 1000, centroids=centroids, concept=2, most=7, use_gpu=False)
+    got = lloyd.farthest(blocks, 1000, centroids=centroids, concept=2, most=7, device="cpu")
     assert got.row.tolist() == (1000 + expected).tolist()
     assert np.array_equal(got.points, points[expected])
     assert np.array_equal(got.points[0], got.points[1])

@@ -31,7 +31,7 @@ class Clustering:
         points_total: points in the group.
         num_passes: passes over all points, including the one that counted the crops; 0 if they were in memory.
         num_reseeded: starved concepts that were seeded anew.
-        used_gpu: whether a CUDA index did the work.
+        used_gpu: whether a CUDA device found the nearest centroids of the points.
     """
 
     centroids: Float32[np.ndarray, "k d"]

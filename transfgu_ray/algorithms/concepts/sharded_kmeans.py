@@ -95,7 +95,7 @@ class ShardedPoints(ABC):
     Attributes:
         num_points: points in all shards.
         largest_value: largest magnitude of a coordinate; NaN or infinity if a point is not finite.
-        used_gpu: whether a CUDA index finds the nearest centroids.
+        used_gpu: whether a CUDA device finds the nearest centroids.
     """
 
     num_points: int
@@ -206,26 +206,48 @@ def largest_value(blocks: Iterable[Float16[np.ndarray, "_ d"]]) -> float:
 
 
 def sum_nearest(
-    blocks: Iterable[Float16[np.ndarray, "_ d"]], centroids: Float32[np.ndarray, "k d"], use_gpu: bool
+    blocks: Iterable[Float16[np.ndarray, "_ d"]], centroids: Float32[np.ndarray, "k d"], device: str
 ) -> ClusterSums:
-    """Return the sum and number of the points nearest to each centroid; FAISS breaks ties.
+    """Return the sum and number of the points nearest to each centroid, of several the first.
 
     Args:
         blocks: of `BLOCK_ROWS` finite points each, except the last of the group.
         centroids: of all concepts.
-        use_gpu: whether a CUDA index finds the nearest centroid.
+        device: "cpu" = FAISS; any other = torch there.
     """
-    index = flat_index(centroids, use_gpu)
+    if device != "cpu":
+        return sum_nearest_by_torch(blocks, centroids, device)
+    search = _search(centroids, device)
     sums = np.zeros(centroids.shape, np.int64)
     num_points = np.zeros(len(centroids), np.int64)
     for block in blocks:
-        points = block.astype(np.float32)
-        assigned = index.search(points, 1)[1][:, 0]
+        points, assigned = block.astype(np.float32), search(block)[1]
         # A sparse product costs the same for any K.
         is_nearest = csr_array((np.ones(len(points)), assigned, np.arange(len(points) + 1)), (len(points), len(sums)))
         sums += (is_nearest.T @ points * _UNITS).astype(np.int64)
         num_points += np.bincount(assigned, minlength=len(sums))
     return ClusterSums(sums, num_points)
+
+
+def sum_nearest_by_torch(
+    blocks: Iterable[Float16[np.ndarray, "_ d"]], centroids: Float32[np.ndarray, "k d"], device: str
+) -> ClusterSums:
+    """Return what `sum_nearest` does, computed by torch on a device, where the sums stay until the last block."""
+    import torch
+
+    from transfgu_ray.algorithms.concepts.torch_nearest import TorchCentroids
+
+    search = TorchCentroids(centroids, device)
+    sums = torch.zeros(centroids.shape, dtype=torch.int64, device=device)
+    num_points = torch.zeros(len(centroids), dtype=torch.int64, device=device)
+    for block in blocks:
+        # A copy, since the next block is read into the same memory.
+        points = torch.from_numpy(block.copy()).to(device)
+        assigned = search.nearest(points)[1]
+        # Whole numbers are the same in whatever order a device adds them.
+        sums.index_add_(0, assigned, (points.double() * _UNITS).long())
+        num_points.index_add_(0, assigned, torch.ones_like(assigned))
+    return ClusterSums(sums.cpu().numpy(), num_points.cpu().numpy())
 
 
 def farthest(
@@ -235,7 +257,7 @@ def farthest(
     centroids: Float32[np.ndarray, "k d"],
     concept: int,
     most: int,
-    use_gpu: bool,
+    device: str,
 ) -> FarPoints:
     """Return at most `most` points of a concept, the farthest from its centroid.
 
@@ -245,16 +267,41 @@ def farthest(
         centroids: of all concepts; a point belongs to the nearest.
         concept: index of the concept.
         most: how many points at most.
-        use_gpu: whether a CUDA index finds the nearest centroid.
+        device: as for `sum_nearest`.
     """
-    index = flat_index(centroids, use_gpu)
     far = FarPoints(np.empty(0, np.float32), np.empty(0, np.int64), np.empty((0, centroids.shape[1]), np.float16))
+    search = _search(centroids, device)
     for block in blocks:
-        distance, assigned = index.search(block.astype(np.float32), 1)
-        own = np.flatnonzero(assigned[:, 0] == concept)
-        far = _merge([far, FarPoints(distance[own, 0], first_row + own, block[own])], most)
+        distance, assigned = search(block)
+        own = np.flatnonzero(assigned == concept)
+        far = _merge([far, FarPoints(distance[own], first_row + own, block[own])], most)
         first_row += len(block)
     return far
+
+
+def _search(
+    centroids: np.ndarray, device: str
+) -> Callable[[Float16[np.ndarray, "n d"]], tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
+    """Return a function from points to the squared distance to the nearest centroid, and its index."""
+    if device == "cpu":
+        index = flat_index(centroids, use_gpu=False)
+
+        def by_faiss(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            distance, assigned = index.search(block.astype(np.float32), 1)
+            return distance[:, 0], assigned[:, 0]
+
+        return by_faiss
+    import torch
+
+    from transfgu_ray.algorithms.concepts.torch_nearest import TorchCentroids
+
+    search = TorchCentroids(centroids, device)
+
+    def by_torch(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        distance, assigned = search.nearest(torch.from_numpy(block.copy()).to(device))
+        return distance.cpu().numpy(), assigned.cpu().numpy()
+
+    return by_torch
 
 
 def _iterate(
