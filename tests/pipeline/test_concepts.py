@@ -10,6 +10,7 @@ import pytest
 
 from tests.algorithms.concepts.test_sharded_kmeans import InMemory
 from tests.fixtures import Counted
+from transfgu_ray.algorithms.concepts.hierarchical_kmeans import Hierarchy, fit_hierarchy, fit_sharded_hierarchy
 from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import fit_sharded_concepts
 from transfgu_ray.config.presets import get_preset
@@ -147,6 +148,45 @@ def test_cluster__large_group_with_a_cap_uses_no_more(tmp_path: Path, local_ray:
     assert centroids[:6].tobytes() == expected.centroids.tobytes()
     assert num_crops[:6] == expected.num_crops.tolist()
     assert (groups["foreground"]["points_used"], groups["foreground"]["points_total"]) == (4000, 27_000)
+
+
+HIERARCHY = ("concepts.method=hierarchical", "concepts.num_resamples=2", "concepts.init_points=5000")
+
+
+@pytest.mark.ray
+def test_cluster__hierarchy_is_the_same_for_any_workers_and_ends(tmp_path: Path, local_ray: None) -> None:
+    points, hierarchy = None, Hierarchy(2, 5000)
+    for num_workers, rows_per_part in ((1, NUM_ROWS), (3, 7777)):
+        run = make_features(tmp_path / str(num_workers), NUM_ROWS, rows_per_part)
+        if points is None:
+            points = {kind: tokens_of(run, kind) for kind in ("foreground", "background")}
+            large = fit_sharded_hierarchy(InMemory(points["foreground"]), 6, how=HOW, hierarchy=hierarchy, group="")
+            small = fit_hierarchy(points["background"].astype(np.float32), 3, how=HOW, hierarchy=hierarchy, group="")
+        words: list[str] = []
+        groups, centroids, num_crops = fit(run, num_workers, *HIERARCHY, progress=Told(lambda done: None, words))
+        assert centroids.tobytes() == np.concatenate([large.centroids, small.centroids]).tobytes()
+        assert num_crops == [*large.num_crops, *small.num_crops]
+        # Seven and four passes of the foreground, and three times six of the background.
+        assert words[0] == "29 expected"
+        assert "foreground: pass 11 of 11" in words
+        found = groups["foreground"]
+        assert (found["passes"], found["resumed_at_pass"], groups["background"]["passes"]) == (11, None, 0)
+        assert found["levels"] == [
+            {"points": 27_000, "clusters": 78, "passes": 9, "resamples": 2},
+            {"points": 78, "clusters": 22, "passes": 8, "resamples": 2},
+            {"points": 22, "clusters": 6, "passes": 8, "resamples": 2},
+        ]
+        assert found["largest_concept_crops"] == large.num_crops.max()
+        assert found["smallest_concept_crops_by_hierarchy"] == large.num_below.min()
+        assert found["largest_concept_crops_by_hierarchy"] == large.num_below.max()
+    # Ended between two resampling steps, the next call goes on after the first.
+    expected = run.read_bytes("concepts.parquet")
+    run.delete("concepts.parquet")
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, 2, *HIERARCHY, progress=Ended([], "foreground: pass 9 of 11"))
+    groups, *_ = fit(run, 2, *HIERARCHY)
+    assert run.read_bytes("concepts.parquet") == expected
+    assert (groups["foreground"]["passes"], groups["foreground"]["resumed_at_pass"]) == (11, 8)
 
 
 class Ended(Told):

@@ -54,7 +54,7 @@ def test_shown_passes__worked_by_hand(kept: Kept) -> None:
         (0, "background: pass 3 of 20"),
         (6, "background: pass 9 of 20"),
         (11, "background: pass 9 of 20"),
-        (0, "foreground: first centroids, pass 7 of 100"),
+        (0, "foreground: pass 7 of 100 over a sample"),
         (1, "foreground: pass 1 of 4"),
         (1, "foreground: pass 2 of 4"),
         (0, "foreground: pass 1 of 4"),
@@ -73,7 +73,7 @@ def test_shown_passes__a_single_group_needs_no_name(kept: Kept) -> None:
     assert kept.said == [(7, "pass 7 of 20"), (13, "pass 33 of 40"), (0, "pass 33 of 40")]
 
 
-STATE = FitState(np.arange(12, dtype=np.float32).reshape(3, 4) / 7, 5, 17, 2, 3)
+STATE = FitState(np.arange(12, dtype=np.float32).reshape(3, 4) / 7, 5, 17, 2, 3, 4)
 
 
 def test_pass_file__a_state_comes_back_and_goes(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_pass_file__a_state_comes_back_and_goes(tmp_path: Path) -> None:
     passes.write(STATE)
     found = passes.read()
     assert np.array_equal(found.centroids, STATE.centroids)
-    assert astuple(found)[1:] == (5, 17, 2, 3)
+    assert astuple(found)[1:] == (5, 17, 2, 3, 4)
     assert PassFile(run, "foreground", "these crops").read() is None
     assert [path.name for path in (tmp_path / "concepts").iterdir()] == ["passes-background.safetensors"]
     forget_passes(run)
@@ -98,7 +98,7 @@ def test_pass_file__of_other_crops_is_none_and_is_replaced(tmp_path: Path) -> No
     passes = PassFile(run, "any", "these crops")
     assert passes.read() is None
     passes.write(STATE)
-    assert astuple(passes.read())[1:] == (5, 17, 2, 3)
+    assert astuple(passes.read())[1:] == (5, 17, 2, 3, 4)
 
 
 def test_pass_file__a_damaged_one_is_none(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_pass_file__a_damaged_one_is_none(tmp_path: Path) -> None:
         assert passes.read() is None
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert (found := passes.read()) is None or astuple(found)[1:] == (5, 17, 2, 3)
+        assert (found := passes.read()) is None or astuple(found)[1:] == (5, 17, 2, 3, 4)
         assert found is None or np.array_equal(found.centroids, STATE.centroids)
     path.write_bytes(whole)
     assert passes.read() is not None

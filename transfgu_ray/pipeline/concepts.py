@@ -4,10 +4,17 @@ import itertools
 from functools import partial
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from transfgu_ray.algorithms.concepts.hierarchical_kmeans import (
+    Hierarchy,
+    fit_hierarchy,
+    fit_sharded_hierarchy,
+    num_passes,
+)
 from transfgu_ray.algorithms.concepts.kmeans import Clustering, KMeans, fit_concepts
 from transfgu_ray.algorithms.concepts.sharded_kmeans import FitState, fit_sharded_concepts
 from transfgu_ray.config.run import RunConfig
@@ -60,6 +67,12 @@ def kmeans_settings(config: RunConfig, use_gpu: bool) -> KMeans:
         max_points=concepts.max_points,
         use_gpu=use_gpu,
     )
+
+
+def hierarchy_settings(config: RunConfig) -> Hierarchy | None:
+    """Return the settings of the levels; None for flat k-means."""
+    concepts = config.concepts
+    return Hierarchy(concepts.num_resamples, concepts.init_points) if concepts.method == "hierarchical" else None
 
 
 def is_spread(config: RunConfig, num_points: int) -> bool:
@@ -119,11 +132,16 @@ def _cluster(job: Job, shown: ShownPasses, sign: Sign, *, num_rows: int, made_of
         passes = PassFile(job.folder, kind, f"{job.fingerprint} {made_of}")
         begun[kind] = passes.read()
         with actor_shards(features, kind, parts=parts[kind], resources=resources, sign=sign) as points:
-            fitted[kind] = fit_sharded_concepts(
+            if (hierarchy := hierarchy_settings(config)) is None:
+                fit: Any = partial(fit_sharded_concepts, init_points=config.concepts.init_points)
+            else:
+                # The levels above the lowest are small enough for the driver.
+                faiss.omp_set_num_threads(resources.threads)
+                fit = partial(fit_sharded_hierarchy, hierarchy=hierarchy)
+            fitted[kind] = fit(
                 points,
                 groups[kind],
                 how=kmeans_settings(config, use_gpu=False),
-                init_points=config.concepts.init_points,
                 group=kind,
                 on_pass=shown.reach,
                 keep=passes.write,
@@ -142,11 +160,15 @@ def _num_passes(config: RunConfig, is_large: bool) -> int:
 
     Those of mini-batches cannot be told apart.
     """
-    concepts = config.concepts
+    concepts, hierarchy = config.concepts, hierarchy_settings(config)
     if is_large:
+        if hierarchy is not None:
+            return num_passes(kmeans_settings(config, use_gpu=False), hierarchy.num_resamples)
         # The last one counts the crops.
         return 1 + (concepts.num_iterations if concepts.max_points is None else 0)
-    return concepts.num_iterations * concepts.num_redos if concepts.algorithm == "faiss" else 1
+    if concepts.algorithm == "mini_batch":
+        return 1
+    return concepts.num_iterations * concepts.num_redos * (1 if hierarchy is None else 1 + hierarchy.num_resamples)
 
 
 def _count_parts(features: Folder, resources: Resources, sign: Sign) -> dict[str, list[tuple[str, int]]]:
@@ -176,15 +198,14 @@ def _fit_in_memory(
     run_uri: str, config: RunConfig, *, groups: dict[str, int], threads: int, use_gpu: bool, sign: Sign
 ) -> tuple[dict[str, Clustering], int]:
     """Cluster groups with all of their crops in memory; return them and the peak memory, MB."""
-    import faiss
-
     faiss.omp_set_num_threads(threads)
     run_folder = Folder(run_uri)
     names = part_files(run_folder, "features")
-    fitted, order = {}, list(concept_groups(config))
+    fitted, order, hierarchy = {}, list(concept_groups(config)), hierarchy_settings(config)
+    fit: Any = fit_concepts if hierarchy is None else partial(fit_hierarchy, hierarchy=hierarchy)
     for kind, count in groups.items():
         points = np.concatenate([_read_signed(run_folder, name, kind, sign) for name in names])
-        fitted[kind] = fit_concepts(
+        fitted[kind] = fit(
             points.astype(np.float32),
             count,
             how=kmeans_settings(config, use_gpu),
@@ -219,7 +240,7 @@ def _write_concepts(run_folder: Folder, fitted: dict[str, Clustering]) -> None:
 
 
 def _describe(group: Clustering, begun: FitState | None) -> dict[str, Any]:
-    return {
+    described: dict[str, Any] = {
         "concepts": len(group.num_crops),
         "points_used": group.points_used,
         "points_total": group.points_total,
@@ -229,6 +250,22 @@ def _describe(group: Clustering, begun: FitState | None) -> dict[str, Any]:
         "smallest_concept_crops": int(group.num_crops.min()),
         "used_gpu": group.used_gpu,
     }
+    if group.num_below is not None:
+        described |= {
+            "levels": [
+                {
+                    "points": level.num_points,
+                    "clusters": level.num_clusters,
+                    "passes": level.num_passes,
+                    "resamples": level.num_resamples,
+                }
+                for level in group.levels
+            ],
+            "largest_concept_crops": int(group.num_crops.max()),
+            "smallest_concept_crops_by_hierarchy": int(group.num_below.min()),
+            "largest_concept_crops_by_hierarchy": int(group.num_below.max()),
+        }
+    return described
 
 
 def read_concepts(run_folder: Folder) -> tuple[list[str], np.ndarray]:

@@ -56,14 +56,14 @@ class ShownPasses:
     def sign(self, words: Mapping[str, float]) -> None:
         """Take a sign of life, which may name a pass: its `number`, how many there are at `most`, and its `group`.
 
-        Without a group it is a pass over the sample that a large group starts from.
+        Without a group it is a pass over a sample of the large group that was begun last.
         """
         if "group" in words:
             self._reach(self._order[int(words["group"])], int(words["number"]), int(words["most"]))
             return
         with self._lock:
             if "number" in words:
-                said = f"first centroids, pass {words['number']:.0f} of {words['most']:.0f}"
+                said = f"pass {words['number']:.0f} of {words['most']:.0f} over a sample"
                 self._words = self._named(self._kind, said)
             self._progress(0, self._words)
 

@@ -108,6 +108,10 @@ class PointShard:
             self._blocks(), self._plan.start, centroids=centroids, concept=concept, most=most, device=self._device
         )
 
+    def central(self, centroids: np.ndarray, most: int) -> lloyd.CentralPoints:
+        """Return `lloyd.central` of the shard."""
+        return lloyd.central(self._blocks(), self._plan.start, centroids=centroids, most=most, device=self._device)
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the points of those of the group's rows that are in this shard, float16 (n, d)."""
         file, width = self._file()
@@ -212,6 +216,10 @@ class ActorShards(lloyd.ShardedPoints):
     def farthest(self, centroids: np.ndarray, concept: int, most: int) -> list[lloyd.FarPoints]:
         """Run one pass of all actors over their points."""
         return self._all("farthest", centroids, concept, most)
+
+    def central(self, centroids: np.ndarray, most: int) -> list[lloyd.CentralPoints]:
+        """Run one pass of all actors over their points."""
+        return self._all("central", centroids, most)
 
     def peak_mb(self) -> int:
         """Return the highest peak memory of any actor so far, MB."""

@@ -43,6 +43,12 @@ class InMemory(lloyd.ShardedPoints):
             for i in range(len(self._cuts) - 1)
         ]
 
+    def central(self, centroids, most):
+        return [
+            lloyd.central(self._blocks(i), self._cuts[i], centroids=centroids, most=most, device="cpu")
+            for i in range(len(self._cuts) - 1)
+        ]
+
 
 @pytest.fixture
 def blocks_of_64(monkeypatch):
@@ -109,7 +115,7 @@ def test_largest_value__of_either_sign():
 def test_iterate__a_concept_without_points_stays_where_it_is():
     start = np.array([[-1, 0], [1, 0], [90, 90]], np.float32)
     state = lloyd.FitState(start)
-    state, num_crops = lloyd._iterate(InMemory(_cloud(dim=2)), state, 5, unwatched, lloyd.forgotten)
+    state, num_crops = lloyd.iterate(InMemory(_cloud(dim=2)), state, 5, unwatched, lloyd.forgotten)
     assert state.centroids[2].tolist() == [90, 90]
     assert num_crops[2] == 0
     assert num_crops.sum() == 1000
@@ -168,7 +174,7 @@ def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
     shards = InMemory(points, 2)
     objectives = []
     for num_iterations in range(12):
-        state, _ = lloyd._iterate(shards, lloyd.FitState(start), num_iterations, unwatched, lloyd.forgotten)
+        state, _ = lloyd.iterate(shards, lloyd.FitState(start), num_iterations, unwatched, lloyd.forgotten)
         objectives.append(_plain_lloyd(points, state.centroids, 1)[1][0])
     assert (np.diff(objectives) <= 0).all()
     assert objectives[-1] < objectives[0]

@@ -21,6 +21,23 @@ def unwatched(number: int, most: int) -> None:
 
 
 @dataclass(frozen=True)
+class Level:
+    """One level of a hierarchy of clusters.
+
+    Attributes:
+        num_points: points clustered: all of the group, or the centroids of the level below.
+        num_clusters: clusters of them; those without points are left out of the level above.
+        num_passes: passes over all of its points until its clusters were final.
+        num_resamples: resampling steps made.
+    """
+
+    num_points: int
+    num_clusters: int
+    num_passes: int
+    num_resamples: int
+
+
+@dataclass(frozen=True)
 class Clustering:
     """The concepts of one group.
 
@@ -32,6 +49,8 @@ class Clustering:
         num_passes: passes over all points, including the one that counted the crops; 0 if they were in memory.
         num_reseeded: starved concepts that were seeded anew.
         used_gpu: whether a CUDA device found the nearest centroids of the points.
+        levels: of the hierarchy that led to the concepts, the lowest first; none if there is none.
+        num_below: crops that the hierarchy leads to each concept; see `hierarchical_kmeans`.
     """
 
     centroids: Float32[np.ndarray, "k d"]
@@ -41,6 +60,8 @@ class Clustering:
     num_passes: int
     num_reseeded: int
     used_gpu: bool
+    levels: tuple[Level, ...] = ()
+    num_below: Int64[np.ndarray, " k"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

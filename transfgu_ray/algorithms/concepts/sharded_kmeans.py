@@ -76,6 +76,7 @@ class FitState:
         num_passes: passes made over all points.
         num_attempts: times that starved concepts were seeded anew.
         num_reseeded: starved concepts that were seeded anew.
+        num_resamples: resampling steps made, of a hierarchy.
     """
 
     centroids: Float32[np.ndarray, "k d"]
@@ -83,10 +84,26 @@ class FitState:
     num_passes: int = 0
     num_attempts: int = 0
     num_reseeded: int = 0
+    num_resamples: int = 0
 
 
 def forgotten(state: FitState) -> None:
     """Keep no state."""
+
+
+@dataclass(frozen=True)
+class CentralPoints:
+    """Some points of each cluster, the nearest to its centroid first, ties in order of row.
+
+    Attributes:
+        cluster: index of the centroid, ascending.
+        distance: squared distance to it.
+        row: row of the point in the group.
+    """
+
+    cluster: Int64[np.ndarray, " n"]
+    distance: Float32[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
 
 
 class ShardedPoints(ABC):
@@ -121,6 +138,10 @@ class ShardedPoints(ABC):
     def farthest(self, centroids: Float32[np.ndarray, "k d"], concept: int, most: int) -> Sequence[FarPoints]:
         """Return `farthest` of every shard."""
 
+    @abstractmethod
+    def central(self, centroids: Float32[np.ndarray, "k d"], most: int) -> Sequence[CentralPoints]:
+        """Return `central` of every shard."""
+
 
 def fit_sharded_concepts(
     points: ShardedPoints,
@@ -154,16 +175,8 @@ def fit_sharded_concepts(
         DataError: there are fewer points than concepts need, points are not finite or too large to be summed exactly,
             or starved concepts remain.
     """
+    check_points(points, num_concepts, min_crops=how.min_crops, group=group)
     total = points.num_points
-    if not np.isfinite(points.largest_value):
-        raise not_finite(group)
-    if total * points.largest_value >= _MAX_SUM:
-        raise DataError(
-            f"the {group} class tokens reach {points.largest_value:.0f}, and sums of {total} of them are exact only "
-            f"below {_MAX_SUM / total:.0f}; check encoder.weights, or set concepts.max_points"
-        )
-    if total < num_concepts * how.min_crops:
-        raise too_few(num_concepts, total, min_crops=how.min_crops, group=group)
     rows = draw_rows(total, max(how.max_points or init_points, num_concepts), how.seed)
     on_sample_alone = how.max_points is not None
     if begun is None:
@@ -174,7 +187,7 @@ def fit_sharded_concepts(
     def settle(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         nonlocal state
         num_iterations = 0 if on_sample_alone else how.num_iterations
-        state, num_crops = _iterate(points, replace(state, centroids=centroids), num_iterations, on_pass, keep)
+        state, num_crops = iterate(points, replace(state, centroids=centroids), num_iterations, on_pass, keep)
         return state.centroids, num_crops
 
     def worst_served(centroids: np.ndarray, num_crops: np.ndarray, most: int) -> np.ndarray:
@@ -198,6 +211,24 @@ def fit_sharded_concepts(
     )
     points_used = len(rows) if on_sample_alone else total
     return Clustering(centroids, num_crops, points_used, total, state.num_passes, state.num_reseeded, points.used_gpu)
+
+
+def check_points(points: ShardedPoints, num_concepts: int, *, min_crops: int, group: str) -> None:
+    """Refuse points that cannot be clustered.
+
+    Raises:
+        DataError: there are fewer than concepts need, or they are not finite or too large to be summed exactly.
+    """
+    total = points.num_points
+    if not np.isfinite(points.largest_value):
+        raise not_finite(group)
+    if total * points.largest_value >= _MAX_SUM:
+        raise DataError(
+            f"the {group} class tokens reach {points.largest_value:.0f}, and sums of {total} of them are exact only "
+            f"below {_MAX_SUM / total:.0f}; check encoder.weights, or set concepts.max_points"
+        )
+    if total < num_concepts * min_crops:
+        raise too_few(num_concepts, total, min_crops=min_crops, group=group)
 
 
 def largest_value(blocks: Iterable[Float16[np.ndarray, "_ d"]]) -> float:
@@ -241,8 +272,7 @@ def sum_nearest_by_torch(
     sums = torch.zeros(centroids.shape, dtype=torch.int64, device=device)
     num_points = torch.zeros(len(centroids), dtype=torch.int64, device=device)
     for block in blocks:
-        # A copy, since the next block is read into the same memory.
-        points = torch.from_numpy(block.copy()).to(device)
+        points = torch.from_numpy(block).to(device)
         assigned = search.nearest(points)[1]
         # Whole numbers are the same in whatever order a device adds them.
         sums.index_add_(0, assigned, (points.double() * _UNITS).long())
@@ -279,6 +309,46 @@ def farthest(
     return far
 
 
+def central(
+    blocks: Iterable[Float16[np.ndarray, "_ d"]],
+    first_row: int,
+    *,
+    centroids: Float32[np.ndarray, "k d"],
+    most: int,
+    device: str,
+) -> CentralPoints:
+    """Return at most `most` points of each cluster, the nearest to its centroid.
+
+    Args:
+        blocks: as for `sum_nearest`.
+        first_row: row in the group of the first block's first point.
+        centroids: of all clusters; a point belongs to the nearest.
+        most: how many points of a cluster at most.
+        device: as for `sum_nearest`.
+    """
+    found = CentralPoints(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
+    search = _search(centroids, device)
+    for block in blocks:
+        distance, assigned = search(block)
+        rows = np.arange(first_row, first_row + len(block))
+        found = merge_central([found, CentralPoints(assigned, distance, rows)], most)
+        first_row += len(block)
+    return found
+
+
+def merge_central(found: Sequence[CentralPoints], most: int) -> CentralPoints:
+    """Return at most `most` points of each cluster, of all that were found, the nearest to its centroid."""
+    cluster = np.concatenate([each.cluster for each in found])
+    distance = np.concatenate([each.distance for each in found])
+    row = np.concatenate([each.row for each in found])
+    order = np.lexsort((row, distance, cluster))
+    ordered = cluster[order]
+    # Places count from the first point of a cluster.
+    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    kept = order[place < most]
+    return CentralPoints(cluster[kept], distance[kept], row[kept])
+
+
 def _search(
     centroids: np.ndarray, device: str
 ) -> Callable[[Float16[np.ndarray, "n d"]], tuple[Float32[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
@@ -298,13 +368,13 @@ def _search(
     search = TorchCentroids(centroids, device)
 
     def by_torch(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        distance, assigned = search.nearest(torch.from_numpy(block.copy()).to(device))
+        distance, assigned = search.nearest(torch.from_numpy(block).to(device))
         return distance.cpu().numpy(), assigned.cpu().numpy()
 
     return by_torch
 
 
-def _iterate(
+def iterate(
     points: ShardedPoints,
     state: FitState,
     num_iterations: int,
