@@ -130,13 +130,7 @@ def _distances(config: RunConfig, points: int) -> int:
     passes = config.concepts.num_iterations * config.concepts.num_redos
     if (hierarchy := hierarchy_settings(config)) is None:
         return config.num_concepts * passes * points
-    found = 0
-    for size in hierarchy.level_sizes(points, config.num_concepts):
-        steps = hierarchy.num_steps(points, size)
-        resampled = steps * size * hierarchy.sample_size(points, size)
-        found += size * (passes * (points + resampled) + steps * points)
-        points = size
-    return found
+    return hierarchy.num_distances(points, config.num_concepts, passes)
 
 
 def _plan_training(

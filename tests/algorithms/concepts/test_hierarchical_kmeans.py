@@ -207,6 +207,16 @@ def test_fit_hierarchy__refuses_more_concepts_than_points_or_places():
             fit(np.repeat([[0.0, 1.0], [1.0, 0.0]], 30, axis=0), 4)
 
 
+def test_fit_hierarchy__refuses_fewer_places_than_resampling_can_fill_clusters_with():
+    # 93 clusters were planned, but those of two places give 64 points, of which no 93 clusters can be made.
+    places = np.repeat([[0.0, 1.0], [1.0, 0.0]], 3000, axis=0)
+    for got in (lambda k: _fit(places, k), lambda k: _fit_sharded(places, k, init_points=5952)):
+        with pytest.raises(DataError, match=r"of which only 2 clusters differ; lower concepts\.num_concepts or leave"):
+            got(3)
+        # FAISS moves a centroid that it splits by a thousandth.
+        np.testing.assert_allclose(sorted(got(2).centroids.tolist()), [[0, 1], [1, 0]], atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_fit_hierarchy__refuses_points_that_are_not_finite(bad):
     points = _cloud()

@@ -86,6 +86,16 @@ class Hierarchy:
         """Return the resampling steps of a level: none where they would take one point of a cluster (paper)."""
         return self.num_resamples if self.sample_size(num_points, num_clusters) > 1 else 0
 
+    def num_distances(self, num_points: int, num_concepts: int, passes: int) -> int:
+        """Return the distances from a centroid that all levels take, where each k-means makes so many passes."""
+        found = 0
+        for size in self.level_sizes(num_points, num_concepts):
+            steps = self.num_steps(num_points, size)
+            resampled = steps * size * self.sample_size(num_points, size)
+            found += size * (passes * (num_points + resampled) + steps * num_points)
+            num_points = size
+        return found
+
 
 def fit_hierarchy(
     points: Float32[np.ndarray, "n d"],
