@@ -179,7 +179,6 @@ def fit_sharded_hierarchy(
     total = points.num_points
     sizes = hierarchy.level_sizes(total, num_concepts)
     steps = hierarchy.num_steps(total, sizes[0])
-    # Those that move the centroids and one that counts, twice: on the lowest level and of the concepts.
     most = num_passes(how, steps)
     if begun is None:
         rows = draw_rows(total, max(hierarchy.init_points, sizes[0]), how.seed)
@@ -227,6 +226,7 @@ def num_passes(how: KMeans, num_steps: int) -> int:
         how: settings of every k-means.
         num_steps: resampling steps of the lowest level.
     """
+    # Those of Lloyd, which end with one that moves nothing, and one each that counts the lowest level and the concepts.
     return how.num_iterations + 1 + num_steps + 2
 
 
