@@ -64,3 +64,9 @@ def test_stage__quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Terminal(quiet=True).stage("labels", 2, "photographs") as progress:
         progress(1, "words", refused=1)
     assert capsys.readouterr() == ("", "")
+
+
+def test_stage__one_pass_is_said_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal(quiet=False).stage("concepts", 1, "passes") as progress:
+        progress(1)
+    assert capsys.readouterr().err.splitlines() == ["concepts: 1 pass", "concepts: done, 1 of 1 pass in 0 s"]

@@ -116,6 +116,15 @@ def test_build_config__reports_every_problem_at_once():
             "max_points must be null when concepts.algorithm is mini_batch",
         ),
         (
+            ["concepts.method=hierarchical", "concepts.algorithm=mini_batch"],
+            "method=hierarchical needs concepts.algorithm=faiss, not mini_batch, which has no levels",
+        ),
+        (
+            ["concepts.method=hierarchical", "concepts.max_points=9"],
+            "max_points must be null when concepts.method is hierarchical",
+        ),
+        (["concepts.num_resamples=3"], "num_resamples has no use when concepts.method is flat; set it to 10"),
+        (
             ["cam.response=windows", "cam.gradient_scale=0.125"],
             "gradient_scale, .* no use when cam.response is windows",
         ),

@@ -15,7 +15,16 @@ from transfgu_ray.engine.parts import part_files
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.signs import Sign
 from transfgu_ray.errors import ArtifactError
-from transfgu_ray.pipeline.shards import Piece, PointShard, ShardPlan, actor_shards, plan_shards, read_points
+from transfgu_ray.pipeline.shards import (
+    Piece,
+    PointShard,
+    ShardPlan,
+    actor_shards,
+    count_shards,
+    gpu_share,
+    plan_shards,
+    read_points,
+)
 from transfgu_ray.storage import Folder
 
 UNSEEN = Sign("test")
@@ -47,6 +56,46 @@ def test_plan_shards__worked_by_hand() -> None:
     # Parts that end where a shard does are read once.
     whole = [("a", 8192), ("b", 8192)]
     assert [plan.pieces for plan in plan_shards(whole, 2)] == [(Piece("a", 0),), (Piece("b", 8192),)]
+
+
+def resources(device: str, num_workers: int, threads: int = 1) -> Resources:
+    return Resources(64, num_workers, 1, device, threads, None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "expected"),
+    [
+        # Two GPUs and 64 cores on a machine; on two of their own beside one without; few cores; more than one thread.
+        ([{"CPU": 64, "GPU": 2}], 1, 16),
+        ([{"CPU": 48}, {"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], 1, 16),
+        ([{"CPU": 48}, {"CPU": 16, "GPU": 1}, {"CPU": 3, "GPU": 1}], 1, 6),
+        ([{"CPU": 1, "GPU": 2}], 1, 2),
+        ([{"CPU": 64, "GPU": 2}], 8, 8),
+        # All GPUs are gone for the moment.
+        ([{"CPU": 64}], 1, 2),
+    ],
+)
+def test_count_shards__several_share_a_gpu_and_each_has_a_core(
+    nodes: list[dict[str, float]], threads: int, expected: int
+) -> None:
+    assert count_shards(resources("cuda", 2, threads), nodes) == expected
+
+
+def test_count_shards__without_gpus_as_many_as_workers() -> None:
+    assert count_shards(resources("cpu", 5), [{"CPU": 64, "GPU": 2}]) == 5
+
+
+def test_gpu_share__fills_each_gpu_and_no_more() -> None:
+    assert gpu_share(resources("cpu", 2), 16) == 0
+    for num_gpus in range(1, 10):
+        for num_shards in range(1, 8 * num_gpus + 1):
+            share = gpu_share(resources("cuda", num_gpus), num_shards)
+            # As Ray counts.
+            assert round(share * 10_000) == share * 10_000
+            on_each = int(1 / share)
+            assert on_each * num_gpus >= num_shards, "all find room"
+            assert (on_each - 1) * num_gpus < num_shards, "on all GPUs"
+    assert gpu_share(resources("cuda", 2), 13) == 0.1428
 
 
 def test_point_shard__holds_its_rows_in_order(features: Folder) -> None:

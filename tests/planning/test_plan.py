@@ -71,6 +71,13 @@ def test_plan_stages__mini_batches_are_clustered_by_one_worker():
     assert mini == pytest.approx(2 * spread)
 
 
+def test_plan_stages__a_hierarchy_clusters_each_level_and_what_is_resampled():
+    # 16 clusters of 800 crops, ten times of 16 * 25 of them too, whose clusters 800 crops are given; then 8 of the 16.
+    distances = 16 * (100 * (800 + 10 * 16 * 25) + 10 * 800) + 8 * 100 * 16
+    hierarchy = plan("concepts.method=hierarchical")["concepts"]
+    assert hierarchy.seconds == pytest.approx(1e-9 * distances * 96)
+
+
 def test_plan_stages__free_cores_feed_the_training():
     cluster = Cluster(num_workers=4, train_workers=2, num_cores=4, shares_cores=True)
     assert plan(cluster=cluster)["train"].seconds == pytest.approx(20 + 150 * 0.7)

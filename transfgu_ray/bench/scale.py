@@ -12,11 +12,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
+import torch
+from jaxtyping import Float32
 
+from transfgu_ray.algorithms.concepts.hierarchical_kmeans import Hierarchy, fit_hierarchy
+from transfgu_ray.algorithms.concepts.kmeans import KMeans, fit_concepts
 from transfgu_ray.bench.subject import jpeg_photographs
-from transfgu_ray.bench.timing import Measurements, Target
+from transfgu_ray.bench.timing import Measurements, Target, ratio, take_turns
 from transfgu_ray.config.presets import get_preset
 from transfgu_ray.config.run import RunConfig, build_config
 from transfgu_ray.config.sections import RuntimeConfig
@@ -182,11 +187,45 @@ def measure_concepts(device: str) -> Measurements:
     )
 
 
-def _features_part(number: int, rows: int) -> pa.Buffer:
-    """Build a part of the features table with class tokens of width 384 around 64 centres."""
-    rng = np.random.default_rng(number)
+def measure_hierarchy(device: str) -> Measurements:
+    """Measure hierarchical k-means relative to flat on the same class tokens in memory.
+
+    The target is the ratio of the distances that both compute, were they of equal speed.
+    """
+    rows, concepts = 20_000, 27
+    points = _tokens(0, rows)
+    how = KMeans(seed=0, num_iterations=10)
+    # The defaults of `concepts.num_resamples` and `concepts.init_points`.
+    hierarchy = Hierarchy(10, 262_144)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    seconds = take_turns(
+        {
+            "flat": lambda: fit_concepts(points, concepts, how=how, group="any"),
+            "hierarchical": lambda: fit_hierarchy(points, concepts, how=how, hierarchy=hierarchy, group="any"),
+        },
+        _ROUNDS,
+    )
+    more = hierarchy.num_distances(rows, concepts, how.num_iterations) / (rows * concepts * how.num_iterations)
+    found = ratio(seconds, "hierarchical", "flat")
+    return Measurements(
+        targets=[Target(f"concepts: hierarchical / flat, {rows:,} x {_WIDTH}", "<=", round(more, 1), found)],
+        details={
+            "seconds": {name: median(each) for name, each in seconds.items()},
+            "clusters": hierarchy.level_sizes(rows, concepts),
+            "iterations": how.num_iterations,
+        },
+    )
+
+
+def _tokens(seed: int, rows: int) -> Float32[np.ndarray, "rows 384"]:
+    """Draw class tokens of width 384 around 64 centres."""
+    rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).standard_normal((64, _WIDTH), dtype=np.float32)
-    tokens = centres[rng.integers(64, size=rows)] + rng.standard_normal((rows, _WIDTH), dtype=np.float32)
+    return centres[rng.integers(64, size=rows)] + rng.standard_normal((rows, _WIDTH), dtype=np.float32)
+
+
+def _features_part(number: int, rows: int) -> pa.Buffer:
+    """Build a part of the features table."""
     columns = {
         "image_id": [f"{number:04d}.jpg"] * rows,
         "crop_id": np.arange(rows, dtype=np.int32),
@@ -194,7 +233,7 @@ def _features_part(number: int, rows: int) -> pa.Buffer:
         "window_frac": np.full(rows, 0.5, dtype=np.float32),
         "kind": ["any"] * rows,
         "foreground_frac": np.ones(rows, dtype=np.float32),
-        "cls_token": tokens.astype(np.float16),
+        "cls_token": _tokens(number, rows).astype(np.float16),
     }
     return to_parquet(build_table(columns, features_schema(_WIDTH)), {})
 

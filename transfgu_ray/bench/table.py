@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[str], Measurements]] = {
     "bank": bank.measure,
     "ray": scale.measure_ray,
     "concepts": scale.measure_concepts,
+    "hierarchy": scale.measure_hierarchy,
     "memory": scale.measure_memory,
     "scale": many.measure,
 }

@@ -86,7 +86,8 @@ class _Shown(Progress):
     def expect(self, total: int) -> None:
         self._bars.update(self._number, total=total)
         if total == 1:
-            self._unit = self._task.fields["unit"] = self._unit.removesuffix("s")
+            plural = "es" if self._unit == "passes" else "s"
+            self._unit = self._task.fields["unit"] = self._unit.removesuffix(plural)
         if not self._is_live:
             self._log(f"{self._name}: {total} {self._unit}")
 

@@ -98,6 +98,17 @@ class RunConfig(Section):
                 "concepts.photographs=all needs a dataset whose training photographs are a selection, and "
                 f"{self.data.dataset} is none; use split"
             )
+        if self.concepts.method == "hierarchical" and self.concepts.algorithm == "mini_batch":
+            raise ValueError(
+                "concepts.method=hierarchical needs concepts.algorithm=faiss, not mini_batch, which has no levels"
+            )
+        if self.concepts.method == "hierarchical" and most is not None:
+            raise ValueError(
+                "concepts.max_points must be null when concepts.method is hierarchical, which uses all crops, the rare "
+                "ones too"
+            )
+        if self.concepts.method == "flat" and self.concepts.num_resamples != 10:
+            raise ValueError("concepts.num_resamples has no use when concepts.method is flat; set it to 10")
         if self.concepts.algorithm == "mini_batch" and most is not None:
             raise ValueError(
                 "concepts.max_points must be null when concepts.algorithm is mini_batch, which uses all crops"

@@ -157,6 +157,14 @@ class ConceptsConfig(Section):
         description="faiss: Lloyd's iterations over all crops (released for COCO and VOC); mini_batch: scikit-learn's "
         "MiniBatchKMeans, with all crops of a group in the memory of one worker (released for Cityscapes and LIP)",
     )
+    method: Literal["flat", "hierarchical"] = Field(
+        "flat",
+        description="flat: K centroids of the crops (paper); hierarchical: centroids of centroids, with resampling (Vo "
+        "et al. 2024), so that rare contents among very many crops get concepts of their own (ours)",
+    )
+    num_resamples: int = Field(
+        10, ge=0, description="resampling steps of each level of a hierarchical method (Vo et al.: 10)"
+    )
     seed: int | None = Field(
         1, ge=0, lt=2**31, description="seed of k-means (released: 1, and 0 for mini_batch); null = the run's"
     )

@@ -205,6 +205,14 @@ def _require_room(resources: Resources, runtime: RuntimeConfig, note: Callable[[
         note(f"{asks}: what needs them waits until nodes join; `ray status` shows what it lacks")
 
 
+def granted_by_node() -> list[Mapping[str, float]]:
+    """Return what Ray grants on each node that is there; it lists only what there is of each."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
 def own_node() -> Mapping[str, float]:
     """Return what Ray grants on the node of this process; outside Ray, the cores and GPUs that the process may use."""
     import ray

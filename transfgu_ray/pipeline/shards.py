@@ -3,7 +3,7 @@
 import io
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
 from transfgu_ray.algorithms.concepts.kmeans import KMeans, has_gpu, train
 from transfgu_ray.engine.parts import read_part
-from transfgu_ray.engine.session import WORKER_CPUS, Resources
+from transfgu_ray.engine.session import WORKER_CPUS, Resources, cores_per_gpu, granted_by_node
 from transfgu_ray.engine.signs import Sign
 from transfgu_ray.engine.stream import even_ranges, peak_memory_mb
 from transfgu_ray.errors import ArtifactError
@@ -23,6 +23,8 @@ from transfgu_ray.storage import Folder
 
 # Restarts of a killed actor, which spills its shard and repeats its call; calls have no side effects.
 _MAX_RESTARTS = 3
+# Each actor on a GPU keeps about 1 GB of its memory.
+_MOST_PER_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,26 @@ class PointShard:
         self._kind = kind
         self._plan = plan
         self._sign = sign
-        self._use_gpu = use_gpu and has_gpu()
+        self._device = "cuda" if use_gpu and _has_cuda() else "cpu"
         self._spilled: tuple[io.BufferedRandom, int] | None = None
 
     def load(self) -> tuple[float, bool]:
         """Spill the points; return their largest magnitude, and whether a GPU will be used."""
-        return lloyd.largest_value(self._blocks()), self._use_gpu
+        return lloyd.largest_value(self._blocks()), self._device == "cuda"
 
     def sum_nearest(self, centroids: np.ndarray) -> lloyd.ClusterSums:
         """Return `lloyd.sum_nearest` of the shard."""
-        return lloyd.sum_nearest(self._blocks(), centroids, self._use_gpu)
+        return lloyd.sum_nearest(self._blocks(), centroids, self._device)
 
     def farthest(self, centroids: np.ndarray, concept: int, most: int) -> lloyd.FarPoints:
         """Return `lloyd.farthest` of the shard."""
         return lloyd.farthest(
-            self._blocks(), self._plan.start, centroids=centroids, concept=concept, most=most, use_gpu=self._use_gpu
+            self._blocks(), self._plan.start, centroids=centroids, concept=concept, most=most, device=self._device
         )
+
+    def central(self, centroids: np.ndarray, most: int) -> lloyd.CentralPoints:
+        """Return `lloyd.central` of the shard."""
+        return lloyd.central(self._blocks(), self._plan.start, centroids=centroids, most=most, device=self._device)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return the points of those of the group's rows that are in this shard, float16 (n, d)."""
@@ -119,7 +125,10 @@ class PointShard:
     def train_on(
         self, rows: np.ndarray, num_concepts: int, *, how: KMeans, start: np.ndarray | None, others: list[Any]
     ) -> np.ndarray:
-        """Run `train` on some rows of the group, fetched in order from all shards, a block at a time."""
+        """Run `train` on some rows of the group, fetched in order from all shards, a block at a time.
+
+        Its signs name each pass and the number of passes.
+        """
         import ray
 
         _, width = self._file()
@@ -128,7 +137,8 @@ class PointShard:
             drawn = rows[first : first + lloyd.BLOCK_ROWS]
             far = [other.take.remote(drawn) for other in others]
             np.concatenate([self.take(drawn), *ray.get(far)], out=points[first : first + len(drawn)])
-        return train(points, num_concepts, how=replace(how, use_gpu=self._use_gpu), start=start)
+        how = replace(how, use_gpu=self._device == "cuda" and has_gpu())
+        return train(points, num_concepts, how=how, start=start, on_pass=lambda n, of: self._sign(number=n, most=of))
 
     def peak_mb(self) -> int:
         """Return the peak resident memory of this process so far, MB."""
@@ -182,7 +192,7 @@ class ActorShards(lloyd.ShardedPoints):
         loaded = self._all("load")
         self.num_points = num_points
         self.largest_value = float(np.max([largest for largest, _ in loaded]))
-        self.used_gpu = loaded[0][1]
+        self.used_gpu = all(used_gpu for _, used_gpu in loaded)
 
     def train_on(
         self,
@@ -207,6 +217,10 @@ class ActorShards(lloyd.ShardedPoints):
         """Run one pass of all actors over their points."""
         return self._all("farthest", centroids, concept, most)
 
+    def central(self, centroids: np.ndarray, most: int) -> list[lloyd.CentralPoints]:
+        """Run one pass of all actors over their points."""
+        return self._all("central", centroids, most)
+
     def peak_mb(self) -> int:
         """Return the highest peak memory of any actor so far, MB."""
         peaks: list[int] = self._all("peak_mb")
@@ -218,11 +232,43 @@ class ActorShards(lloyd.ShardedPoints):
         return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])
 
 
+def _has_cuda() -> bool:
+    # Takes seconds and much memory, which workers without a GPU spare themselves.
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def count_shards(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many actors shall hold a large group: without GPUs as many as a stage has workers.
+
+    Reading and spilling want cores, so that several actors share a GPU: as many as its share of the cores of its node
+    carries, at most `_MOST_PER_GPU`.
+
+    Args:
+        resources: workers, threads and GPUs.
+        nodes: what Ray grants on each node; GPUs that are still to come are taken to be of the same kinds.
+    """
+    if resources.device != "cuda":
+        return resources.num_workers
+    # Where Ray still has no GPU, none is known.
+    carried = [cores_per_gpu(node) // resources.threads for node in nodes if node.get("GPU")] or [1]
+    return resources.num_workers * max(1, min(*carried, _MOST_PER_GPU))
+
+
+def gpu_share(resources: Resources, num_shards: int) -> float:
+    """Return the GPUs that each of so many actors requests, so that they are spread evenly over all GPUs."""
+    if resources.device != "cuda":
+        return 0.0
+    # Ray counts in ten-thousandths, and rounds up.
+    return 10_000 // -(-num_shards // resources.num_workers) / 10_000
+
+
 @contextmanager
 def actor_shards(
     run_folder: Folder, kind: str, *, parts: Sequence[tuple[str, int]], resources: Resources, sign: Sign
 ) -> Iterator[ActorShards]:
-    """Yield the points of one kind in as many actors as a stage may have; they end with the context.
+    """Yield the points of one kind in the actors of `count_shards`; they end with the context.
 
     Args:
         run_folder: the run folder.
@@ -236,17 +282,18 @@ def actor_shards(
     """
     import ray
 
+    plans = plan_shards(parts, count_shards(resources, granted_by_node()))
     # Ray needs both numbers to replace a killed actor and repeat its call.
     worker: Any = ray.remote(PointShard).options(
         num_cpus=WORKER_CPUS,
-        num_gpus=resources.gpus_per_worker,
+        num_gpus=gpu_share(resources, len(plans)),
         max_restarts=_MAX_RESTARTS,
         max_task_retries=_MAX_RESTARTS,
     )
     use_gpu = resources.device == "cuda"
     actors = [
         worker.remote(run_folder.uri, kind, plan=plan, threads=resources.threads, use_gpu=use_gpu, sign=sign)
-        for plan in plan_shards(parts, resources.num_workers)
+        for plan in plans
     ]
     try:
         yield ActorShards(actors, sum(rows for _, rows in parts))

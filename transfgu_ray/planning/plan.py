@@ -12,7 +12,7 @@ from transfgu_ray.engine.session import Resources, num_nodes, ray_session
 from transfgu_ray.errors import DataError
 from transfgu_ray.models.weights import resolve_backbone, resolve_encoder
 from transfgu_ray.pipeline.baselines import MAX_PHOTOS, MAX_POINTS
-from transfgu_ray.pipeline.concepts import is_spread
+from transfgu_ray.pipeline.concepts import hierarchy_settings, is_spread
 from transfgu_ray.pipeline.features import FeatureExtractor
 from transfgu_ray.pipeline.inputs import list_clustered, list_scored, list_training
 from transfgu_ray.pipeline.labels import BankBuilder
@@ -108,10 +108,9 @@ def plan_stages(
     with_foreground = config.region_mode not in ("all_foreground", "no_prior")
     per_photo = pieces["decode"] + (pieces["foreground"] if with_foreground else 0.0)
     extract = start + (clustered * per_photo + crops * (pieces["cut"] + pieces["crop"])) / workers
-    passes = config.concepts.num_iterations * config.concepts.num_redos
     points = min(crops, config.concepts.max_points or crops)
-    kmeans = pieces["kmeans"] * config.num_concepts * passes
-    concepts = kmeans * points * embed_dim / (workers if is_spread(config, points) else 1)
+    kmeans = pieces["kmeans"] * _distances(config, points)
+    concepts = kmeans * embed_dim / (workers if is_spread(config, points) else 1)
     # Contrast of the patches needs all of them.
     by_class = config.extract.foreground_prior == "attention"
     forwards = (crop_passes(config, crops), Passes(clustered * with_foreground, config.data.image_size, by_class))
@@ -127,6 +126,14 @@ def plan_stages(
         _plan_training(config, pieces, num_images=num_images, shape=shape, cluster=cluster),
         _plan_evaluation(config, pieces, photographs=photographs, shape=shape, cluster=cluster),
     ]
+
+
+def _distances(config: RunConfig, points: int) -> int:
+    """Return how many distances of a crop, or of a centroid below, from a centroid the concepts take."""
+    passes = config.concepts.num_iterations * config.concepts.num_redos
+    if (hierarchy := hierarchy_settings(config)) is None:
+        return config.num_concepts * passes * points
+    return hierarchy.num_distances(points, config.num_concepts, passes)
 
 
 def _plan_training(

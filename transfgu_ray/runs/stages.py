@@ -150,7 +150,7 @@ STAGES = StageTable(
             name="concepts",
             sections=("seed", "concepts"),
             outputs=("concepts.parquet", NAMES),
-            unit="groups",
+            unit="passes",
             help="k-means of the class tokens -> concepts.parquet.",
             run="transfgu_ray.pipeline.concepts:run_stage",
             # Edited by hand.

@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 from sklearn.cluster import MiniBatchKMeans
@@ -43,6 +44,27 @@ def test_fit_concepts__same_seed_same_bits():
     first, again, other = (_fit(points, 12, seed=seed) for seed in (3, 3, 4))
     assert first.centroids.tobytes() == again.centroids.tobytes()
     assert first.centroids.tobytes() != other.centroids.tobytes()
+
+
+@pytest.mark.parametrize("num_redos", [1, 3])
+@pytest.mark.parametrize(("num_points", "dim", "num_concepts"), [(300, 8, 12), (5000, 64, 27), (40, 3, 40)])
+def test_train__same_bits_as_a_single_call_of_faiss(num_points, dim, num_concepts, num_redos):
+    # On a grid clusters run empty and ties abound.
+    points = np.round(np.random.default_rng(num_points).normal(size=(num_points, dim))).astype(np.float32)
+    settings = {"min_points_per_centroid": 1, "max_points_per_centroid": num_points + 1, "seed": 7}
+    for start in (None, points[:num_concepts]):
+        plain = faiss.Kmeans(dim, num_concepts, niter=15, nredo=num_redos if start is None else 1, **settings)
+        plain.train(points, init_centroids=start)
+        got = train(points, num_concepts, how=KMeans(seed=7, num_iterations=15, num_redos=num_redos), start=start)
+        assert got.tobytes() == plain.centroids.tobytes()
+
+
+def test_train__tells_of_every_pass_of_all_runs():
+    points, told = _blobs().astype(np.float32), []
+    how = KMeans(seed=0, num_iterations=4, num_redos=3)
+    train(points, 3, how=how, start=None, on_pass=lambda *pair: told.append(pair))
+    train(points, 3, how=how, start=points[:3], on_pass=lambda *pair: told.append(pair))
+    assert told == [(number, 12) for number in range(1, 13)] + [(number, 4) for number in range(1, 5)]
 
 
 def test_fit_concepts__uses_every_point():

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from transfgu_ray.algorithms.concepts import sharded_kmeans as lloyd
-from transfgu_ray.algorithms.concepts.kmeans import KMeans, draw_rows, fit_concepts, nearest, train
+from transfgu_ray.algorithms.concepts.kmeans import (
+    MAX_RESEEDS,
+    KMeans,
+    draw_rows,
+    fit_concepts,
+    nearest,
+    train,
+    unwatched,
+)
 from transfgu_ray.errors import DataError
 
 
@@ -25,13 +33,19 @@ class InMemory(lloyd.ShardedPoints):
         return train(self._points[rows].astype(np.float32), num_concepts, how=how, start=start)
 
     def sum_nearest(self, centroids):
-        return [lloyd.sum_nearest(self._blocks(i), centroids, False) for i in range(len(self._cuts) - 1)]
+        return [lloyd.sum_nearest(self._blocks(i), centroids, "cpu") for i in range(len(self._cuts) - 1)]
 
     def farthest(self, centroids, concept, most):
         return [
             lloyd.farthest(
-                self._blocks(i), self._cuts[i], centroids=centroids, concept=concept, most=most, use_gpu=False
+                self._blocks(i), self._cuts[i], centroids=centroids, concept=concept, most=most, device="cpu"
             )
+            for i in range(len(self._cuts) - 1)
+        ]
+
+    def central(self, centroids, most):
+        return [
+            lloyd.central(self._blocks(i), self._cuts[i], centroids=centroids, most=most, device="cpu")
             for i in range(len(self._cuts) - 1)
         ]
 
@@ -43,9 +57,15 @@ def blocks_of_64(monkeypatch):
 
 def _fit(points, num_concepts, num_shards=1, **changes):
     init_points = changes.pop("init_points", 100)
+    watched = {name: changes.pop(name) for name in ("on_pass", "keep", "begun") if name in changes}
     how = KMeans(**{"seed": 0, "num_iterations": 20, "num_redos": 2, "min_crops": 1} | changes)
     return lloyd.fit_sharded_concepts(
-        InMemory(points, num_shards), num_concepts, how=how, init_points=init_points, group="foreground"
+        InMemory(points, num_shards),
+        num_concepts,
+        how=how,
+        init_points=init_points,
+        group="foreground",
+        **watched,
     )
 
 
@@ -70,7 +90,7 @@ def _plain_lloyd(points, centroids, num_iterations):
 
 def test_sum_nearest__worked_by_hand():
     points = np.array([[0, 1], [0, 3], [8, 0], [0.5, 2], [10, -1]], np.float16)
-    got = lloyd.sum_nearest([points[:3], points[3:]], np.array([[0, 2], [9, 0], [50, 50]], np.float32), False)
+    got = lloyd.sum_nearest([points[:3], points[3:]], np.array([[0, 2], [9, 0], [50, 50]], np.float32), "cpu")
     assert got.num_points.tolist() == [3, 2, 0]
     assert (got.sums / 2**24).tolist() == [[0.5, 6], [18, -1], [0, 0]]
 
@@ -80,7 +100,7 @@ def test_sum_nearest__exact_for_the_largest_and_the_smallest_float16_together():
     points = np.full((lloyd.BLOCK_ROWS, 2), 65504, np.float16)
     points[1::2] = 2.0**-24
     points[5, 1] = -(2.0**-24)
-    got = lloyd.sum_nearest([points, points[::-1].copy()], np.zeros((1, 2), np.float32), False)
+    got = lloyd.sum_nearest([points, points[::-1].copy()], np.zeros((1, 2), np.float32), "cpu")
     units = [[int(float(value) * 2**24) for value in row] for row in points]
     assert got.sums.tolist() == [[2 * sum(column) for column in zip(*units, strict=True)]]
 
@@ -94,8 +114,9 @@ def test_largest_value__of_either_sign():
 
 def test_iterate__a_concept_without_points_stays_where_it_is():
     start = np.array([[-1, 0], [1, 0], [90, 90]], np.float32)
-    centroids, num_crops, _ = lloyd._iterate(InMemory(_cloud(dim=2)), start, 5)
-    assert centroids[2].tolist() == [90, 90]
+    state = lloyd.FitState(start)
+    state, num_crops = lloyd.iterate(InMemory(_cloud(dim=2)), state, 5, unwatched, lloyd.forgotten)
+    assert state.centroids[2].tolist() == [90, 90]
     assert num_crops[2] == 0
     assert num_crops.sum() == 1000
 
@@ -107,7 +128,7 @@ def test_farthest__equal_to_a_sort_and_ties_go_by_row(blocks_of_64):
     own = np.flatnonzero(assigned == 2)
     expected = own[np.argsort(-distance[own], kind="stable")][:7]
     blocks = [points[i : i + 64] for i in range(0, 400, 64)]
-    got = lloyd.farthest(blocks, 1000, centroids=centroids, concept=2, most=7, use_gpu=False)
+    got = lloyd.farthest(blocks, 1000, centroids=centroids, concept=2, most=7, device="cpu")
     assert got.row.tolist() == (1000 + expected).tolist()
     assert np.array_equal(got.points, points[expected])
     assert np.array_equal(got.points[0], got.points[1])
@@ -138,7 +159,9 @@ def test_fit_sharded_concepts__equal_to_plain_lloyd_from_the_drawn_start(blocks_
 
 def test_fit_sharded_concepts__ends_where_the_centroids_stand_still(blocks_of_64):
     points = _cloud()
-    got = _fit(points, 5, num_iterations=500)
+    told = []
+    got = _fit(points, 5, num_iterations=500, on_pass=lambda *pair: told.append(pair))
+    assert told == [(number, 501) for number in range(1, got.num_passes + 1)]
     assert 2 < got.num_passes < 100
     expected, _ = _plain_lloyd(points, got.centroids, 1)
     np.testing.assert_allclose(got.centroids, expected, rtol=1e-6, atol=1e-6)
@@ -151,8 +174,8 @@ def test_fit_sharded_concepts__objective_never_rises(blocks_of_64):
     shards = InMemory(points, 2)
     objectives = []
     for num_iterations in range(12):
-        centroids, _, _ = lloyd._iterate(shards, start, num_iterations)
-        objectives.append(_plain_lloyd(points, centroids, 1)[1][0])
+        state, _ = lloyd.iterate(shards, lloyd.FitState(start), num_iterations, unwatched, lloyd.forgotten)
+        objectives.append(_plain_lloyd(points, state.centroids, 1)[1][0])
     assert (np.diff(objectives) <= 0).all()
     assert objectives[-1] < objectives[0]
 
@@ -165,6 +188,35 @@ def test_fit_sharded_concepts__same_bits_for_any_number_of_shards(blocks_of_64):
         assert other.centroids.tobytes() == first.centroids.tobytes()
         assert np.array_equal(other.num_crops, first.num_crops)
     assert _fit(points, 9, seed=1).centroids.tobytes() != first.centroids.tobytes()
+
+
+def test_fit_sharded_concepts__goes_on_from_any_pass_to_the_same_bits(blocks_of_64):
+    # 300 points in which starved concepts are seeded anew, after which passes count from one again.
+    points, kept = _cloud(300, dim=4, seed=7), []
+    whole = _fit(points, 6, min_crops=35, keep=kept.append)
+    assert whole.num_reseeded > 0
+    assert [state.num_passes for state in kept[:2]] == [0, 1]
+    assert len({state.num_attempts for state in kept}) > 1
+    for state in kept:
+        told = []
+        got = _fit(points, 6, 2, min_crops=35, begun=state, on_pass=lambda *pair, told=told: told.append(pair))
+        assert got.centroids.tobytes() == whole.centroids.tobytes()
+        assert got.num_crops.tolist() == whole.num_crops.tolist()
+        assert (got.num_passes, got.num_reseeded) == (whole.num_passes, whole.num_reseeded)
+        assert len(told) == whole.num_passes - state.num_passes
+        assert told[0] == (state.num_moves + 1, 21)
+
+
+def test_fit_sharded_concepts__a_fit_that_goes_on_has_no_more_attempts_than_a_whole_one(blocks_of_64):
+    points, kept = np.concatenate([_cloud(300, dim=2), [[60000.0, 0.0]]]), []
+    with pytest.raises(DataError):
+        _fit(points, 3, min_crops=2, init_points=300, keep=kept.append)
+    last = kept[-1]
+    assert last.num_attempts == MAX_RESEEDS
+    told = []
+    with pytest.raises(DataError, match="1 of 3 foreground concepts"):
+        _fit(points, 3, min_crops=2, init_points=300, begun=last, on_pass=lambda *pair: told.append(pair))
+    assert len(told) <= 2
 
 
 def test_fit_sharded_concepts__a_cap_is_the_same_as_in_memory(blocks_of_64):

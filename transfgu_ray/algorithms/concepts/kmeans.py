@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -11,6 +12,29 @@ from transfgu_ray.errors import DataError
 
 # Attempts at giving every concept enough crops before the data are declared too few.
 MAX_RESEEDS = 5
+# Called after each pass over the points with its number, from 1, and the number of passes there are at most.
+OnPass = Callable[[int, int], None]
+
+
+def unwatched(number: int, most: int) -> None:
+    """Take no notice of a pass."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a hierarchy of clusters.
+
+    Attributes:
+        num_points: points clustered: all of the group, or the centroids of the level below.
+        num_clusters: clusters of them; those without points are left out of the level above.
+        num_passes: passes over all of its points until its clusters were final.
+        num_resamples: resampling steps made.
+    """
+
+    num_points: int
+    num_clusters: int
+    num_passes: int
+    num_resamples: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,9 @@ class Clustering:
         points_total: points in the group.
         num_passes: passes over all points, including the one that counted the crops; 0 if they were in memory.
         num_reseeded: starved concepts that were seeded anew.
-        used_gpu: whether a CUDA index did the work.
+        used_gpu: whether a CUDA device found the nearest centroids of the points.
+        levels: of the hierarchy that led to the concepts, the lowest first; none if there is none.
+        num_below: crops that the hierarchy leads to each concept; see `hierarchical_kmeans`.
     """
 
     centroids: Float32[np.ndarray, "k d"]
@@ -34,6 +60,8 @@ class Clustering:
     num_passes: int
     num_reseeded: int
     used_gpu: bool
+    levels: tuple[Level, ...] = ()
+    num_below: Int64[np.ndarray, " k"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +88,9 @@ class KMeans:
     use_gpu: bool = False
 
 
-def fit_concepts(points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, group: str) -> Clustering:
+def fit_concepts(
+    points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, group: str, on_pass: OnPass = unwatched
+) -> Clustering:
     """Run Euclidean k-means over all points, or over `how.max_points` drawn from the seed.
 
     The same seed and points give bit-identical centroids. Concepts with fewer than `how.min_crops` crops move to the
@@ -90,10 +120,10 @@ def fit_concepts(points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: 
         return points[largest[np.argsort(-distance[largest], kind="stable")][:most]]
 
     centroids, num_crops, num_reseeded = reseed_starved(
-        train(sample, num_concepts, how=how, start=None),
+        train(sample, num_concepts, how=how, start=None, on_pass=on_pass),
         settle,
         worst_served=worst_served,
-        retrain=lambda start: train(sample, num_concepts, how=how, start=start),
+        retrain=lambda start: train(sample, num_concepts, how=how, start=start, on_pass=on_pass),
         min_crops=how.min_crops,
         num_points=len(points),
         group=group,
@@ -110,6 +140,7 @@ def reseed_starved(
     min_crops: int,
     num_points: int,
     group: str,
+    num_attempts: int = 0,
 ) -> tuple[Float32[np.ndarray, "k d"], Int64[np.ndarray, " k"], int]:
     """Move starved concepts to points that the largest concept serves worst, until every concept has its crops.
 
@@ -122,15 +153,16 @@ def reseed_starved(
         min_crops: points that a concept needs.
         num_points: points in the group.
         group: its name, for the message.
+        num_attempts: how often concepts were moved before, in a fit that goes on.
 
     Returns:
-        Centroids, the crops of each, and how many concepts were seeded anew.
+        Centroids, the crops of each, and how many concepts were seeded anew by this call.
 
     Raises:
         DataError: starved concepts remain.
     """
     num_reseeded = 0
-    for attempt in range(MAX_RESEEDS + 1):
+    for attempt in range(num_attempts, MAX_RESEEDS + 1):
         centroids, num_crops = settle(centroids)
         starved = np.flatnonzero(num_crops < min_crops)
         if not len(starved):
@@ -145,6 +177,8 @@ def reseed_starved(
                 f"{len(starved)} of {len(centroids)} {group} concepts have fewer than concepts.min_crops={min_crops} "
                 f"crops among {num_points}; lower concepts.num_concepts or {advice}"
             )
+        # The state that a fit keeps holds them too.
+        centroids = centroids.copy()
         centroids[starved[: len(worst)]] = worst
         centroids = retrain(centroids)
         num_reseeded += len(starved)
@@ -177,25 +211,51 @@ def draw_rows(num_points: int, most: int, seed: int) -> Int64[np.ndarray, " m"]:
 
 
 def train(
-    points: Float32[np.ndarray, "n d"], num_concepts: int, *, how: KMeans, start: Float32[np.ndarray, "k d"] | None
+    points: Float32[np.ndarray, "n d"],
+    num_concepts: int,
+    *,
+    how: KMeans,
+    start: Float32[np.ndarray, "k d"] | None,
+    on_pass: OnPass = unwatched,
 ) -> Float32[np.ndarray, "k d"]:
-    """Run k-means over all points; return the best of `how.num_redos` runs, or of a single run from `start`."""
+    """Run k-means over all points; return the best of `how.num_redos` runs, or of a single run from `start`.
+
+    The passes of all runs are counted together. scikit-learn tells of none.
+    """
     if how.algorithm == "mini_batch":
         return _train_mini_batch(points, num_concepts, how=how, start=start)
-    # FAISS samples 256 points per centroid unless told otherwise.
-    kmeans = faiss.Kmeans(
-        points.shape[1],
-        num_concepts,
-        niter=how.num_iterations,
-        nredo=how.num_redos if start is None else 1,
-        seed=how.seed,
-        gpu=how.use_gpu,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(points) + 1,
-    )
-    kmeans.train(np.ascontiguousarray(points), init_centroids=start)
-    assert kmeans.centroids is not None
-    return kmeans.centroids.reshape(num_concepts, -1).copy()
+    points = np.ascontiguousarray(points)
+    # FAISS samples 256 points per centroid unless told otherwise. One iteration a call, so that each can be told of:
+    # what FAISS keeps between iterations are the centroids alone, so that the bits are those of a single call.
+    settings = faiss.ClusteringParameters()
+    settings.niter, settings.min_points_per_centroid, settings.max_points_per_centroid = 1, 1, len(points) + 1
+    # Callers have looked; FAISS would do so before each iteration.
+    settings.check_input_data_for_NaNs = False
+    index = flat_index(np.empty((0, points.shape[1]), np.float32), how.use_gpu)
+    num_runs = how.num_redos if start is None else 1
+    best, lowest = np.empty(0, np.float32), np.inf
+    for run in range(num_runs):
+        first = _first_centroids(points, num_concepts, how.seed, run) if start is None else start
+        # As Any: the stubs give its C++ vectors as lists.
+        kmeans: Any = faiss.Clustering(points.shape[1], num_concepts, settings)
+        faiss.copy_array_to_vector(np.ascontiguousarray(first).ravel(), kmeans.centroids)
+        for iteration in range(how.num_iterations):
+            kmeans.train(points, index)
+            on_pass(run * how.num_iterations + iteration + 1, num_runs * how.num_iterations)
+        objective = kmeans.iteration_stats.at(kmeans.iteration_stats.size() - 1).obj
+        if not run or objective < lowest:
+            best, lowest = faiss.vector_to_array(kmeans.centroids), objective
+    return best.reshape(num_concepts, -1)
+
+
+def _first_centroids(
+    points: Float32[np.ndarray, "n d"], num_concepts: int, seed: int, run: int
+) -> Float32[np.ndarray, "k d"]:
+    """Draw points as FAISS does for the first centroids of one of several runs."""
+    drawn, library = np.empty(len(points), np.int32), cast(Any, faiss)
+    # Which the stubs leave out.
+    library.rand_perm(library.swig_ptr(drawn), len(drawn), seed + 1 + run * 15_486_557)
+    return points[drawn[:num_concepts]]
 
 
 def _train_mini_batch(
