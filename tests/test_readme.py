@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tests.builders import make_folder, make_voc
+from tests.builders import contents, make_folder, make_hub_table, make_tar, make_voc
 from transfgu_ray.algorithms.encoder.checkpoints import dump_encoder, random_vit
 from transfgu_ray.cli import app
 from transfgu_ray.runs.stages import STAGES, Stage
@@ -123,6 +123,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(2):
         make_folder(path / f"labelled_photos/{i}", 15, seed=i)
     make_voc(path / "VOCdevkit/VOC2012", num_train=12)
+    make_tar(path / "shards/train-000.tar", contents(path / "photos"))
+    make_hub_table(path / "tables/train-0.parquet", contents(path / "photos"))
     (path / "names.yaml").write_text("3: sky\n")
     overrides = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
     vit = random_vit("vit_tiny_patch16_224", overrides, 0)

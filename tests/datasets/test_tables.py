@@ -113,6 +113,10 @@ def test_read_cells__only_the_column_and_the_row_group_are_read(tmp_path, monkey
     asked.clear()
     assert [data for data, _ in read_places(root, places[20:28])] == columns["bytes"][20:28]
     assert sum(asked) < 1.5 * 10 * 20_000
+    # A drawn one costs as much of its row group as lies before it.
+    asked.clear()
+    assert [data for data, _ in read_places(root, places[42:43])] == columns["bytes"][42:43]
+    assert sum(asked) < 1.5 * 10 * 20_000
     # The next ones lie in the same group.
     asked.clear()
     assert [data for data, _ in read_places(root, places[28:30])] == columns["bytes"][28:30]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +153,12 @@ def test_listing__photographs_of_all_shards_as_they_lie_there(tmp_path, photos):
     make_tar(tmp_path / "deep/0.tar", first | {"photo_003.json": b"{}"})
     make_tar(tmp_path / "deep/1.tar", second)
     (tmp_path / "README.md").write_text("")
+    make_folder(tmp_path / "loose", num_images=2)
     listing = listed(tmp_path)
     assert ids(listing) == [*first, *second]
     assert read(tmp_path, listing) == [*first.values(), *second.values()]
     assert [image.num_bytes for image in listing.images] == [len(photos[name]) for name in ids(listing)]
-    assert listing.passed_over == {"no picture": 2}
+    assert listing.passed_over == {"no picture": 2, "photograph beside the shards": 2}
     assert [*listing.shards] == ["deep/0.tar", "deep/1.tar"]
     uri = Folder(str(tmp_path)).uri_of(listing.images[0].place)
     assert read_uri(uri) == first["photo_003.jpg"]
@@ -164,13 +166,14 @@ def test_listing__photographs_of_all_shards_as_they_lie_there(tmp_path, photos):
 
 def test_listing__fingerprint_follows_names_and_places(tmp_path, photos):
     file = make_tar(tmp_path / "a.tar", photos)
-    before = listed(tmp_path).fingerprint
+    before, shards = listed(tmp_path).fingerprint, listed(tmp_path).shards
     os.utime(file, ns=(1, 1))
     assert listed(tmp_path).fingerprint == before
-    make_tar(file, dict(reversed(photos.items())))
+    make_tar(file, {"of_another_offset.json": b"{}"} | photos)
     repacked = listed(tmp_path)
-    assert sorted(ids(repacked)) == sorted(photos)
+    assert ids(repacked) == [*photos]
     assert repacked.fingerprint != before
+    assert replace(repacked, shards=shards).fingerprint != before
 
 
 def test_listing__names_that_several_shards_have_begin_with_their_shard(tmp_path, photos):
@@ -238,6 +241,9 @@ def test_listing__one_sentence_where_there_is_nothing(tmp_path):
     make_tar(tmp_path / "train-0.tar", {"a.jpg": b"1"})
     with pytest.raises(DataError, match="split val"):
         listed(tmp_path, "val")
+    # Who says nothing of a dataset is told of the one that reads them.
+    with pytest.raises(DataError, match=r"passed over: 1 \.tar \(dataset webdataset reads them\)$"):
+        listed(tmp_path, "", DATASETS["folder"])
 
 
 def make_labelled(path: Path, labelled: int = 4) -> list[bytes]:

@@ -24,7 +24,8 @@ def list_datasets(context: typer.Context) -> None:
 
     for name, each in DATASETS.items():
         classes = f"{len(each.class_names)} classes" if each.class_names else "classes of its own"
-        scored = classes if each.evaluate_split else "no labels"
+        labels = "no labels, or classes of its own" if each.has_own_names else "no labels"
+        scored = classes if each.evaluate_split else labels
         typer.echo(f"{name}: {scored}, {each.region_mode}")
         typer.echo(textwrap.fill(each.expects, 100, initial_indent="    ", subsequent_indent="    "))
 

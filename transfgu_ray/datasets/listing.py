@@ -29,6 +29,8 @@ NO_PICTURE, HIDDEN, OUTPUT = "no picture", "hidden, or in a hidden or system fol
 _ROWS_AT_ONCE = 2**16
 _FILE = pa.struct({"name": pa.string(), "num_bytes": pa.int64()})
 _PICTURES = {*EXTENSIONS, *OTHER_PICTURES}
+# Who has such files expects them to be read; they are by these datasets.
+_SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
 # Trash and thumbnails of macOS, Windows, Linux and network drives, and MLflow's artifacts; others begin with a dot.
 _SYSTEM_FOLDERS = {
     *("__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"),
@@ -188,6 +190,8 @@ def passed_over_words(passed_over: Mapping[str, int]) -> list[str]:
     for reason, count in sorted(passed_over.items()):
         if reason in (".heic", ".heif"):
             told.append(f"{count} {reason} (`pip install transfgu-ray[heif]` reads them)")
+        elif reason in _SHARDS:
+            told.append(f"{count} {reason} (dataset {_SHARDS[reason]} reads them)")
         elif reason.startswith("."):
             told.append(f"{count} {reason} (save them as JPEG or PNG)")
         elif reason != NO_PICTURE:
@@ -293,7 +297,7 @@ def why_passed_over(path: str, outputs: Collection[str] = ()) -> str | None:
         outputs: see `_outputs`.
     """
     ending = posixpath.splitext(path)[1].lower()
-    if ending not in _PICTURES:
+    if ending not in _PICTURES and ending not in _SHARDS:
         return NO_PICTURE
     if is_hidden(path):
         return HIDDEN

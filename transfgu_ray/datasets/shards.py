@@ -10,11 +10,12 @@ from operator import itemgetter
 
 import pyarrow.fs as pafs
 
-from transfgu_ray.datasets.listing import HIDDEN, NO_PICTURE, Listing, is_hidden, is_utf8
+from transfgu_ray.datasets.listing import HIDDEN, Listing, is_hidden, is_utf8, why_passed_over
 from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder, leads_out
 
+_BESIDE = "photograph beside the shards"
 ListShard = Callable[[Folder, str], Listing]
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 # Listing waits for the storage more than it computes.
@@ -56,7 +57,7 @@ def list_split(root: Folder, split: str, *, endings: tuple[str, ...], list_shard
         elif name.lower().endswith(endings):
             sizes[name] = num_bytes
         else:
-            passed_over[NO_PICTURE] += 1
+            passed_over[why_passed_over(name) or _BESIDE] += 1
     if split and (named := splits_of(sizes)) is not None:
         sizes = {name: sizes[name] for name, of in named.items() if of == _SPLITS.get(split, split)}
     return list_shards(root, sizes, list_shard, passed_over)

@@ -89,7 +89,7 @@ def read_layout(root: Folder, name: str) -> TableLayout:
         names.append(f"{image.name}.{_PATH}")
     return TableLayout(
         image=encoded[image.name],
-        mask=next((encoded[column] for column in _MASKS if column in encoded and column != image.name), None),
+        mask=next((encoded[column] for column in _MASKS if column in encoded), None),
         label=next((column for column in _LABELS if column in schema.names and column not in encoded), None),
         name=names[0] if names else None,
         group_rows=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
