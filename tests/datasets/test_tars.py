@@ -219,7 +219,7 @@ def test_listing__names_that_cannot_be_used_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("shards", "train", "val"),
     [
-        (("train-0", "train-1", "val-0", "test-0"), ["train-0", "train-1"], ["val-0"]),
+        (("train-0", "train-1", "val-0", "test-0", "new-0"), ["train-0", "train-1"], ["val-0"]),
         (("train-0", "validation-0"), ["train-0"], ["validation-0"]),
         (("x/train/0", "x/val/0", "x/other/0"), ["x/train/0"], ["x/val/0"]),
         (("a", "b"), ["a", "b"], ["a", "b"]),
@@ -232,6 +232,9 @@ def test_listing__splits_are_in_the_names_of_shards(tmp_path, shards, train, val
     for split, expected in (("train", train), ("val", val)):
         listing = listed(tmp_path, split)
         assert [*listing.shards] == [f"{shard}.tar" for shard in expected]
+        # Which no split would ever show.
+        lost = len({"new-0", "x/other/0"} & {*shards})
+        assert listing.passed_over == ({"shard of no split": lost} if lost else {})
         assert ids(listing) == [f"{shards.index(shard)}.jpg" for shard in expected]
 
 

@@ -15,7 +15,7 @@ from transfgu_ray.datasets.photographs import ImageRef
 from transfgu_ray.errors import DataError
 from transfgu_ray.storage import Folder, leads_out
 
-_BESIDE = "photograph beside the shards"
+_BESIDE, _NO_SPLIT = "photograph beside the shards", "shard of no split"
 ListShard = Callable[[Folder, str], Listing]
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 # Listing waits for the storage more than it computes.
@@ -59,8 +59,9 @@ def list_split(root: Folder, split: str, *, endings: tuple[str, ...], list_shard
         else:
             passed_over[why_passed_over(name) or _BESIDE] += 1
     if split and (named := splits_of(sizes)) is not None:
+        passed_over[_NO_SPLIT] += len(sizes) - len(named)
         sizes = {name: sizes[name] for name, of in named.items() if of == _SPLITS.get(split, split)}
-    return list_shards(root, sizes, list_shard, passed_over)
+    return list_shards(root, sizes, list_shard, +passed_over)
 
 
 def list_shards(

@@ -116,14 +116,19 @@ def read_names(root: Folder, name: str, layout: TableLayout) -> list[str | None]
     if layout.name is None:
         return [None] * sum(layout.group_rows)
     column = layout.name
-    return [_text(value) for value in _read(root, name, lambda file: _leaf(file.read([column]), column)).to_pylist()]
+    return [
+        _text(value)
+        for value in _read(root, name, lambda file: _leaf(file.read([column], use_threads=False), column)).to_pylist()
+    ]
 
 
 def read_rows(root: Folder, name: str, layout: TableLayout, groups: Sequence[int]) -> Iterator[Row]:
     """Yield the rows of some row groups, which are in memory together; see `read_layout`."""
     paths = [layout.name, layout.label, layout.image, layout.mask]
     wanted = [path for path in paths if path is not None]
-    for batch in _read(root, name, lambda file: file.read_row_groups(list(groups), wanted)).to_batches(_ROWS_AT_ONCE):
+    for batch in _read(
+        root, name, lambda file: file.read_row_groups(list(groups), wanted, use_threads=False)
+    ).to_batches(_ROWS_AT_ONCE):
         columns = [[None] * len(batch) if path is None else _leaf(batch, path).to_pylist() for path in paths]
         for called, label, data, mask in zip(*columns, strict=True):
             yield Row(_text(called), None if label is None else str(label), data, mask)
@@ -166,7 +171,7 @@ def _kept_group(
             for i in range(chunks.num_columns)
             if chunks.column(i).path_in_schema == column
         )
-        return None if large > _KEPT_BYTES else _leaf(file.read_row_group(group, [column]), column)
+        return None if large > _KEPT_BYTES else _leaf(file.read_row_group(group, [column], use_threads=False), column)
 
     return _read(Folder(uri), name, read)
 
@@ -225,7 +230,8 @@ class _Watched:
 def _read(root: Folder, name: str, action: Callable[[pq.ParquetFile], _Result]) -> _Result:
     """Do something with an open table; see `read_layout` for what it raises.
 
-    Unlike `Folder.read` it never takes the whole file into memory to tell a damaged table from a failing storage.
+    Unlike `Folder.read` it never takes the whole file into memory to tell a damaged table from a failing storage. The
+    action must not let Arrow use threads: they would call this file's Python, at the exit of the process too.
     """
 
     def attempt() -> _Result:
