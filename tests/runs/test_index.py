@@ -62,8 +62,9 @@ def test_describe_part__says_what_the_bytes_hold(rows_apart: bool) -> None:
     assert record is not None
     assert (record.part, record.num_rows, record.num_bytes) == (7, 3, len(data))
     assert record.sha256 == hashlib.sha256(bytes(data)).hexdigest()
-    assert (json.loads(record.stats), record.unit_rows) == ({"images": 3}, [2, 0, 1])
-    assert record.image_ids == (["a", "b", "c"] if rows_apart else [])
+    assert (json.loads(record.stats), record.unit_rows.to_pylist()) == ({"images": 3}, [2, 0, 1])
+    assert record.image_ids.to_pylist() == (["a", "b", "c"] if rows_apart else [])
+    assert PartRecord.of(json.loads(json.dumps(record.as_values()))) == record
     assert len(record.offsets) == len(record.lengths) == len(record.image_ids)
     assert describe_part(7, data, fingerprint="other", rows_apart=rows_apart) is None
     assert describe_part(7, data.slice(0, len(data) - 40), fingerprint="f", rows_apart=rows_apart) is None

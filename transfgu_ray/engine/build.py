@@ -114,6 +114,23 @@ class Layout:
         return f"{fingerprint}:{self.images_per_unit}x{self.units_per_part}"
 
 
+class _Units(Mapping[int, Sequence[ImageRef]]):
+    """The photographs of some units, by number, cut from the list when they are asked for."""
+
+    def __init__(self, images: Sequence[ImageRef], layout: Layout, numbers: Sequence[int]) -> None:
+        self._images, self._layout, self._numbers = images, layout, numbers
+
+    def __getitem__(self, unit: int) -> Sequence[ImageRef]:
+        rows = self._layout.images_of(unit)
+        return self._images[rows.start : rows.stop]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
 @dataclass
 class _Stock:
     """What is there: records of parts, and the bytes of each unit of a part that is not."""
@@ -158,12 +175,7 @@ def build_table_of_parts(
     job.progress(sum(map(layout.num_images_of, records)) + sum(len(layout.images_of(unit)) for unit in units))
     merges = _Merges(folder.uri, table, layout, key, rows_apart=worker.rows_apart)
     unfinished = [part for part in range(layout.num_parts) if part not in records]
-    missing = {
-        unit: images[layout.images_of(unit).start : layout.images_of(unit).stop]
-        for part in unfinished
-        for unit in layout.units_of(part)
-        if unit not in units
-    }
+    missing = [unit for part in unfinished for unit in layout.units_of(part) if unit not in units]
     for part in unfinished:
         merges.begin_if_whole(part, units)
     given = {
@@ -172,7 +184,12 @@ def build_table_of_parts(
     }  # fmt: skip
     peak_mb = 0
     for result in stream_units(
-        job.root, missing, worker=worker, arguments=given, resources=job.resources, progress=job.progress
+        job.root,
+        _Units(images, layout, missing),
+        worker=worker,
+        arguments=given,
+        resources=job.resources,
+        progress=job.progress,
     ):
         peak_mb = max(peak_mb, result.peak_mb)
         done = UnitDone.load(result.result)

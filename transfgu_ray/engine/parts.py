@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -169,14 +169,15 @@ class UnitDone:
 
     def dump(self) -> bytes:
         """Return it as bytes."""
-        return json.dumps(asdict(self)).encode()
+        record = None if self.record is None else self.record.as_values()
+        return json.dumps({"refused": self.refused, "num_bytes": self.num_bytes, "record": record}).encode()
 
     @classmethod
     def load(cls, data: bytes) -> "UnitDone":
         """Return what `dump` was called on."""
         values = json.loads(data)
         record = values.pop("record")
-        return cls(**values, record=None if record is None else PartRecord(**record))
+        return cls(**values, record=None if record is None else PartRecord.of(record))
 
 
 class PartWorker(UnitWorker):

@@ -4,7 +4,8 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ _SCHEMA = pa.schema(
         "offsets": pa.list_(pa.int64()), "lengths": pa.list_(pa.int32()),
     }
 )  # fmt: skip
+_LISTS = ("unit_rows", "image_ids", "offsets", "lengths")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class PartRecord:
         num_bytes: size of the file.
         sha256: of the file, hexadecimal.
         stats: the outcome of its photographs, as JSON.
-        unit_rows: rows of each of its units, in order.
+        unit_rows: int32, rows of each of its units, in order.
         image_ids: photograph of each row; empty unless the rows can be read one by one.
-        offsets: first byte of each such row.
-        lengths: bytes of each such row.
+        offsets: int64, first byte of each such row.
+        lengths: int32, bytes of each such row.
     """
 
     part: int
@@ -51,10 +53,20 @@ class PartRecord:
     num_bytes: int
     sha256: str
     stats: str
-    unit_rows: list[int]
-    image_ids: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    unit_rows: pa.Array
+    image_ids: pa.Array
+    offsets: pa.Array
+    lengths: pa.Array
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "PartRecord":
+        """Return the record of what `as_values` returned, or of such values without those of rows."""
+        lists = {name: pa.array(values.get(name, ()), _SCHEMA.field(name).type.value_type) for name in _LISTS}
+        return cls(**{**values, **lists})
+
+    def as_values(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return vars(self) | {name: getattr(self, name).to_pylist() for name in _LISTS}
 
 
 def part_metadata(fingerprint: str, stats: str, unit_rows: Iterable[int]) -> dict[str, str]:
@@ -76,20 +88,20 @@ def describe_part(part: int, data: pa.Buffer, *, fingerprint: str, rows_apart: b
         found = footer.metadata or {}
         if found.get(b"fingerprint") != fingerprint.encode():
             return None
-        rows: dict[str, list[int] | list[str]] = {}
+        rows: dict[str, Any] = {}
         if rows_apart:
             image_ids = read_parquet(pa.BufferReader(data), ["image_id"])["image_id"].to_pylist()
             offsets, lengths = row_slices(footer, len(data))
             rows = {"image_ids": image_ids, "offsets": offsets, "lengths": lengths}
-        return PartRecord(
-            part,
-            footer.num_rows,
-            len(data),
-            hashlib.sha256(data).hexdigest(),
-            found[b"stats"].decode(),
-            json.loads(found[b"unit_rows"]),
-            **rows,  # type: ignore[arg-type]
-        )
+        values = {
+            "part": part,
+            "num_rows": footer.num_rows,
+            "num_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "stats": found[b"stats"].decode(),
+            "unit_rows": json.loads(found[b"unit_rows"]),
+        }
+        return PartRecord.of(values | rows)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -212,7 +224,9 @@ class IndexWriter:
                 self._folder.delete(name)
 
     def _write(self, name: str, records: Iterable[PartRecord]) -> None:
-        table = pa.Table.from_pylist([asdict(record) for record in records], _SCHEMA)
+        # One by one: a million rows as Python's objects take a gigabyte.
+        rows = [pa.Table.from_pylist([record.as_values()], _SCHEMA) for record in records]
+        table = pa.concat_tables([_SCHEMA.empty_table(), *rows]).combine_chunks()
         self._folder.write_bytes(f"{self._at}/{name}", to_parquet(table, {"fingerprint": self._fingerprint}))
 
     def _read_piece(self, name: str) -> list[PartRecord] | None:
@@ -220,6 +234,6 @@ class IndexWriter:
             footer, table = self._folder.read(name, lambda file: (pq.read_metadata(file), read_parquet(file)))
             if (footer.metadata or {}).get(b"fingerprint") != self._fingerprint.encode():
                 return None
-            return [PartRecord(**row) for row in table.to_pylist()]
+            return [PartRecord.of(row) for batch in table.to_batches(1) for row in batch.to_pylist()]
         except (FileNotFoundError, ValueError, TypeError):
             return None
