@@ -401,3 +401,11 @@ def test_list_images__outputs_beside_the_photographs_are_left_out(tmp_path, stor
     listing = listed(DataConfig(root=root.uri), "")
     assert [image.image_id for image in listing.images] == photos
     assert listing.passed_over == {"no picture": 2, "output of transfgu": len(outputs)}
+
+
+def test_list_images__in_the_order_of_whole_paths_not_of_folders(tmp_path):
+    names = ["a-c.jpg", "a.jpg", "a/b.jpg", "a/b/c.jpg", "a/b0.jpg", "a0.jpg", "a é.jpg", "Z.jpg", "b\U0001f600.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert _ids(tmp_path) == sorted(names) == sorted(names, key=str.encode)

@@ -14,7 +14,6 @@ from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from transfgu_ray.datasets.dataset import DatasetSpec
 from transfgu_ray.datasets.outputs import MARK, marked_outputs
@@ -27,6 +26,7 @@ from transfgu_ray.storage import Folder, leads_out
 # Why files are passed over, beside the endings of pictures in a format that is not read.
 NO_PICTURE, HIDDEN, OUTPUT = "no picture", "hidden, or in a hidden or system folder", "output of transfgu"
 _ROWS_AT_ONCE = 2**16
+_A_FOLDER = -1
 _FILE = pa.struct({"name": pa.string(), "num_bytes": pa.int64()})
 _PICTURES = {*EXTENSIONS, *OTHER_PICTURES}
 # Who has such files expects them to be read; they are by these datasets.
@@ -248,9 +248,8 @@ def photos_named(root: Folder, folder: str, *, stems: set[str], mask_of: Callabl
 def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], recursive: bool = False) -> Listing:
     """Return all photographs in a folder, each with the label path that `mask_of` gives for its path."""
     passed_over, refused = Counter[str](), list[dict[str, str]]()
-    found = (
-        _walk(root, name, refused) if recursive and root.is_local else pa.array([*root.files(name, recursive)], _FILE)
-    )
+    walks = recursive and root.is_local
+    found = _in_columns(_walk(root, name, refused) if walks else root.files(name, recursive))
     outputs = _outputs(root, [path for path, _ in _each(found) if posixpath.basename(path) == MARK])
     doubtful = _alike(path for path, _ in _each(found))
 
@@ -271,10 +270,14 @@ def photos_of(root: Folder, name: str, *, mask_of: Callable[[str], str | None], 
     return Listing(images, dict(passed_over), tuple(sorted(refused, key=itemgetter("image_id"))))
 
 
-def _each(files: pa.StructArray) -> Iterator[tuple[str, int]]:
-    """Yield the name and bytes of files; a million of them as Python's objects would take half a gigabyte."""
-    for start in range(0, len(files), _ROWS_AT_ONCE):
-        some = files.slice(start, _ROWS_AT_ONCE)
+def _in_columns(files: Iterable[tuple[str, int]]) -> list[pa.StructArray]:
+    """Return the names and bytes of files in pieces; a million of them as Python's objects would take 200 MB."""
+    files = iter(files)
+    return [pa.array(some, _FILE) for some in iter(lambda: [*itertools.islice(files, _ROWS_AT_ONCE)], [])]
+
+
+def _each(files: Iterable[pa.StructArray]) -> Iterator[tuple[str, int]]:
+    for some in files:
         yield from zip(some.field("name").to_pylist(), some.field("num_bytes").to_pylist(), strict=True)
 
 
@@ -314,8 +317,8 @@ def is_hidden(path: str) -> bool:
     )
 
 
-def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructArray:
-    """Return the files below a local folder with their sizes, sorted.
+def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> Iterator[tuple[str, int]]:
+    """Yield the files below a local folder with their sizes, in the order of their paths.
 
     Links are not followed: they can show a photograph twice, lead out of the folder, or go in circles.
 
@@ -327,8 +330,6 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
     Raises:
         StorageError: the storage does not answer, which refuses nothing.
     """
-    found: list[tuple[str, int]] = []
-    kept: list[pa.StructArray] = []
 
     def refuse(path: str, reason: str) -> None:
         if not is_hidden(path):
@@ -336,12 +337,13 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
             refused.append({"image_id": shown, "reason": reason})
 
     top = root.patiently("", partial(os.path.realpath, root.path, strict=True))
-    folders = [name] if root.exists(name) else []
-    while folders:
-        folder = folders.pop()
-        if len(found) >= _ROWS_AT_ONCE:
-            kept.append(pa.array(found, _FILE))
-            found = []
+    waiting = [(name, _A_FOLDER)] if root.exists(name) else []
+    while waiting:
+        folder, num_bytes = waiting.pop()
+        if num_bytes != _A_FOLDER:
+            yield folder, num_bytes
+            continue
+        found: list[tuple[str, int]] = []
         try:
             inside = root.patiently(folder, partial(os.listdir, root.join(folder)))
         except OSError as error:
@@ -359,7 +361,7 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
             is_link, is_folder = stat.S_ISLNK(status.st_mode), stat.S_ISDIR(status.st_mode)
             where, leads_to_folder = _target(root, path, top) if is_link else ("", False)
             if is_folder:
-                folders.append(path)
+                found.append((path, _A_FOLDER))
             elif leads_to_folder or (is_link and not why_passed_over(path)):
                 refuse(path, f"link {where}")
             elif not stat.S_ISREG(status.st_mode) and not why_passed_over(path):
@@ -367,9 +369,8 @@ def _walk(root: Folder, name: str, refused: list[dict[str, str]]) -> pa.StructAr
                 refuse(path, "not a regular file")
             else:
                 found.append((path, status.st_size))
-    files = pa.concat_arrays([*kept, pa.array(found, _FILE)])
-    # By bytes of UTF-8, which is the order of Python's strings too.
-    return files.take(pc.sort_indices(files.field("name")))
+        # What a folder holds stands where its name with a slash would.
+        waiting += sorted(found, key=lambda each: each[0] + "/" * (each[1] == _A_FOLDER), reverse=True)
 
 
 def _lstat(root: Folder, path: str) -> os.stat_result:

@@ -41,7 +41,7 @@ class Images(Sequence[ImageRef]):
     """
 
     def __init__(self, images: Iterable[ImageRef]) -> None:
-        self._table = pa.Table.from_batches([*_batches(images)], _SCHEMA).combine_chunks()
+        self._table = pa.Table.from_batches([*_batches(images)], _SCHEMA)
 
     @classmethod
     def _of(cls, table: pa.Table) -> "Images":
