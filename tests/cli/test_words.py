@@ -27,6 +27,9 @@ def planned(gpu_seconds: dict[int, float], card: str | None, tflops: float | Non
         "card": card,
         "gpu_tflops": tflops,
         "calibration_seconds": 80.2,
+        "nodes": 4,
+        "files": 1_315,
+        "dollars": None if tflops is None else 1234.5,
     }
 
 
@@ -52,3 +55,5 @@ def test_note_plan__fits_a_narrow_terminal(
     assert "160 x 160 px, class token 16,803,594 19.1 321" in rows
     assert ("8 GPUs" in tables, "at least" in tables) == (bool(gpu_seconds), tflops is not None)
     assert words in notes
+    price = "; 1,234.50 dollars on 4 node(s)" if tflops else ""
+    assert f"features and bank: 1,315 files{price}\n" in notes

@@ -34,7 +34,7 @@ def corrupt(labels: Path) -> None:
 def learned(folder: Path, data: Path) -> dict[str, str]:
     """Digests of all that a run up to `train` leaves for others to use, and of its masks of the photographs."""
     run = make_run(folder, data, stages=("extract", "concepts", "labels", "train"), dataset="voc")
-    found = {"concepts.parquet", *(f"labels/{path.name}" for path in (folder / "labels").iterdir())}
+    found = {"concepts.parquet", *(f"labels/{path.name}" for path in (folder / "labels").glob("part-*"))}
     found |= {f"model/{path.name}" for path in (folder / "model").glob("*.safetensors")}
     made = {name: run.folder.read_bytes(name) for name in found}
     photos = [Image.open(path).convert("RGB") for path in sorted((data / "JPEGImages").iterdir())]

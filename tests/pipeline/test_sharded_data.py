@@ -86,7 +86,7 @@ def test_run__from_shards_leaves_what_one_from_files_does(
     assert (folder / "model/decoder.safetensors").read_bytes() == (of_files / "model/decoder.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize("dataset", SHARDS)
 def test_evaluate__labels_in_shards_score_as_those_in_files_do(local_ray: None, tmp_path: Path, dataset: str) -> None:

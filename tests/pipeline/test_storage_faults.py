@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from transfgu_ray.engine.stream import unwrapped_errors
 from transfgu_ray.errors import ArtifactError, ConfigError
 from transfgu_ray.models.model import load_model
 from transfgu_ray.pipeline.run import run_stages
+from transfgu_ray.runs.index import part_name
 from transfgu_ray.runs.run import Run
 from transfgu_ray.runs.stages import STAGES
 from transfgu_ray.storage import Folder
@@ -87,6 +89,12 @@ def remake_elsewhere(run: Run, stage: str, name: str) -> None:
     folder = Path(run.folder.path)
     content = (folder / name).read_bytes()
     flip_byte(folder / name)
+    index = folder / name.partition("/")[0] / "_index/index.parquet"
+    if index.is_file():
+        table = pq.read_table(index)
+        hashes = [hashlib.sha256((folder / part_name("labels", part)).read_bytes()).hexdigest() for part in range(3)]
+        at = table.schema.get_field_index("sha256")
+        pq.write_table(table.set_column(at, table.schema.field(at), pa.array(hashes)), index)
     manifest = run.require(stage)
     # Whatever was made of the stage was made of these bytes.
     run.write_manifest(stage, manifest["fingerprint"], {})
@@ -163,7 +171,7 @@ def test_damage__to_a_record_is_undone_but_with_a_file_makes_the_stage_run_again
     run_stages(run, STAGES.lasting, address=None, reporter=reporter)
     assert list(reporter.done) == ["labels"]
     assert reporter.notes == [
-        "labels: labels.files.json and 3 more files: damaged or deleted after writing; rebuilding"
+        "labels: labels.files.json and 4 more files: damaged or deleted after writing; rebuilding"
     ]
     assert (folder / "labels.files.json").read_bytes() == record
     assert run.require("labels")["parts_resumed"] == 0

@@ -14,7 +14,7 @@ from tests.fixtures import Silent
 from transfgu_ray.config.run import build_config
 from transfgu_ray.datasets.outputs import MARK
 from transfgu_ray.datasets.photographs import ImageRef
-from transfgu_ray.engine import parts
+from transfgu_ray.engine import build
 from transfgu_ray.engine.progress import Progress
 from transfgu_ray.engine.session import Resources
 from transfgu_ray.engine.stream import Photo, UnitResult, UnitWorker
@@ -112,7 +112,7 @@ def test_compare__a_folder_without_labels(
     registry: Registry, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.promote(2)
-    for module in (comparing, parts):
+    for module in (comparing, build):
         monkeypatch.setattr(module, "stream_units", in_process)
     data = shutil.copytree(voc / "JPEGImages", tmp_path / "data")
     (data / "2007_000000.jpg").write_text("no picture")

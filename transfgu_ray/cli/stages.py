@@ -127,7 +127,10 @@ def demo(
 
 
 def verify(folder: RunFolder, *, ray_address: Address = None, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Read every file of a run and compare it with its checksum; `run` only looks at sizes and times."""
+    """Compare every file of a run with its checksum.
+
+    The other commands look at sizes and times alone, and read what somebody has written since.
+    """
     from transfgu_ray.pipeline.verify import verify as verify_run
     from transfgu_ray.runs.run import Run
     from transfgu_ray.storage import Folder
