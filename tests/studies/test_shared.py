@@ -73,7 +73,7 @@ def test_give__lets_trials_and_banks_refer_to_tables_that_are_there_once(trial: 
     assert all(trial.damaged_files(stage) == [] for stage in SHARED)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 def test_trial__is_an_ordinary_run_and_leaves_what_is_shared_alone(trial: Run, tmp_path: Path) -> None:
     shared, uri = all_shared(trial), trial.folder.uri
