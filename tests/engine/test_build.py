@@ -211,7 +211,7 @@ def test_merge__repeated_after_it_has_deleted_the_units_says_the_same(
     folder = Folder(str(tmp_path / "run"))
     known = IndexWriter(folder, "t", "f:2x4").read()
     given = {"run_uri": folder.uri, "table": "t", "fingerprint": "f:2x4", "rows_apart": True}
-    assert build_module._merge(part=1, sizes=dict.fromkeys(range(4, 8), 1), **given) == known[1]
+    assert build_module._merge(part=1, units=range(4, 8), **given) == known[1]
 
 
 def test_requests__of_a_part_and_of_a_row(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,11 +219,9 @@ def test_requests__of_a_part_and_of_a_row(photographs: Path, monkeypatch: pytest
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         folder, table = Folder("s3://bucket/run"), pa.Table.from_pylist(expected(photographs)[:8], SCHEMA)
-        sizes = {}
         for unit in range(4):
             data = to_parquet(table.slice(2 * unit, 2), part_metadata("f", '{"images": 2}', [2]))
             folder.write_bytes(unit_name("t", 0, unit), data)
-            sizes[unit] = len(data)
 
         def count(action: Callable[[], object]) -> int:
             before = len(server.requests())
@@ -232,7 +230,7 @@ def test_requests__of_a_part_and_of_a_row(photographs: Path, monkeypatch: pytest
 
         joined = []
         merge = partial(build_module._merge, run_uri=folder.uri, table="t", part=0, fingerprint="f", rows_apart=True)
-        assert count(lambda: joined.append(merge(sizes=sizes))) == 4 * 2 + 1 + 7, "7 delete any number of units"
+        assert count(lambda: joined.append(merge(units=range(4)))) == 4 * 2 + 1 + 7, "7 delete any number of units"
         IndexWriter(folder, "t", "f").finish({0: joined[0]})
         rows = read_index(folder, "t").rows.to_pylist()
         found = []

@@ -249,7 +249,7 @@ def test_run_write_manifest__takes_the_checksums_of_parts_from_their_index(tmp_p
     run.write_manifest("extract", "f", {})
     assert read == ["features/_index/index.parquet", "model/encoder.safetensors"]
     recorded = run.recorded_files("extract")
-    assert recorded["features/part-000000.parquet"] == hashlib.sha256(bytes(data)).hexdigest()
+    assert recorded["features/part-000000.parquet"]["sha256"] == hashlib.sha256(bytes(data)).hexdigest()
     monkeypatch.undo()
     assert run.damaged_files("extract") == []
     (tmp_path / "extract.files.json").write_text("{}")

@@ -1,7 +1,7 @@
 """Tables of parts: what is there of an earlier call, and how the rest is made."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,10 +133,10 @@ class _Units(Mapping[int, Sequence[ImageRef]]):
 
 @dataclass
 class _Stock:
-    """What is there: records of parts, and the bytes of each unit of a part that is not."""
+    """What is there: records of parts, and the units of parts that are not."""
 
     records: dict[int, PartRecord] = field(default_factory=dict)
-    units: dict[int, int] = field(default_factory=dict)
+    units: set[int] = field(default_factory=set)
 
 
 def build_table_of_parts(
@@ -195,7 +195,7 @@ def build_table_of_parts(
         done = UnitDone.load(result.result)
         job.progress(len(layout.images_of(result.unit)), refused=done.refused)
         if done.record is None:
-            units[result.unit] = done.num_bytes
+            units.add(result.unit)
             merges.begin_if_whole(result.unit // layout.units_per_part, units)
         for record in [done.record] if done.record is not None else merges.finished():
             records[record.part] = record
@@ -222,7 +222,7 @@ def _take_stock(job: Job, table: str, layout: Layout, index: IndexWriter, *, row
     """
     folder, key = job.folder, layout.key(job.fingerprint)
     indexed = index.read()
-    stock, unread, leftovers = _Stock(), dict[int, str](), dict[int, tuple[str, int]]()
+    stock, unread, leftovers = _Stock(), dict[int, str](), dict[int, str]()
     wanted = {part_name(table, part): part for part in range(layout.num_parts)}
     for name, num_bytes in folder.files(table, recursive=True):
         if is_of_index(name):
@@ -233,12 +233,12 @@ def _take_stock(job: Job, table: str, layout: Layout, index: IndexWriter, *, row
         elif part is not None:
             unread[part] = name
         elif unit in range(layout.num_units) and name == unit_name(table, unit // layout.units_per_part, unit):
-            leftovers[unit] = name, num_bytes
+            leftovers[unit] = name
         else:
             folder.delete(name)
 
     def read(part: int) -> PartRecord | None:
-        data = folder.read(unread[part], lambda file: pa.py_buffer(file.read()))
+        data = pa.py_buffer(folder.read_bytes(unread[part]))
         return describe_part(part, data, fingerprint=key, rows_apart=rows_apart)
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -251,11 +251,11 @@ def _take_stock(job: Job, table: str, layout: Layout, index: IndexWriter, *, row
         for part in {unit // layout.units_per_part for unit in leftovers if unit not in left}:
             # Its units were joined, but the call ended before they were deleted.
             folder.delete(units_folder(table, part))
-        footers = pool.map(lambda unit: read_footer(folder, leftovers[unit][0], key), left)
+        footers = pool.map(lambda unit: read_footer(folder, leftovers[unit], key), left)
         for unit, footer in zip(left, footers, strict=True):
             job.progress()
             if footer is not None:
-                stock.units[unit] = leftovers[unit][1]
+                stock.units.add(unit)
     return stock
 
 
@@ -267,8 +267,8 @@ class _Merges:
         self._layout = layout
         self._running: list[Any] = []
 
-    def begin_if_whole(self, part: int, units: Mapping[int, int]) -> None:
-        """Join the units of a part if all of them are there, by number with their bytes."""
+    def begin_if_whole(self, part: int, units: Container[int]) -> None:
+        """Join the units of a part if all of them are among those that are there."""
         import ray
 
         of_part = self._layout.units_of(part)
@@ -278,8 +278,7 @@ class _Merges:
             task = ray.remote(function).options(
                 num_cpus=READER_CPUS, max_retries=_MERGE_RETRIES, scheduling_strategy="DEFAULT"
             )
-            sizes = {unit: units[unit] for unit in of_part}
-            self._running.append(task.remote(part=part, sizes=sizes, **self._given))
+            self._running.append(task.remote(part=part, units=of_part, **self._given))
 
     def finished(self) -> Iterator[PartRecord]:
         """Yield the records of parts that have been joined by now."""
@@ -303,21 +302,18 @@ class _Merges:
 
 
 def _merge(
-    *, run_uri: str, table: str, part: int, sizes: Mapping[int, int], fingerprint: str, rows_apart: bool
+    *, run_uri: str, table: str, part: int, units: Iterable[int], fingerprint: str, rows_apart: bool
 ) -> PartRecord:
     """Join units to a part, and delete them after it."""
     folder, name = Folder(run_uri), part_name(table, part)
     try:
-        units = [
-            folder.read_range(unit_name(table, part, unit), 0, num_bytes, num_bytes=num_bytes)
-            for unit, num_bytes in sizes.items()
-        ]
+        found = [folder.read_bytes(unit_name(table, part, unit)) for unit in units]
     except FileNotFoundError:
         # The task was repeated after it had deleted them.
-        data = folder.read(name, lambda file: pa.py_buffer(file.read()))
+        data = pa.py_buffer(folder.read_bytes(name))
     else:
-        tables, stats = [read_parquet(pa.BufferReader(unit)) for unit in units], PartStats()
-        for unit in units:
+        tables, stats = [read_parquet(pa.BufferReader(unit)) for unit in found], PartStats()
+        for unit in found:
             stats.add(PartStats(**json.loads(pq.read_metadata(pa.BufferReader(unit)).metadata[b"stats"])))
         metadata = part_metadata(fingerprint, json.dumps(vars(stats)), [each.num_rows for each in tables])
         data = to_parquet(pa.concat_tables(tables).combine_chunks(), metadata, rows_apart=rows_apart)

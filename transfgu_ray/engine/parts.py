@@ -159,18 +159,16 @@ class UnitDone:
 
     Attributes:
         refused: number of refused photographs.
-        num_bytes: size of the unit's file; 0 where its part is finished with it.
         record: of the part that is finished with it; None while other units of it may be missing.
     """
 
     refused: int
-    num_bytes: int
     record: PartRecord | None
 
     def dump(self) -> bytes:
         """Return it as bytes."""
         record = None if self.record is None else self.record.as_values()
-        return json.dumps({"refused": self.refused, "num_bytes": self.num_bytes, "record": record}).encode()
+        return json.dumps({"refused": self.refused, "record": record}).encode()
 
     @classmethod
     def load(cls, data: bytes) -> "UnitDone":
@@ -222,9 +220,9 @@ class PartWorker(UnitWorker):
         data = to_parquet(table, metadata, rows_apart=alone and self.rows_apart)
         self.run_folder.write_bytes(name, data)
         if not alone:
-            return UnitDone(len(stats.refused), len(data), None).dump()
+            return UnitDone(len(stats.refused), None).dump()
         record = describe_part(part, data, fingerprint=self._fingerprint, rows_apart=self.rows_apart)
-        return UnitDone(len(stats.refused), 0, record).dump()
+        return UnitDone(len(stats.refused), record).dump()
 
 
 def unit_name(table: str, part: int, unit: int) -> str:
@@ -271,8 +269,7 @@ def read_rows(run_folder: Folder, name: str, columns: list[str], *, most: int) -
         ArtifactError: it is damaged.
     """
     with _damage_told(run_folder, name):
-        content = run_folder.read(name, lambda file: pa.py_buffer(file.read()))
-        part = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        part = pq.ParquetFile(pa.BufferReader(run_folder.read_bytes(name)), page_checksum_verification=True)
         for batch in part.iter_batches(most, columns=columns, use_threads=False):
             yield pa.Table.from_batches([batch])
 

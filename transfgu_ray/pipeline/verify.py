@@ -52,7 +52,9 @@ def verify(run: Run, *, address: str | None, reporter: Reporter) -> int:
     return count
 
 
-def _compare(run: Run, recorded: dict[str, str], resources: Resources, sign: Sign) -> Iterator[tuple[list[str], int]]:
+def _compare(
+    run: Run, recorded: dict[str, dict[str, Any]], resources: Resources, sign: Sign
+) -> Iterator[tuple[list[str], int]]:
     """Yield the names of some damaged files, and the number of files read, until all are."""
     import ray
 
@@ -61,7 +63,7 @@ def _compare(run: Run, recorded: dict[str, str], resources: Resources, sign: Sig
     task = ray.remote(function).options(num_cpus=READER_CPUS, scheduling_strategy="DEFAULT")
     names, uri = list(recorded), run.folder.uri
     chunks = [names[start : start + _FILES_PER_TASK] for start in range(0, len(names), _FILES_PER_TASK)]
-    calls = (task.remote(uri, {name: recorded[name] for name in chunk}, sign) for chunk in chunks)
+    calls = (task.remote(uri, {name: recorded[name]["sha256"] for name in chunk}, sign) for chunk in chunks)
     finish: Callable[[Any], list[str]] = ray.get
     with unwrapped_errors():
         yield from zip(in_order(calls, finish, 2 * resources.num_cores), map(len, chunks), strict=True)

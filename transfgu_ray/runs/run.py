@@ -196,13 +196,12 @@ class Run:
         if manifest is None or "files_sha256" not in manifest:
             return []
         there, checksum, files = self._files(stage), manifest["files_sha256"], RunFiles(self.folder)
-        record = self.folder.find_bytes(record_name(stage)) or b""
-        newest = manifest.get(_NEWEST) or 0
+        recorded, newest = self._recorded(stage, checksum), manifest.get(_NEWEST) or 0
         # Clocks of storages tick in milliseconds to seconds.
         untouched = {name for name, (_, written_at) in there.items() if written_at is not None and written_at < newest}
         untouched -= set(manifest.get(_SUSPECTED, ()))
-        if hashlib.sha256(record).hexdigest() == checksum:
-            damaged = find_damaged(files, json.loads(record), _sizes(there), untouched)
+        if recorded is not None:
+            damaged = find_damaged(files, recorded, _sizes(there), untouched)
             if not damaged and (_newest(there) > newest or _SUSPECTED in manifest):
                 # Copied, touched or suspected: not to be read the next time too, wherever the folder can be written.
                 whole = {name: value for name, value in manifest.items() if name != _SUSPECTED}
@@ -215,12 +214,16 @@ class Run:
         self.folder.write_bytes(record_name(stage), record)
         return []
 
-    def recorded_files(self, stage: str) -> dict[str, str] | None:
-        """Return the sha256 of each file of a finished stage, by name; None where the record itself is damaged."""
+    def recorded_files(self, stage: str) -> dict[str, dict[str, Any]] | None:
+        """Return what `checksum_files` said of a finished stage's files; None where the record itself is damaged."""
+        return self._recorded(stage, self.require(stage).get("files_sha256"))
+
+    def _recorded(self, stage: str, checksum: str | None) -> dict[str, dict[str, Any]] | None:
         record = self.folder.find_bytes(record_name(stage)) or b""
-        if hashlib.sha256(record).hexdigest() != self.require(stage).get("files_sha256"):
+        if hashlib.sha256(record).hexdigest() != checksum:
             return None
-        return {name: entry["sha256"] for name, entry in json.loads(record).items()}
+        recorded: dict[str, dict[str, Any]] = json.loads(record)
+        return recorded
 
     def suspect(self, stage: str, names: Sequence[str]) -> None:
         """Let the next call read some files of a finished stage, although nobody has written them since."""
